@@ -1,0 +1,57 @@
+"""Settings and limits, floor 1.
+
+Owns: every named bound of the system, with its reason beside it, and the few settings that more than one room reads. Promises: nothing
+here has a side effect; sizes are bytes, times are seconds or nanoseconds as their names say. Called from everywhere above.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+from dataclasses import dataclass
+from typing import Final
+
+# --- ring and executor
+RING_SLOTS: Final = 4096  # a step of 256 requests submits at most 512 tasks: eight steps of slack
+RING_ARENA_BYTES: Final = 8 << 20  # block lists and byte payloads of the tasks in flight
+LEASE_NS: Final = 10_000_000  # longest that a foreign driver call can be held up by us
+IDLE_NS: Final = 200_000  # a CUDA executor leaves after this much silence
+WAIT_TASK_S: Final = 5.0  # a task that takes longer is a fault of the executor
+WAIT_PARK_S: Final = 1.0  # a lease is 10 ms: a hundred leases without leaving is a fault
+
+# --- journal
+SEGMENT_BYTES: Final = 16 << 20  # holds the largest block record met so far (a 70B model's 16 tokens are 5 MiB) with room
+SEGMENT_BYTES_MIN: Final = 1 << 20
+SEGMENTS_LENT: Final = 4  # lent ahead per stream: at 50 GB/s over a millisecond of owner latency each
+SEGMENT_COUNT_MIN: Final = 8
+OWNER_POLL_S: Final = 0.01  # how often the owner refills lent segments
+OWNER_LINGER_S: Final = 300.0  # how long KV outlives its router
+SOCKET_MESSAGE_BYTES_MAX: Final = 64 << 20
+
+# --- connector
+RESTORE_WAIT_S: Final = 10.0  # a cohort that is not there by then goes on without its missing members
+STEP_DEADLINE_MIN_S: Final = 1.0
+STEP_DEADLINE_FACTOR: Final = 5.0
+
+# --- serving
+RECOVERY_TIMEOUT_S: Final = 120.0
+REQUESTS_HELD_MAX: Final = 4096  # requests that wait for a replica during a failover; more are refused with 503
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Where things lie for one user; all of it private to that user."""
+
+    journal: pathlib.Path
+    kernel_cache: pathlib.Path
+
+    @staticmethod
+    def default() -> Paths:
+        """Journal on /dev/shm, compiled kernels in the user's cache folder."""
+        cache = os.environ.get("CONCORDIA_CACHE") or os.environ.get("XDG_CACHE_HOME")
+        root = pathlib.Path(cache) if cache else pathlib.Path.home() / ".cache"
+        return Paths(
+            journal=pathlib.Path("/dev/shm") / f"concordia-{os.getuid()}",
+            kernel_cache=root / "concordia" / f"kernels-{sys.implementation.cache_tag}",
+        )
