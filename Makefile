@@ -1,0 +1,40 @@
+# Everything a newcomer needs: `make demo`, `make test`. Every target makes its own environment first.
+# PYTHON: the interpreter that makes the environment. ENV: where it lies. Set ENV_PYTHON to use an environment of your own.
+PYTHON ?= python3
+ENV ?= .venv
+ENV_PYTHON ?= $(ENV)/bin/python
+RUN = PYTHONPATH=src $(ENV_PYTHON)
+
+.PHONY: demo test check soak bench bench-gpu test-gpu setup clean
+
+setup:
+	@$(if $(filter $(ENV)/bin/python,$(ENV_PYTHON)),sh scripts/setup.sh $(PYTHON) $(ENV),true)
+
+demo: setup
+	$(RUN) demo/demo.py $(ARGS)
+
+check: setup
+	$(RUN) -m ruff check src tests demo benchmarks
+	$(RUN) -m mypy
+	PYTHONPATH=src $(dir $(ENV_PYTHON))lint-imports
+
+test: check
+	$(RUN) -m pytest -q $(ARGS)
+
+# make soak N=100 SECONDS=3600: at least N faults or SECONDS of them, whichever comes first
+N ?= 100
+SECONDS ?= 3600
+soak: setup
+	$(RUN) benchmarks/soak.py --faults $(N) --seconds $(SECONDS) $(ARGS)
+
+bench: setup
+	$(RUN) benchmarks/cost.py $(ARGS)
+
+bench-gpu: setup
+	$(RUN) benchmarks/gpu.py $(ARGS)
+
+test-gpu: setup
+	$(RUN) -m pytest -q -m gpu $(ARGS)
+
+clean:
+	rm -rf $(ENV) demo-output soak-output .pytest_cache .mypy_cache .ruff_cache
