@@ -1,0 +1,161 @@
+"""What protection costs: tokens per second with and without it, through the same router.
+
+Two servers stand side by side, one without the connector and the journal; they are asked in turn (A B, B A, ...), and each pair gives one
+ratio. Writes the median ratio with its 95 % interval (order statistics) to benchmarks/results/cost_cpu.json and prints it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any, Final
+
+from openai import AsyncOpenAI
+from rich.console import Console
+
+from concordia.errors import ConcordiaError
+from concordia.testing.load import ask_all, make_questions
+from concordia.testing.model import make_model
+from concordia.testing.served import Served
+
+START_TIMEOUT_S: Final = 240.0
+console = Console(stderr=True)
+
+
+async def tokens_per_second(url: str, *, requests: int, tokens: int, seed: int) -> float:
+    """One load: all requests at once, counted from the first question to the last token."""
+    client = AsyncOpenAI(base_url=url, api_key="bench", max_retries=0, timeout=300)
+    questions = make_questions(requests, seed=seed, max_tokens=tokens)
+    started = time.monotonic()
+    answers = await ask_all(client, "bench", questions)
+    ended = max(a.stamps[-1] for a in answers if a.stamps)
+    await client.close()
+    errors = [a.error for a in answers if a.error]
+    if errors:
+        raise ConcordiaError(f"a request failed: {errors[0]}")
+    return sum(len(a.tokens) for a in answers) / (ended - started)
+
+
+def interval(ratios: list[float]) -> tuple[float, float]:
+    """95 % interval of the median from order statistics (binomial), no distribution assumed."""
+    ordered = sorted(ratios)
+    n = len(ordered)
+    outside = 0.0
+    for k in range(n // 2 + 1):
+        outside += 2 * math.comb(n, k) / 2**n
+        if outside > 0.05:
+            return ordered[max(0, k - 1)], ordered[min(n - 1, n - k)]
+    return ordered[0], ordered[-1]
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    info = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    model = next(
+        (line.split(":")[1].strip() for line in info.splitlines() if "model name" in line), "?"
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    cores = len([line for line in info.splitlines() if line.startswith("processor")])
+    return {
+        "cpu": model,
+        "cores": cores,
+        "python": platform.python_version(),
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--requests", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--shape", default="140m")
+    parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("demo-output"))
+    parser.add_argument(
+        "--result", type=pathlib.Path, default=pathlib.Path("benchmarks/results/cost_cpu.json")
+    )
+    options = parser.parse_args(arguments)
+    model = options.folder / f"model-{options.shape}-3"
+    make_model(model, shape=options.shape)
+    common = [
+        *("--replicas", "1", "--standby", "0", "--served-model-name", "bench"),
+        *("--dtype", "bfloat16", "--max-model-len", "4096"),
+    ]
+    stamp = time.time_ns()
+    with (
+        Served(
+            model,
+            [*common, "--journal-dir", f"/dev/shm/concordia-bench-{stamp}"],
+            log=options.folder / "bench-protected.log",
+        ) as protected,
+        Served(model, [*common, "--no-protect"], log=options.folder / "bench-plain.log") as plain,
+    ):
+        with console.status("starting two servers"):
+            protected.wait_ready(timeout_s=START_TIMEOUT_S)
+            plain.wait_ready(timeout_s=START_TIMEOUT_S)
+        rows = measure(protected.url, plain.url, options)
+    return report(rows, options)
+
+
+def measure(protected: str, plain: str, options: argparse.Namespace) -> list[dict[str, float]]:
+    def one(url: str, seed: int) -> float:
+        return asyncio.run(
+            tokens_per_second(url, requests=options.requests, tokens=options.tokens, seed=seed)
+        )
+
+    for url in (protected, plain):
+        one(url, 1)  # warm-up, not counted
+    rows = []
+    for pair in range(options.pairs):
+        first, second = (protected, plain) if pair % 2 == 0 else (plain, protected)
+        speeds = {first: one(first, 100 + pair), second: one(second, 100 + pair)}
+        row = {
+            "protected": speeds[protected],
+            "plain": speeds[plain],
+            "ratio": speeds[protected] / speeds[plain],
+        }
+        rows.append(row)
+        console.log(
+            f"pair {pair + 1}/{options.pairs}: {row['protected']:.1f} against {row['plain']:.1f} tokens/s, ratio {row['ratio']:.4f}"
+        )
+    return rows
+
+
+def report(rows: list[dict[str, float]], options: argparse.Namespace) -> int:
+    ratios = [row["ratio"] for row in rows]
+    low, high = interval(ratios)
+    result = {
+        "what": "tokens/s with protection over tokens/s without, both through the router",
+        "machine": machine(),
+        "requests": options.requests,
+        "tokens_per_request": options.tokens,
+        "shape": options.shape,
+        "ratio_median": round(statistics.median(ratios), 4),
+        "ratio_interval_95": [round(low, 4), round(high, 4)],
+        "protected_tokens_per_s_median": round(statistics.median(r["protected"] for r in rows), 1),
+        "plain_tokens_per_s_median": round(statistics.median(r["plain"] for r in rows), 1),
+        "pairs": [{key: round(value, 4) for key, value in row.items()} for row in rows],
+    }
+    options.result.parent.mkdir(parents=True, exist_ok=True)
+    options.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({k: v for k, v in result.items() if k != "pairs"}))
+    return 0 if result["ratio_median"] >= 0.97 else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ConcordiaError as error:
+        console.print(f"bench: {error}")
+        sys.exit(error.exit_code)

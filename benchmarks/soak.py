@@ -1,0 +1,345 @@
+"""Faults at random moments under load, and what the clients and the machine saw of them.
+
+Each round picks a target (API process, engine core, last rank, standby, router, owner), a way to fail (SIGKILL, SIGSTOP, a forward that
+raises) and a moment (prefill, decode, idle, during recovery) from its printed seed, asks questions whose unfailed answers are known, and
+compares. Rows go to a state file as they happen, so a soak that was interrupted goes on where it was. Ends with one JSON result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import pathlib
+import random
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any, Final
+
+import psutil
+from openai import AsyncOpenAI
+from rich.console import Console
+
+from concordia.errors import ConcordiaError
+from concordia.testing.fault_plan import (
+    RAISE_FILE_ENV,
+    Target,
+    hit,
+    make_forward_raise,
+)
+from concordia.testing.load import Answer, Question, ask_all, make_questions
+from concordia.testing.model import make_model
+from concordia.testing.served import Served
+
+START_TIMEOUT_S: Final = 240.0
+ROUND_TIMEOUT_S: Final = 240.0
+QUESTIONS: Final = 12
+AT_ONCE: Final = 4
+
+TARGETS: Final = ("engine-core", "api", "rank-last", "standby", "owner", "router")
+TARGET_WEIGHTS: Final = (6, 3, 3, 2, 1, 1)
+MOMENTS: Final = ("decode", "prefill", "idle", "recovery")
+MOMENT_WEIGHTS: Final = (5, 2, 1, 2)
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one round does; derived from its seed alone."""
+
+    seed: int
+    target: str
+    way: str
+    moment: str
+    share: float
+
+    @staticmethod
+    def from_seed(seed: int) -> Round:
+        rng = random.Random(seed)
+        target = rng.choices(TARGETS, TARGET_WEIGHTS)[0]
+        ways = ["SIGKILL", "SIGKILL", "SIGSTOP"]
+        if target == "engine-core":
+            ways.append("RAISE")
+        way = "SIGKILL" if target in ("owner", "router") else rng.choice(ways)
+        moment = rng.choices(MOMENTS, MOMENT_WEIGHTS)[0]
+        if way == "RAISE":
+            moment = "decode"  # a raise needs a forward to happen in
+        return Round(seed, target, way, moment, rng.uniform(0.1, 0.8))
+
+
+class Soak:
+    """One server under fault after fault."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.folder: pathlib.Path = options.output
+        self.model = self.folder / f"model-{options.shape}-3"
+        self.journal = pathlib.Path(f"/dev/shm/concordia-soak-{os.getpid()}")
+        self.trigger = self.folder / "raise-now"
+        os.environ[RAISE_FILE_ENV] = str(self.trigger.resolve())
+        self.questions = make_questions(QUESTIONS, seed=7, max_tokens=options.tokens)
+        self.references: list[Answer] = []
+        self.served: Served | None = None
+        self.sessions: set[int] = set()
+
+    def start(self) -> Served:
+        flags = [
+            *("--replicas", "1", "--standby", "1", "--served-model-name", "soak"),
+            *("--dtype", "float32", "--max-model-len", "2048"),
+            *("--journal-dir", str(self.journal), "--journal-size", "1GiB"),
+            *("--tensor-parallel-size", str(self.options.tensor_parallel_size)),
+            "--",
+            *("--logits-processors", "concordia.testing.raising:RaisingProcessor"),
+        ]
+        served = Served(self.model, flags, log=self.folder / "serve.log")
+        served.wait_ready(timeout_s=START_TIMEOUT_S)
+        return served
+
+    async def ask(self, questions: list[Question], on_token: Any = None) -> list[Answer]:
+        assert self.served is not None
+        client = AsyncOpenAI(
+            base_url=self.served.url, api_key="soak", max_retries=0, timeout=ROUND_TIMEOUT_S
+        )
+        answers = await ask_all(client, "soak", questions, on_token=on_token)
+        await client.close()
+        return answers
+
+    def status(self) -> dict[str, Any]:
+        assert self.served is not None
+        for _ in range(5):
+            found = self.served.status()
+            if found is not None:
+                self.sessions.update(r["session_id"] for r in found["replicas"] if r["session_id"])
+                return found
+        raise ConcordiaError("the server does not answer; last lines:\n" + self.served.tail())
+
+    def inject(self, plan: Round) -> list[str]:
+        """Hit the planned target; returns what was hit (empty: it was not there)."""
+        status = self.status()
+        states = {r["state"]: r["session_id"] for r in status["replicas"]}
+        number = signal.SIGSTOP if plan.way == "SIGSTOP" else signal.SIGKILL
+        if plan.target == "owner":
+            os.kill(status["owner_pid"], signal.SIGKILL)
+            return ["owner"]
+        if plan.target == "router":
+            assert self.served is not None
+            self.served.process.kill()
+            return ["router"]
+        session = states.get("standby" if plan.target == "standby" else "ready")
+        if session is None:
+            return []
+        if plan.way == "RAISE":
+            make_forward_raise(self.trigger, session)
+            return ["forward"]
+        place = Target.ENGINE_CORE if plan.target == "standby" else Target(plan.target)
+        return [hit(session, place, number).target]
+
+    async def play(self, plan: Round) -> dict[str, Any]:
+        """One round: ask, hit, wait for every answer, compare with the unfailed ones."""
+        rng = random.Random(plan.seed + 1)
+        chosen = rng.sample(range(QUESTIONS), AT_ONCE)
+        questions = [self.questions[i] for i in chosen]
+        total = sum(q.max_tokens for q in questions)
+        seen = 0
+
+        def on_token(_: Answer) -> None:
+            nonlocal seen
+            seen += 1
+
+        before = self.status()
+        started = time.monotonic()
+        hits: list[str] = []
+        if plan.moment == "idle":
+            hits += self.inject(plan)
+        asking = asyncio.create_task(self.ask(questions, on_token))
+        wanted = {"prefill": 0.0, "idle": 2.0}.get(plan.moment, plan.share) * total
+        while not asking.done() and time.monotonic() - started < ROUND_TIMEOUT_S:
+            await asyncio.wait({asking}, timeout=0.02)
+            if not hits and seen >= wanted:
+                hits += await asyncio.to_thread(self.inject, plan)
+                if plan.moment == "recovery" and plan.target not in ("owner", "router", "standby"):
+                    await asyncio.sleep(rng.uniform(0.0, 1.0))
+                    hits += await asyncio.to_thread(self.inject, plan)
+        asking.cancel() if not asking.done() else None
+        answers = await asyncio.gather(asking, return_exceptions=True)
+        row = {"seed": plan.seed, "target": plan.target, "way": plan.way, "moment": plan.moment}
+        row |= {"hits": hits, "seconds": round(time.monotonic() - started, 2)}
+        if plan.target == "router":
+            row |= await self.after_router(questions, chosen)
+        elif isinstance(answers[0], BaseException):
+            row |= {"wrong": [f"no end within {ROUND_TIMEOUT_S} s"]}
+        else:
+            row |= self.compare(answers[0], chosen)
+            row |= counted(before, self.status())
+        return row
+
+    async def after_router(self, questions: list[Question], chosen: list[int]) -> dict[str, Any]:
+        """The router died: its streams ended, its engines must go, a retry must be restored."""
+        assert self.served is not None
+        self.served.close()
+        deadline = time.monotonic() + 20
+        while any(self.alive()) and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        left = self.alive()
+        self.served = await asyncio.to_thread(self.start)
+        before = self.status()
+        row = self.compare(await self.ask(questions), chosen)
+        row |= counted(before, self.status())
+        if left:
+            row["wrong"].append(f"processes outlived their router: {left}")
+        return row
+
+    def alive(self) -> list[int]:
+        """Processes of any session that a replica of ours ever had."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if os.getsid(process.pid) in self.sessions and process.status() != "zombie":
+                    found.append(process.pid)
+            except (ProcessLookupError, psutil.NoSuchProcess):
+                continue
+        return found
+
+    def compare(self, answers: list[Answer], chosen: list[int]) -> dict[str, Any]:
+        lost = doubled = changed = 0
+        wrong = [a.error for a in answers if a.error]
+        for answer, index in zip(answers, chosen, strict=True):
+            reference = self.references[index]
+            lost += max(0, len(reference.tokens) - len(answer.tokens))
+            doubled += max(0, len(answer.tokens) - len(reference.tokens))
+            changed += answer.tokens != reference.tokens or answer.text != reference.text
+        if lost or doubled or changed:
+            wrong.append(f"lost {lost}, doubled {doubled}, answers changed {changed}")
+        gaps = [
+            b - a for x in answers for a, b in zip(x.stamps, x.stamps[1:], strict=False)
+        ] or [0.0]
+        return {
+            "lost": lost,
+            "doubled": doubled,
+            "changed": changed,
+            "longest_pause_s": round(max(gaps), 2),
+            "levels": sorted({str(a.report.get("level")) for a in answers}),
+            "wrong": wrong,
+        }
+
+    def run(self, state: pathlib.Path) -> list[dict[str, Any]]:
+        rows = [json.loads(line) for line in state.read_text().splitlines()] if state.exists() else []
+        deadline = time.monotonic() + self.options.seconds
+        self.served = self.start()
+        self.references = asyncio.run(self.first_answers())
+        while len(rows) < self.options.faults and time.monotonic() < deadline:
+            plan = Round.from_seed(self.options.seed + len(rows))
+            if plan.moment != "recovery":
+                self.served.wait_ready(timeout_s=START_TIMEOUT_S, standbys=1)
+            row = asyncio.run(self.play(plan))
+            rows.append(row)
+            with state.open("a", encoding="utf-8") as sink:
+                sink.write(json.dumps(row) + "\n")
+            verdict = "; ".join(row["wrong"]) or "ok"
+            console.log(
+                f"{len(rows)}/{self.options.faults} seed {plan.seed} {plan.way} {plan.target} at {plan.moment}: "
+                f"{verdict}, longest pause {row.get('longest_pause_s')} s"
+            )
+        return rows
+
+    async def first_answers(self) -> list[Answer]:
+        """Unfailed answers, twice: tokens are only compared where the engine repeats itself."""
+        first = [(await self.ask([q]))[0] for q in self.questions]
+        second: list[Answer] = []
+        for at in range(0, QUESTIONS, AT_ONCE):
+            second += await self.ask(self.questions[at : at + AT_ONCE])
+        for a, b in zip(first, second, strict=True):
+            if a.error or b.error or a.tokens != b.tokens:
+                raise ConcordiaError(
+                    f"unfailed runs do not agree, so tokens cannot be compared: {a.error} {b.error}"
+                )
+        return first
+
+    def leftovers(self, names_before: set[str]) -> list[str]:
+        """Processes and shared-memory names that outlived everything."""
+        assert self.served is not None
+        code = self.served.close()
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and (self.alive() or self.journal.exists()):
+            time.sleep(0.1)
+        names = sorted(set(os.listdir("/dev/shm")) - names_before)
+        found = [f"process {pid}" for pid in self.alive()] + [f"/dev/shm/{n}" for n in names]
+        return found + ([f"exit code {code}"] if code else [])
+
+
+def counted(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Growth of the server's counters over a round, and the faults it noticed."""
+    names = ("restored_tokens", "recomputed_tokens", "hash_mismatches")
+    row: dict[str, Any] = {
+        name: after["counters"][name] - before["counters"].get(name, 0) for name in names
+    }
+    row["noticed"] = [f["kind"] for f in after["faults"][len(before["faults"]) :]]
+    return row
+
+
+def summarise(rows: list[dict[str, Any]], left: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    sys.path.insert(0, str(pathlib.Path(__file__).parent))
+    from cost import machine
+
+    hits = [h for row in rows for h in row["hits"]]
+    pauses = sorted(row["longest_pause_s"] for row in rows if row.get("longest_pause_s") is not None)
+    return {
+        "machine": machine(),
+        "first_seed": options.seed,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "rounds": len(rows),
+        "faults_injected": len(hits),
+        "by_target": {t: hits.count(t) for t in sorted(set(hits))},
+        "tokens_lost": sum(row.get("lost", 0) for row in rows),
+        "tokens_doubled": sum(row.get("doubled", 0) for row in rows),
+        "answers_changed": sum(row.get("changed", 0) for row in rows),
+        "hash_mismatches": sum(row.get("hash_mismatches", 0) for row in rows),
+        "restored_tokens": sum(row.get("restored_tokens", 0) for row in rows),
+        "recomputed_tokens": sum(row.get("recomputed_tokens", 0) for row in rows),
+        "pause_s": {
+            "median": pauses[len(pauses) // 2] if pauses else None,
+            "max": pauses[-1] if pauses else None,
+        },
+        "rounds_wrong": [row for row in rows if row["wrong"]],
+        "left_behind": left,
+    }
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--seconds", type=float, default=3600)
+    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--tokens", type=int, default=300)
+    parser.add_argument("--shape", default="tiny")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("soak-output"))
+    parser.add_argument("--result", type=pathlib.Path, default=None)
+    options = parser.parse_args(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    names_before = set(os.listdir("/dev/shm"))
+    console.log(f"first seed {options.seed}; state in {options.output}")
+    soak = Soak(options)
+    make_model(soak.model, shape=options.shape)
+    rows: list[dict[str, Any]] = []
+    try:
+        rows = soak.run(options.output / f"state-{options.seed}-tp{options.tensor_parallel_size}.jsonl")
+    finally:
+        left = soak.leftovers(names_before) if soak.served is not None else []
+    result = summarise(rows, left, options)
+    if options.result is not None:
+        options.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result), flush=True)
+    return 1 if result["rounds_wrong"] or left else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ConcordiaError as error:
+        console.print(f"soak: {error}")
+        sys.exit(error.exit_code)
