@@ -368,10 +368,12 @@ def header() -> str:
             lines.append(f"  {_C_TYPES[field.kind]} {field.name}{array};{note}")
         lines.append("};")
         lines.append(f"static_assert(sizeof({struct.name}) == {struct.size}, \"{struct.name}\");")
+        lines.append("#if !defined(__CUDACC_RTC__)  // run-time compilation of device code has no offsetof")
         for name, offset in struct.offsets().items():
             lines.append(
                 f"static_assert(__builtin_offsetof({struct.name}, {name}) == {offset}, \"{name}\");"
             )
+        lines.append("#endif")
     return "\n".join(lines) + "\n"
 
 

@@ -64,6 +64,7 @@ struct RecordHeader {
   uint32_t header_crc;  // CRC32C of the 252 bytes before it
 };
 static_assert(sizeof(RecordHeader) == 256, "RecordHeader");
+#if !defined(__CUDACC_RTC__)  // run-time compilation of device code has no offsetof
 static_assert(__builtin_offsetof(RecordHeader, magic) == 0, "magic");
 static_assert(__builtin_offsetof(RecordHeader, version) == 4, "version");
 static_assert(__builtin_offsetof(RecordHeader, kind) == 6, "kind");
@@ -84,6 +85,7 @@ static_assert(__builtin_offsetof(RecordHeader, step) == 120, "step");
 static_assert(__builtin_offsetof(RecordHeader, stamp_ns) == 128, "stamp_ns");
 static_assert(__builtin_offsetof(RecordHeader, reserved) == 136, "reserved");
 static_assert(__builtin_offsetof(RecordHeader, header_crc) == 252, "header_crc");
+#endif
 
 struct SegmentHeader {
   uint64_t magic;
@@ -99,6 +101,7 @@ struct SegmentHeader {
   uint32_t header_crc;
 };
 static_assert(sizeof(SegmentHeader) == 256, "SegmentHeader");
+#if !defined(__CUDACC_RTC__)  // run-time compilation of device code has no offsetof
 static_assert(__builtin_offsetof(SegmentHeader, magic) == 0, "magic");
 static_assert(__builtin_offsetof(SegmentHeader, version) == 8, "version");
 static_assert(__builtin_offsetof(SegmentHeader, segment) == 12, "segment");
@@ -110,6 +113,7 @@ static_assert(__builtin_offsetof(SegmentHeader, predecessor_hash) == 48, "predec
 static_assert(__builtin_offsetof(SegmentHeader, segment_bytes) == 64, "segment_bytes");
 static_assert(__builtin_offsetof(SegmentHeader, reserved) == 72, "reserved");
 static_assert(__builtin_offsetof(SegmentHeader, header_crc) == 252, "header_crc");
+#endif
 
 struct LentSegment {
   uint32_t segment;
@@ -117,9 +121,11 @@ struct LentSegment {
   uint64_t salt;
 };
 static_assert(sizeof(LentSegment) == 16, "LentSegment");
+#if !defined(__CUDACC_RTC__)  // run-time compilation of device code has no offsetof
 static_assert(__builtin_offsetof(LentSegment, segment) == 0, "segment");
 static_assert(__builtin_offsetof(LentSegment, ordinal) == 4, "ordinal");
 static_assert(__builtin_offsetof(LentSegment, salt) == 8, "salt");
+#endif
 
 struct StreamControl {
   uint64_t magic;
@@ -156,6 +162,7 @@ struct StreamControl {
   uint8_t tail[2432];
 };
 static_assert(sizeof(StreamControl) == 4096, "StreamControl");
+#if !defined(__CUDACC_RTC__)  // run-time compilation of device code has no offsetof
 static_assert(__builtin_offsetof(StreamControl, magic) == 0, "magic");
 static_assert(__builtin_offsetof(StreamControl, version) == 8, "version");
 static_assert(__builtin_offsetof(StreamControl, state) == 12, "state");
@@ -188,6 +195,7 @@ static_assert(__builtin_offsetof(StreamControl, host_reserved) == 448, "host_res
 static_assert(__builtin_offsetof(StreamControl, label) == 512, "label");
 static_assert(__builtin_offsetof(StreamControl, lent) == 640, "lent");
 static_assert(__builtin_offsetof(StreamControl, tail) == 1664, "tail");
+#endif
 
 struct BoardHeader {
   uint64_t magic;
@@ -201,6 +209,7 @@ struct BoardHeader {
   uint8_t reserved[4040];
 };
 static_assert(sizeof(BoardHeader) == 4096, "BoardHeader");
+#if !defined(__CUDACC_RTC__)  // run-time compilation of device code has no offsetof
 static_assert(__builtin_offsetof(BoardHeader, magic) == 0, "magic");
 static_assert(__builtin_offsetof(BoardHeader, version) == 8, "version");
 static_assert(__builtin_offsetof(BoardHeader, stream_capacity) == 12, "stream_capacity");
@@ -210,6 +219,7 @@ static_assert(__builtin_offsetof(BoardHeader, owner_pid) == 32, "owner_pid");
 static_assert(__builtin_offsetof(BoardHeader, owner_epoch) == 40, "owner_epoch");
 static_assert(__builtin_offsetof(BoardHeader, owner_heartbeat_ns) == 48, "owner_heartbeat_ns");
 static_assert(__builtin_offsetof(BoardHeader, reserved) == 56, "reserved");
+#endif
 
 struct Task {
   uint64_t publish;  // position + 1 once the slot is valid: lap and index in one word
@@ -232,6 +242,7 @@ struct Task {
   uint8_t reserved[16];
 };
 static_assert(sizeof(Task) == 128, "Task");
+#if !defined(__CUDACC_RTC__)  // run-time compilation of device code has no offsetof
 static_assert(__builtin_offsetof(Task, publish) == 0, "publish");
 static_assert(__builtin_offsetof(Task, opcode) == 8, "opcode");
 static_assert(__builtin_offsetof(Task, kind) == 12, "kind");
@@ -250,6 +261,7 @@ static_assert(__builtin_offsetof(Task, step) == 88, "step");
 static_assert(__builtin_offsetof(Task, stamp_ns) == 96, "stamp_ns");
 static_assert(__builtin_offsetof(Task, arg) == 104, "arg");
 static_assert(__builtin_offsetof(Task, reserved) == 112, "reserved");
+#endif
 
 struct Completion {
   uint64_t publish;  // position + 1 once the other words are valid
@@ -261,6 +273,7 @@ struct Completion {
   uint8_t reserved[16];
 };
 static_assert(sizeof(Completion) == 64, "Completion");
+#if !defined(__CUDACC_RTC__)  // run-time compilation of device code has no offsetof
 static_assert(__builtin_offsetof(Completion, publish) == 0, "publish");
 static_assert(__builtin_offsetof(Completion, status) == 8, "status");
 static_assert(__builtin_offsetof(Completion, generation) == 12, "generation");
@@ -268,6 +281,7 @@ static_assert(__builtin_offsetof(Completion, sequence) == 16, "sequence");
 static_assert(__builtin_offsetof(Completion, payload_hash) == 24, "payload_hash");
 static_assert(__builtin_offsetof(Completion, result) == 40, "result");
 static_assert(__builtin_offsetof(Completion, reserved) == 48, "reserved");
+#endif
 
 struct RingHeader {
   uint64_t tail;  // next position to claim; host threads only, so a locked add is allowed
@@ -296,6 +310,7 @@ struct RingHeader {
   uint8_t line7[128];
 };
 static_assert(sizeof(RingHeader) == 1024, "RingHeader");
+#if !defined(__CUDACC_RTC__)  // run-time compilation of device code has no offsetof
 static_assert(__builtin_offsetof(RingHeader, tail) == 0, "tail");
 static_assert(__builtin_offsetof(RingHeader, line0) == 8, "line0");
 static_assert(__builtin_offsetof(RingHeader, head) == 128, "head");
@@ -320,3 +335,4 @@ static_assert(__builtin_offsetof(RingHeader, arena) == 792, "arena");
 static_assert(__builtin_offsetof(RingHeader, arena_bytes) == 800, "arena_bytes");
 static_assert(__builtin_offsetof(RingHeader, line6) == 808, "line6");
 static_assert(__builtin_offsetof(RingHeader, line7) == 896, "line7");
+#endif
