@@ -25,7 +25,9 @@ COMMIT_MULTIPLIER: Final = 0x9E3779B97F4A7C15  # odd, so that every (salt, seque
 
 LENT_CAPACITY: Final = 64  # segments that the owner may lend ahead to one stream
 STREAM_CAPACITY: Final = 256  # streams of one journal
+REPLICA_CAPACITY: Final = 64  # replicas registered at one time: active, standby and those being cleared away
 NOT_SEALED: Final = 0xFFFFFFFFFFFFFFFF
+OPERATOR_CAPACITY: Final = 1024  # operators of one executor: a handler of a region is one
 
 # Streams
 STREAM_FREE: Final = 0
@@ -131,7 +133,7 @@ RECORD_HEADER = Struct(
         Field("key", "u64", 2, "request key: XXH3-128 of the request id"),
         Field("incarnation", "u64"),
         Field("region", "u32"),
-        Field("flags", "u32"),
+        Field("flags", "u32", note="KV records: tokens per block of the layout, 0 if the writer does not say"),
         Field("token_start", "u32"),
         Field("token_end", "u32", note="exclusive"),
         Field("payload_bytes", "u64"),
@@ -185,7 +187,10 @@ STREAM_CONTROL = Struct(
         Field("replica", "u64", note="incarnation of the replica, 0 for none"),
         Field("layout_hash", "u64"),
         Field("sealed_count", "u64", note="records below this sequence may be read; NOT_SEALED while open"),
-        _pad(64, "owner_reserved"),
+        Field("writer_start", "u64", note="start time of writer_pid in clock ticks: a pid alone may be reused"),
+        Field("seal_check", "u64", note="commit_word(stream, sealed_count): a flipped seal is noticed"),
+        Field("identity_crc", "u64", note="CRC32C of this line without state, sealed_count and what follows writer_start"),
+        _pad(40, "owner_reserved"),
         # line 1: the owner writes
         Field("lent_count", "u64", note="segments ever lent; entry i lies at lent[i % LENT_CAPACITY]"),
         _pad(120, "lent_reserved"),
@@ -226,7 +231,21 @@ BOARD_HEADER = Struct(
         Field("owner_pid", "u64"),
         Field("owner_epoch", "u64", note="raised by every owner that takes the journal"),
         Field("owner_heartbeat_ns", "u64"),
-        _pad(4096 - 56, "reserved"),
+        Field("registered", "u64", 6 * REPLICA_CAPACITY, "Registration entries"),
+        _pad(4096 - 56 - 48 * REPLICA_CAPACITY, "reserved"),
+    ),
+)
+
+REGISTRATION = Struct(
+    "Registration",
+    48,
+    (
+        Field("replica", "u64", note="incarnation of a replica, 0 for a free entry; the owner writes all of this"),
+        Field("session", "u64", note="session id of its process tree"),
+        Field("session_start", "u64", note="start time of the session's leader"),
+        Field("router_pid", "u64"),
+        Field("router_start", "u64"),
+        Field("fenced", "u64", note="1 once sealed: it may never open a stream again"),
     ),
 )
 
@@ -251,7 +270,8 @@ TASK = Struct(
         Field("step", "u64"),
         Field("stamp_ns", "u64"),
         Field("arg", "u64", note="opcode's own"),
-        _pad(16, "reserved"),
+        Field("span", "u32", note="positions that the task occupies: one, or more when its arguments need more arena"),
+        _pad(12, "reserved"),
     ),
 )
 
@@ -295,15 +315,46 @@ RING_HEADER = Struct(
         # line 5: the executor
         Field("heartbeat", "u64", note="raised at every loop"),
         Field("generation_seen", "u64"),
-        _pad(112, "line5"),
+        Field("done_count", "u64", note="tasks ever done"),
+        Field("busy_ns", "u64", note="time spent in handlers"),
+        Field("appended_bytes", "u64", note="payload bytes committed"),
+        _pad(88, "line5"),
         # line 6: constant after creation
         Field("slot_count", "u64", note="a power of two"),
         Field("slots", "u64", note="address of the Task slots, as the executor sees it"),
         Field("completions", "u64"),
         Field("arena", "u64"),
         Field("arena_bytes", "u64"),
-        _pad(88, "line6"),
+        Field("completion_count", "u64", note="a power of two, several laps of the slots"),
+        _pad(80, "line6"),
         _pad(128, "line7"),
+    ),
+)
+
+OPERATOR = Struct(
+    "Operator",
+    64,
+    (
+        # Immutable once its address is in the table: a new generation is a new Operator.
+        Field("function", "u64", note="address of the handler's code"),
+        Field("region", "u64", note="address of its Region, 0 for none"),
+        Field("handler_hash", "u64", note="of source, constants and compiler"),
+        Field("generation", "u64", note="of the table when this entry was published"),
+        _pad(32, "reserved"),
+    ),
+)
+
+REGION = Struct(
+    "Region",
+    64,
+    (
+        Field("bases", "u64", note="address of base addresses: one per layer, or one of an opaque region"),
+        Field("base_count", "u32"),
+        Field("region", "u32", note="number of the region, as records carry it"),
+        Field("block_count", "u64", note="blocks of a layer, or pages of an opaque region"),
+        Field("layout_hash", "u64"),
+        Field("page_hashes", "u64", note="opaque region: address of two u64 per page, the hash last committed"),
+        _pad(24, "reserved"),
     ),
 )
 
@@ -313,9 +364,12 @@ STRUCTS: Final = (
     LENT_SEGMENT,
     STREAM_CONTROL,
     BOARD_HEADER,
+    REGISTRATION,
     TASK,
     COMPLETION,
     RING_HEADER,
+    OPERATOR,
+    REGION,
 )
 
 _CONSTANT_PREFIXES: Final = ("KIND_", "TASK_", "STATUS_", "STREAM_", "WRITER_")
@@ -330,6 +384,7 @@ _CONSTANT_NAMES: Final = (
     "COMMIT_MULTIPLIER",
     "LENT_CAPACITY",
     "NOT_SEALED",
+    "OPERATOR_CAPACITY",
 )
 
 

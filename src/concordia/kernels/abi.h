@@ -13,6 +13,7 @@ constexpr uint64_t kCommitMultiplier = 0x9e3779b97f4a7c15ull;
 constexpr uint32_t kLentCapacity = 0x40u;
 constexpr uint32_t kStreamCapacity = 0x100u;
 constexpr uint64_t kNotSealed = 0xffffffffffffffffull;
+constexpr uint32_t kOperatorCapacity = 0x400u;
 constexpr uint32_t kStreamFree = 0x0u;
 constexpr uint32_t kStreamOpen = 0x1u;
 constexpr uint32_t kStreamSealed = 0x2u;
@@ -51,7 +52,7 @@ struct RecordHeader {
   uint64_t key[2];  // request key: XXH3-128 of the request id
   uint64_t incarnation;
   uint32_t region;
-  uint32_t flags;
+  uint32_t flags;  // KV records: tokens per block of the layout, 0 if the writer does not say
   uint32_t token_start;
   uint32_t token_end;  // exclusive
   uint64_t payload_bytes;
@@ -139,7 +140,10 @@ struct StreamControl {
   uint64_t replica;  // incarnation of the replica, 0 for none
   uint64_t layout_hash;
   uint64_t sealed_count;  // records below this sequence may be read; NOT_SEALED while open
-  uint8_t owner_reserved[64];
+  uint64_t writer_start;  // start time of writer_pid in clock ticks: a pid alone may be reused
+  uint64_t seal_check;  // commit_word(stream, sealed_count): a flipped seal is noticed
+  uint64_t identity_crc;  // CRC32C of this line without state, sealed_count and what follows writer_start
+  uint8_t owner_reserved[40];
   uint64_t lent_count;  // segments ever lent; entry i lies at lent[i % LENT_CAPACITY]
   uint8_t lent_reserved[120];
   uint64_t taken_count;  // segments ever taken
@@ -174,7 +178,10 @@ static_assert(__builtin_offsetof(StreamControl, writer_pid) == 36, "writer_pid")
 static_assert(__builtin_offsetof(StreamControl, replica) == 40, "replica");
 static_assert(__builtin_offsetof(StreamControl, layout_hash) == 48, "layout_hash");
 static_assert(__builtin_offsetof(StreamControl, sealed_count) == 56, "sealed_count");
-static_assert(__builtin_offsetof(StreamControl, owner_reserved) == 64, "owner_reserved");
+static_assert(__builtin_offsetof(StreamControl, writer_start) == 64, "writer_start");
+static_assert(__builtin_offsetof(StreamControl, seal_check) == 72, "seal_check");
+static_assert(__builtin_offsetof(StreamControl, identity_crc) == 80, "identity_crc");
+static_assert(__builtin_offsetof(StreamControl, owner_reserved) == 88, "owner_reserved");
 static_assert(__builtin_offsetof(StreamControl, lent_count) == 128, "lent_count");
 static_assert(__builtin_offsetof(StreamControl, lent_reserved) == 136, "lent_reserved");
 static_assert(__builtin_offsetof(StreamControl, taken_count) == 256, "taken_count");
@@ -206,7 +213,8 @@ struct BoardHeader {
   uint64_t owner_pid;
   uint64_t owner_epoch;  // raised by every owner that takes the journal
   uint64_t owner_heartbeat_ns;
-  uint8_t reserved[4040];
+  uint64_t registered[384];  // Registration entries
+  uint8_t reserved[968];
 };
 static_assert(sizeof(BoardHeader) == 4096, "BoardHeader");
 #if !defined(__CUDACC_RTC__)  // run-time compilation of device code has no offsetof
@@ -218,7 +226,26 @@ static_assert(__builtin_offsetof(BoardHeader, segment_count) == 24, "segment_cou
 static_assert(__builtin_offsetof(BoardHeader, owner_pid) == 32, "owner_pid");
 static_assert(__builtin_offsetof(BoardHeader, owner_epoch) == 40, "owner_epoch");
 static_assert(__builtin_offsetof(BoardHeader, owner_heartbeat_ns) == 48, "owner_heartbeat_ns");
-static_assert(__builtin_offsetof(BoardHeader, reserved) == 56, "reserved");
+static_assert(__builtin_offsetof(BoardHeader, registered) == 56, "registered");
+static_assert(__builtin_offsetof(BoardHeader, reserved) == 3128, "reserved");
+#endif
+
+struct Registration {
+  uint64_t replica;  // incarnation of a replica, 0 for a free entry; the owner writes all of this
+  uint64_t session;  // session id of its process tree
+  uint64_t session_start;  // start time of the session's leader
+  uint64_t router_pid;
+  uint64_t router_start;
+  uint64_t fenced;  // 1 once sealed: it may never open a stream again
+};
+static_assert(sizeof(Registration) == 48, "Registration");
+#if !defined(__CUDACC_RTC__)  // run-time compilation of device code has no offsetof
+static_assert(__builtin_offsetof(Registration, replica) == 0, "replica");
+static_assert(__builtin_offsetof(Registration, session) == 8, "session");
+static_assert(__builtin_offsetof(Registration, session_start) == 16, "session_start");
+static_assert(__builtin_offsetof(Registration, router_pid) == 24, "router_pid");
+static_assert(__builtin_offsetof(Registration, router_start) == 32, "router_start");
+static_assert(__builtin_offsetof(Registration, fenced) == 40, "fenced");
 #endif
 
 struct Task {
@@ -239,7 +266,8 @@ struct Task {
   uint64_t step;
   uint64_t stamp_ns;
   uint64_t arg;  // opcode's own
-  uint8_t reserved[16];
+  uint32_t span;  // positions that the task occupies: one, or more when its arguments need more arena
+  uint8_t reserved[12];
 };
 static_assert(sizeof(Task) == 128, "Task");
 #if !defined(__CUDACC_RTC__)  // run-time compilation of device code has no offsetof
@@ -260,7 +288,8 @@ static_assert(__builtin_offsetof(Task, source_bytes) == 80, "source_bytes");
 static_assert(__builtin_offsetof(Task, step) == 88, "step");
 static_assert(__builtin_offsetof(Task, stamp_ns) == 96, "stamp_ns");
 static_assert(__builtin_offsetof(Task, arg) == 104, "arg");
-static_assert(__builtin_offsetof(Task, reserved) == 112, "reserved");
+static_assert(__builtin_offsetof(Task, span) == 112, "span");
+static_assert(__builtin_offsetof(Task, reserved) == 116, "reserved");
 #endif
 
 struct Completion {
@@ -300,13 +329,17 @@ struct RingHeader {
   uint8_t line4[104];
   uint64_t heartbeat;  // raised at every loop
   uint64_t generation_seen;
-  uint8_t line5[112];
+  uint64_t done_count;  // tasks ever done
+  uint64_t busy_ns;  // time spent in handlers
+  uint64_t appended_bytes;  // payload bytes committed
+  uint8_t line5[88];
   uint64_t slot_count;  // a power of two
   uint64_t slots;  // address of the Task slots, as the executor sees it
   uint64_t completions;
   uint64_t arena;
   uint64_t arena_bytes;
-  uint8_t line6[88];
+  uint64_t completion_count;  // a power of two, several laps of the slots
+  uint8_t line6[80];
   uint8_t line7[128];
 };
 static_assert(sizeof(RingHeader) == 1024, "RingHeader");
@@ -327,12 +360,52 @@ static_assert(__builtin_offsetof(RingHeader, generation) == 528, "generation");
 static_assert(__builtin_offsetof(RingHeader, line4) == 536, "line4");
 static_assert(__builtin_offsetof(RingHeader, heartbeat) == 640, "heartbeat");
 static_assert(__builtin_offsetof(RingHeader, generation_seen) == 648, "generation_seen");
-static_assert(__builtin_offsetof(RingHeader, line5) == 656, "line5");
+static_assert(__builtin_offsetof(RingHeader, done_count) == 656, "done_count");
+static_assert(__builtin_offsetof(RingHeader, busy_ns) == 664, "busy_ns");
+static_assert(__builtin_offsetof(RingHeader, appended_bytes) == 672, "appended_bytes");
+static_assert(__builtin_offsetof(RingHeader, line5) == 680, "line5");
 static_assert(__builtin_offsetof(RingHeader, slot_count) == 768, "slot_count");
 static_assert(__builtin_offsetof(RingHeader, slots) == 776, "slots");
 static_assert(__builtin_offsetof(RingHeader, completions) == 784, "completions");
 static_assert(__builtin_offsetof(RingHeader, arena) == 792, "arena");
 static_assert(__builtin_offsetof(RingHeader, arena_bytes) == 800, "arena_bytes");
-static_assert(__builtin_offsetof(RingHeader, line6) == 808, "line6");
+static_assert(__builtin_offsetof(RingHeader, completion_count) == 808, "completion_count");
+static_assert(__builtin_offsetof(RingHeader, line6) == 816, "line6");
 static_assert(__builtin_offsetof(RingHeader, line7) == 896, "line7");
+#endif
+
+struct Operator {
+  uint64_t function;  // address of the handler's code
+  uint64_t region;  // address of its Region, 0 for none
+  uint64_t handler_hash;  // of source, constants and compiler
+  uint64_t generation;  // of the table when this entry was published
+  uint8_t reserved[32];
+};
+static_assert(sizeof(Operator) == 64, "Operator");
+#if !defined(__CUDACC_RTC__)  // run-time compilation of device code has no offsetof
+static_assert(__builtin_offsetof(Operator, function) == 0, "function");
+static_assert(__builtin_offsetof(Operator, region) == 8, "region");
+static_assert(__builtin_offsetof(Operator, handler_hash) == 16, "handler_hash");
+static_assert(__builtin_offsetof(Operator, generation) == 24, "generation");
+static_assert(__builtin_offsetof(Operator, reserved) == 32, "reserved");
+#endif
+
+struct Region {
+  uint64_t bases;  // address of base addresses: one per layer, or one of an opaque region
+  uint32_t base_count;
+  uint32_t region;  // number of the region, as records carry it
+  uint64_t block_count;  // blocks of a layer, or pages of an opaque region
+  uint64_t layout_hash;
+  uint64_t page_hashes;  // opaque region: address of two u64 per page, the hash last committed
+  uint8_t reserved[24];
+};
+static_assert(sizeof(Region) == 64, "Region");
+#if !defined(__CUDACC_RTC__)  // run-time compilation of device code has no offsetof
+static_assert(__builtin_offsetof(Region, bases) == 0, "bases");
+static_assert(__builtin_offsetof(Region, base_count) == 8, "base_count");
+static_assert(__builtin_offsetof(Region, region) == 12, "region");
+static_assert(__builtin_offsetof(Region, block_count) == 16, "block_count");
+static_assert(__builtin_offsetof(Region, layout_hash) == 24, "layout_hash");
+static_assert(__builtin_offsetof(Region, page_hashes) == 32, "page_hashes");
+static_assert(__builtin_offsetof(Region, reserved) == 40, "reserved");
 #endif
