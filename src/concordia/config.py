@@ -33,6 +33,16 @@ SOCKET_MESSAGE_BYTES_MAX: Final = 64 << 20
 RESTORE_WAIT_S: Final = 10.0  # a cohort that is not there by then goes on without its missing members
 STEP_DEADLINE_MIN_S: Final = 1.0
 STEP_DEADLINE_FACTOR: Final = 5.0
+LOOKUP_WAIT_S: Final = 1.0  # a prefix looked up in the journal for longer than this is computed instead
+LOOKUP_THREADS: Final = 2  # one may hash a large restore while the other answers small look-ups
+KNOWN_KEYS_REFRESH_S: Final = 1.0  # how old the engine's picture of the journal's block keys may be
+FINISH_LINGER_S: Final = 5.0  # a routed request's last tokens may still be on their way to the router when it ends
+BLOCK_REUSE_WAIT_S: Final = 1.0  # an append that still reads a block about to be overwritten; then the engine goes first
+IDLE_STEP_WAIT_S: Final = 0.002  # an engine that only waits for a restore asks again this often, instead of spinning
+HEARTBEAT_S: Final = 0.25
+PROBE_ATTEMPTS_MAX: Final = 64  # steps that may pass without proof before a layout stays on whole blocks
+PROBE_PROOFS: Final = 2  # single tokens whose bytes must change exactly as predicted
+REQUEST_NAME_BYTES_MAX: Final = 256  # longer names come from no router of ours
 
 # --- serving
 RECOVERY_TIMEOUT_S: Final = 120.0
