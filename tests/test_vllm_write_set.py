@@ -1,0 +1,281 @@
+"""integrations/vllm/write_set.py, identity.py.
+
+Invariants: every token of a protected request is appended or named by a key once its step is over; drafts never are; a key never names
+other bytes than the ones it was given for; KV computed anew has a new incarnation; blocks handed out are all reported.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from concordia.errors import UsageError
+from concordia.integrations.vllm.identity import (
+    Identity,
+    KeyChain,
+    parse_identity,
+    private_key,
+)
+from concordia.integrations.vllm.write_set import Scheduled, Track, WriteSet
+
+SIZE = 4
+SEED = b"model"
+
+
+def track(name: str, tokens: list[int], *, seed: bytes | None = SEED) -> Track:
+    chain = None if seed is None else KeyChain(seed, block_tokens=SIZE)
+    return Track(Identity(name=name), chain, tokens)
+
+
+def new(request: str, blocks: list[int], end: int, *, start: int = 0, hit: int = 0, **more: Any) -> Scheduled:
+    return Scheduled(request, blocks, True, start, end, hit=hit, **more)
+
+
+def more(request: str, start: int, end: int, blocks: tuple[int, ...] = (), drafts: int = 0) -> Scheduled:
+    return Scheduled(request, blocks, False, start, end, drafts)
+
+
+def test_prefill_appends_full_blocks_and_a_tail_when_a_request_starts() -> None:
+    held = WriteSet(block_tokens=SIZE)
+    held.tracks["a"] = track("a", list(range(10)))
+    done = held.step([new("a", [7, 8, 9], 10)], step=1)
+    (write,) = done.writes
+    assert write.full == ((0, 7), (1, 8))
+    assert write.tail == (8, 10, 9)
+    assert write.incarnation == 1000
+    assert [index for index, _ in done.notes[0].entries] == [0, 1]
+    assert done.reused == [7, 8, 9]
+
+
+def test_chunks_and_decode_cover_every_token_once_when_a_prompt_is_split() -> None:
+    held = WriteSet(block_tokens=SIZE)
+    tokens = list(range(9))
+    held.tracks["a"] = track("a", tokens)
+    first = held.step([new("a", [1, 2], 6)], step=1).writes[0]
+    second = held.step([more("a", 6, 9, (3,))], step=2).writes[0]
+    assert (first.full, first.tail) == (((0, 1),), (4, 6, 2))
+    # The second chunk completes block 1, which is then appended whole, and begins block 2.
+    assert (second.full, second.tail) == (((1, 2),), (8, 9, 3))
+    tokens.append(9)
+    third = held.step([more("a", 9, 10)], step=3).writes[0]
+    assert (third.full, third.tail) == ((), (9, 10, 3))
+
+
+def test_key_is_noted_later_when_token_ids_come_after_the_step() -> None:
+    held = WriteSet(block_tokens=SIZE)
+    tokens = [0, 1, 2]
+    held.tracks["a"] = track("a", tokens)
+    held.step([new("a", [1], 3)], step=1)
+    done = held.step([more("a", 3, 4)], step=2)  # its token is sampled, but the scheduler has not seen it yet
+    assert done.writes[0].full == ((0, 1),)
+    assert done.notes == []
+    tokens += [3, 4]
+    assert held.step([more("a", 4, 5, (2,))], step=3).notes[0].entries[0][0] == 0
+
+
+def test_hit_is_named_by_key_when_the_block_is_in_the_journal() -> None:
+    held = WriteSet(block_tokens=SIZE)
+    held.tracks["a"] = track("a", list(range(10)))
+    (note,) = held.step([new("a", [1, 2, 3], 10)], step=1).notes
+    held.tracks["b"] = track("b", [*range(8), 50, 51])
+    done = held.step([new("b", [1, 2, 4], 10, start=8, hit=8)], step=2)
+    assert done.writes[0].full == ()
+    assert done.writes[0].tail == (8, 10, 4)
+    assert done.notes[0].entries == note.entries
+    assert done.reused == [4]
+
+
+def test_hit_is_appended_when_the_journal_does_not_have_the_block() -> None:
+    held = WriteSet(block_tokens=SIZE)
+    held.tracks["b"] = track("b", list(range(10)))
+    done = held.step([new("b", [1, 2, 4], 10, start=8, hit=8)], step=1)
+    assert done.writes[0].full == ((0, 1), (1, 2))
+
+
+def test_hit_is_appended_when_its_record_was_cleaned_away() -> None:
+    held = WriteSet(block_tokens=SIZE)
+    held.tracks["a"] = track("a", list(range(8)))
+    held.step([new("a", [1, 2], 8)], step=1)
+    held.finish("a", step=1)
+    held.learn(set(), before_step=2)
+    held.tracks["b"] = track("b", list(range(9)))
+    done = held.step([new("b", [1, 2, 3], 9, start=8, hit=8)], step=2)
+    assert done.writes[0].full == ((0, 1), (1, 2))
+
+
+def test_copy_of_known_tokens_gets_a_key_of_its_own_when_it_was_computed_again() -> None:
+    held = WriteSet(block_tokens=SIZE)
+    held.tracks["a"] = track("a", list(range(5)))
+    held.tracks["b"] = track("b", list(range(5)))
+    done = held.step([new("a", [1, 2], 5), new("b", [3, 4], 5)], step=1)
+    first, second = (note.entries[0][1] for note in done.notes)
+    shared = KeyChain(SEED, block_tokens=SIZE)
+    shared.extend(list(range(4)), limit=4)
+    assert first == shared.keys[0]
+    assert second == private_key(first, request=held.tracks["b"].identity.key, incarnation=1000)
+    # A third request that hits the *second* copy refers to the second copy's bytes.
+    held.tracks["c"] = track("c", list(range(5)))
+    note = held.step([new("c", [3, 5], 5, start=4, hit=4)], step=2).notes[0]
+    assert note.entries == ((0, second),)
+
+
+def test_key_is_forgotten_when_the_block_is_given_to_somebody_else() -> None:
+    held = WriteSet(block_tokens=SIZE)
+    held.tracks["a"] = track("a", list(range(4)))
+    held.step([new("a", [1], 4)], step=1)
+    held.finish("a", step=1)
+    held.tracks["b"] = track("b", list(range(100, 104)))
+    held.step([new("b", [1], 4)], step=2)
+    held.tracks["c"] = track("c", list(range(100, 105)))
+    key = held.step([new("c", [1, 2], 5, start=4, hit=4)], step=3).notes[0].entries[0][1]
+    chain = KeyChain(SEED, block_tokens=SIZE)
+    chain.extend(list(range(100, 104)), limit=4)
+    assert key == chain.keys[0]
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_drafts_wait_until_accepted_when_decoding_speculatively(drafts: int) -> None:
+    held = WriteSet(block_tokens=SIZE)
+    tokens = list(range(3))
+    held.tracks["a"] = track("a", tokens)
+    held.step([new("a", [1, 2], 3)], step=1)
+    tokens.append(3)
+    done = held.step([more("a", 3, 4 + drafts, drafts=drafts)], step=2)
+    assert done.writes[0].full == ((0, 1),)
+    assert done.writes[0].tail is None
+    # One draft was accepted: its KV is appended now, together with the next sure token.
+    tokens += [4, 5]
+    done = held.step([more("a", 5, 6 + drafts, drafts=drafts)], step=3)
+    assert done.writes[0].tail == (4, 6, 2)
+
+
+def test_incarnation_is_new_when_a_preempted_request_comes_back() -> None:
+    held = WriteSet(block_tokens=SIZE)
+    held.tracks["a"] = track("a", list(range(6)))
+    held.step([new("a", [1, 2], 6)], step=1)
+    done = held.step([new("a", [5, 6], 6)], step=2)
+    assert done.writes[0].incarnation == 1001
+    assert done.writes[0].full == ((0, 5),)
+    assert done.writes[0].tail == (4, 6, 6)
+
+
+def test_incarnation_is_new_when_the_engine_computes_again_what_it_had() -> None:
+    held = WriteSet(block_tokens=SIZE)
+    held.tracks["a"] = track("a", list(range(6)))
+    held.step([new("a", [1, 2], 6)], step=1)
+    done = held.step([more("a", 4, 6)], step=2)
+    assert done.writes[0].incarnation == 1001
+    assert done.writes[0].full == (), "block 0 is as it was, and has a key"
+    assert done.writes[0].tail == (4, 6, 2)
+    assert done.notes[0].entries[0][0] == 0
+    assert done.reused == [2]
+
+
+def test_restored_blocks_are_named_and_the_tail_is_appended_when_a_request_resumes() -> None:
+    held = WriteSet(block_tokens=SIZE)
+    held.tracks["a"] = track("a", list(range(11)))
+    done = held.step(
+        [new("a", [1, 2, 3], 11, start=10, loaded_keys={0: 111, 1: 222})], step=1
+    )
+    assert done.writes[0].full == ()
+    assert done.writes[0].tail == (8, 11, 3)
+    assert done.notes[0].entries == ((0, 111), (1, 222))
+    assert done.reused == [1, 2, 3]
+
+
+def test_restored_block_is_appended_when_its_key_is_not_known() -> None:
+    held = WriteSet(block_tokens=SIZE)
+    held.tracks["a"] = track("a", list(range(11)))
+    done = held.step([new("a", [1, 2, 3], 11, start=10, loaded_keys={0: 111})], step=1)
+    assert done.writes[0].full == ((1, 2),)
+
+
+def test_nothing_is_shared_when_tokens_do_not_determine_the_kv() -> None:
+    held = WriteSet(block_tokens=SIZE)
+    held.tracks["a"] = track("a", list(range(5)), seed=None)
+    done = held.step([new("a", [1, 2], 5)], step=1)
+    assert done.notes == []
+    held.tracks["b"] = track("b", list(range(5)), seed=None)
+    assert held.step([new("b", [1, 3], 5, start=4, hit=4)], step=2).writes[0].full == ((0, 1),)
+
+
+def test_request_stops_appending_when_the_worker_lost_it() -> None:
+    held = WriteSet(block_tokens=SIZE)
+    held.tracks["a"] = track("a", list(range(5)))
+    held.step([new("a", [1, 2], 5)], step=1)
+    held.lose("a")
+    assert held.step([more("a", 5, 6)], step=2).writes == []
+    held.tracks["b"] = track("b", list(range(5)))
+    assert held.step([new("b", [1, 3], 5, start=4, hit=4)], step=3).writes[0].full == ((0, 1),)
+
+
+def test_request_is_lost_with_a_reason_when_its_blocks_do_not_add_up() -> None:
+    held = WriteSet(block_tokens=SIZE)
+    held.tracks["a"] = track("a", list(range(9)))
+    done = held.step([new("a", [1], 9)], step=1)
+    assert done.writes == []
+    assert done.lost == [("a", "1 blocks known for 9 tokens")]
+
+
+def test_unknown_request_still_reports_its_blocks_when_it_is_not_tracked() -> None:
+    held = WriteSet(block_tokens=SIZE)
+    assert held.step([new("x", [1, 2], 8, start=4, hit=4)], step=1, given=[9]).reused == [9, 2]
+
+
+def test_every_token_is_covered_once_when_engines_do_random_things() -> None:
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    held = WriteSet(block_tokens=SIZE)
+    tokens = [rng.randrange(100) for _ in range(3)]
+    held.tracks["a"] = track("a", tokens)
+    blocks, computed, covered, step = 0, 0, set[int](), 0
+    incarnation = 1000
+    while len(tokens) < 200:
+        step += 1
+        if computed and rng.random() < 0.05:  # preempted
+            computed, blocks, covered, incarnation = 0, 0, set(), incarnation + 1
+        count = min(rng.randrange(1, 9), len(tokens) - computed)
+        need = -(-(computed + count) // SIZE) - blocks
+        ids = [step * 1000 + i for i in range(need)]
+        blocks += need
+        done = held.step([Scheduled("a", ids, computed == 0, computed, computed + count)], step=step)
+        for write in done.writes:
+            assert write.incarnation == incarnation
+            for index, _ in write.full:
+                covered |= set(range(index * SIZE, (index + 1) * SIZE))
+            if write.tail:
+                fresh = set(range(write.tail[0], write.tail[1]))
+                assert not fresh & covered
+                covered |= fresh
+        computed += count
+        assert covered == set(range(computed))
+        if computed == len(tokens):
+            tokens.append(rng.randrange(100))
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        3,
+        {"request": ""},
+        {"request": "x" * 300},
+        {"incarnation": -1},
+        {"incarnation": True},
+        {"restore": "yes"},
+        {"cohort": {"size": 2}},
+        {"cohort": {"id": "c", "deadline_s": "soon"}},
+    ],
+)
+def test_identity_is_refused_when_no_router_would_send_it(own: object) -> None:
+    with pytest.raises(UsageError):
+        parse_identity({"concordia": own}, fallback="f")
+
+
+def test_identity_is_the_fallback_when_a_client_sends_none() -> None:
+    assert parse_identity(None, fallback="f") == Identity(name="f")
+    assert parse_identity({"concordia": False}, fallback="f").is_disabled
+    routed = parse_identity({"concordia": {"request": "r", "restore": True, "tokens": 9}}, fallback="f")
+    assert (routed.name, routed.is_routed, routed.is_restore, routed.tokens_known) == ("r", True, True, 9)
