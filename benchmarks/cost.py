@@ -11,18 +11,17 @@ import asyncio
 import json
 import math
 import pathlib
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from typing import Any, Final
+from typing import Final
 
 from openai import AsyncOpenAI
 from rich.console import Console
 
 from concordia.errors import ConcordiaError
 from concordia.testing.load import ask_all, make_questions
+from concordia.testing.machine import machine
 from concordia.testing.model import make_model
 from concordia.testing.served import Served
 
@@ -56,27 +55,10 @@ def interval(ratios: list[float]) -> tuple[float, float]:
     return ordered[0], ordered[-1]
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    info = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    model = next(
-        (line.split(":")[1].strip() for line in info.splitlines() if "model name" in line), "?"
-    )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    cores = len([line for line in info.splitlines() if line.startswith("processor")])
-    return {
-        "cpu": model,
-        "cores": cores,
-        "python": platform.python_version(),
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--requests", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)

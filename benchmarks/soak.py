@@ -31,6 +31,7 @@ from concordia.testing.fault_plan import (
     make_forward_raise,
 )
 from concordia.testing.load import Answer, Question, ask_all, make_questions
+from concordia.testing.machine import machine
 from concordia.testing.model import make_model
 from concordia.testing.served import Served
 
@@ -214,9 +215,9 @@ class Soak:
             changed += answer.tokens != reference.tokens or answer.text != reference.text
         if lost or doubled or changed:
             wrong.append(f"lost {lost}, doubled {doubled}, answers changed {changed}")
-        gaps = [
-            b - a for x in answers for a, b in zip(x.stamps, x.stamps[1:], strict=False)
-        ] or [0.0]
+        gaps = [b - a for x in answers for a, b in zip(x.stamps, x.stamps[1:], strict=False)] or [
+            0.0
+        ]
         return {
             "lost": lost,
             "doubled": doubled,
@@ -227,7 +228,9 @@ class Soak:
         }
 
     def run(self, state: pathlib.Path) -> list[dict[str, Any]]:
-        rows = [json.loads(line) for line in state.read_text().splitlines()] if state.exists() else []
+        rows = (
+            [json.loads(line) for line in state.read_text().splitlines()] if state.exists() else []
+        )
         deadline = time.monotonic() + self.options.seconds
         self.served = self.start()
         self.references = asyncio.run(self.first_answers())
@@ -281,12 +284,13 @@ def counted(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def summarise(rows: list[dict[str, Any]], left: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    sys.path.insert(0, str(pathlib.Path(__file__).parent))
-    from cost import machine
-
+def summarise(
+    rows: list[dict[str, Any]], left: list[str], options: argparse.Namespace
+) -> dict[str, Any]:
     hits = [h for row in rows for h in row["hits"]]
-    pauses = sorted(row["longest_pause_s"] for row in rows if row.get("longest_pause_s") is not None)
+    pauses = sorted(
+        row["longest_pause_s"] for row in rows if row.get("longest_pause_s") is not None
+    )
     return {
         "machine": machine(),
         "first_seed": options.seed,
@@ -310,7 +314,9 @@ def summarise(rows: list[dict[str, Any]], left: list[str], options: argparse.Nam
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--seed", type=int, default=1000)
@@ -327,7 +333,9 @@ def main(arguments: list[str]) -> int:
     make_model(soak.model, shape=options.shape)
     rows: list[dict[str, Any]] = []
     try:
-        rows = soak.run(options.output / f"state-{options.seed}-tp{options.tensor_parallel_size}.jsonl")
+        rows = soak.run(
+            options.output / f"state-{options.seed}-tp{options.tensor_parallel_size}.jsonl"
+        )
     finally:
         left = soak.leftovers(names_before) if soak.served is not None else []
     result = summarise(rows, left, options)

@@ -25,6 +25,7 @@ from rich.table import Table
 from concordia.errors import ConcordiaError
 from concordia.testing.fault_plan import Hit, Target, hit
 from concordia.testing.load import Answer, Question, ask_all, first_difference, make_questions
+from concordia.testing.machine import machine
 from concordia.testing.model import make_model
 from concordia.testing.served import Served
 
@@ -117,7 +118,7 @@ async def wait_standby(served: Served) -> None:
         await asyncio.to_thread(served.wait_ready, timeout_s=START_TIMEOUT_S, standbys=1)
 
 
-async def perform_all(served: Served, questions: list[Question]) -> list[Run]:
+async def perform_all(served: Served, questions: list[Question], *, kill_at: float) -> list[Run]:
     client = AsyncOpenAI(base_url=served.url, api_key="demo", max_retries=0, timeout=RUN_TIMEOUT_S)
     runs = []
     for name, faults, concordia in (
@@ -125,16 +126,14 @@ async def perform_all(served: Served, questions: list[Question]) -> list[Run]:
         ("unfailed again", [], None),
         (
             "with faults",
-            [(KILL_AT, 1.0, signal.SIGKILL), (STOP_AT, STOP_AT_LATEST, signal.SIGSTOP)],
+            [(kill_at, 1.0, signal.SIGKILL), (STOP_AT, STOP_AT_LATEST, signal.SIGSTOP)],
             None,
         ),
-        ("control: restore off", [(KILL_AT, 1.0, signal.SIGKILL)], {"restore": False}),
+        ("control: restore off", [(kill_at, 1.0, signal.SIGKILL)], {"restore": False}),
     ):
         await wait_standby(served)
         runs.append(
-            await perform(
-                served, client, questions, Run(name), faults=faults, concordia=concordia
-            )
+            await perform(served, client, questions, Run(name), faults=faults, concordia=concordia)
         )
     await client.close()
     return runs
@@ -154,8 +153,7 @@ def judge(runs: list[Run]) -> tuple[dict[str, Any], list[str]]:
     )
     same_logprobs = all(a.logprobs == b.logprobs for a, b in pairs)
     control_differs = any(
-        a.logprobs != b.logprobs
-        for a, b in zip(reference.answers, control.answers, strict=True)
+        a.logprobs != b.logprobs for a, b in zip(reference.answers, control.answers, strict=True)
     )
     faults = []
     for injected, noticed in zip(failed.hits, failed.faults, strict=False):
@@ -261,8 +259,12 @@ def draw(runs: list[Run], path: pathlib.Path) -> None:
         at = injected.stamp_ns / 1e9 - failed.started
         axes.axvline(at, color="crimson", linestyle=":")
         axes.annotate(
-            f"{injected.kind}\nto the engine", (at, 0), xytext=(4, 8), textcoords="offset points",
-            color="crimson", fontsize=9,
+            f"{injected.kind}\nto the engine",
+            (at, 0),
+            xytext=(4, 8),
+            textcoords="offset points",
+            color="crimson",
+            fontsize=9,
         )
     axes.set_xlabel("seconds since the questions were asked")
     axes.set_ylabel("tokens received by the client")
@@ -274,7 +276,9 @@ def draw(runs: list[Run], path: pathlib.Path) -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--shape", default="140m", help="size of the model: tiny, 140m, 1b")
     parser.add_argument("--model-seed", type=int, default=3, help="seed of the weights")
     parser.add_argument("--seed", type=int, default=1, help="seed of the questions")
@@ -282,8 +286,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=1200, help="length of each answer")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--kill-at", type=float, default=KILL_AT, help="share of progress at SIGKILL")
+    parser.add_argument(
+        "--kill-at", type=float, default=KILL_AT, help="share of progress at SIGKILL"
+    )
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("demo-output"))
+    parser.add_argument(
+        "--result", type=pathlib.Path, help="also write the result and the machine here"
+    )
     parser.add_argument("serve", nargs="*", help="more flags for `concordia serve`, after --")
     return parser.parse_args(arguments)
 
@@ -304,14 +313,21 @@ def main(arguments: list[str]) -> int:
     )
     flags = [
         *("--replicas", "1", "--standby", "1", "--served-model-name", "demo"),
-        *("--dtype", options.dtype, "--max-model-len", "4096", "--journal-dir", str(journal_folder())),
+        *(
+            "--dtype",
+            options.dtype,
+            "--max-model-len",
+            "4096",
+            "--journal-dir",
+            str(journal_folder()),
+        ),
         *options.serve,
     ]
     with Served(model, flags, log=output / "serve.log") as served:
         with console.status("starting two engines of stock vLLM (their imports take most of it)"):
             served.wait_ready(timeout_s=START_TIMEOUT_S, standbys=1)
         console.log("serving")
-        runs = asyncio.run(perform_all(served, questions))
+        runs = asyncio.run(perform_all(served, questions, kill_at=options.kill_at))
         code = served.close()
     result, wrong = judge(runs)
     if code != 0:
@@ -321,6 +337,15 @@ def main(arguments: list[str]) -> int:
     console.print(f"picture: {output / 'timeline.png'}")
     for text in wrong:
         console.print(f"[red]wrong: {text}")
+    if options.result is not None:
+        setting = {"shape": options.shape, "requests": options.requests, "tokens": options.tokens}
+        setting |= {
+            "temperature": options.temperature,
+            "dtype": options.dtype,
+            "seed": options.seed,
+        }
+        whole = {"machine": machine(), "setting": setting, "wrong": wrong, **result}
+        options.result.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result), flush=True)
     return 1 if wrong else 0
 

@@ -14,18 +14,26 @@ import numpy as np
 
 ABI_VERSION: Final = 1
 
-LINE_BYTES: Final = 128  # one cache line pair: what one side polls never shares it with what the other writes
+LINE_BYTES: Final = (
+    128  # one cache line pair: what one side polls never shares it with what the other writes
+)
 LEAF_BYTES: Final = 4096  # unit of the payload hash
-ROOT_BYTES_MIN: Final = 256  # the leaf digests are zero-padded to this, so that one XXH3 path serves every length
+ROOT_BYTES_MIN: Final = (
+    256  # the leaf digests are zero-padded to this, so that one XXH3 path serves every length
+)
 
 SEGMENT_MAGIC: Final = 0x31474553_434E4F43  # "CONCSEG1"
 RECORD_MAGIC: Final = 0x52434E43  # "CNCR"
 BOARD_MAGIC: Final = 0x44524F42_434E4F43  # "CONCBORD"
-COMMIT_MULTIPLIER: Final = 0x9E3779B97F4A7C15  # odd, so that every (salt, sequence) gives another commit word
+COMMIT_MULTIPLIER: Final = (
+    0x9E3779B97F4A7C15  # odd, so that every (salt, sequence) gives another commit word
+)
 
 LENT_CAPACITY: Final = 64  # segments that the owner may lend ahead to one stream
 STREAM_CAPACITY: Final = 256  # streams of one journal
-REPLICA_CAPACITY: Final = 64  # replicas registered at one time: active, standby and those being cleared away
+REPLICA_CAPACITY: Final = (
+    64  # replicas registered at one time: active, standby and those being cleared away
+)
 NOT_SEALED: Final = 0xFFFFFFFFFFFFFFFF
 OPERATOR_CAPACITY: Final = 1024  # operators of one executor: a handler of a region is one
 
@@ -60,7 +68,9 @@ TASK_PARITY: Final = 5
 
 # Status of a completed task
 STATUS_OK: Final = 1
-STATUS_JOURNAL_FULL: Final = 2  # no segment lent: the record was not written, its region is unprotected
+STATUS_JOURNAL_FULL: Final = (
+    2  # no segment lent: the record was not written, its region is unprotected
+)
 STATUS_TOO_LARGE: Final = 3  # the record does not fit a segment
 STATUS_HASH_MISMATCH: Final = 4  # payload read for a restore is not what its record promised
 STATUS_BAD_TASK: Final = 5  # the task names what does not exist
@@ -127,13 +137,24 @@ RECORD_HEADER = Struct(
         Field("magic", "u32"),
         Field("version", "u16"),
         Field("kind", "u16"),
-        Field("salt", "u64", note="of the segment's present life: an old lap can never pass as new"),
+        Field(
+            "salt", "u64", note="of the segment's present life: an old lap can never pass as new"
+        ),
         Field("sequence", "u64", note="per stream, from 0, without gaps"),
-        Field("previous_hash", "u64", 2, "XXH3-128 (low, high) of the header before it in this segment"),
+        Field(
+            "previous_hash",
+            "u64",
+            2,
+            "XXH3-128 (low, high) of the header before it in this segment",
+        ),
         Field("key", "u64", 2, "request key: XXH3-128 of the request id"),
         Field("incarnation", "u64"),
         Field("region", "u32"),
-        Field("flags", "u32", note="KV records: tokens per block of the layout, 0 if the writer does not say"),
+        Field(
+            "flags",
+            "u32",
+            note="KV records: tokens per block of the layout, 0 if the writer does not say",
+        ),
         Field("token_start", "u32"),
         Field("token_end", "u32", note="exclusive"),
         Field("payload_bytes", "u64"),
@@ -158,7 +179,12 @@ SEGMENT_HEADER = Struct(
         Field("ordinal", "u64", note="0 is the stream's first segment"),
         Field("salt", "u64"),
         Field("first_sequence", "u64"),
-        Field("predecessor_hash", "u64", 2, "hash of the last header of the segment before, 0 for the first"),
+        Field(
+            "predecessor_hash",
+            "u64",
+            2,
+            "hash of the last header of the segment before, 0 for the first",
+        ),
         Field("segment_bytes", "u64"),
         _pad(180, "reserved"),
         Field("header_crc", "u32"),
@@ -186,17 +212,35 @@ STREAM_CONTROL = Struct(
         Field("writer_pid", "u32"),
         Field("replica", "u64", note="incarnation of the replica, 0 for none"),
         Field("layout_hash", "u64"),
-        Field("sealed_count", "u64", note="records below this sequence may be read; NOT_SEALED while open"),
-        Field("writer_start", "u64", note="start time of writer_pid in clock ticks: a pid alone may be reused"),
-        Field("seal_check", "u64", note="commit_word(stream, sealed_count): a flipped seal is noticed"),
-        Field("identity_crc", "u64", note="CRC32C of this line without state, sealed_count and what follows writer_start"),
+        Field(
+            "sealed_count",
+            "u64",
+            note="records below this sequence may be read; NOT_SEALED while open",
+        ),
+        Field(
+            "writer_start",
+            "u64",
+            note="start time of writer_pid in clock ticks: a pid alone may be reused",
+        ),
+        Field(
+            "seal_check", "u64", note="commit_word(stream, sealed_count): a flipped seal is noticed"
+        ),
+        Field(
+            "identity_crc",
+            "u64",
+            note="CRC32C of this line without state, sealed_count and what follows writer_start",
+        ),
         _pad(40, "owner_reserved"),
         # line 1: the owner writes
-        Field("lent_count", "u64", note="segments ever lent; entry i lies at lent[i % LENT_CAPACITY]"),
+        Field(
+            "lent_count", "u64", note="segments ever lent; entry i lies at lent[i % LENT_CAPACITY]"
+        ),
         _pad(120, "lent_reserved"),
         # line 2: the executor writes
         Field("taken_count", "u64", note="segments ever taken"),
-        Field("committed_count", "u64", note="records committed: a hint for readers, never trusted"),
+        Field(
+            "committed_count", "u64", note="records committed: a hint for readers, never trusted"
+        ),
         Field("committed_bytes", "u64"),
         Field("dropped_count", "u64", note="records lost for want of a segment"),
         Field("segment_offset", "u64", note="first free byte of the present segment"),
@@ -240,7 +284,11 @@ REGISTRATION = Struct(
     "Registration",
     48,
     (
-        Field("replica", "u64", note="incarnation of a replica, 0 for a free entry; the owner writes all of this"),
+        Field(
+            "replica",
+            "u64",
+            note="incarnation of a replica, 0 for a free entry; the owner writes all of this",
+        ),
         Field("session", "u64", note="session id of its process tree"),
         Field("session_start", "u64", note="start time of the session's leader"),
         Field("router_pid", "u64"),
@@ -253,7 +301,9 @@ TASK = Struct(
     "Task",
     128,
     (
-        Field("publish", "u64", note="position + 1 once the slot is valid: lap and index in one word"),
+        Field(
+            "publish", "u64", note="position + 1 once the slot is valid: lap and index in one word"
+        ),
         Field("opcode", "u32"),
         Field("kind", "u32"),
         Field("region", "u32"),
@@ -265,12 +315,20 @@ TASK = Struct(
         Field("blocks", "u64", note="offset of u32 block ids in the ring's argument arena"),
         Field("block_count", "u32"),
         Field("flags", "u32"),
-        Field("source", "u64", note="address of payload bytes (restore: in the pool, bytes: in the arena)"),
+        Field(
+            "source",
+            "u64",
+            note="address of payload bytes (restore: in the pool, bytes: in the arena)",
+        ),
         Field("source_bytes", "u64"),
         Field("step", "u64"),
         Field("stamp_ns", "u64"),
         Field("arg", "u64", note="opcode's own"),
-        Field("span", "u32", note="positions that the task occupies: one, or more when its arguments need more arena"),
+        Field(
+            "span",
+            "u32",
+            note="positions that the task occupies: one, or more when its arguments need more arena",
+        ),
         _pad(12, "reserved"),
     ),
 )
@@ -294,7 +352,11 @@ RING_HEADER = Struct(
     1024,
     (
         # line 0: host producers
-        Field("tail", "u64", note="next position to claim; host threads only, so a locked add is allowed"),
+        Field(
+            "tail",
+            "u64",
+            note="next position to claim; host threads only, so a locked add is allowed",
+        ),
         _pad(120, "line0"),
         # line 1: the executor
         Field("head", "u64", note="positions below this are done"),
@@ -348,12 +410,20 @@ REGION = Struct(
     "Region",
     64,
     (
-        Field("bases", "u64", note="address of base addresses: one per layer, or one of an opaque region"),
+        Field(
+            "bases",
+            "u64",
+            note="address of base addresses: one per layer, or one of an opaque region",
+        ),
         Field("base_count", "u32"),
         Field("region", "u32", note="number of the region, as records carry it"),
         Field("block_count", "u64", note="blocks of a layer, or pages of an opaque region"),
         Field("layout_hash", "u64"),
-        Field("page_hashes", "u64", note="opaque region: address of two u64 per page, the hash last committed"),
+        Field(
+            "page_hashes",
+            "u64",
+            note="opaque region: address of two u64 per page, the hash last committed",
+        ),
         _pad(24, "reserved"),
     ),
 )
@@ -393,7 +463,8 @@ def constants() -> dict[str, int]:
     return {
         name: value
         for name, value in globals().items()
-        if isinstance(value, int) and (name in _CONSTANT_NAMES or name.startswith(_CONSTANT_PREFIXES))
+        if isinstance(value, int)
+        and (name in _CONSTANT_NAMES or name.startswith(_CONSTANT_PREFIXES))
     }
 
 
@@ -407,7 +478,7 @@ def header() -> str:
     lines = [
         "// Generated by concordia.abi; do not edit. Regenerate: python -m concordia.abi",
         "#pragma once",
-        "#include \"types.h\"",
+        '#include "types.h"',
         "",
     ]
     for name, value in constants().items():
@@ -422,11 +493,13 @@ def header() -> str:
             note = f"  // {field.note}" if field.note else ""
             lines.append(f"  {_C_TYPES[field.kind]} {field.name}{array};{note}")
         lines.append("};")
-        lines.append(f"static_assert(sizeof({struct.name}) == {struct.size}, \"{struct.name}\");")
-        lines.append("#if !defined(__CUDACC_RTC__)  // run-time compilation of device code has no offsetof")
+        lines.append(f'static_assert(sizeof({struct.name}) == {struct.size}, "{struct.name}");')
+        lines.append(
+            "#if !defined(__CUDACC_RTC__)  // run-time compilation of device code has no offsetof"
+        )
         for name, offset in struct.offsets().items():
             lines.append(
-                f"static_assert(__builtin_offsetof({struct.name}, {name}) == {offset}, \"{name}\");"
+                f'static_assert(__builtin_offsetof({struct.name}, {name}) == {offset}, "{name}");'
             )
         lines.append("#endif")
     return "\n".join(lines) + "\n"

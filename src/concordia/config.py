@@ -21,32 +21,53 @@ WAIT_TASK_S: Final = 5.0  # a task that takes longer is a fault of the executor
 WAIT_PARK_S: Final = 1.0  # a lease is 10 ms: a hundred leases without leaving is a fault
 
 # --- journal
-SEGMENT_BYTES: Final = 16 << 20  # holds the largest block record met so far (a 70B model's 16 tokens are 5 MiB) with room
+SEGMENT_BYTES: Final = (
+    16 << 20
+)  # holds the largest block record met so far (a 70B model's 16 tokens are 5 MiB) with room
 SEGMENT_BYTES_MIN: Final = 1 << 20
-SEGMENTS_LENT: Final = 4  # lent ahead per stream: at 50 GB/s over a millisecond of owner latency each
+SEGMENTS_LENT: Final = (
+    4  # lent ahead per stream: at 50 GB/s over a millisecond of owner latency each
+)
 SEGMENT_COUNT_MIN: Final = 8
+JOURNAL_BYTES_DEFAULT: Final = (
+    2 << 30
+)  # when nobody knows the size of the KV pool; never more than half of what is free
 OWNER_POLL_S: Final = 0.01  # how often the owner refills lent segments
 OWNER_LINGER_S: Final = 300.0  # how long KV outlives its router
 SOCKET_MESSAGE_BYTES_MAX: Final = 64 << 20
 
 # --- connector
-RESTORE_WAIT_S: Final = 10.0  # a cohort that is not there by then goes on without its missing members
+RESTORE_WAIT_S: Final = (
+    10.0  # a cohort that is not there by then goes on without its missing members
+)
 STEP_DEADLINE_MIN_S: Final = 1.0
 STEP_DEADLINE_FACTOR: Final = 5.0
-LOOKUP_WAIT_S: Final = 1.0  # a prefix looked up in the journal for longer than this is computed instead
+LOOKUP_WAIT_S: Final = (
+    1.0  # a prefix looked up in the journal for longer than this is computed instead
+)
 LOOKUP_THREADS: Final = 2  # one may hash a large restore while the other answers small look-ups
 KNOWN_KEYS_REFRESH_S: Final = 1.0  # how old the engine's picture of the journal's block keys may be
-FINISH_LINGER_S: Final = 5.0  # a routed request's last tokens may still be on their way to the router when it ends
-BLOCK_REUSE_WAIT_S: Final = 1.0  # an append that still reads a block about to be overwritten; then the engine goes first
-IDLE_STEP_WAIT_S: Final = 0.002  # an engine that only waits for a restore asks again this often, instead of spinning
+FINISH_LINGER_S: Final = (
+    5.0  # a routed request's last tokens may still be on their way to the router when it ends
+)
+BLOCK_REUSE_WAIT_S: Final = (
+    1.0  # an append that still reads a block about to be overwritten; then the engine goes first
+)
+IDLE_STEP_WAIT_S: Final = (
+    0.002  # an engine that only waits for a restore asks again this often, instead of spinning
+)
 HEARTBEAT_S: Final = 0.25
-PROBE_ATTEMPTS_MAX: Final = 64  # steps that may pass without proof before a layout stays on whole blocks
+PROBE_ATTEMPTS_MAX: Final = (
+    64  # steps that may pass without proof before a layout stays on whole blocks
+)
 PROBE_PROOFS: Final = 2  # single tokens whose bytes must change exactly as predicted
 REQUEST_NAME_BYTES_MAX: Final = 256  # longer names come from no router of ours
 
 # --- serving
 RECOVERY_TIMEOUT_S: Final = 120.0
-REQUESTS_HELD_MAX: Final = 4096  # requests that wait for a replica during a failover; more are refused with 503
+REQUESTS_HELD_MAX: Final = (
+    4096  # requests that wait for a replica during a failover; more are refused with 503
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ def find_target(session_id: int, target: Target) -> int:
             titles.append((process.pid, process.name() + " " + " ".join(process.cmdline())))
         except psutil.NoSuchProcess:
             continue
-    matching = [pid for pid, title in titles if f"VLLM::{name}" in title]
+    matching: list[int] = [pid for pid, title in titles if f"VLLM::{name}" in title]
     if not matching and target is Target.RANK_LAST:  # one rank lives inside the engine core
         return find_target(session_id, Target.ENGINE_CORE)
     if not matching:
