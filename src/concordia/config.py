@@ -68,6 +68,9 @@ RECOVERY_TIMEOUT_S: Final = 120.0
 REQUESTS_HELD_MAX: Final = (
     4096  # requests that wait for a replica during a failover; more are refused with 503
 )
+GREEDY_TEMPERATURE: Final = 1e-5  # vLLM samples greedily below this
+PROMPTS_MAX: Final = 1024  # prompts of one completion request, as vLLM has it
+TOKENIZER_LOAD_S: Final = 60.0  # a child imports transformers and reads one file
 
 
 @dataclass(frozen=True, slots=True)

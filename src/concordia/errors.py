@@ -73,3 +73,26 @@ class RecoveryError(ConcordiaError):
 
 class ReplicaError(ConcordiaError):
     """A replica could not be started, or is not usable."""
+
+
+class RequestRefused(ConcordiaError):
+    """A client's request cannot be served as asked; `status` is the HTTP status, `param` the field at fault."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        kind: str = "BadRequestError",
+        param: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+class UpstreamBroken(ConcordiaError):
+    """The connection to a replica ended, or said that its engine failed, before the answer was complete."""
