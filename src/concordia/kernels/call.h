@@ -1,0 +1,156 @@
+// One call of a handler: what it is given, who runs it, what it answers.
+//
+// Owns: Call, the lanes and their barriers. Promises: all lanes of an executor enter a handler together, see the same Call, and leave
+// together; lane 0 (the leader) alone writes Call, and the others read it after a grid_sync. Every way out of a handler must be taken
+// by all lanes alike. Called by executor.cu and by every handler. Does not touch ring or journal.
+#pragma once
+#include "portable.h"
+
+struct Journal;
+
+struct Barrier {
+  uint64_t arrived;
+  uint64_t pad[15];  // waiting lanes poll `phase`: keep it off the line that arriving lanes write
+  uint64_t phase;
+  uint64_t pad2[15];
+};
+
+struct Call {
+  Task task;  // the leader's copy of the slot
+  const Operator* op;
+  const Region* region;
+  const uint8_t* arena;
+  uint64_t arena_bytes;
+  Journal* journal;
+  uint8_t* stage;  // payload before it is verified or crosses the bus; stage_bytes is a multiple of kLeafBytes
+  uint64_t stage_bytes;
+  uint64_t* sums;    // eight accumulators per leaf, for the hash in fine grains
+  uint8_t* digests;  // two u64 per leaf, then zeroes up to the length that the root hash wants
+  uint64_t digest_bytes;
+  uint64_t* marks;  // one word per page of a scanned batch
+  uint64_t mark_count;
+  uint64_t lanes;
+  // A handler's working words.
+  uint8_t* place;  // where the reserved record's payload goes, 0 when nothing is reserved
+  uint64_t is_bad;  // any lane sets it
+  uint64_t scratch[8];
+  // Its answer.
+  uint64_t status;
+  uint64_t sequence;
+  uint64_t payload_hash[2];
+  uint64_t result;
+  alignas(128) RecordHeader header;  // the record being committed
+  alignas(128) Barrier barrier;
+};
+
+typedef void (*HandlerFunction)(Call* call, uint64_t lane);
+
+// A handler is a file that includes this one and defines HANDLER { ... } once. The loader looks for these two names.
+#if CONCORDIA_CUDA
+#define HANDLER                                                                   \
+  extern "C" __device__ void concordia_handler(Call* call, uint64_t lane);        \
+  extern "C" __device__ const uint64_t concordia_handler_abi = kAbiVersion;       \
+  extern "C" __device__ HandlerFunction const concordia_handler_pointer = concordia_handler; \
+  extern "C" __device__ void concordia_handler(Call* call, uint64_t lane)
+#else
+#define HANDLER                                                                    \
+  extern "C" __attribute__((visibility("default"), used)) const uint64_t concordia_handler_abi = kAbiVersion; \
+  EXPORT void concordia_handler(Call* call, uint64_t lane)
+#endif
+
+// Lanes of one CTA; the CPU device is one CTA.
+#if CONCORDIA_CUDA
+FUNCTION uint64_t cta_lane(const Call*, uint64_t) { return threadIdx.x; }
+FUNCTION uint64_t cta_lanes(const Call*) { return blockDim.x; }
+FUNCTION bool is_first_cta(const Call*) { return blockIdx.x == 0; }
+FUNCTION void cta_sync(Call*) { __syncthreads(); }
+
+// All lanes of all CTAs. The add releases what this CTA wrote (its lanes came through the CTA's barrier) and the poll acquires what
+// the other CTAs wrote; both at device scope, for no other processor takes part.
+FUNCTION void grid_sync(Call* call) {
+  __syncthreads();
+  if (gridDim.x == 1) return;
+  if (threadIdx.x == 0) {
+    Barrier* barrier = &call->barrier;
+    const uint64_t phase = load<kRelaxed, kDevice>(&barrier->phase);
+    if (add_device(&barrier->arrived, 1) + 1 == gridDim.x) {
+      store<kRelaxed, kDevice>(&barrier->arrived, 0);
+      store<kRelease, kDevice>(&barrier->phase, phase + 1);
+    } else {
+      while (load<kAcquire, kDevice>(&barrier->phase) == phase) {
+      }
+    }
+  }
+  __syncthreads();
+}
+#else
+FUNCTION uint64_t cta_lane(const Call*, uint64_t lane) { return lane; }
+FUNCTION uint64_t cta_lanes(const Call* call) { return call->lanes; }
+FUNCTION bool is_first_cta(const Call*) { return true; }
+
+FUNCTION void grid_sync(Call* call) {
+  if (call->lanes == 1) return;
+  Barrier* barrier = &call->barrier;
+  const uint64_t phase = load<kRelaxed, kDevice>(&barrier->phase);
+  if (add_device(&barrier->arrived, 1) + 1 == call->lanes) {
+    store<kRelaxed, kDevice>(&barrier->arrived, 0);
+    store<kRelease, kDevice>(&barrier->phase, phase + 1);  // pairs with the acquire below
+    return;
+  }
+  while (load<kAcquire, kDevice>(&barrier->phase) == phase) yield_lane();  // more lanes than cores must not spin each other out
+}
+FUNCTION void cta_sync(Call* call) { grid_sync(call); }
+#endif
+
+// Runs body(i) for every i below count, spread over all lanes: neighbours on the GPU, so that a warp's accesses are one; a stretch
+// each on the CPU, so that two lanes never share a cache line but at the seams.
+template <class Body>
+FUNCTION void for_each_lane(const Call* call, uint64_t lane, uint64_t count, Body body) {
+#if CONCORDIA_CUDA
+  for (uint64_t i = lane; i < count; i += call->lanes) body(i);
+#else
+  const uint64_t share = (count + call->lanes - 1) / call->lanes;
+  const uint64_t end = smaller(count, share * (lane + 1));
+  for (uint64_t i = share * lane; i < end; ++i) body(i);
+#endif
+}
+
+// The same over the lanes of this CTA.
+template <class Body>
+FUNCTION void for_each_cta_lane(const Call* call, uint64_t lane, uint64_t count, Body body) {
+  for (uint64_t i = cta_lane(call, lane); i < count; i += cta_lanes(call)) body(i);
+}
+
+// Ends a handler: every lane returns what this returns. Lane 0 notes the status, and the first one noted stays.
+FUNCTION void refuse(Call* call, uint64_t lane, uint64_t status) {
+  if (lane == 0 && call->status == kStatusOk) call->status = status;
+}
+
+// Copies within one lane.
+FUNCTION void copy_bytes(uint8_t* target_ptr, const uint8_t* source_ptr, uint64_t bytes) {
+#if CONCORDIA_CUDA
+  for (uint64_t i = 0; i < bytes; ++i) target_ptr[i] = source_ptr[i];
+#else
+  memcpy(target_ptr, source_ptr, bytes);
+#endif
+}
+
+FUNCTION void zero_bytes(uint8_t* target_ptr, uint64_t bytes) {
+#if CONCORDIA_CUDA
+  for (uint64_t i = 0; i < bytes; ++i) target_ptr[i] = 0;
+#else
+  memset(target_ptr, 0, bytes);
+#endif
+}
+
+// All lanes copy one stretch; both addresses are aligned to 16 bytes. On the GPU these are the wide stores that fill the bus.
+FUNCTION void copy_together(const Call* call, uint64_t lane, uint8_t* target_ptr, const uint8_t* source_ptr, uint64_t bytes) {
+  if constexpr (kDeviceShape) {
+    for_each_lane(call, lane, bytes / 16, [=](uint64_t i) { copy_wide(target_ptr + 16 * i, source_ptr + 16 * i); });
+    if (lane == 0) copy_bytes(target_ptr + bytes / 16 * 16, source_ptr + bytes / 16 * 16, bytes % 16);
+  } else {
+    const uint64_t share = align_up((bytes + call->lanes - 1) / call->lanes, kLineBytes);
+    const uint64_t start = smaller(bytes, share * lane);
+    copy_bytes(target_ptr + start, source_ptr + start, smaller(bytes, start + share) - start);
+  }
+}

@@ -1,0 +1,286 @@
+// What Python calls: submission, completions, control words, and the executor of the CPU device.
+//
+// Owns: the threads of the CPU executor, their sleep and their launches. Promises: calls named concordia_* take plain words, check what
+// they are given and never throw; nothing here waits without a bound. A GPU device uses the submitting half only and launches by itself.
+// Called through ctypes by device/host.py and runtime/ring.py. Does not know handlers or regions.
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+
+#include "executor.h"
+
+// Everything an executor is made of; filled by Python, the same for a GPU, where the addresses are the device's.
+struct ExecutorPlan {
+  uint64_t ring;
+  uint64_t pool, pool_bytes, segment_bytes, control;
+  uint64_t stage, stage_bytes, sums, digests, digest_bytes, marks, mark_count;
+  uint64_t lanes;
+};
+
+struct Host {
+  RingHeader* ring;
+  Executor* executor;
+  uint64_t lanes;
+  pthread_mutex_t mutex;
+  pthread_cond_t launched, returned;
+  uint64_t return_count;  // lanes that came back from a launch, ever
+  uint64_t park_depth;
+  uint64_t rescue_count;  // work found without an executor by the bounded sleep: the leave protocol failed
+  bool is_closing;
+  pthread_t* threads;
+};
+
+struct Lane {
+  Host* host;
+  uint64_t lane;
+};
+
+constexpr uint64_t kSleepNs = 100000000;  // an idle lane looks this often, although it is woken for every launch
+constexpr uint64_t kSpinNs = 20000;       // a waiter spins this long before it sleeps: most tasks are done by then
+
+static struct timespec at_ns(uint64_t ns) { return {(time_t)(ns / 1000000000u), (long)(ns % 1000000000u)}; }
+
+static uint64_t launched_of(const Host* host) { return load<kAcquire, kSystem>(&host->ring->launched); }
+
+// Under the mutex: sends the executor in, unless it is in, or parked.
+static void launch_locked(Host* host) {
+  if (load<kRelaxed, kSystem>(&host->ring->stop) != 0 || load_full(&host->ring->left) != launched_of(host)) return;
+  store<kRelease, kSystem>(&host->ring->launched, launched_of(host) + 1);
+  pthread_cond_broadcast(&host->launched);
+}
+
+static void launch(Host* host) {
+  pthread_mutex_lock(&host->mutex);
+  launch_locked(host);
+  pthread_mutex_unlock(&host->mutex);
+}
+
+// Sleeps until there is a launch that this lane has not run; 0 when there will be none.
+static uint64_t next_launch(Host* host, uint64_t lane, uint64_t last) {
+  pthread_mutex_lock(&host->mutex);
+  while (launched_of(host) == last && !host->is_closing) {
+    const struct timespec until = at_ns(now_ns() + kSleepNs);
+    if (pthread_cond_timedwait(&host->launched, &host->mutex, &until) != ETIMEDOUT || lane != 0) continue;
+    if (load<kRelaxed, kSystem>(&host->ring->stop) == 0 && needs_launch(host->ring)) {
+      host->rescue_count += 1;
+      launch_locked(host);
+    }
+  }
+  const uint64_t found = launched_of(host);
+  pthread_mutex_unlock(&host->mutex);
+  return found == last ? 0 : found;
+}
+
+static void* run_lane(void* argument) {
+  const Lane mine = *static_cast<Lane*>(argument);
+  free(argument);
+  Host* host = mine.host;
+  uint64_t last = 0;
+  for (;;) {
+    const uint64_t now = next_launch(host, mine.lane, last);
+    if (now == 0) return nullptr;
+    last = now;
+    grid_sync(&host->executor->call);  // all lanes are out of the launch before: a GPU's stream order gives the same
+    run_executor(host->executor, mine.lane, last);
+    pthread_mutex_lock(&host->mutex);
+    host->return_count += 1;
+    pthread_cond_broadcast(&host->returned);
+    pthread_mutex_unlock(&host->mutex);
+    // The lease may have ended with work waiting, and no producer will look again.
+    if (mine.lane == 0 && needs_launch(host->ring)) launch(host);
+  }
+}
+
+static void fill_executor(Executor* executor, const ExecutorPlan* plan) {
+  memset(static_cast<void*>(executor), 0, sizeof(*executor));
+  executor->ring = reinterpret_cast<RingHeader*>(plan->ring);
+  Journal* journal = &executor->journal;
+  journal->pool = reinterpret_cast<uint8_t*>(plan->pool);
+  journal->pool_bytes = plan->pool_bytes;
+  journal->segment_bytes = plan->segment_bytes;
+  journal->offset = plan->segment_bytes;
+  journal->control = reinterpret_cast<StreamControl*>(plan->control);
+  Call* call = &executor->call;
+  call->journal = journal;
+  call->stage = reinterpret_cast<uint8_t*>(plan->stage);
+  call->stage_bytes = plan->stage_bytes;
+  call->sums = reinterpret_cast<uint64_t*>(plan->sums);
+  call->digests = reinterpret_cast<uint8_t*>(plan->digests);
+  call->digest_bytes = plan->digest_bytes;
+  call->marks = reinterpret_cast<uint64_t*>(plan->marks);
+  call->mark_count = plan->mark_count;
+  call->lanes = plan->lanes;
+}
+
+static bool start_lanes(Host* host) {
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the process's own threads
+  uint64_t started = 0;
+  for (; started < host->lanes; ++started) {
+    Lane* lane = static_cast<Lane*>(malloc(sizeof(Lane)));
+    if (lane == nullptr) break;
+    *lane = {host, started};
+    if (pthread_create(&host->threads[started], nullptr, run_lane, lane) == 0) continue;
+    free(lane);
+    break;
+  }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  if (started == host->lanes) return true;
+  pthread_mutex_lock(&host->mutex);
+  host->is_closing = true;
+  pthread_cond_broadcast(&host->launched);
+  pthread_mutex_unlock(&host->mutex);
+  for (uint64_t i = 0; i < started; ++i) pthread_join(host->threads[i], nullptr);
+  return false;
+}
+
+static void free_host(Host* host) {
+  pthread_cond_destroy(&host->launched);
+  pthread_cond_destroy(&host->returned);
+  pthread_mutex_destroy(&host->mutex);
+  free(host->threads);
+  free(host->executor);
+  free(host);
+}
+
+EXPORT uint64_t concordia_abi() { return kAbiVersion; }
+
+EXPORT uint64_t concordia_executor_bytes() { return sizeof(Executor); }
+
+// An executor as it starts, to be copied to where it will run.
+EXPORT void concordia_executor_image(void* image_ptr, const ExecutorPlan* plan) {
+  fill_executor(static_cast<Executor*>(image_ptr), plan);
+}
+
+// Starts the CPU executor; null when the system refuses memory or a thread.
+EXPORT Host* concordia_open(const ExecutorPlan* plan) {
+  Host* host = static_cast<Host*>(calloc(1, sizeof(Host)));
+  if (host == nullptr) return nullptr;
+  host->ring = reinterpret_cast<RingHeader*>(plan->ring);
+  host->lanes = plan->lanes;
+  host->executor = static_cast<Executor*>(aligned_alloc(alignof(Executor), align_up(sizeof(Executor), alignof(Executor))));
+  host->threads = static_cast<pthread_t*>(calloc(plan->lanes, sizeof(pthread_t)));
+  pthread_condattr_t monotonic;
+  pthread_condattr_init(&monotonic);
+  pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+  pthread_mutex_init(&host->mutex, nullptr);
+  pthread_cond_init(&host->launched, &monotonic);
+  pthread_cond_init(&host->returned, &monotonic);
+  pthread_condattr_destroy(&monotonic);
+  if (host->executor != nullptr && host->threads != nullptr) {
+    fill_executor(host->executor, plan);
+    if (start_lanes(host)) return host;
+  }
+  free_host(host);
+  return nullptr;
+}
+
+// Asks the executor to leave and waits until every lane is out; false when it did not within the bound, and then it is not parked.
+EXPORT bool concordia_park(Host* host, uint64_t timeout_ns) {
+  const struct timespec until = at_ns(now_ns() + timeout_ns);
+  pthread_mutex_lock(&host->mutex);
+  host->park_depth += 1;
+  store<kRelease, kSystem>(&host->ring->stop, 1);
+  int waited = 0;
+  // Not ring->left: the executor may still take that word back.
+  while (host->return_count != launched_of(host) * host->lanes && waited != ETIMEDOUT)
+    waited = pthread_cond_timedwait(&host->returned, &host->mutex, &until);
+  const bool is_parked = host->return_count == launched_of(host) * host->lanes;
+  if (!is_parked && --host->park_depth == 0) store<kRelease, kSystem>(&host->ring->stop, 0);
+  pthread_mutex_unlock(&host->mutex);
+  return is_parked;
+}
+
+EXPORT void concordia_unpark(Host* host) {
+  pthread_mutex_lock(&host->mutex);
+  if (host->park_depth > 0 && --host->park_depth == 0) {
+    store<kRelease, kSystem>(&host->ring->stop, 0);
+    if (needs_launch(host->ring)) launch_locked(host);
+  }
+  pthread_mutex_unlock(&host->mutex);
+}
+
+// Ends the threads. False when they did not leave within the bound; then nothing is freed, for they may still run.
+EXPORT bool concordia_close(Host* host, uint64_t timeout_ns) {
+  if (!concordia_park(host, timeout_ns)) return false;
+  pthread_mutex_lock(&host->mutex);
+  host->is_closing = true;
+  pthread_cond_broadcast(&host->launched);
+  pthread_mutex_unlock(&host->mutex);
+  for (uint64_t i = 0; i < host->lanes; ++i) pthread_join(host->threads[i], nullptr);
+  free_host(host);
+  return true;
+}
+
+EXPORT uint64_t concordia_rescues(Host* host) {
+  pthread_mutex_lock(&host->mutex);
+  const uint64_t count = host->rescue_count;
+  pthread_mutex_unlock(&host->mutex);
+  return count;
+}
+
+// Hands in a task. With a host it is launched here; without one, kSubmittedNeedsLaunch is the caller's to act on.
+EXPORT int concordia_submit(RingHeader* ring, Host* host, const Task* task, const void* ids_ptr, uint64_t id_count, const void* payload_ptr,
+                            uint64_t payload_bytes, uint64_t* position_ptr) {
+  const int submitted = submit(ring, task, {ids_ptr, id_count, payload_ptr, payload_bytes}, position_ptr);
+  if (submitted != kSubmittedNeedsLaunch || host == nullptr) return submitted;
+  launch(host);
+  return kSubmitted;
+}
+
+EXPORT int concordia_read(const RingHeader* ring, uint64_t position, Completion* found_ptr) { return read_completion(ring, position, found_ptr); }
+
+// Waits for a completion: a short spin, then naps that grow, because the executor does not signal (a GPU cannot).
+EXPORT int concordia_wait(const RingHeader* ring, uint64_t position, uint64_t timeout_ns, Completion* found_ptr) {
+  const uint64_t started_ns = now_ns();
+  uint64_t nap_ns = 10000;
+  for (;;) {
+    const int found = read_completion(ring, position, found_ptr);
+    const uint64_t waited_ns = now_ns() - started_ns;
+    if (found != kPending || waited_ns >= timeout_ns) return found;
+    if (waited_ns < kSpinNs) {
+      pause_lane();
+      continue;
+    }
+    const struct timespec nap = at_ns(smaller(nap_ns, timeout_ns - waited_ns));
+    nanosleep(&nap, nullptr);
+    nap_ns = smaller(nap_ns * 2, 500000);
+  }
+}
+
+EXPORT bool concordia_needs_launch(const RingHeader* ring) { return needs_launch(ring); }
+
+EXPORT uint64_t concordia_load(const uint64_t* word_ptr) { return load<kAcquire, kSystem>(word_ptr); }
+
+EXPORT void concordia_store(uint64_t* word_ptr, uint64_t value) { store<kRelease, kSystem>(word_ptr, value); }
+
+// The table entry first, then the generation: an executor that acknowledges the generation has the new operator.
+EXPORT void concordia_publish_operator(RingHeader* ring, uint64_t opcode, uint64_t operator_address, uint64_t generation) {
+  if (opcode >= kOperatorCapacity) return;
+  store<kRelease, kSystem>(reinterpret_cast<uint64_t*>(ring->operators) + opcode, operator_address);
+  store<kRelease, kSystem>(&ring->generation, generation);
+}
+
+// Host words of a stream's control page, for the detector: details first, then the word that it polls.
+EXPORT void concordia_announce_step(StreamControl* control, uint64_t step, uint64_t tokens) {
+  store<kRelaxed, kSystem>(&control->step_tokens, tokens);
+  store<kRelaxed, kSystem>(&control->step_started_ns, now_ns());
+  store<kRelease, kSystem>(&control->step_started, step);
+}
+
+EXPORT void concordia_step_done(StreamControl* control, uint64_t step) {
+  store<kRelaxed, kSystem>(&control->step_done_ns, now_ns());
+  store<kRelease, kSystem>(&control->step_done, step);
+}
+
+EXPORT void concordia_heartbeat(StreamControl* control, uint64_t waiting_count) {
+  store<kRelaxed, kSystem>(&control->waiting_count, waiting_count);
+  store<kRelease, kSystem>(&control->heartbeat_ns, now_ns());
+}
+
+EXPORT void concordia_count_unprotected(StreamControl* control, uint64_t count) {
+  // One host thread at a time writes this line, so load and store suffice; an add keeps it right if two ever meet.
+  __atomic_fetch_add(&control->unprotected_count, count, __ATOMIC_RELEASE);
+}

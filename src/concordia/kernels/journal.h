@@ -1,0 +1,175 @@
+// How a record gets into the journal: reserve, payload, commit.
+//
+// Owns: the writer's place in its stream. Promises: sequences have no gap; a record is either wholly committed or not there (its commit
+// word, last and released after everything, carries salt and sequence); a writer without a segment drops the record, counts it and goes
+// on. Reads of the control page are checked before they become addresses. Called by handlers, all lanes together. Never waits.
+//
+//   segment:  SegmentHeader | record | record | ... | rest too short for the next record
+//   record:   RecordHeader 256 | payload, zero-padded to 128 | commit word 8, line filled up to 128
+#pragma once
+#include "hash.h"
+
+struct Journal {
+  uint8_t* pool;  // 0: no journal is attached, and every append is dropped
+  uint64_t pool_bytes;
+  uint64_t segment_bytes;
+  StreamControl* control;
+  uint64_t taken;
+  uint64_t segment_start;  // in the pool
+  uint64_t offset;  // first free byte of the segment; segment_bytes when there is none yet
+  uint64_t salt;
+  uint64_t sequence;  // of the next record
+  uint64_t previous_hash[2];  // of the header before it
+  uint64_t committed_bytes;
+  uint64_t dropped;
+};
+
+struct RecordNames {
+  uint64_t kind;
+  uint64_t token_start;
+  uint64_t token_end;
+};
+
+CONSTANT uint64_t record_bytes(uint64_t payload_bytes) {
+  return sizeof(RecordHeader) + align_up(payload_bytes, kLineBytes) + kLineBytes;
+}
+
+FUNCTION void write_header(uint8_t* target_ptr, const void* header_ptr) {
+  for (uint64_t i = 0; i < 256; i += 16) copy_wide(target_ptr + i, static_cast<const uint8_t*>(header_ptr) + i);
+}
+
+// Leader: takes the next lent segment and writes its header; false when none is lent or the entry cannot be true.
+FUNCTION bool take_segment(Call* call, Journal* journal) {
+  StreamControl* control = journal->control;
+  const uint64_t lent = load<kAcquire, kSystem>(&control->lent_count);  // pairs with the owner's release after it filled the entry
+  if (journal->taken >= lent || lent - journal->taken > kLentCapacity) return false;
+  const uint64_t* entry = control->lent + 2 * (journal->taken % kLentCapacity);
+  const uint64_t segment = entry[0] & 0xffffffffu, ordinal = entry[0] >> 32, salt = entry[1];
+  if (segment >= journal->pool_bytes / journal->segment_bytes) return false;
+  static_assert(sizeof(SegmentHeader) == sizeof(RecordHeader), "both are built in call->header");
+  SegmentHeader* header = reinterpret_cast<SegmentHeader*>(&call->header);
+  zero_bytes(reinterpret_cast<uint8_t*>(header), sizeof(*header));
+  header->magic = kSegmentMagic;
+  header->version = kAbiVersion;
+  header->segment = (uint32_t)segment;
+  header->stream = control->stream;
+  header->ordinal = ordinal;
+  header->salt = salt;
+  header->first_sequence = journal->sequence;
+  header->predecessor_hash[0] = journal->previous_hash[0];
+  header->predecessor_hash[1] = journal->previous_hash[1];
+  header->segment_bytes = journal->segment_bytes;
+  header->header_crc = header_crc(reinterpret_cast<const uint8_t*>(header));
+  hash_long(reinterpret_cast<const uint8_t*>(header), sizeof(*header), journal->previous_hash);
+  journal->segment_start = segment * journal->segment_bytes;
+  journal->offset = sizeof(SegmentHeader);
+  journal->salt = salt;
+  journal->taken += 1;
+  write_header(journal->pool + journal->segment_start, header);
+  store<kRelease, kSystem>(&control->taken_count, journal->taken);  // the owner may reuse the entry: we have read it
+  return true;
+}
+
+// Leader: room for a record in this segment or the next; the status that refuses it otherwise.
+FUNCTION uint64_t find_room(Call* call, Journal* journal, uint64_t payload_bytes) {
+  if (journal->pool == nullptr) return kStatusJournalFull;
+  const uint64_t bytes = record_bytes(payload_bytes);
+  if (payload_bytes > journal->segment_bytes || bytes > journal->segment_bytes - sizeof(SegmentHeader)) return kStatusTooLarge;
+  if (kDeviceShape && payload_bytes > call->stage_bytes) return kStatusTooLarge;
+  if (journal->offset + bytes <= journal->segment_bytes || take_segment(call, journal)) return kStatusOk;
+  journal->dropped += 1;
+  store<kRelaxed, kSystem>(&journal->control->dropped_count, journal->dropped);
+  return kStatusJournalFull;
+}
+
+// All lanes: a place in the pool for the payload of the next record, or null, with the reason in call->status. The place is ours until
+// the next reserve; without a commit it is simply used again.
+FUNCTION uint8_t* reserve_record(Call* call, uint64_t lane, uint64_t payload_bytes) {
+  if (lane == 0) {
+    Journal* journal = call->journal;
+    const uint64_t status = find_room(call, journal, payload_bytes);
+    call->place = nullptr;
+    if (status == kStatusOk) call->place = journal->pool + journal->segment_start + journal->offset + sizeof(RecordHeader);
+    refuse(call, lane, status);
+  }
+  grid_sync(call);
+  return call->place;
+}
+
+// Where a handler puts a payload before it is hashed: at its place in the pool, or first in device memory.
+FUNCTION uint8_t* staging_place(Call* call, uint8_t* place_ptr) { return kDeviceShape ? call->stage : place_ptr; }
+
+FUNCTION void fill_header(Call* call, const RecordNames& names, uint64_t payload_bytes) {
+  const Journal* journal = call->journal;
+  const Task* task = &call->task;
+  RecordHeader* header = &call->header;
+  zero_bytes(reinterpret_cast<uint8_t*>(header), sizeof(*header));
+  header->magic = kRecordMagic;
+  header->version = kAbiVersion;
+  header->kind = (uint16_t)names.kind;
+  header->salt = journal->salt;
+  header->sequence = journal->sequence;
+  header->previous_hash[0] = journal->previous_hash[0];
+  header->previous_hash[1] = journal->previous_hash[1];
+  header->key[0] = task->key[0];
+  header->key[1] = task->key[1];
+  header->incarnation = task->incarnation;
+  header->region = task->region;
+  header->flags = task->flags;
+  header->token_start = (uint32_t)names.token_start;
+  header->token_end = (uint32_t)names.token_end;
+  header->payload_bytes = payload_bytes;
+  header->payload_hash[0] = call->payload_hash[0];
+  header->payload_hash[1] = call->payload_hash[1];
+  header->handler_hash = call->op->handler_hash;
+  header->layout_hash = call->region != nullptr ? call->region->layout_hash : journal->control->layout_hash;
+  header->step = task->step;
+  header->stamp_ns = task->stamp_ns;
+}
+
+// Leader: everything of the record is in place; make it count.
+FUNCTION void publish_record(Call* call, uint64_t payload_bytes) {
+  Journal* journal = call->journal;
+  RecordHeader* header = &call->header;
+  const uint64_t padded = align_up(payload_bytes, kLineBytes);
+  zero_bytes(call->place + payload_bytes, padded - payload_bytes);
+  hash_long(reinterpret_cast<const uint8_t*>(header), sizeof(*header), journal->previous_hash);
+  write_header(call->place - sizeof(*header), header);
+  // Released after header and payload: pairs with the acquire of whoever validates the record, here or in another process.
+  store<kRelease, kSystem>(reinterpret_cast<uint64_t*>(call->place + padded),
+                           journal->salt ^ ((journal->sequence + 1) * kCommitMultiplier));
+  journal->offset += record_bytes(payload_bytes);
+  journal->committed_bytes += record_bytes(payload_bytes);
+  call->sequence = journal->sequence++;
+  call->place = nullptr;
+  StreamControl* control = journal->control;
+  store<kRelaxed, kSystem>(&control->segment_offset, journal->offset);
+  store<kRelaxed, kSystem>(&control->committed_bytes, journal->committed_bytes);
+  store<kRelaxed, kSystem>(&control->committed_count, journal->sequence);  // a hint, so it needs no order
+}
+
+// All lanes: commits the payload at `staged_ptr`, whose hash is in call->payload_hash, as the reserved record.
+FUNCTION void commit_record(Call* call, uint64_t lane, const RecordNames& names, const uint8_t* staged_ptr, uint64_t payload_bytes) {
+  if (kDeviceShape) copy_together(call, lane, call->place, staged_ptr, payload_bytes);
+  grid_sync(call);  // every lane's payload is released to the leader
+  if (is_first_cta(call)) {
+    if (lane == 0) fill_header(call, names, payload_bytes);
+    if constexpr (kDeviceShape) {
+      cta_sync(call);
+      uint32_t* shares = reinterpret_cast<uint32_t*>(call->sums);
+      for_each_cta_lane(call, lane, kHeaderWords, [=](uint64_t i) {
+        shares[i] = crc_share(reinterpret_cast<const uint8_t*>(&call->header), i);
+      });
+      cta_sync(call);
+      if (lane == 0) {
+        uint32_t crc = 0;
+        for (uint64_t i = 0; i < kHeaderWords; ++i) crc ^= shares[i];
+        call->header.header_crc = ~crc;
+      }
+    } else if (lane == 0) {
+      call->header.header_crc = header_crc(reinterpret_cast<const uint8_t*>(&call->header));
+    }
+    if (lane == 0) publish_record(call, payload_bytes);
+  }
+  grid_sync(call);
+}

@@ -1,0 +1,26 @@
+// Handler: writes a record's payload back into the region, if its hash is task.key. What is hashed is the staged copy that is then
+// written, so that nothing can change in between. Task: range and blocks as in kv_append, source and source_bytes, key = expected hash.
+#include "journal.h"
+#include "kv.h"
+
+FUNCTION bool is_within(uint64_t start, uint64_t bytes, const uint8_t* outer_ptr, uint64_t outer_bytes) {
+  const uint64_t outer = reinterpret_cast<uint64_t>(outer_ptr);
+  return start >= outer && bytes <= outer_bytes && start - outer <= outer_bytes - bytes;
+}
+
+HANDLER {
+  if (!check_range(call, lane)) return;
+  const Range range = range_of(call);
+  const Task* task = &call->task;
+  const Journal* journal = call->journal;
+  const bool is_ours = is_within(task->source, range.bytes, journal->pool, journal->pool_bytes) ||
+                       is_within(task->source, range.bytes, call->arena, call->arena_bytes);
+  if (range.bytes != task->source_bytes || task->source % 16 != 0 || !is_ours) return refuse(call, lane, kStatusBadTask);
+  if (range.bytes > call->stage_bytes) return refuse(call, lane, kStatusTooLarge);
+  copy_together(call, lane, call->stage, reinterpret_cast<const uint8_t*>(task->source), range.bytes);
+  grid_sync(call);
+  hash_payload(call, lane, call->stage, range.bytes);
+  if (call->payload_hash[0] != task->key[0] || call->payload_hash[1] != task->key[1])
+    return refuse(call, lane, kStatusHashMismatch);
+  move_range<false>(call, lane, range, call->stage);
+}

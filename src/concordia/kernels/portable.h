@@ -1,0 +1,144 @@
+// What one kernel source needs of two compilers: NVRTC for the GPU, the system C++ compiler for the CPU device.
+//
+// Owns: ordered access to shared words, who a lane is, waiting a little, the clock. Promises: the same source has the same meaning on
+// both sides; no free fences (ThreadSanitizer does not know them) but for store_full, the one place where a store must be seen before a
+// later load. Called by every kernel. Inline PTX lives here and nowhere else. Does not know rings, tasks or journals.
+#pragma once
+#include "abi.h"
+
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+#define CONCORDIA_CUDA 1
+#define FUNCTION static __device__ __forceinline__
+#define CONSTANT __device__ constexpr
+#define TABLE static __device__ const
+#define EXPORT extern "C" __device__
+#else
+#define CONCORDIA_CUDA 0
+#include <sched.h>
+#include <string.h>
+#include <time.h>
+#define FUNCTION static inline
+#define CONSTANT constexpr
+#define TABLE static const
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+// The GPU works in fine grains (one lane moves 16 bytes) and stages a payload in its own memory before it crosses the bus; a CPU lane
+// moves whole rows straight into the pool. Tests give the CPU the GPU's shape, so that these paths run without a GPU too.
+#ifndef CONCORDIA_DEVICE_SHAPE
+#define CONCORDIA_DEVICE_SHAPE CONCORDIA_CUDA
+#endif
+constexpr bool kDeviceShape = CONCORDIA_DEVICE_SHAPE != 0;
+
+enum Order { kRelaxed, kAcquire, kRelease };
+enum Scope {
+  kDevice,  // lanes of one executor
+  kSystem,  // other processors and processes too
+};
+
+#if CONCORDIA_CUDA
+// clang-format off
+template <Order order, Scope scope>
+FUNCTION uint64_t load(const uint64_t* word_ptr) {
+  uint64_t value;
+  if constexpr (order == kRelaxed && scope == kDevice)
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(word_ptr) : "memory");
+  else if constexpr (order == kRelaxed)
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word_ptr) : "memory");
+  else if constexpr (scope == kDevice)
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(word_ptr) : "memory");
+  else
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word_ptr) : "memory");
+  return value;
+}
+
+template <Order order, Scope scope>
+FUNCTION void store(uint64_t* word_ptr, uint64_t value) {
+  if constexpr (order == kRelaxed && scope == kDevice)
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" :: "l"(word_ptr), "l"(value) : "memory");
+  else if constexpr (order == kRelaxed)
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" :: "l"(word_ptr), "l"(value) : "memory");
+  else if constexpr (scope == kDevice)
+    asm volatile("st.release.gpu.global.u64 [%0], %1;" :: "l"(word_ptr), "l"(value) : "memory");
+  else
+    asm volatile("st.release.sys.global.u64 [%0], %1;" :: "l"(word_ptr), "l"(value) : "memory");
+}
+
+// A store that every later load of this lane comes after, as all others see it.
+FUNCTION void store_full(uint64_t* word_ptr, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;\n\tfence.sc.sys;" :: "l"(word_ptr), "l"(value) : "memory");
+}
+
+// The load that follows store_full on either side.
+FUNCTION uint64_t load_full(const uint64_t* word_ptr) { return load<kAcquire, kSystem>(word_ptr); }
+
+// Adds to a word that only lanes of this executor touch; never over the bus, where no such thing exists. Returns the value before.
+FUNCTION uint64_t add_device(uint64_t* word_ptr, uint64_t value) {
+  uint64_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;" : "=l"(before) : "l"(word_ptr), "l"(value) : "memory");
+  return before;
+}
+
+FUNCTION uint64_t now_ns() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+FUNCTION void pause_lane() { asm volatile("nanosleep.u32 50;"); }
+FUNCTION void yield_lane() { pause_lane(); }
+FUNCTION bool is_cta_leader() { return threadIdx.x == 0; }
+FUNCTION uint32_t cta_count() { return gridDim.x; }
+FUNCTION uint32_t cta_index() { return blockIdx.x; }
+FUNCTION uint64_t mul_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
+
+struct alignas(16) Wide { uint64_t word[2]; };
+FUNCTION void copy_wide(uint8_t* target_ptr, const uint8_t* source_ptr) {
+  *reinterpret_cast<Wide*>(target_ptr) = *reinterpret_cast<const Wide*>(source_ptr);
+}
+// clang-format on
+#else
+
+constexpr int builtin_order(Order order) {
+  return order == kRelaxed ? __ATOMIC_RELAXED : order == kAcquire ? __ATOMIC_ACQUIRE : __ATOMIC_RELEASE;
+}
+
+template <Order order, Scope scope>
+FUNCTION uint64_t load(const uint64_t* word_ptr) {
+  return __atomic_load_n(word_ptr, builtin_order(order));
+}
+
+template <Order order, Scope scope>
+FUNCTION void store(uint64_t* word_ptr, uint64_t value) {
+  __atomic_store_n(word_ptr, value, builtin_order(order));
+}
+
+// A store that every later load_full comes after: a locked exchange, which is a full barrier and costs the same as a fence.
+FUNCTION void store_full(uint64_t* word_ptr, uint64_t value) {
+  (void)__atomic_exchange_n(word_ptr, value, __ATOMIC_SEQ_CST);
+}
+FUNCTION uint64_t load_full(const uint64_t* word_ptr) { return __atomic_load_n(word_ptr, __ATOMIC_SEQ_CST); }
+
+FUNCTION uint64_t add_device(uint64_t* word_ptr, uint64_t value) {
+  return __atomic_fetch_add(word_ptr, value, __ATOMIC_ACQ_REL);
+}
+
+FUNCTION uint64_t now_ns() {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+FUNCTION void pause_lane() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+FUNCTION void yield_lane() { sched_yield(); }
+FUNCTION uint64_t mul_high(uint64_t a, uint64_t b) { return (uint64_t)(((unsigned __int128)a * b) >> 64); }
+FUNCTION void copy_wide(uint8_t* target_ptr, const uint8_t* source_ptr) { memcpy(target_ptr, source_ptr, 16); }
+#endif
+
+CONSTANT uint64_t align_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
+
+FUNCTION uint64_t smaller(uint64_t a, uint64_t b) { return a < b ? a : b; }
