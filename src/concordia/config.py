@@ -19,6 +19,12 @@ LEASE_NS: Final = 10_000_000  # longest that a foreign driver call can be held u
 IDLE_NS: Final = 200_000  # a CUDA executor leaves after this much silence
 WAIT_TASK_S: Final = 5.0  # a task that takes longer is a fault of the executor
 WAIT_PARK_S: Final = 1.0  # a lease is 10 ms: a hundred leases without leaving is a fault
+HOST_IDLE_NS: Final = 50_000  # the CPU executor spins this long for the next task, then sleeps: waking it costs 5 us
+COMPLETION_LAPS: Final = 8  # completions kept, in laps of the ring: a caller that reads them a few steps late still finds them
+LANES_MAX: Final = 64  # threads of a CPU executor; one is enough, tests use four
+SCAN_PAGES: Final = 4096  # pages whose hashes a scan compares at once: 64 KiB pages make 256 MiB
+COMPILE_WAIT_S: Final = 120.0  # a handler compiles in a second on an idle core; builders share cores
+KERNEL_CACHE_FILES_MAX: Final = 512  # some 30 KB each; the oldest go
 
 # --- journal
 SEGMENT_BYTES: Final = (
@@ -34,6 +40,12 @@ JOURNAL_BYTES_DEFAULT: Final = (
 )  # when nobody knows the size of the KV pool; never more than half of what is free
 OWNER_POLL_S: Final = 0.01  # how often the owner refills lent segments
 OWNER_LINGER_S: Final = 300.0  # how long KV outlives its router
+JOURNAL_EVENTS_MAX: Final = 65_536  # kept for a router that asks late; some 20 MB
+FINISH_GRACE_S: Final = 1.0  # block keys of a request's last steps arrive on another stream
+SCAN_RECORDS_MAX: Final = 2_000  # per stream and round: keeps a round of the owner near 20 ms at worst
+OWNER_START_S: Final = 60.0  # allocating 64 GiB of tmpfs takes about 20 s
+FENCE_WAIT_S: Final = 10.0  # SIGKILL takes effect within milliseconds, unless a driver call holds the process
+CUT_PIN_S: Final = 30.0  # a place told to a restore stays for this long: three times its own bound
 SOCKET_MESSAGE_BYTES_MAX: Final = 64 << 20
 
 # --- connector
@@ -62,6 +74,27 @@ PROBE_ATTEMPTS_MAX: Final = (
 )
 PROBE_PROOFS: Final = 2  # single tokens whose bytes must change exactly as predicted
 REQUEST_NAME_BYTES_MAX: Final = 256  # longer names come from no router of ours
+
+# --- detector
+STEP_DEADLINE_UNLEARNED_S: Final = (
+    30.0  # a maximal prefill that nothing comparable was seen of; measured 12 s for 4,000 tokens on one core
+)
+STEP_SAMPLES_MIN: Final = 8  # finished steps before the fit counts
+STEP_SAMPLES_BIN_MIN: Final = 3  # finished steps of one size before its median counts
+STEP_SAMPLES_PER_BIN: Final = 16  # as many remembered per size: enough to outvote a starved one
+STEP_EXTRAPOLATION_MAX: Final = 4  # times the largest size seen; attention is not linear beyond
+STEP_SPIN_FACTOR: Final = (
+    4.0  # a step that burns processor time is progressing, up to this many deadlines of it
+)
+STEP_SUSPECT_S: Final = 0.25  # a step younger than this is not looked at thread by thread
+UNSCHEDULED_S: Final = (
+    RESTORE_WAIT_S + 5.0  # work at hand and no step: a cohort may hold it back for RESTORE_WAIT_S
+)
+API_SILENT_S: Final = 5.0  # /health unanswered for so long; it takes milliseconds
+API_PERIOD_S: Final = 0.5
+TRACED_S: Final = 2.0  # a profiler or debugger may hold a process for so long before that is a hang
+WATCH_PERIOD_S: Final = 0.05  # how often process states and step words are read
+TREE_PERIOD_S: Final = 1.0  # how often new processes of a replica and their shared memory are looked for
 
 # --- serving
 RECOVERY_TIMEOUT_S: Final = 120.0
