@@ -46,6 +46,7 @@ SCAN_RECORDS_MAX: Final = 2_000  # per stream and round: keeps a round of the ow
 OWNER_START_S: Final = 60.0  # allocating 64 GiB of tmpfs takes about 20 s
 FENCE_WAIT_S: Final = 10.0  # SIGKILL takes effect within milliseconds, unless a driver call holds the process
 CUT_PIN_S: Final = 30.0  # a place told to a restore stays for this long: three times its own bound
+CLEANER_SEGMENTS: Final = 2  # never lent: without room to copy to, a full journal could not be emptied
 SOCKET_MESSAGE_BYTES_MAX: Final = 64 << 20
 
 # --- connector
@@ -95,6 +96,10 @@ API_PERIOD_S: Final = 0.5
 TRACED_S: Final = 2.0  # a profiler or debugger may hold a process for so long before that is a hang
 WATCH_PERIOD_S: Final = 0.05  # how often process states and step words are read
 TREE_PERIOD_S: Final = 1.0  # how often new processes of a replica and their shared memory are looked for
+
+# --- replicas
+KILL_S: Final = 5.0  # SIGKILL takes milliseconds; a process in an uninterruptible wait may never go
+HELPERS_S: Final = 1.0  # Python's resource trackers take 0.12 s to remove a dead engine's names
 
 # --- serving
 RECOVERY_TIMEOUT_S: Final = 120.0

@@ -1,0 +1,282 @@
+"""The processes of one replica, from the first to the last, floor 6.
+
+Owns: who belongs to a replica, the killing of all of it, and the shared-memory names that it leaves. Promises: a process belongs when it is
+of the leader's session, descends from a member, or carries the replica's marker (so one that starts a session of its own is found, too,
+because we are its subreaper); a signal reaches only the process meant (pidfd); `kill` returns after every member is confirmed dead, or
+raises ReplicaError naming who is left; a shared-memory file is removed only when no living process maps it. Called by Replica and the
+watch. It does not decide when to kill.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import pathlib
+import select
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from concordia import config
+from concordia.errors import ReplicaError
+from concordia.recovery.detector import ThreadTimes
+
+MARKER_ENV: Final = "CONCORDIA_REPLICA"
+SHARED_MEMORY: Final = pathlib.Path("/dev/shm")
+_PR_SET_CHILD_SUBREAPER: Final = 36
+_RETRY_MS: Final = 2  # between two rounds when there is nothing to wait on
+_DEAD: Final = frozenset("ZXx")
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process as /proc/PID/stat shows it; pid and start time together name it for good."""
+
+    pid: int
+    name: str
+    state: str
+    parent: int
+    session: int
+    start: int
+
+    @property
+    def is_alive(self) -> bool:
+        return self.state not in _DEAD
+
+
+def become_subreaper() -> None:
+    """Orphans of our descendants become our children, so that none can leave a tree unseen."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise ReplicaError(f"cannot become subreaper: {os.strerror(ctypes.get_errno())}")
+
+
+def read_process(pid: int) -> Process | None:
+    """What /proc says of a process, or None when there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            raw = file.read(1024)
+    except OSError:
+        return None
+    close = raw.rfind(b")")  # the name may hold spaces and parentheses
+    if close < 0:
+        return None
+    fields = raw[close + 2 :].split()
+    name = raw[raw.find(b"(") + 1 : close].decode("utf-8", "replace")
+    return Process(pid, name, fields[0].decode(), int(fields[1]), int(fields[3]), int(fields[19]))
+
+
+def read_thread_times(pid: int) -> ThreadTimes:
+    """Nanoseconds that each thread of a process ran, and waited for a core."""
+    times: dict[int, tuple[int, int]] = {}
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return times
+    for thread in threads:
+        try:
+            with open(f"/proc/{pid}/task/{thread}/schedstat", "rb", buffering=0) as file:
+                run, wait, _ = file.read(128).split()
+        except (OSError, ValueError):
+            continue
+        times[int(thread)] = (int(run), int(wait))
+    return times
+
+
+class ProcessTree:
+    """A replica's processes; `refresh` finds them, `kill` ends them."""
+
+    def __init__(self, leader: int, marker: str) -> None:
+        self.leader = leader
+        self._marker = f"{MARKER_ENV}={marker}".encode()
+        self._members: dict[int, Process] = {}
+        self._known: dict[int, int] = {}  # every member that ever was: pid -> start
+        self._pidfds: dict[int, int] = {}
+        self._foreign: set[tuple[int, int]] = set()  # (pid, start) looked at and not ours
+        self._shared: set[int] = set()  # inodes under /dev/shm that members mapped
+        self.refresh()
+
+    @property
+    def members(self) -> list[Process]:
+        """Living members as of the last refresh, the leader first."""
+        return sorted(self._members.values(), key=lambda p: (p.pid != self.leader, p.pid))
+
+    def pidfd(self, pid: int) -> int | None:
+        """A descriptor that becomes readable when that member ends."""
+        return self._pidfds.get(pid)
+
+    def refresh(self) -> list[Process]:
+        """Look for members anew; returns those that live."""
+        everyone = {p.pid: p for p in _processes()}
+        belongs: set[int] = set()
+        for process in everyone.values():
+            if self._is_member(process):
+                belongs.add(process.pid)
+        grown = True
+        while grown:  # children of members, then their children; bounded by the number of processes
+            found = {p.pid for p in everyone.values() if p.parent in belongs} - belongs
+            belongs |= found
+            grown = bool(found)
+        self._members = {pid: everyone[pid] for pid in belongs if everyone[pid].is_alive}
+        self._known.update((p.pid, p.start) for p in self._members.values())
+        self._reap(everyone.values())
+        for pid in [pid for pid in self._pidfds if pid not in self._members]:
+            os.close(self._pidfds.pop(pid))
+        for process in list(self._members.values()):
+            if process.pid not in self._pidfds:
+                self._open(process)
+        return self.members
+
+    def record_shared_names(self) -> None:
+        """Remember which shared-memory files the members map now; a dead process no longer says."""
+        for pid in self._members:
+            self._shared |= _mapped_shared(pid)
+
+    def kill(self, *, timeout_s: float, spare: Iterable[int] = ()) -> int:
+        """SIGKILL every member except `spare` until none lives; returns how many were killed.
+
+        Raises ReplicaError at the bound. A process forked by one that is just dying is found by the next round.
+        """
+        deadline = time.monotonic() + timeout_s
+        spared = set(spare)
+        killed: set[int] = set()
+        while True:
+            targets = [p for p in self.refresh() if p.pid not in spared]
+            if not targets:
+                return len(killed)
+            if time.monotonic() >= deadline:
+                left = ", ".join(f"{p.name} ({p.pid}, {p.state})" for p in targets)
+                raise ReplicaError(f"still alive {timeout_s:.1f} s after SIGKILL: {left}")
+            for process in targets:
+                self._signal(process.pid, signal.SIGKILL)
+                killed.add(process.pid)
+            self._wait_gone([p.pid for p in targets], deadline)
+
+    def signal_all(self, number: signal.Signals) -> None:
+        """Send a signal to every member."""
+        for process in self.members:
+            self._signal(process.pid, number)
+
+    def helpers(self) -> list[Process]:
+        """Members that only clean up names after the others have ended (Python's resource trackers)."""
+        return [p for p in self.members if b"resource_tracker" in _command(p.pid)]
+
+    def wait_helpers(self, *, timeout_s: float) -> None:
+        """Let the trackers remove what the dead processes had registered; bounded, then they are killed too."""
+        deadline = time.monotonic() + timeout_s
+        self._wait_gone([p.pid for p in self.helpers()], deadline)
+        self.kill(timeout_s=config.KILL_S)
+
+    def remove_shared_names(self) -> list[str]:
+        """Unlink the shared-memory files that the tree mapped and nobody living maps; returns their names."""
+        if self._members:
+            raise ReplicaError(f"processes still live: {[p.pid for p in self.members]}")
+        device = SHARED_MEMORY.stat().st_dev
+        found = {}
+        for entry in os.scandir(SHARED_MEMORY):
+            with contextlib.suppress(FileNotFoundError):
+                status = entry.stat(follow_symlinks=False)
+                if status.st_dev == device and status.st_ino in self._shared and entry.is_file():
+                    found[status.st_ino] = entry.name
+        if not found:
+            return []
+        in_use = set().union(*(_mapped_shared(p.pid) for p in _processes()))
+        removed = [name for inode, name in found.items() if inode not in in_use]
+        for name in removed:
+            (SHARED_MEMORY / name).unlink(missing_ok=True)
+        return removed
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        for descriptor in self._pidfds.values():
+            os.close(descriptor)
+        self._pidfds.clear()
+
+    def _is_member(self, process: Process) -> bool:
+        if self._known.get(process.pid) == process.start:
+            return True
+        if self.leader in (process.session, process.pid):
+            return True
+        if process.parent not in (1, os.getpid()) or (process.pid, process.start) in self._foreign:
+            return False
+        if self._marker in _environment(process.pid):
+            return True
+        self._foreign.add((process.pid, process.start))
+        return False
+
+    def _open(self, process: Process) -> None:
+        try:
+            descriptor = os.pidfd_open(process.pid)
+        except OSError:
+            return
+        again = read_process(process.pid)
+        if again is None or again.start != process.start:  # the number was given to another
+            os.close(descriptor)
+            return
+        self._pidfds[process.pid] = descriptor
+
+    def _signal(self, pid: int, number: signal.Signals) -> None:
+        descriptor = self._pidfds.get(pid)
+        if descriptor is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(descriptor, number)
+
+    def _wait_gone(self, pids: Iterable[int], deadline: float) -> None:
+        waiting = {self._pidfds[pid] for pid in pids if pid in self._pidfds}
+        poll = select.poll()
+        for descriptor in waiting:
+            poll.register(descriptor, select.POLLIN)
+        if not waiting:
+            poll.poll(_RETRY_MS)
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for descriptor, _ in poll.poll(max(1, int(left * 1000))):
+                poll.unregister(descriptor)
+                waiting.discard(descriptor)
+
+    def _reap(self, processes: Iterable[Process]) -> None:
+        """Collect dead members that were handed to us as orphans; the leader belongs to whoever started it."""
+        for process in processes:
+            ours = process.session == self.leader or self._known.get(process.pid) == process.start
+            orphan = process.parent == os.getpid() and process.pid != self.leader
+            if ours and orphan and not process.is_alive:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(process.pid, os.WNOHANG)
+
+
+def _processes() -> Iterator[Process]:
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            process = read_process(int(name))
+            if process is not None:
+                yield process
+
+
+def _environment(pid: int) -> list[bytes]:
+    try:
+        return pathlib.Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _mapped_shared(pid: int) -> set[int]:
+    """Inodes of the files under /dev/shm that a process maps; a semaphore shows under a name it no longer has."""
+    found = set()
+    try:
+        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                fields = line.split(maxsplit=5)
+                if len(fields) == 6 and fields[5].startswith("/dev/shm/"):
+                    found.add(int(fields[4]))
+    except OSError:
+        return found
+    return found
