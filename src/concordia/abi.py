@@ -65,6 +65,7 @@ TASK_CHECKPOINT: Final = 2
 TASK_APPEND: Final = 3
 TASK_RESTORE: Final = 4
 TASK_PARITY: Final = 5
+TASK_GATE: Final = 6  # no launch of the executor below `arg` passes it: launches can be put behind a framework's work
 
 # Status of a completed task
 STATUS_OK: Final = 1

@@ -69,6 +69,19 @@ def read_facts(cubin: bytes) -> Facts:
         raise CompileError(f"not a readable cubin of {len(cubin)} bytes: {error}") from error
 
 
+def initial_word(cubin: bytes, symbol: str) -> int | None:
+    """The 64 bits that a global variable starts with; None when there is no such variable."""
+    try:
+        sections = _sections(cubin)
+        for name, value, home in _placed(cubin, sections):
+            if name == symbol and home and sections[home].kind != _SECTION_NO_BITS:
+                (word,) = struct.unpack_from("<Q", cubin, sections[home].offset + value)
+                return int(word)
+    except (struct.error, IndexError, UnicodeDecodeError, ValueError) as error:
+        raise CompileError(f"not a readable cubin of {len(cubin)} bytes: {error}") from error
+    return None
+
+
 def _read(cubin: bytes) -> Facts:
     sections = _sections(cubin)
     symbols = list(_symbols(cubin, sections))
@@ -122,6 +135,15 @@ def _symbols(cubin: bytes, sections: list[Section]) -> Iterator[tuple[str, int, 
         for at in range(table.offset, table.offset + table.size, 24):
             name, info, _, home = struct.unpack_from("<IBBH", cubin, at)
             yield _text(cubin, names_at + name), info & 0xF, home
+
+
+def _placed(cubin: bytes, sections: list[Section]) -> Iterator[tuple[str, int, int]]:
+    """Name, value and section index of each symbol."""
+    for table in (s for s in sections if s.name == ".symtab"):
+        names_at = sections[table.link].offset
+        for at in range(table.offset, table.offset + table.size, 24):
+            name, _, _, home, value = struct.unpack_from("<IBBHQ", cubin, at)
+            yield _text(cubin, names_at + name), value, home
 
 
 def _attributes(cubin: bytes, section: Section) -> Iterator[tuple[int, tuple[int, ...]]]:

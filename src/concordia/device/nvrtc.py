@@ -37,6 +37,7 @@ def compile_ptx(
     options = [
         f"--gpu-architecture={architecture.replace('sm_', 'compute_')}",
         "--relocatable-device-code=true",
+        "--device-as-default-execution-space",  # constexpr helpers that both compilers share carry no annotation
         STANDARD,
         f"--include-path={include}",
         *(f"--define-macro={define}" for define in defines),

@@ -46,8 +46,10 @@ FUNCTION bool next_task(Executor* executor, uint64_t launch, uint64_t entered_ns
     const uint64_t waited_ns = now_ns() - idle_since_ns;
     const bool is_over = load<kRelaxed, kSystem>(&ring->stop) != 0 || idle_since_ns + waited_ns - entered_ns > lease_ns;
     if (is_over || CONCORDIA_STEP(2)) return !leave(executor, launch, true);
-    // Acquire pairs with the producer's publish: slot and arguments are there.
-    if (load<kAcquire, kSystem>(&slot->publish) == executor->position + 1) return true;
+    // Acquire pairs with the producer's publish: slot and arguments are there. A closed gate ends the launch: the one that may pass was
+    // put behind a framework's work and looks at the ring when that work is done.
+    if (load<kAcquire, kSystem>(&slot->publish) == executor->position + 1)
+      return (slot->kind != kTaskGate || slot->arg <= launch) || !leave(executor, launch, true);
     if (waited_ns > idle_ns) return !leave(executor, launch, false);
     pause_lane();
   }
@@ -69,7 +71,7 @@ FUNCTION void start_task(Executor* executor) {
   store<kRelease, kSystem>(&ring->generation_seen, load<kAcquire, kSystem>(&ring->generation));
   call->op = nullptr;
   call->region = nullptr;
-  if (call->task.kind == kTaskNoop) return;
+  if (call->task.kind == kTaskNoop || call->task.kind == kTaskGate) return;
   if (call->task.opcode < kOperatorCapacity)
     call->op = reinterpret_cast<const Operator*>(
         load<kAcquire, kSystem>(reinterpret_cast<const uint64_t*>(ring->operators) + call->task.opcode));

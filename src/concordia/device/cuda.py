@@ -1,0 +1,138 @@
+"""The CUDA device, floor 2.
+
+Owns: how handler source becomes linted, loaded code on one GPU, and what belongs together there (context, memory, executors).
+Promises: `build` needs no GPU time and is cached; the lint runs on cached code too; everything is given back by `close`.
+Called through driver.open_device. Does not compile (nvrtc.py), judge code (loader.py) or keep the executor going (residency.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from concordia import config
+from concordia.device import nvrtc
+from concordia.device.compiler import KERNELS, HandlerSource, HostCompiler, KernelCache
+from concordia.device.cuda_context import CudaContext, CudaMemory
+from concordia.device.host import HostLibrary
+from concordia.device.loader import CudaCode, CudaImage, lint
+from concordia.device.residency import CudaExecutor
+from concordia.errors import ConcordiaError, DeviceError
+
+if TYPE_CHECKING:
+    from concordia.device.driver import ExecutorPlan
+
+EXECUTOR: Final = HandlerSource.of("executor.cu")
+BALLAST: Final = HandlerSource.of("ballast.cu")
+
+
+class CudaCompiler:
+    """NVRTC and nvJitLink behind the same cache as the host compiler; works without a GPU."""
+
+    def __init__(self, architecture: str, cache: KernelCache | None = None) -> None:
+        self._architecture = architecture
+        self._cache = cache or KernelCache()
+
+    def handler(self, source: HandlerSource) -> CudaImage:
+        """A linted handler; raises CompileError or HandlerRefused."""
+        ptx, key = self._ptx(source)
+        cubin = self._cubin([ptx], name=source.file, key=key)
+        lint(source.file, ptx=ptx, cubin=cubin, registers_max=nvrtc.REGISTERS_MAX)
+        return CudaImage(name=source.file, cubin=cubin, digest=int(key[:16], 16))
+
+    def executor(self) -> CudaImage:
+        """The executor, linked with the ballast so that its launch gives handlers what they may need."""
+        (ptx, key), (ballast, ballast_key) = self._ptx(EXECUTOR), self._ptx(BALLAST)
+        key = f"{key[:32]}{ballast_key[:32]}"
+        cubin = self._cubin([ptx, ballast], name=EXECUTOR.file, key=key)
+        return CudaImage(name=EXECUTOR.file, cubin=cubin, digest=int(key[:16], 16))
+
+    def _ptx(self, source: HandlerSource) -> tuple[bytes, str]:
+        registers = nvrtc.REGISTERS_MAX
+        key = source.key(f"{nvrtc.versions()} {self._architecture} {registers} registers")
+        path = self._cache.get(
+            key,
+            ".ptx",
+            lambda target: _write(
+                target,
+                nvrtc.compile_ptx(
+                    source.code(),
+                    name=source.file,
+                    architecture=self._architecture,
+                    include=KERNELS,
+                    defines=source.defines(),
+                ),
+            ),
+        )
+        return path.read_bytes(), key
+
+    def _cubin(self, parts: list[bytes], *, name: str, key: str) -> bytes:
+        path = self._cache.get(
+            key,
+            ".cubin",
+            lambda target: _write(
+                target, nvrtc.link_cubin(parts, name=name, architecture=self._architecture)
+            ),
+        )
+        return path.read_bytes()
+
+
+class CudaDevice:
+    """One GPU, in the context that the rest of the process uses too."""
+
+    needs_parking = True
+    idle_ns = config.IDLE_NS
+
+    def __init__(self, index: int = 0) -> None:
+        self.name = f"cuda:{index}"
+        self._context = CudaContext(index)
+        try:
+            self._context.set_limits()
+            self.library = HostLibrary(HostCompiler())
+            self._memory = CudaMemory(self._context)
+        except ConcordiaError:
+            self._context.close()
+            raise
+        self._compiler = CudaCompiler(self._context.architecture())
+        self._executors: list[CudaExecutor] = []
+        self._code: list[CudaCode] = []
+        self.share, self.unshare = self._memory.share, self._memory.unshare
+        self.allocate, self.free = self._memory.allocate, self._memory.free
+        self.write, self.read = self._memory.write, self._memory.read
+        self.check_range = self._memory.check_range
+
+    def build(self, source: HandlerSource) -> CudaImage:
+        """A linked and linted handler, from the cache when it is there."""
+        return self._compiler.handler(source)
+
+    def load(self, image: CudaImage) -> CudaCode:
+        """Load a handler; this list, not Python's references, keeps it."""
+        code = CudaCode(image, context=self._context, memory=self._memory)
+        self._code.append(code)
+        return code
+
+    def executor(self, plan: ExecutorPlan) -> CudaExecutor:
+        """The executor of a ring; `plan.lanes` counts its CTAs here."""
+        executor = CudaExecutor(
+            context=self._context,
+            memory=self._memory,
+            library=self.library,
+            image=self._compiler.executor(),
+            plan=plan,
+        )
+        self._executors.append(executor)
+        return executor
+
+    def close(self) -> None:
+        """End what runs, then give everything back."""
+        for executor in self._executors:
+            if not executor.close(config.WAIT_PARK_S):
+                raise DeviceError(f"{self.name}: an executor did not leave; nothing was released")
+        for code in self._code:
+            code.close()
+        self._memory.close()
+        self._context.close()
+
+
+def _write(path: Path, payload: bytes) -> None:
+    path.write_bytes(payload)

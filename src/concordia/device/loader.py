@@ -1,0 +1,117 @@
+"""Handler code on the GPU: whether it may run, and who owns it, floor 2.
+
+Owns: the lint of a compiled handler and loaded modules. Promises: nothing is loaded that could not be called from the executor (more
+registers or stack than it was launched with, constants or shared memory of another kernel, a barrier it has not got, an unresolved
+symbol, another ABI), and a loaded module stays until `close`, whatever Python forgets. Called by cuda.py.
+Does not compile, and does not know when the executor is out: its caller does.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Final
+
+from concordia import abi
+from concordia.device.cubin import Facts, initial_word, read_facts
+from concordia.device.cuda_call import checked
+from concordia.device.cuda_context import CudaContext, CudaMemory
+from concordia.errors import DeviceError, HandlerRefused
+
+POINTER_SYMBOL: Final = "concordia_handler_pointer"
+ABI_SYMBOL: Final = "concordia_handler_abi"
+
+# A pointer call takes what the launch gave: the executor is linked with a ballast function that needs all of this.
+FRAME_BYTES_MAX: Final = 1024
+BARRIER_COUNT_MAX: Final = 1  # barrier 0, the one behind __syncthreads
+
+_SHARED: Final = re.compile(rb"^\s*(?:\.\w+\s+)*\.shared\b", re.MULTILINE)
+_CONSTANT: Final = re.compile(rb"^\s*(?:\.\w+\s+)*\.const\b", re.MULTILINE)
+_BARRIER: Final = re.compile(rb"\bbar(?:rier)?(?:\.cta)?\.(?:sync|arrive|red)[.\w]*\s+([^,;]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class CudaImage:
+    """A linked handler that passed the lint."""
+
+    name: str
+    cubin: bytes
+    digest: int
+
+
+def lint(name: str, *, ptx: bytes, cubin: bytes, registers_max: int) -> None:
+    """Raise HandlerRefused with every reason why the executor must not call this code."""
+    reasons = [*_lint_ptx(ptx), *_lint_facts(read_facts(cubin), registers_max)]
+    version = initial_word(cubin, ABI_SYMBOL)
+    if version is None:
+        reasons.append(f"no {ABI_SYMBOL}: not a handler")
+    elif version != abi.ABI_VERSION:
+        reasons.append(f"built for ABI {version}, this is ABI {abi.ABI_VERSION}")
+    if initial_word(cubin, POINTER_SYMBOL) is None:
+        reasons.append(f"no {POINTER_SYMBOL}: its address could not be found")
+    if reasons:
+        raise HandlerRefused(f"handler {name}: {'; '.join(reasons)}")
+
+
+def _lint_ptx(ptx: bytes) -> list[str]:
+    reasons = []
+    if _SHARED.search(ptx):
+        reasons.append("static shared memory: it would lie over the executor's")
+    if _CONSTANT.search(ptx):
+        reasons.append("__constant__ memory: it would read the executor's bank")
+    barriers = {match.group(1).strip() for match in _BARRIER.finditer(ptx)}
+    if not barriers <= {b"0"}:
+        named = ", ".join(sorted(b.decode() for b in barriers - {b"0"}))
+        reasons.append(f"barriers other than 0: {named}")
+    return reasons
+
+
+def _lint_facts(facts: Facts, registers_max: int) -> list[str]:
+    reasons = []
+    if facts.registers_max > registers_max:
+        reasons.append(f"{facts.registers_max} registers, at most {registers_max}")
+    if facts.frame_bytes_total > FRAME_BYTES_MAX:
+        reasons.append(f"{facts.frame_bytes_total} bytes of stack, at most {FRAME_BYTES_MAX}")
+    if facts.barriers_max > BARRIER_COUNT_MAX:
+        reasons.append(f"{facts.barriers_max} barriers, at most {BARRIER_COUNT_MAX}")
+    if facts.constant_banks:
+        reasons.append(f"constant banks {sorted(facts.constant_banks)}")
+    if facts.shared_bytes:
+        reasons.append(f"{facts.shared_bytes} bytes of shared memory")
+    if facts.undefined:
+        reasons.append(f"unresolved {', '.join(sorted(facts.undefined))}")
+    if not facts.registers:
+        reasons.append("no function in it")
+    return reasons
+
+
+class CudaCode:
+    """One loaded module; the driver keeps its own copy of the cubin."""
+
+    def __init__(self, image: CudaImage, *, context: CudaContext, memory: CudaMemory) -> None:
+        self.name = image.name
+        self._context = context
+        with context.current() as driver:
+            self._module = checked(driver.cuModuleLoadData(image.cubin), f"load {image.name}")
+            try:
+                self.address = self._find_entry(driver, memory)
+            except DeviceError:
+                self.close()
+                raise
+
+    def _find_entry(self, driver: Any, memory: CudaMemory) -> int:
+        symbol = POINTER_SYMBOL.encode()
+        at, size = checked(
+            driver.cuModuleGetGlobal(self._module, symbol), f"find the entry of {self.name}"
+        )
+        address = int.from_bytes(memory.read(int(at), 8), "little") if size == 8 else 0
+        if address == 0:
+            raise HandlerRefused(f"handler {self.name}: {POINTER_SYMBOL} holds no address")
+        return address
+
+    def close(self) -> None:
+        """Unload; the caller has parked the executor and published a table without this code."""
+        module, self._module = self._module, None
+        if module is not None:
+            with self._context.current() as driver:
+                checked(driver.cuModuleUnload(module), f"unload {self.name}")

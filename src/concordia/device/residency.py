@@ -1,0 +1,242 @@
+"""The executor kernel of one ring on a GPU: sent in, leaves, sent in again, floor 2.
+
+Owns: its stream, its state in device memory, the count of launches. Promises: launches are in stream order and numbered, so the kernel
+of launch n never meets that of n + 1; a launch may be put behind the work of another stream, and then nothing submitted after it is
+run before that work is done; what is waited for here has a bound. Called by runtime/executor.py through driver.Executor.
+Does not submit tasks. The kernel leaves by itself (kernels/executor.h): nothing here can hold up the GPU longer than a lease.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from concordia import abi, config
+from concordia.device import nvrtc
+from concordia.device.cuda_call import CudaError, checked
+from concordia.device.cuda_context import CudaContext, CudaMemory
+from concordia.device.loader import CudaImage
+from concordia.errors import DeviceError, UsageError
+
+if TYPE_CHECKING:
+    from concordia.device.driver import ExecutorPlan
+    from concordia.device.host import HostLibrary
+
+THREADS: Final = 512  # of a CTA: with 64 registers each half of a multiprocessor, so that a neighbour still fits beside it
+CTAS_MAX: Final = 8  # more of them resident make a neighbour's matrix product several times slower
+KERNEL: Final = b"concordia_executor"
+SPIN_S: Final = 0.001  # a kernel that was told to leave is out within microseconds: poll this long, then sleep between looks
+SLEEP_S: Final = 0.0005
+KEEPER_WAIT_S: Final = 1.0  # a keeper that is needed is notified; it looks this often anyway
+
+_OFFSETS: Final = abi.RING_HEADER.offsets()
+
+
+class CudaExecutor:
+    """One executor; launched under a lock, looked after by one thread that sleeps while nothing is launched."""
+
+    handle = 0  # there is no compiled launcher: whoever submits calls `launch` when told to
+
+    def __init__(
+        self,
+        *,
+        context: CudaContext,
+        memory: CudaMemory,
+        library: HostLibrary,
+        image: CudaImage,
+        plan: ExecutorPlan,
+    ) -> None:
+        if not 1 <= plan.lanes <= CTAS_MAX:
+            raise UsageError(f"{plan.lanes} CTAs for the executor: use 1 to {CTAS_MAX}")
+        self._context, self._memory, self._library = context, memory, library
+        self._ctas = plan.lanes
+        self._launched_at = plan.ring + _OFFSETS["launched"]
+        self._left_at = plan.ring + _OFFSETS["left"]
+        self._stop_at = plan.ring + _OFFSETS["stop"]
+        self._ring = plan.ring
+        self._lock = threading.Lock()
+        self._wanted = threading.Condition(self._lock)
+        self._park_depth = 0
+        self._is_closed = False
+        self._lost: CudaError | None = None
+        self._load(image)
+        self._state = self._place(replace(plan, lanes=plan.lanes * THREADS))
+        self._values = (ctypes.c_uint64 * 2)(self._state, 0)
+        at = ctypes.addressof(self._values)
+        self._arguments = (ctypes.c_void_p * 2)(at, at + 8)
+        self._keeper = threading.Thread(target=self._keep, name="concordia-lease", daemon=True)
+        self._keeper.start()
+
+    def _load(self, image: CudaImage) -> None:
+        with self._context.current() as driver:
+            self._module = checked(driver.cuModuleLoadData(image.cubin), "load the executor")
+            self._function = checked(
+                driver.cuModuleGetFunction(self._module, KERNEL), "find the executor"
+            )
+            names = driver.CUfunction_attribute
+            for attribute, least in (
+                (names.CU_FUNC_ATTRIBUTE_NUM_REGS, nvrtc.REGISTERS_MAX),
+                (names.CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK, THREADS),
+            ):
+                found = checked(driver.cuFuncGetAttribute(attribute, self._function), attribute.name)
+                if found < least:
+                    raise DeviceError(f"the executor's {attribute.name} is {found}, not {least}")
+            flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+            self._stream = checked(driver.cuStreamCreate(flags), "create the executor's stream")
+            events = driver.CUevent_flags
+            quiet = int(events.CU_EVENT_DISABLE_TIMING)
+            self._out = checked(
+                driver.cuEventCreate(quiet | int(events.CU_EVENT_BLOCKING_SYNC)), "create an event"
+            )
+            self._before = checked(driver.cuEventCreate(quiet), "create an event")
+
+    def _place(self, plan: ExecutorPlan) -> int:
+        size = self._library.executor_bytes()
+        image = ctypes.create_string_buffer(size + 128)
+        start = -(-ctypes.addressof(image) // 128) * 128  # the structure holds lines of 128 bytes
+        self._library.executor_image(start, plan.pack())
+        address = self._memory.allocate(size)
+        self._memory.write(address, ctypes.string_at(start, size))
+        return address
+
+    def launch(self) -> None:
+        """Send the executor in, unless it is in, on its way, or parked."""
+        with self._lock:
+            self._raise_if_lost()
+            launched = self._library.load(self._launched_at)
+            if self._park_depth == 0 and self._library.load(self._left_at) == launched:
+                self._send(launched + 1)
+
+    def launch_after(self, stream: int, submit_gate: Any) -> None:
+        """Put a launch behind the work that is in `stream` now. `submit_gate(n)` submits a task that no launch below n passes."""
+        with self._lock:
+            self._raise_if_lost()
+            launch = self._library.load(self._launched_at) + 1
+            with self._context.current() as driver:
+                checked(driver.cuEventRecord(self._before, stream), "mark the framework's stream")
+                checked(driver.cuStreamWaitEvent(self._stream, self._before, 0), "wait for a stream")
+            submit_gate(launch)
+            if self._park_depth == 0:
+                self._send(launch)
+
+    def _send(self, launch: int) -> None:
+        """Under the lock. The count first: the kernel may be over before the call that launched it is."""
+        self._library.store(self._launched_at, launch)
+        self._values[1] = launch
+        try:
+            with self._context.current() as driver:
+                arguments = ctypes.addressof(self._arguments)
+                checked(
+                    driver.cuLaunchKernel(
+                        self._function, self._ctas, 1, 1, THREADS, 1, 1, 0, self._stream, arguments, 0
+                    ),
+                    "launch the executor",
+                )
+                checked(driver.cuEventRecord(self._out, self._stream), "mark the executor's end")
+        except CudaError as error:
+            self._lost = error
+            raise
+        self._wanted.notify()
+
+    def _raise_if_lost(self) -> None:
+        if self._is_closed:
+            raise DeviceError("the executor is closed")
+        if self._lost is not None:
+            raise CudaError(f"the executor was lost before: {self._lost}", self._lost.status)
+
+    @property
+    def lost(self) -> CudaError | None:
+        """Why this executor will never run again, once that is known."""
+        return self._lost
+
+    def _keep(self) -> None:
+        """A lease may end with work waiting and no producer that looks again: then this thread sends the executor in once more."""
+        seen = 0
+        while True:
+            with self._wanted:
+                while not self._is_closed and self._library.load(self._launched_at) == seen:
+                    self._wanted.wait(KEEPER_WAIT_S)
+                if self._is_closed or self._lost is not None:
+                    return
+                seen = self._library.load(self._launched_at)
+            # Most launches are over by then, and nobody had to be woken for them.
+            time.sleep(config.LEASE_NS / 1e9)
+            try:
+                with self._context.current() as driver:
+                    checked(driver.cuEventSynchronize(self._out), "wait for the executor's end")
+                if self._library.needs_launch(self._ring):
+                    self.launch()
+            except CudaError as error:
+                self._lost = error
+                return
+            except DeviceError:
+                return
+
+    def park(self, timeout_s: float) -> bool:
+        """Ask the kernel to leave and keep it out; True once its stream is empty."""
+        with self._lock:
+            self._park_depth += 1
+            self._library.store(self._stop_at, 1)
+        if self._wait_out(timeout_s):
+            return True
+        self.unpark()
+        return False
+
+    def _wait_out(self, timeout_s: float) -> bool:
+        started = time.monotonic()
+        with self._context.current() as driver:
+            not_ready = driver.CUresult.CUDA_ERROR_NOT_READY
+            while True:
+                (status,) = driver.cuStreamQuery(self._stream)
+                if status != not_ready:
+                    checked((status,), "wait for the executor to leave")
+                    return True
+                waited = time.monotonic() - started
+                if waited > timeout_s:
+                    return False
+                if waited > SPIN_S:
+                    time.sleep(SLEEP_S)
+
+    def unpark(self) -> None:
+        """Undo one `park`; what waits in the ring is run."""
+        with self._lock:
+            self._park_depth -= 1
+            if self._park_depth > 0:
+                return
+            self._library.store(self._stop_at, 0)
+            if self._lost is None and self._library.needs_launch(self._ring):
+                self._send(self._library.load(self._launched_at) + 1)
+
+    def rescues(self) -> int:
+        """Always 0: what the keeper does is part of the protocol here."""
+        return 0
+
+    def close(self, timeout_s: float) -> bool:
+        """Park for good and release everything; a lost context has nothing left to release."""
+        try:
+            if not self.park(timeout_s):
+                return False
+        except CudaError as error:
+            if not error.context_lost:
+                raise
+            self._lost = error
+        with self._wanted:
+            if self._is_closed:
+                return True
+            self._is_closed = True
+            self._wanted.notify_all()
+        self._keeper.join(timeout_s)
+        if self._lost is None:
+            with self._context.current() as driver:
+                for release, what in (
+                    (driver.cuEventDestroy, self._out),
+                    (driver.cuEventDestroy, self._before),
+                    (driver.cuStreamDestroy, self._stream),
+                    (driver.cuModuleUnload, self._module),
+                ):
+                    checked(release(what), "release the executor")
+            self._memory.free(self._state)
+        return True
