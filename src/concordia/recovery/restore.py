@@ -1,0 +1,78 @@
+"""The way back: which records make up a request's KV, and whether their bytes are what was committed.
+
+Owns: RestorePlan, and checking it. Promises: a plan exists only if for every rank its pieces are contiguous from token 0, lie within the pool
+and have the reader's layout; `verify` has hashed every byte with the xxhash library, independent of the code that wrote it, before anybody
+is promised a token; what does not fit is a RecoveryError with its reason, which means a cold start for that request and nothing else.
+Called by integrations from a thread of their own. It writes nothing: the applier does that, on the device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from concordia import abi
+from concordia.errors import Corruption, RecoveryError, WaitTimeout
+from concordia.journal import record
+from concordia.journal.coverage import Cut, Piece
+
+
+@dataclass(frozen=True, slots=True)
+class RestorePlan:
+    """KV of tokens [0, tokens), piece by piece, for every rank; key of each full block, 0 where it has none."""
+
+    tokens: int
+    incarnation: int
+    pieces: dict[int, tuple[Piece, ...]]
+    block_keys: tuple[int, ...]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of all ranks."""
+        return sum(piece.payload_bytes for found in self.pieces.values() for piece in found)
+
+
+def plan_restore(cut: Cut, *, world: int, layout_hash: int, pool_bytes: int) -> RestorePlan:
+    """The plan that this cut allows; raises RecoveryError when it allows none."""
+    if cut.tokens <= 0:
+        raise RecoveryError("the journal has nothing of it")
+    for rank in range(world):
+        _check_rank(cut.pieces.get(rank, []), cut.tokens, rank=rank, layout_hash=layout_hash, pool_bytes=pool_bytes)
+    pieces = {rank: tuple(cut.pieces[rank]) for rank in range(world)}
+    return RestorePlan(cut.tokens, cut.incarnation, pieces, tuple(cut.block_keys))
+
+
+def verify(plan: RestorePlan, pool: memoryview, *, deadline: float) -> None:
+    """Hash every piece of every rank; raises Corruption for the first that differs, WaitTimeout at the deadline (monotonic)."""
+    for rank, pieces in plan.pieces.items():
+        for done, piece in enumerate(pieces):
+            if time.monotonic() >= deadline:
+                raise WaitTimeout(f"{done} of {len(pieces)} pieces of rank {rank} were verified in time")
+            end = piece.pool_offset + piece.payload_bytes
+            found = record.payload_hash(pool[piece.pool_offset : end])
+            if found != piece.payload_hash:
+                raise Corruption(
+                    f"tokens {piece.token_start}..{piece.token_end} of rank {rank} (stream {piece.stream:x}, record {piece.sequence}): "
+                    f"payload hash {found:032x}, committed {piece.payload_hash:032x}"
+                )
+            time.sleep(0)  # the engine's threads want the interpreter too
+
+
+def _check_rank(
+    pieces: Sequence[Piece], tokens: int, *, rank: int, layout_hash: int, pool_bytes: int
+) -> None:
+    at = 0
+    for piece in pieces:
+        where = f"record {piece.sequence} of stream {piece.stream:x} (rank {rank})"
+        if piece.kind not in (abi.KIND_KV_TAIL, abi.KIND_KV_BLOCK):
+            raise RecoveryError(f"{where} is of kind {piece.kind}")
+        if piece.layout_hash not in (0, layout_hash):
+            raise RecoveryError(f"{where} has layout {piece.layout_hash:x}, this engine {layout_hash:x}")
+        if not piece.token_start <= at <= piece.token_end:
+            raise RecoveryError(f"{where} holds tokens {piece.token_start}..{piece.token_end}, needed from {at}")
+        if piece.pool_offset < 0 or piece.payload_bytes < 0 or piece.pool_offset + piece.payload_bytes > pool_bytes:
+            raise RecoveryError(f"{where} points outside the pool")
+        at = piece.token_end
+    if at < tokens:
+        raise RecoveryError(f"rank {rank} has {at} of {tokens} tokens")

@@ -1,0 +1,99 @@
+"""recovery/restore.py.
+
+Invariants: a plan exists only for contiguous pieces of every rank, of this layout, within the pool; one flipped bit anywhere is found, and
+named, before a token is promised; verification ends at its deadline.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import replace
+
+import pytest
+
+from concordia import abi
+from concordia.errors import Corruption, RecoveryError, WaitTimeout
+from concordia.journal import record
+from concordia.journal.coverage import Cut, Piece
+from concordia.recovery.restore import plan_restore, verify
+
+LAYOUT = 0xABC
+
+
+def pieces(pool: bytearray, spans: list[tuple[int, int]], *, rank: int, seed: int) -> list[Piece]:
+    """Pieces with random payloads, put one behind the other into the pool."""
+    rng = random.Random(seed)
+    found = []
+    for number, (start, end) in enumerate(spans):
+        payload = rng.randbytes(700 * (end - start))
+        kind = abi.KIND_KV_BLOCK if end - start == 4 else abi.KIND_KV_TAIL
+        found.append(
+            Piece(
+                rank, kind, start, end, len(pool), len(payload), record.payload_hash(payload),
+                number, 7 + rank, LAYOUT,
+            )
+        )  # fmt: skip
+        pool += payload
+    return found
+
+
+def cut_of(pool: bytearray, world: int = 2) -> Cut:
+    spans = [(0, 4), (4, 8), (8, 9), (9, 10)]
+    found = {rank: pieces(pool, spans, rank=rank, seed=rank) for rank in range(world)}
+    return Cut(10, 1000, found, [1, 2])
+
+
+def test_plan_holds_every_rank_when_the_cut_is_whole() -> None:
+    pool = bytearray()
+    plan = plan_restore(cut_of(pool), world=2, layout_hash=LAYOUT, pool_bytes=len(pool))
+    assert plan.tokens == 10
+    assert plan.payload_bytes == len(pool)
+    verify(plan, memoryview(pool), deadline=time.monotonic() + 5)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda p: [*p[:1], *p[2:]], "needed from 4"),
+        (lambda p: p[:3], "has 9 of 10"),
+        (lambda p: [replace(p[0], layout_hash=1), *p[1:]], "has layout 1"),
+        (lambda p: [replace(p[0], kind=abi.KIND_EVENT), *p[1:]], "of kind 6"),
+        (lambda p: [replace(p[0], pool_offset=1 << 40), *p[1:]], "outside the pool"),
+        (lambda p: [replace(p[0], payload_bytes=-1), *p[1:]], "outside the pool"),
+        (lambda _: [], "has 0 of 10"),
+    ],
+)
+def test_plan_is_refused_when_one_rank_lacks_something(spoil, words) -> None:  # type: ignore[no-untyped-def]
+    pool = bytearray()
+    cut = cut_of(pool)
+    cut.pieces[1] = spoil(cut.pieces[1])
+    with pytest.raises(RecoveryError, match=words):
+        plan_restore(cut, world=2, layout_hash=LAYOUT, pool_bytes=len(pool))
+
+
+def test_plan_is_refused_when_the_journal_has_nothing() -> None:
+    with pytest.raises(RecoveryError, match="nothing"):
+        plan_restore(Cut(), world=1, layout_hash=LAYOUT, pool_bytes=0)
+
+
+def test_flipped_bit_is_named_when_any_byte_differs() -> None:
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    pool = bytearray()
+    plan = plan_restore(cut_of(pool), world=2, layout_hash=LAYOUT, pool_bytes=len(pool))
+    for _ in range(20):
+        at, bit = rng.randrange(len(pool)), 1 << rng.randrange(8)
+        pool[at] ^= bit
+        with pytest.raises(Corruption, match="committed"):
+            verify(plan, memoryview(pool), deadline=time.monotonic() + 5)
+        pool[at] ^= bit
+    verify(plan, memoryview(pool), deadline=time.monotonic() + 5)
+
+
+def test_verification_ends_when_its_deadline_has_passed() -> None:
+    pool = bytearray()
+    plan = plan_restore(cut_of(pool), world=2, layout_hash=LAYOUT, pool_bytes=len(pool))
+    with pytest.raises(WaitTimeout, match="0 of 4"):
+        verify(plan, memoryview(pool), deadline=time.monotonic() - 1)
