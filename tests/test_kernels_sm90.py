@@ -1,0 +1,158 @@
+"""Every kernel as GPU code, without a GPU: compiled, linked and linted for sm_90 by the pinned compilers.
+
+Invariants: each handler passes the lint it must pass before it may be installed; the executor's launch gives what the lint allows;
+whatever could read or write the executor's own memory by mistake is refused with its reason; a compiler's words reach the reader.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+
+from concordia import abi
+from concordia.device import nvrtc
+from concordia.device.compiler import HandlerSource, KernelCache
+from concordia.device.cubin import initial_word, read_facts
+from concordia.device.cuda import CudaCompiler
+from concordia.device.loader import FRAME_BYTES_MAX
+from concordia.errors import CompileError, HandlerRefused
+
+pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings are not installed")
+
+ROWS = {
+    "KV_LAYERS": 16,
+    "KV_HEADS": 8,
+    "KV_ELEMENT_BYTES": 2,
+    "KV_BLOCK_TOKENS": 16,
+    "KV_BLOCK_BYTES": 65536,
+    "KV_BLOCK_STRIDE": 65536,
+    "KV_KEY_DIM": 128,
+    "KV_KEY_OFFSET": 0,
+    "KV_KEY_HEAD_STRIDE": 512,
+    "KV_KEY_TOKEN_STRIDE": 4096,
+    "KV_KEY_ELEMENT_STRIDE": 2,
+    "KV_VALUE_DIM": 128,
+    "KV_VALUE_OFFSET": 256,
+    "KV_VALUE_HEAD_STRIDE": 512,
+    "KV_VALUE_TOKEN_STRIDE": 4096,
+    "KV_VALUE_ELEMENT_STRIDE": 2,
+}
+COLUMNS = ROWS | {"KV_KEY_TOKEN_STRIDE": 2, "KV_KEY_ELEMENT_STRIDE": 64, "KV_BLOCK_TOKENS": 32}
+LATENT = ROWS | {"KV_HEADS": 1, "KV_KEY_DIM": 576, "KV_VALUE_DIM": 0, "KV_KEY_TOKEN_STRIDE": 1152}
+FP8 = ROWS | {"KV_ELEMENT_BYTES": 1, "KV_KEY_ELEMENT_STRIDE": 1, "KV_VALUE_ELEMENT_STRIDE": 1}
+
+HANDLERS = [
+    HandlerSource.of("bytes_append.cu"),
+    HandlerSource.of("page_scan.cu", {"PAGE_BYTES": 65536}),
+    *(
+        HandlerSource.of(file, shape)
+        for file in ("kv_append.cu", "kv_apply.cu", "kv_hash.cu")
+        for shape in (ROWS, COLUMNS, LATENT, FP8)
+    ),
+]
+
+PLAIN = '#include "call.h"\n{before}\nHANDLER {{ {body} }}\n'
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> CudaCompiler:
+    return CudaCompiler("sm_90", KernelCache(tmp_path_factory.mktemp("kernels")))
+
+
+def handler(name: str, body: str, before: str = "") -> HandlerSource:
+    return HandlerSource.of(name, text=PLAIN.format(before=before, body=body))
+
+
+@pytest.mark.parametrize("source", HANDLERS, ids=lambda s: f"{s.file}-{hash(s.constants) & 0xFFF}")
+def test_handler_passes_the_lint_when_compiled_for_sm90(
+    compiler: CudaCompiler, source: HandlerSource
+) -> None:
+    image = compiler.handler(source)
+    facts = read_facts(image.cubin)
+    assert facts.functions == {"concordia_handler"}
+    assert 0 < facts.registers_max <= nvrtc.REGISTERS_MAX
+    assert facts.frame_bytes_total <= FRAME_BYTES_MAX
+    assert initial_word(image.cubin, "concordia_handler_abi") == abi.ABI_VERSION
+
+
+def test_executor_launch_gives_what_the_lint_allows_when_linked(compiler: CudaCompiler) -> None:
+    facts = read_facts(compiler.executor().cubin)
+    assert facts.registers["concordia_executor"] == nvrtc.REGISTERS_MAX
+    assert facts.frame_bytes["concordia_ballast"] >= FRAME_BYTES_MAX
+    assert not facts.undefined
+    assert facts.constant_banks == {0}  # its own parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "body", "reason"),
+    [
+        ("static shared", "", "__shared__ uint64_t w[8]; w[threadIdx.x & 7] = lane; __syncthreads(); call->result = w[0];", "static shared memory"),
+        ("constant", "__constant__ uint64_t table[8] = {1, 2};", "call->result = table[lane & 7];", "__constant__"),
+        ("barrier 5", "", 'asm volatile("bar.sync 5;"); call->result = 1;', "barriers other than 0: 5"),
+        ("named barrier", "", 'asm volatile("barrier.sync 3, 64;"); call->result = 1;', "barriers other than 0"),
+        ("printf", 'extern "C" __device__ int printf(const char*, ...);', 'if (lane == 7) printf("x");', "vprintf"),
+        ("stack", "", "uint64_t a[200]; for (int i = 0; i < 200; ++i) a[i] = call->scratch[i & 7]; a[lane % 200] += 1; call->result = a[call->task.arg % 200];", "bytes of stack"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 16 else "",
+)  # fmt: skip
+def test_lint_refuses_with_the_reason_when_a_handler_would_break_the_executor(
+    compiler: CudaCompiler, name: str, before: str, body: str, reason: str
+) -> None:
+    with pytest.raises(HandlerRefused, match=reason):
+        compiler.handler(handler(name, body, before))
+
+
+def test_lint_refuses_when_the_abi_differs(compiler: CudaCompiler) -> None:
+    text = PLAIN.format(before="", body="call->result = 1;").replace(
+        '#include "call.h"', '#include "call.h"\n#define kAbiVersion (kAbiVersion + 1)'
+    )
+    with pytest.raises(HandlerRefused, match=f"built for ABI {abi.ABI_VERSION + 1}"):
+        compiler.handler(HandlerSource.of("other abi", text=text))
+
+
+def test_lint_refuses_when_the_source_is_no_handler(compiler: CudaCompiler) -> None:
+    text = '#include "call.h"\nextern "C" __device__ uint64_t concordia_nothing = 1;\n'
+    with pytest.raises(HandlerRefused, match="not a handler"):
+        compiler.handler(HandlerSource.of("nothing", text=text))
+
+
+def test_compile_error_carries_the_compilers_words_when_source_is_wrong(
+    compiler: CudaCompiler,
+) -> None:
+    with pytest.raises(CompileError, match="no_such_thing"):
+        compiler.handler(handler("wrong", "call->result = no_such_thing;"))
+
+
+def test_compile_error_names_the_symbol_when_it_is_unresolved(compiler: CudaCompiler) -> None:
+    source = handler(
+        "unresolved", "call->result = elsewhere();", 'extern "C" __device__ uint64_t elsewhere();'
+    )
+    with pytest.raises(CompileError, match="elsewhere"):
+        compiler.handler(source)
+
+
+def test_cubin_is_refused_when_it_is_cut_or_no_cubin(compiler: CudaCompiler) -> None:
+    cubin = compiler.handler(handler("plain", "call->result = 1;")).cubin
+    for damaged in (b"", b"no cubin at all", cubin[: len(cubin) // 2]):
+        with pytest.raises(CompileError, match="not a readable cubin"):
+            read_facts(damaged)
+
+
+def test_cached_code_is_the_same_when_built_again(tmp_path: pathlib.Path) -> None:
+    source = handler("cached", "call->result = lane;")
+    first = CudaCompiler("sm_90", KernelCache(tmp_path)).handler(source)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    again = CudaCompiler("sm_90", KernelCache(tmp_path)).handler(source)
+    assert again == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert [pathlib.Path(name).suffix for name in names] == [".cubin", ".ptx"]
+
+
+def test_digest_differs_when_only_a_constant_does(compiler: CudaCompiler) -> None:
+    text = '#include "call.h"\nHANDLER { call->result = VALUE; }\n'
+    one, two = (
+        compiler.handler(HandlerSource.of("value", {"VALUE": value}, text=text)).digest
+        for value in (1, 2)
+    )
+    assert one != two
