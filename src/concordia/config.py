@@ -44,6 +44,7 @@ JOURNAL_EVENTS_MAX: Final = 65_536  # kept for a router that asks late; some 20 
 FINISH_GRACE_S: Final = 1.0  # block keys of a request's last steps arrive on another stream
 SCAN_RECORDS_MAX: Final = 2_000  # per stream and round: keeps a round of the owner near 20 ms at worst
 OWNER_START_S: Final = 60.0  # allocating 64 GiB of tmpfs takes about 20 s
+OWNER_ANSWER_S: Final = 5.0  # an owner that is busy with a seal answers within a second
 FENCE_WAIT_S: Final = 10.0  # SIGKILL takes effect within milliseconds, unless a driver call holds the process
 CUT_PIN_S: Final = 30.0  # a place told to a restore stays for this long: three times its own bound
 CLEANER_SEGMENTS: Final = 2  # never lent: without room to copy to, a full journal could not be emptied
@@ -109,6 +110,26 @@ REQUESTS_HELD_MAX: Final = (
 GREEDY_TEMPERATURE: Final = 1e-5  # vLLM samples greedily below this
 PROMPTS_MAX: Final = 1024  # prompts of one completion request, as vLLM has it
 TOKENIZER_LOAD_S: Final = 60.0  # a child imports transformers and reads one file
+UPSTREAM_CONNECT_S: Final = 2.0  # replicas listen on loopback: longer is a fault
+EVENT_BYTES_MAX: Final = 64 << 20  # one event may list log-probabilities of a whole vocabulary for several tokens
+PIECES_AHEAD_MAX: Final = 64  # of a request with several answers, read before the client took them
+RENDER_WAIT_S: Final = 10.0  # rendering a prompt takes milliseconds
+RENDER_RETRY_S: Final = 0.2
+SUSPECT_WAIT_S: Final = 1.0  # process death is noticed in a tenth of it; a stream cut off without a fault tries again
+ATTEMPTS_MAX: Final = 4  # submissions without one token; then the engine's own words go to the client
+REPLACE_RETRY_S: Final = 1.0
+REPLACE_POLL_S: Final = 0.02
+ADMISSION_POLL_S: Final = 0.1
+DEADLINE_POLL_S: Final = 0.25  # how exactly the recovery timeout is kept
+RETRY_AFTER_S: Final = 5  # told to a client that is refused for want of an engine
+RECORD_PERIOD_S: Final = 0.01  # the router's records of this long are written together
+OUTCOMES_KEPT_MAX: Final = 65536
+FAULTS_KEPT_MAX: Final = 4096
+COMMIT_WAIT_S: Final = 0.5  # longest that a token is held for its commit; then it goes and its request counts as unprotected
+COMMIT_POLL_S: Final = 0.001
+EVENTS_POLL_S: Final = 1.0
+RECOVERY_BUCKETS_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
+BODY_BYTES_MAX: Final = 64 << 20  # of one client request
 
 
 @dataclass(frozen=True, slots=True)

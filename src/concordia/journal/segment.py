@@ -7,7 +7,6 @@ Called by owner, client, detector and tools. It does not decide who gets a segme
 
 from __future__ import annotations
 
-import mmap
 import os
 import platform
 import stat
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from concordia import abi
+from concordia.device.memory import SharedFile
 from concordia.errors import Corruption, EnvironmentRefused, JournalRefused
 from concordia.journal import folder, record
 from concordia.journal.control import Control
@@ -41,41 +41,13 @@ class Registration(NamedTuple):
     fenced: int
 
 
-class Mapping:
-    """A file mapped shared, and kept out of core dumps."""
-
-    def __init__(self, path: Path, size: int, *, writable: bool, populate: bool = False) -> None:
-        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0)
-        descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
-        try:
-            self._map = mmap.mmap(descriptor, size, flags=flags, prot=protection)
-        except (OSError, ValueError) as error:
-            raise JournalRefused(f"cannot map {size} bytes of {path}: {error}") from error
-        finally:
-            os.close(descriptor)
-        if hasattr(mmap, "MADV_DONTDUMP"):
-            self._map.madvise(mmap.MADV_DONTDUMP)
-        self.size = size
-        self.view = memoryview(self._map)
-        self.address = int(np.frombuffer(self._map, np.uint8).__array_interface__["data"][0])
-
-    def close(self) -> None:
-        """Unmap, or leave that to the last view somebody still holds."""
-        self.view.release()
-        try:
-            self._map.close()
-        except BufferError:
-            return
-
-
 class Pool:
     """All segments of a journal, in one mapped file."""
 
     def __init__(self, path: Path, *, size: int, segment_bytes: int, writable: bool) -> None:
         self.segment_bytes = segment_bytes
         self.segment_count = size // segment_bytes
-        self.mapping = Mapping(path, size, writable=writable)
+        self.mapping = SharedFile.open(path, size, writable=writable)
         self.view = self.mapping.view
 
     @staticmethod
@@ -115,7 +87,7 @@ class Board:
     """The header and all stream controls of a journal, in one mapped file."""
 
     def __init__(self, path: Path, *, writable: bool) -> None:
-        self.mapping = Mapping(path, _BOARD_BYTES, writable=writable)
+        self.mapping = SharedFile.open(path, _BOARD_BYTES, writable=writable)
         self._words = self.mapping.view[:_PAGE].cast("Q")
         body = np.frombuffer(self.mapping.view, np.uint8)[_PAGE:]
         self.controls: npt.NDArray[np.void] = body.view(abi.STREAM_CONTROL.dtype)
@@ -231,14 +203,10 @@ def attach(home: folder.Folder, *, writable: bool = False) -> tuple[Pool, Board]
 
 
 def _allocate(path: Path, size: int) -> None:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        path.unlink()
+        SharedFile.create(path, size).close()
+    except (OSError, EnvironmentRefused) as error:
         raise JournalRefused(f"cannot allocate {size >> 20} MiB for {path}: {error}") from error
-    finally:
-        os.close(descriptor)
 
 
 def _check_pool(path: Path, size: int) -> None:

@@ -31,6 +31,7 @@ class Entry(NamedTuple):
     flags: int = 0
     layout_hash: int = 0
     handler_hash: int = 0
+    stamp_ns: int = 0  # 0 for now; a copy keeps its original's
 
 
 class StreamWriter:
@@ -61,7 +62,8 @@ class StreamWriter:
         made = Record(
             entry.kind, self._salt, self._sequence, self._chain, entry.key, entry.incarnation,
             entry.region, entry.flags, entry.token_start, entry.token_end, len(payload), hashed,
-            entry.handler_hash, entry.layout_hash, entry.step, time.monotonic_ns(), self._offset, 0,
+            entry.handler_hash, entry.layout_hash, entry.step,
+            entry.stamp_ns or time.monotonic_ns(), self._offset, 0,
         )  # fmt: skip
         header = record.pack_record(made)
         self.store(made.payload_offset, payload)

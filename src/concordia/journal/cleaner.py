@@ -1,0 +1,126 @@
+"""Make room: empty segments that hold little, let go of what is wanted least, floor 3.
+
+Owns: the order in which things go. Promises: a live record is copied, committed and entered in the index before its old place is given
+up; first unreferenced blocks go, longest unused first; a request that still runs loses protection only when writers are about to find
+nothing, and by name. It copies with the Python writer in the owner's own process, so the owner needs no compiler: the only reader of
+a copy before a restart is this process, and writer.py says why plain stores are then enough. Called by the owner, a bounded step at a time.
+"""
+
+from __future__ import annotations
+
+from concordia import abi, config
+from concordia.journal.ledger import Held
+from concordia.journal.stream import has_sound_payload
+from concordia.journal.streams import Stream, Streams
+from concordia.journal.writer import Entry
+
+_PLACED = (abi.KIND_KV_TAIL, abi.KIND_KV_BLOCK, abi.KIND_PAGE)  # kinds for which rank and layout matter
+
+
+class Cleaner:
+    """Frees segments when few are left."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._own: dict[tuple[int, int, int], Stream] = {}
+        self._unsound: set[int] = set()  # segments with a damaged payload: left as they are, and reported
+        self.copied_bytes = 0
+        self.copied_count = 0
+        self.evicted_blocks = 0
+        self.unprotected_requests = 0
+
+    @property
+    def low(self) -> int:
+        """Free segments below which cleaning begins."""
+        tenth = self._streams.pool.segment_count // 10
+        return max(config.CLEANER_SEGMENTS + 2, tenth)
+
+    def step(self) -> None:
+        """One bounded piece of work, if there is any to do."""
+        streams = self._streams
+        if len(streams.free) >= self.low:
+            return
+        streams.index.drop_superseded()
+        if streams.give_back_empty() or self._empty_one():
+            return
+        self._let_go()
+
+    def seal(self) -> None:
+        """Close our own streams, so that what they hold outlives us as sealed."""
+        for stream in self._own.values():
+            streams = self._streams
+            streams.read_own(stream)
+            streams.seal(stream)
+        self._own.clear()
+
+    def _empty_one(self) -> bool:
+        """Copy what lives in the emptiest segment elsewhere; False when none is empty enough."""
+        streams = self._streams
+        half = streams.pool.segment_bytes // 2
+        for live, segment, stream in streams.cleanable():
+            if live > half:
+                return False
+            if segment in self._unsound:
+                continue
+            if all(self._copy(held) for held in streams.index.ledger.live(segment)):
+                streams.give_back(stream, segment)
+                return True
+            if not streams.free:
+                return False
+        return False
+
+    def _copy(self, held: Held) -> bool:
+        """Append the record to our stream and let its users follow; False when it cannot be done."""
+        streams = self._streams
+        view = streams.pool.view
+        old = held.record
+        if not has_sound_payload(view, old):
+            self._unsound.add(old.offset // streams.pool.segment_bytes)
+            streams.corrupt_count += 1
+            streams.index.note(
+                {
+                    "event": "corruption",
+                    "reason": f"payload of record {old.sequence} of stream {held.source.stream:#x} is damaged",
+                }
+            )
+            return False
+        own = self._stream_for(held)
+        if own is None or own.writer is None or not streams.supply_own(own):
+            return False
+        entry = Entry(
+            old.kind, old.key, old.incarnation, old.token_start, old.token_end, old.step, old.region,
+            old.flags, old.layout_hash, old.handler_hash, old.stamp_ns,
+        )  # fmt: skip
+        payload = view[old.payload_offset : old.payload_offset + old.payload_bytes]
+        made = own.writer.append(entry, payload, payload_hash=old.payload_hash)
+        streams.read_own(own)
+        streams.index.moved(held, made, own.source)
+        self.copied_bytes += old.payload_bytes
+        self.copied_count += 1
+        return True
+
+    def _stream_for(self, held: Held) -> Stream | None:
+        """Our stream of the same rank, world and layout, because readers take these from the stream."""
+        source = held.source
+        name = source.rank, source.world, source.layout_hash
+        if held.record.kind not in _PLACED and self._own:
+            return next(iter(self._own.values()))
+        if name not in self._own:
+            if not self._streams.free:
+                return None
+            rank, world, layout = name
+            self._own[name] = self._streams.open_own(rank=rank, world=world, layout_hash=layout)
+        return self._own[name]
+
+    def _let_go(self) -> None:
+        """Unreferenced blocks for one segment's worth; requests only when writers find nothing soon."""
+        streams, index = self._streams, self._streams.index
+        if not streams.cleanable():
+            return  # whatever we let go now, no segment would come back
+        target = index.ledger.live_bytes() - streams.pool.segment_bytes
+        while index.ledger.live_bytes() > target and index.keys.drop_oldest():
+            self.evicted_blocks += 1
+        is_urgent = len(streams.free) <= config.CLEANER_SEGMENTS
+        if is_urgent and index.ledger.live_bytes() > target:
+            dropped = index.drop_coldest("the journal is full")
+            self.unprotected_requests += dropped is not None

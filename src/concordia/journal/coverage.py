@@ -1,0 +1,185 @@
+"""What one rank has committed of one incarnation of a request, and the values of a cut, floor 3.
+
+Owns: `Coverage` (spans of tokens by the records that hold them), `Piece` and `Cut`. Promises: a later record of a token range replaces an
+earlier one, so that a walk never takes bytes that were written over; a walk is contiguous from token 0. Called by replay, which knows
+keys and ranks. It does not know segments, streams or liveness: it says which records it stopped wanting.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from concordia import abi
+from concordia.journal.ledger import Held
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One record to restore from; apply the pieces of a rank in their order, later ones win."""
+
+    rank: int
+    kind: int
+    token_start: int
+    token_end: int
+    pool_offset: int  # of the payload
+    payload_bytes: int
+    payload_hash: int
+    sequence: int
+    stream: int
+    layout_hash: int = 0  # as the record's header says
+    step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What may be restored: tokens [0, tokens) of one incarnation, for every rank."""
+
+    tokens: int = 0
+    incarnation: int = 0
+    pieces: dict[int, list[Piece]] = field(default_factory=dict)
+    block_keys: list[int] = field(default_factory=list)  # by block index, 0 where no key is known
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for the owner's socket."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Cut:
+        """The inverse of to_json."""
+        pieces = {int(rank): [Piece(**p) for p in found] for rank, found in value["pieces"].items()}
+        return Cut(value["tokens"], value["incarnation"], pieces, list(value["block_keys"]))
+
+
+class Span:
+    """Tokens [start, end) that a record still holds; end may be below what its header says."""
+
+    __slots__ = ("end", "held", "start")
+
+    def __init__(self, held: Held) -> None:
+        self.held = held
+        self.start = held.record.token_start
+        self.end = held.record.token_end
+
+
+class Coverage:
+    """Spans of one rank; blocks by their start, tails in order of their starts without overlap."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, Span] = {}
+        self._tails: list[Span] = []
+        self._starts: list[int] = []  # of _tails, for bisect
+        self._blocks_end = 0
+        self._reached = 0  # a walk got here through blocks: where the next one may begin
+
+    def add(self, held: Held) -> list[Held]:
+        """Take a record in; returns those that are not wanted any more."""
+        found = held.record
+        if found.token_start >= found.token_end:
+            return [held]
+        if found.kind == abi.KIND_KV_BLOCK:
+            return self._add_block(Span(held))
+        return self._add_tail(Span(held))
+
+    def held(self) -> list[Held]:
+        """Every record that is wanted here."""
+        return [span.held for span in self.blocks.values()] + [span.held for span in self._tails]
+
+    def walk(
+        self, shared: Callable[[int], Held | None], *, is_readable: Callable[[Held], bool], start: int = 0
+    ) -> tuple[int, list[Held]]:
+        """The end of what is contiguous from `start`, and the records that hold it.
+
+        `shared(token)` finds a block that starts at this token through its key.
+        """
+        at = start
+        used: list[Held] = []
+        while True:
+            best, end = None, at
+            block = self.blocks.get(at)
+            if block is not None and is_readable(block.held):
+                best, end = block.held, block.end
+            other = shared(at)
+            if other is not None and other.record.token_end > end:
+                best, end = other, other.record.token_end
+            if best is None:
+                tail = self._tail_at(at)
+                if tail is not None and is_readable(tail.held):
+                    best, end = tail.held, tail.end
+            if best is None:
+                return at, used
+            used.append(best)
+            at = end
+
+    def reach(self, shared: Callable[[int], Held | None]) -> int:
+        """Like walk, for the number alone; remembers where the last block began."""
+        end, used = self.walk(shared, is_readable=lambda _: True, start=self._reached)
+        for held in used:
+            if held.record.kind != abi.KIND_KV_BLOCK:
+                break
+            self._reached = held.record.token_start
+        return end
+
+    def _add_block(self, span: Span) -> list[Held]:
+        dropped = []
+        old = self.blocks.get(span.start)
+        if old is not None:
+            dropped.append(old.held)
+            self._reached = min(self._reached, span.start)
+        self.blocks[span.start] = span
+        self._blocks_end = max(self._blocks_end, span.end)
+        first = bisect_left(self._starts, span.start)
+        last = first
+        while last < len(self._tails) and self._tails[last].end <= span.end:
+            dropped.append(self._tails[last].held)
+            last += 1
+        del self._tails[first:last], self._starts[first:last]
+        return dropped
+
+    def _add_tail(self, span: Span) -> list[Held]:
+        dropped = []
+        while self._tails and self._starts[-1] >= span.start:
+            self._starts.pop()
+            dropped.append(self._tails.pop().held)
+        if self._tails and self._tails[-1].end > span.start:
+            self._tails[-1].end = span.start  # written over from here on
+        if span.start < self._blocks_end:
+            dropped += self._rewind_blocks(span.start)
+        self._tails.append(span)
+        self._starts.append(span.start)
+        return dropped
+
+    def _rewind_blocks(self, at: int) -> list[Held]:
+        """Tokens from `at` on were written again: blocks beyond it are stale, one may be cut short."""
+        dropped = []
+        for start in [start for start, block in self.blocks.items() if block.end > at]:
+            if start >= at:
+                dropped.append(self.blocks.pop(start).held)
+            else:
+                self.blocks[start].end = at
+        self._blocks_end = at
+        self._reached = 0
+        return dropped
+
+    def _tail_at(self, start: int) -> Span | None:
+        at = bisect_left(self._starts, start)
+        if at < len(self._starts) and self._starts[at] == start:
+            return self._tails[at]
+        return None
+
+
+def pieces_of(helds: Sequence[Held], *, rank: int, tokens: int) -> list[Piece]:
+    """The pieces among these that hold tokens below `tokens`."""
+    found = []
+    for held in helds:
+        r = held.record
+        if r.token_start < tokens:
+            found.append(
+                Piece(
+                    rank, r.kind, r.token_start, r.token_end, r.payload_offset, r.payload_bytes,
+                    r.payload_hash, r.sequence, held.source.stream, r.layout_hash, r.step,
+                )
+            )  # fmt: skip
+    return found

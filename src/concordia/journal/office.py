@@ -1,0 +1,222 @@
+"""What the owner answers to each request, floor 3.
+
+Owns: the operations of the protocol and the check of their arguments. Promises: before it says what is committed it reads what was
+committed since; a place it tells stays where it is until the restore has had its time. Called by desk for every line.
+It keeps no state of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from concordia import abi
+from concordia.errors import JournalError
+from concordia.journal import fence
+from concordia.journal.control import Identity
+from concordia.journal.coverage import Cut
+
+if TYPE_CHECKING:
+    from concordia.journal.desk import Peer
+    from concordia.journal.owner import Owner
+    from concordia.journal.streams import Stream
+
+_U32 = 1 << 32
+_U64 = 1 << 64
+_U128 = 1 << 128
+
+
+class Office:
+    """One method per operation; the names are the protocol."""
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+        self._opened: dict[str, tuple[int, int]] = {}  # nonce: slot and stream, for a repeated request
+        self._operations: dict[str, Callable[[Peer, dict[str, Any]], Any]] = {
+            "hello": self._hello,
+            "open_stream": self._open_stream,
+            "close_stream": self._close_stream,
+            "register_replica": self._register,
+            "release_replica": self._release,
+            "seal_replica": self._seal,
+            "cut": self._cut,
+            "match_prefix": self._match_prefix,
+            "known_keys": self._known_keys,
+            "committed": self._committed,
+            "finish": self._finish,
+            "events": self._events,
+            "stats": self._stats,
+            "shutdown": self._shutdown,
+        }
+
+    def answer(self, peer: Peer, operation: str, arguments: dict[str, Any]) -> Any:
+        """Dispatch one request; raises ConcordiaError, KeyError, TypeError or ValueError."""
+        found = self._operations.get(operation)
+        if found is None:
+            raise JournalError(f"there is no operation {operation!r}")
+        return found(peer, arguments)
+
+    def _hello(self, peer: Peer, arguments: dict[str, Any]) -> dict[str, int]:
+        board = self._owner.streams.board
+        return {
+            "pid": os.getpid(),
+            "epoch": board.owner_epoch,
+            "segment_bytes": board.segment_bytes,
+            "segment_count": board.segment_count,
+        }
+
+    def _open_stream(self, peer: Peer, arguments: dict[str, Any]) -> dict[str, int]:
+        nonce = str(arguments["nonce"])
+        if nonce in self._opened:
+            slot, stream = self._opened[nonce]
+            return {"slot": slot, "stream": stream}
+        replica = _number(arguments, "replica", _U64)
+        self._owner.replicas.check_may_write(replica)
+        writer = fence.find_process(peer.pid)
+        if writer is None:
+            raise JournalError(f"writer {peer.pid} cannot be seen by the owner: another pid namespace?")
+        world = _number(arguments, "world", 1 << 16)
+        rank = _number(arguments, "rank", 1 << 16)
+        kind = _number(arguments, "writer_kind", _U32)
+        if kind not in (abi.WRITER_RANK, abi.WRITER_SCHEDULER, abi.WRITER_ROUTER) or rank >= world:
+            raise JournalError(f"writer kind {kind}, rank {rank} of {world}: no such writer")
+        layout = _number(arguments, "layout_hash", _U64)
+        identity = Identity(0, kind, rank, world, peer.pid, writer.start, replica, layout)
+        opened = self._owner.streams.open(identity, str(arguments["label"]))
+        self._owner.watch(peer.pid, writer.start)
+        self._opened[nonce] = opened.control.slot, opened.identity.stream
+        return {"slot": opened.control.slot, "stream": opened.identity.stream}
+
+    def _close_stream(self, peer: Peer, arguments: dict[str, Any]) -> int:
+        stream = self._stream(arguments)
+        if stream is None:
+            return 0
+        if stream.identity.writer_pid != peer.pid:
+            raise JournalError(f"process {peer.pid} is not the writer of {stream.control.label}")
+        self._owner.streams.release(stream)
+        return stream.reader.sequence
+
+    def _register(self, peer: Peer, arguments: dict[str, Any]) -> bool:
+        router = fence.find_process(peer.pid)
+        if router is None:
+            raise JournalError(f"router {peer.pid} cannot be seen by the owner")
+        replica = _number(arguments, "replica", _U64)
+        session = _number(arguments, "session_id", _U32)
+        self._owner.replicas.register(replica, session=session, router_pid=peer.pid)
+        self._owner.watch(peer.pid, router.start)
+        return True
+
+    def _release(self, peer: Peer, arguments: dict[str, Any]) -> bool:
+        return self._owner.replicas.release(_number(arguments, "replica", _U64))
+
+    def _seal(self, peer: Peer, arguments: dict[str, Any]) -> dict[str, int]:
+        sealed = self._owner.replicas.seal(_number(arguments, "replica", _U64))
+        return {str(stream): count for stream, count in sealed.items()}
+
+    def _cut(self, peer: Peer, arguments: dict[str, Any]) -> dict[str, Any]:
+        self._owner.streams.scan_all()
+        cut = self._owner.streams.index.cut(
+            _number(arguments, "key", _U128),
+            tokens_known=_number(arguments, "tokens_known", _U32),
+            layout_hash=_number(arguments, "layout_hash", _U64),
+            world=_number(arguments, "world", 1 << 16),
+        )
+        return self._pinned(cut)
+
+    def _match_prefix(self, peer: Peer, arguments: dict[str, Any]) -> dict[str, Any]:
+        self._owner.streams.scan_all()
+        cut = self._owner.streams.index.match_prefix(
+            [int(key) for key in arguments["keys"]],
+            layout_hash=_number(arguments, "layout_hash", _U64),
+            world=_number(arguments, "world", 1 << 16),
+        )
+        return self._pinned(cut)
+
+    def _known_keys(self, peer: Peer, arguments: dict[str, Any]) -> list[int]:
+        self._owner.streams.scan_all()
+        layout = _number(arguments, "layout_hash", _U64)
+        return self._owner.streams.index.keys.known((layout, _number(arguments, "world", 1 << 16)))
+
+    def _committed(self, peer: Peer, arguments: dict[str, Any]) -> int:
+        self._owner.streams.scan_all()
+        return self._owner.streams.index.committed(_number(arguments, "key", _U128))
+
+    def _finish(self, peer: Peer, arguments: dict[str, Any]) -> bool:
+        self._owner.streams.index.finish(_number(arguments, "key", _U128), now=time.monotonic())
+        return True
+
+    def _events(self, peer: Peer, arguments: dict[str, Any]) -> list[Any]:
+        self._owner.streams.scan_all()
+        index = self._owner.streams.index
+        after = _number(arguments, "after", _U64)
+        epoch = self._owner.streams.board.owner_epoch << 32
+        if after >> 32 != epoch >> 32:
+            after = epoch  # of an owner before: everything again, rather than anything never
+        return [
+            epoch + index.event_count,
+            [event for number, event in index.events if epoch + number > after],
+        ]
+
+    def _stats(self, peer: Peer, arguments: dict[str, Any]) -> dict[str, Any]:
+        owner = self._owner
+        streams, cleaner = owner.streams, owner.cleaner
+        return {
+            "pid": os.getpid(),
+            "epoch": streams.board.owner_epoch,
+            "size_bytes": streams.pool.segment_bytes * streams.pool.segment_count,
+            "segment_bytes": streams.pool.segment_bytes,
+            "segments": streams.pool.segment_count,
+            "segments_free": len(streams.free),
+            "live_bytes": streams.index.ledger.live_bytes(),
+            "requests": len(streams.index.requests),
+            "peers": len(owner.desk.peers),
+            "corruptions": streams.corrupt_count,
+            "copied_records": cleaner.copied_count,
+            "copied_bytes": cleaner.copied_bytes,
+            "evicted_blocks": cleaner.evicted_blocks,
+            "unprotected_requests": cleaner.unprotected_requests,
+            "events": streams.index.event_count,
+            "streams": [_describe(stream) for stream in streams.by_slot.values()],
+            **streams.index.keys.counts(),
+        }
+
+    def _shutdown(self, peer: Peer, arguments: dict[str, Any]) -> bool:
+        self._owner.is_stopping = True
+        return True
+
+    def _stream(self, arguments: dict[str, Any]) -> Stream | None:
+        found = self._owner.streams.by_slot.get(_number(arguments, "slot", abi.STREAM_CAPACITY))
+        return found if found is not None and found.identity.stream == arguments["stream"] else None
+
+    def _pinned(self, cut: Cut) -> dict[str, Any]:
+        self._owner.streams.pin(cut)
+        return cut.to_json()
+
+
+def _describe(stream: Stream) -> dict[str, Any]:
+    control, identity = stream.control, stream.identity
+    return {
+        "slot": control.slot,
+        "stream": identity.stream,
+        "label": control.label,
+        "writer_kind": identity.writer_kind,
+        "rank": identity.rank,
+        "world": identity.world,
+        "replica": identity.replica,
+        "is_sealed": stream.is_sealed,
+        "end": stream.end.value,
+        "records": stream.reader.sequence,
+        "committed_bytes": control.word("committed_bytes"),
+        "dropped_records": control.dropped_count,
+        "unprotected": control.word("unprotected_count"),
+        "segments": len(stream.segments),
+    }
+
+
+def _number(arguments: dict[str, Any], name: str, below: int) -> int:
+    value = arguments[name]
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < below:
+        raise JournalError(f"{name} is {value!r}, not an integer in [0, {below})")
+    return value

@@ -1,0 +1,347 @@
+"""The owner: a small process that owns segments and seals, and outlives router and engines, floor 3.
+
+Owns: the lock of a journal, its loop, and starting it. Promises: one owner per journal (flock); what a dead owner left is adopted while
+somebody still writes, else reported and removed; with nobody attached for `linger_s` it removes every file and ends; no round of the
+loop waits for anybody. Called as `python -m concordia.journal.owner` through `spawn_owner`. It never touches CUDA and never reads KV,
+except to copy records when it cleans.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import select
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import concordia
+from concordia import config
+from concordia.errors import ConcordiaError, JournalError, JournalRefused, WaitTimeout
+from concordia.journal import fence, segment
+from concordia.journal.cleaner import Cleaner
+from concordia.journal.desk import Desk, Line
+from concordia.journal.folder import Folder, fit_size
+from concordia.journal.office import Office
+from concordia.journal.replicas import Replicas
+from concordia.journal.segment import Board, Pool
+from concordia.journal.streams import Streams
+from concordia.journal.survey import Survey, survey
+
+_SLOW_ROUND_S: Final = 1.0  # what need not happen at every poll
+
+
+class Owner:
+    """Everything of one journal, and the loop that keeps it going."""
+
+    def __init__(self, home: Folder, pool: Pool, board: Board, *, linger_s: float) -> None:
+        self.is_stopping = False
+        self._home = home
+        self._linger_s = linger_s
+        self._idle_since = time.monotonic()
+        self._slow_at = 0.0
+        self._selector = selectors.DefaultSelector()
+        self._watched: dict[tuple[int, int], int] = {}  # pid and start: pidfd
+        self.streams = Streams(pool, board)
+        self.cleaner = Cleaner(self.streams)
+        self.replicas = Replicas(self.streams)
+        self.office = Office(self)
+
+    def listen(self) -> None:
+        """Begin to answer."""
+        self.desk = Desk(self._selector, self._home.socket, self.office.answer)
+
+    def adopt(self, found: Survey) -> None:
+        """Go on with a journal whose owner died."""
+        self.streams.adopt(found)
+        for stream in list(self.streams.by_slot.values()):
+            identity = stream.identity
+            if not stream.is_released:
+                self.watch(identity.writer_pid, identity.writer_start)
+        for pid, start in self.replicas.routers():
+            self.watch(pid, start)
+
+    def watch(self, pid: int, start: int) -> None:
+        """Learn of the end of this process; at once when it is over already."""
+        if (pid, start) in self._watched:
+            return
+        descriptor = fence.open_process(pid, start)
+        if descriptor is None:
+            self._process_ended(pid, start)
+            return
+        self._watched[pid, start] = descriptor
+
+        def ended(_mask: int) -> None:
+            self._selector.unregister(descriptor)
+            os.close(self._watched.pop((pid, start)))
+            self._process_ended(pid, start)
+
+        self._selector.register(descriptor, selectors.EVENT_READ, ended)
+
+    def run(self) -> None:
+        """Until nobody is attached for the time of linger, or somebody says stop."""
+        while not self.is_stopping:
+            for key, mask in self._selector.select(self._pause_s()):
+                key.data(mask)
+            self.round()
+
+    def round(self) -> None:
+        """What has to happen now; every part of it is bounded."""
+        now = time.monotonic()
+        self.streams.board.beat()
+        self.streams.scan_all()
+        self.streams.index.settle(now)
+        self.streams.lend_all()
+        self.cleaner.step()
+        self.replicas.step()
+        if now >= self._slow_at:
+            self._slow_at = now + _SLOW_ROUND_S
+            self.streams.index.drop_superseded()
+            self.streams.give_back_empty()
+            if self._is_attached():
+                self._idle_since = now
+            elif now - self._idle_since >= self._linger_s:
+                self.is_stopping = True
+
+    def close(self) -> None:
+        """Remove everything; who still has the files mapped keeps only memory without a name."""
+        self.desk.close()
+        self._home.remove(keep_lock=True)
+
+    def _pause_s(self) -> float:
+        open_count = sum(not stream.is_sealed for stream in self.streams.by_slot.values())
+        return config.OWNER_POLL_S if open_count or self.replicas.is_fencing else 0.1
+
+    def _is_attached(self) -> bool:
+        return bool(self.desk.peers or self._watched or self.replicas.is_fencing)
+
+    def _process_ended(self, pid: int, start: int) -> None:
+        """A writer or a router is gone."""
+        for stream in list(self.streams.by_slot.values()):
+            identity = stream.identity
+            if (identity.writer_pid, identity.writer_start) == (pid, start):
+                self.streams.seal(stream)
+                if not self.replicas.is_registered(identity.replica):
+                    self.streams.release(stream)
+        orphans = self.replicas.router_died(pid, start, now=time.monotonic())
+        if orphans:
+            _say(f"router {pid} died: sealed and ended replicas {orphans}")
+
+
+def spawn_owner(
+    journal: Path,
+    *,
+    size_bytes: int | None,
+    segment_bytes: int = config.SEGMENT_BYTES,
+    linger_s: float = config.OWNER_LINGER_S,
+    pool: Path | None = None,
+) -> int:
+    """The pid of an owner that answers for this journal: the living one, or a new one.
+
+    A new owner adopts what writers still use and removes what nobody does; `pool` may name a devdax
+    device or a file on hugetlbfs. Raises JournalRefused or WaitTimeout.
+    """
+    home = Folder(journal)
+    home.make()
+    found = _ask_pid(home)
+    if found is not None:
+        return found
+    reader, writer = os.pipe()
+    command = [sys.executable, "-m", "concordia.journal.owner", str(journal), str(writer)]
+    settings = {
+        "size_bytes": size_bytes,
+        "segment_bytes": segment_bytes,
+        "linger_s": linger_s,
+        "pool": str(pool) if pool else None,
+    }
+    # The owner takes no part in the OpenMP and BLAS pools that its parent may have sized.
+    paths = [str(Path(concordia.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+    }
+    started = subprocess.Popen(
+        [*command, json.dumps(settings)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=[writer],
+        start_new_session=True,
+        env=environment,
+        cwd="/",
+    )
+    os.close(writer)
+    try:
+        return _await_ready(reader, home)
+    finally:
+        os.close(reader)
+        started.wait(timeout=config.OWNER_START_S)  # it has forked: the owner is nobody's child
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m concordia.journal.owner JOURNAL READY_FD SETTINGS`: become the owner."""
+    journal, ready, settings = Path(arguments[0]), int(arguments[1]), json.loads(arguments[2])
+    if os.fork():
+        os._exit(0)  # so that no parent has to collect us, and no parent's end reaches us
+    os.setsid()
+    os.umask(0o077)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    home = Folder(journal)
+    try:
+        lock = _lock(home)
+        _log_to(home)
+        owner = _take(home, settings)
+        owner.listen()
+    except ConcordiaError as error:
+        _answer(ready, {"error": type(error).__name__, "message": str(error)})
+        return error.exit_code
+    signal.signal(signal.SIGTERM, lambda *_: setattr(owner, "is_stopping", True))
+    _answer(ready, {"pid": os.getpid()})
+    owner.run()
+    owner.close()
+    home.remove()  # the lock goes last: until here nobody else could begin
+    os.close(lock)
+    return 0
+
+
+def _take(home: Folder, settings: dict[str, Any]) -> Owner:
+    """A new journal, or the one that is there and still in use."""
+    linger_s = float(settings["linger_s"])
+    if home.board.exists() and home.pool.exists():
+        try:
+            pool, board = segment.attach(home, writable=True)
+            found = survey(pool, board)
+        except ConcordiaError as error:
+            _say(f"what a dead owner left cannot be used: {error}")
+        else:
+            if _is_in_use(board, found):
+                _say(f"adopting {len(found.streams)} streams of owner {board.owner_pid}")
+                owner = Owner(home, pool, board, linger_s=linger_s)
+                owner.adopt(found)
+                return owner
+            _report_leftovers(home, found, board)
+            pool.close()
+            board.close()
+    lost = [path.name for path in (home.pool, home.board, home.socket) if path.exists()]
+    if lost:
+        _say(f"removing leftovers of a dead owner: {', '.join(lost)}")
+    home.remove(keep_lock=True)
+    _log_to(home)
+    if settings["pool"]:
+        home.pool.symlink_to(settings["pool"])
+    segment_bytes = int(settings["segment_bytes"])
+    size = fit_size(home.path, settings["size_bytes"], segment_bytes)
+    try:
+        pool = Pool.create(home.pool, size=size, segment_bytes=segment_bytes)
+        board = Board.create(home.board, segment_bytes=segment_bytes, segment_count=pool.segment_count)
+    except ConcordiaError:
+        home.remove(keep_lock=True)
+        raise
+    owner = Owner(home, pool, board, linger_s=linger_s)
+    owner.streams.free.extend(range(pool.segment_count))
+    return owner
+
+
+def _is_in_use(board: Board, found: Survey) -> bool:
+    """Whether a writer or a router of before still lives."""
+    writers = [
+        (old.identity.writer_pid, old.identity.writer_start)
+        for old in found.streams
+        if old.control.state == 1
+    ]
+    routers = [(r.router_pid, r.router_start) for r in board.registrations().values()]
+    leaders = [(r.session, r.session_start) for r in board.registrations().values()]
+    return any(fence.is_alive(pid, start) for pid, start in writers + routers + leaders)
+
+
+def _report_leftovers(home: Folder, found: Survey, board: Board) -> None:
+    records = sum(len(old.records) for old in found.streams)
+    _say(
+        f"owner {board.owner_pid} of {home.path} died and nobody writes there: "
+        f"{len(found.streams)} streams, {records} records, {len(found.damage)} damaged places"
+    )
+
+
+def _lock(home: Folder) -> int:
+    home.check()
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    for _ in range(10):
+        descriptor = os.open(home.lock, flags, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise JournalError(f"another owner has {home.path}") from error
+        try:
+            if os.fstat(descriptor).st_ino == home.lock.stat().st_ino:
+                return descriptor
+        except FileNotFoundError:
+            pass  # the owner before us removed it between our open and our lock
+        os.close(descriptor)
+    raise JournalError(f"the lock of {home.path} keeps changing")
+
+
+def _log_to(home: Folder) -> None:
+    """Diagnostic lines go into the journal's folder, and end with it."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = os.open(home.log, flags, 0o600)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} owner {os.getpid()}: {text}", file=sys.stderr, flush=True)
+
+
+def _answer(ready: int, value: dict[str, Any]) -> None:
+    try:
+        os.write(ready, json.dumps(value).encode() + b"\n")
+    except BrokenPipeError:
+        _say("who started us did not wait")
+    os.close(ready)
+
+
+def _ask_pid(home: Folder) -> int | None:
+    try:
+        line = Line(home.socket, config.OWNER_ANSWER_S)
+    except OSError:
+        return None
+    try:
+        return int(line.ask("hello", {})["pid"])
+    except (OSError, ValueError):
+        return None
+    finally:
+        line.close()
+
+
+def _await_ready(reader: int, home: Folder) -> int:
+    """What the new owner says, or the pid of the one that was faster."""
+    deadline = time.monotonic() + config.OWNER_START_S
+    text = b""
+    while not text.endswith(b"\n"):
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([reader], [], [], left)[0]:
+            raise WaitTimeout(f"no owner of {home.path} after {config.OWNER_START_S} s")
+        data = os.read(reader, 4096)
+        if not data:
+            raise JournalError(f"the owner of {home.path} ended before it was ready; see {home.log}")
+        text += data
+    answer = json.loads(text)
+    if "pid" in answer:
+        return int(answer["pid"])
+    while answer["error"] == "JournalError" and time.monotonic() < deadline:
+        found = _ask_pid(home)  # another one has the lock and is about to answer
+        if found is not None:
+            return found
+        select.select([], [], [], config.OWNER_POLL_S)
+    raise (JournalRefused if answer["error"] == "JournalRefused" else JournalError)(answer["message"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,403 @@
+"""Index of what a journal holds, by request and by block key, and the cut that may be restored, floor 3.
+
+Owns: `ReplayIndex`. Promises: it grows record by record, so that a failover never waits for a scan; a cut never mixes incarnations except
+through block keys, which name bytes by their tokens; a request that is not finished keeps its records until it loses protection by
+name. Called by the owner's only thread; the cleaner asks it what to drop. It does not read streams or check payloads of KV: who
+restores checks those. Tokens per block come from the records' flags, or from two blocks that follow each other; never from a guess.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
+
+from concordia import abi, config
+from concordia.journal.coverage import Coverage, Cut, Piece, pieces_of
+from concordia.journal.keys import Group, KeyTable
+from concordia.journal.ledger import Held, Ledger, Source
+from concordia.journal.record import Record
+
+__all__ = ["Cut", "Piece", "ReplayIndex"]
+
+_KEY_ENTRY: Final = struct.Struct("<IIQQ")  # block index, 0, key low, key high
+_KV: Final = (abi.KIND_KV_TAIL, abi.KIND_KV_BLOCK)
+
+
+class Incarnation:
+    """One life of a request's KV: what each rank has, and the keys of its blocks."""
+
+    __slots__ = ("covered", "keys", "records")
+
+    def __init__(self) -> None:
+        self.covered: dict[Group, dict[int, Coverage]] = {}
+        self.keys: dict[int, tuple[int, Held]] = {}  # block index: key, and the record that says so
+        self.records: list[Held] = []  # the KIND_BLOCK_KEY records
+
+
+class Request:
+    """Everything that the journal knows of one request."""
+
+    __slots__ = ("finish", "incarnations", "is_finished", "others", "replica", "segments")
+
+    def __init__(self) -> None:
+        self.incarnations: dict[int, Incarnation] = {}
+        self.others: list[Held] = []  # parameters and tokens, as the router wrote them
+        self.is_finished = False
+        self.finish: Held | None = None
+        self.replica = 0  # the last that wrote for it
+        self.segments: set[int] = set()  # where records of it lie, wanted or not
+
+
+class ReplayIndex:
+    """What is in the journal, and what of it is wanted."""
+
+    def __init__(self, segment_bytes: int) -> None:
+        self.ledger = Ledger(segment_bytes)
+        self.keys = KeyTable(self.ledger)
+        self.requests: OrderedDict[int, Request] = OrderedDict()  # the coldest first
+        self.events: deque[tuple[int, dict[str, Any]]] = deque(maxlen=config.JOURNAL_EVENTS_MAX)
+        self.event_count = 0
+        self.block_tokens: dict[int, int] = {}  # by layout
+        self._segment_bytes = segment_bytes
+        self._present: dict[int, set[int]] = {}  # request keys by segment
+        self._latest: dict[tuple[int, ...], Held] = {}  # pages and memberships
+        self._reborn: set[int] = set()  # requests with more than one incarnation
+        self._finishing: deque[tuple[float, int]] = deque()
+
+    # --- growing
+
+    def ingest(self, record: Record, source: Source, view: memoryview) -> None:
+        """Take in the next record of a stream."""
+        held = Held(record, source)
+        if record.kind == abi.KIND_EVENT:
+            self._ingest_event(record, source, view)
+            return
+        if record.kind in (abi.KIND_PAGE, abi.KIND_MEMBERSHIP):
+            self._ingest_latest(held)
+            return
+        request = self._touch(record, source)
+        if record.kind in _KV:
+            self._ingest_kv(request, held)
+        elif record.kind == abi.KIND_BLOCK_KEY:
+            self._ingest_keys(request, held, view)
+        elif record.kind == abi.KIND_FINISH:
+            self._ingest_finish(request, held)
+        elif not request.is_finished:
+            self.ledger.use(held)
+            request.others.append(held)
+
+    def finish(self, key: int, *, now: float) -> None:
+        """The request ended; a moment later (keys may still be on their way) its tails are dropped."""
+        if key in self.requests and not self.requests[key].is_finished:
+            self._finishing.append((now + config.FINISH_GRACE_S, key))
+
+    def abandon(self, replica: int, *, now: float) -> None:
+        """The router of this replica is gone: nobody will resume its requests."""
+        for key, request in self.requests.items():
+            if request.replica == replica:
+                self.finish(key, now=now)
+
+    def settle(self, now: float) -> None:
+        """Drop what finished requests do not need any more; cheap when nothing finished."""
+        while self._finishing and self._finishing[0][0] <= now:
+            key = self._finishing.popleft()[1]
+            request = self.requests.get(key)
+            if request is not None and not request.is_finished:
+                request.is_finished = True
+                self._drop_incarnations(request, list(request.incarnations))
+                for held in request.others:
+                    self.ledger.release(held)
+                request.others.clear()
+                self._forget_if_gone(key, request)
+
+    def note(self, event: dict[str, Any]) -> None:
+        """Something that the owner itself has to say."""
+        self.event_count += 1
+        self.events.append((self.event_count, event))
+
+    # --- asking
+
+    def cut(self, key: int, *, tokens_known: int, layout_hash: int, world: int) -> Cut:
+        """The longest prefix that every rank of one incarnation has committed, below the last token."""
+        request = self.requests.get(key)
+        if request is None:
+            return Cut()
+        self.requests.move_to_end(key)
+        cuts = (
+            self._cut_of(life, number, (layout_hash, world))
+            for number, life in request.incarnations.items()
+        )
+        best = max(cuts, key=lambda cut: (cut.tokens, cut.incarnation), default=Cut())
+        tokens = min(best.tokens, max(0, tokens_known - 1))
+        pieces = {
+            rank: [piece for piece in found if piece.token_start < tokens]
+            for rank, found in best.pieces.items()
+        }
+        return Cut(tokens, best.incarnation, pieces, best.block_keys) if tokens else Cut()
+
+    def match_prefix(self, keys: Sequence[int], *, layout_hash: int, world: int) -> Cut:
+        """The longest run of these block keys that every rank has."""
+        group = layout_hash, world
+        at = 0
+        pieces: dict[int, list[Held]] = {rank: [] for rank in range(world)}
+        matched = []
+        for key in keys:
+            found = self.keys.complete(group, key)
+            if found is None or any(h.record.token_start != at for h in found):
+                break
+            ends = {held.record.token_end for held in found}
+            if len(ends) != 1:
+                break
+            at = ends.pop()
+            self.keys.touch(group, key)
+            matched.append(key)
+            for rank, held in enumerate(found):
+                pieces[rank].append(held)
+        cut = {rank: pieces_of(found, rank=rank, tokens=at) for rank, found in pieces.items()}
+        return Cut(at, 0, cut, matched) if at else Cut()
+
+    def committed(self, key: int) -> int:
+        """Tokens that every rank of the newest incarnation has committed."""
+        request = self.requests.get(key)
+        if request is None or not request.incarnations:
+            return 0
+        newest = request.incarnations[max(request.incarnations)]
+        return max((self._reach(newest, group) for group in newest.covered), default=0)
+
+    # --- giving up
+
+    def drop_coldest(self, reason: str) -> int | None:
+        """The request that was touched longest ago loses protection, by name; its key or None."""
+        for key, request in self.requests.items():
+            if not request.is_finished and request.incarnations:
+                self._drop_incarnations(request, list(request.incarnations))
+                self.requests.move_to_end(key)
+                self.note({"event": "unprotected", "key": f"{key:032x}", "reason": reason})
+                return key
+        return None
+
+    def drop_superseded(self) -> None:
+        """Older incarnations go once a newer one has committed as much."""
+        for key in list(self._reborn):
+            request = self.requests.get(key)
+            if request is None or len(request.incarnations) < 2:
+                self._reborn.discard(key)
+                continue
+            newest = max(request.incarnations)
+            life = request.incarnations[newest]
+            for number in [n for n in request.incarnations if n != newest]:
+                older = request.incarnations[number]
+                groups = older.covered
+                if all(self._reach(life, g) >= self._reach(older, g) for g in groups):
+                    self._drop_incarnations(request, [number])
+
+    def forget_segment(self, segment: int) -> None:
+        """The segment was given back: requests of which nothing is left are forgotten."""
+        for key in self._present.pop(segment, ()):
+            request = self.requests.get(key)
+            if request is not None:
+                request.segments.discard(segment)
+                self._forget_if_gone(key, request)
+
+    def moved(self, held: Held, record: Record, source: Source) -> None:
+        """The cleaner has copied a live record."""
+        self.ledger.move(held, record, source)
+        request = self.requests.get(record.key)
+        if request is not None:
+            self._mark_present(record, request)
+
+    # --- helpers
+
+    def _touch(self, record: Record, source: Source) -> Request:
+        request = self.requests.get(record.key)
+        if request is None:
+            request = self.requests[record.key] = Request()
+        else:
+            self.requests.move_to_end(record.key)
+        if record.kind in _KV:
+            request.replica = source.replica
+        self._mark_present(record, request)
+        return request
+
+    def _life(self, request: Request, record: Record) -> Incarnation:
+        life = request.incarnations.get(record.incarnation)
+        if life is None:
+            life = request.incarnations[record.incarnation] = Incarnation()
+            if len(request.incarnations) > 1:
+                self._reborn.add(record.key)
+        return life
+
+    def _mark_present(self, record: Record, request: Request) -> None:
+        segment = record.offset // self._segment_bytes
+        if segment not in request.segments:
+            request.segments.add(segment)
+            self._present.setdefault(segment, set()).add(record.key)
+
+    def _ingest_event(self, record: Record, source: Source, view: memoryview) -> None:
+        raw = bytes(view[record.payload_offset : record.payload_offset + record.payload_bytes])
+        try:
+            event = json.loads(raw)
+            if not isinstance(event, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            event = {"event": "malformed", "reason": str(error)}
+        event["record"] = f"{source.stream:x}:{record.sequence}"
+        self.note(event)
+
+    def _ingest_latest(self, held: Held) -> None:
+        r = held.record
+        name = (r.kind, r.key, r.region, r.token_start, held.source.rank)
+        self.ledger.use(held)
+        old = self._latest.get(name)
+        self._latest[name] = held
+        if old is not None:
+            self.ledger.release(old)
+
+    def _ingest_finish(self, request: Request, held: Held) -> None:
+        if request.finish is None:
+            self.ledger.use(held)
+            request.finish = held
+            self._finishing.append((0.0, held.record.key))
+
+    def _ingest_kv(self, request: Request, held: Held) -> None:
+        record = held.record
+        if request.is_finished:
+            return
+        life = self._life(request, record)
+        covered = life.covered.setdefault(held.group, {}).setdefault(held.source.rank, Coverage())
+        self.ledger.use(held)
+        for dropped in covered.add(held):
+            self.keys.replace(dropped, held)
+            self.ledger.release(dropped)
+        if record.kind == abi.KIND_KV_BLOCK:
+            if self._learn(record, covered, held.group):
+                self._name_all(held.group)
+            else:
+                self._name(life, covered, record.token_start, held.group)
+
+    def _learn(self, record: Record, covered: Coverage, group: Group) -> bool:
+        """Whether tokens per block of a layout have just become known."""
+        if group[0] in self.block_tokens:
+            return False
+        size = record.flags
+        for start, end in ((record.token_start, record.token_end), *_neighbours(record, covered)):
+            if not size and end in covered.blocks:
+                size = end - start  # a block begins where this one ends, so this one is whole
+        if size:
+            self.block_tokens[group[0]] = size
+        return bool(size)
+
+    def _name_all(self, group: Group) -> None:
+        for request in self.requests.values():
+            for life in request.incarnations.values():
+                for covered in life.covered.get(group, {}).values():
+                    for start in list(covered.blocks):
+                        self._name(life, covered, start, group)
+
+    def _name(self, life: Incarnation, covered: Coverage, start: int, group: Group) -> None:
+        """Enter a whole block under its key, when both are known."""
+        size = self.block_tokens.get(group[0], 0)
+        span = covered.blocks.get(start)
+        if not size or span is None or span.end != start + size or start % size:
+            return
+        named = life.keys.get(start // size)
+        if named is not None:
+            self.keys.enter(group, named[0], span.held, named[1])
+
+    def _ingest_keys(self, request: Request, held: Held, view: memoryview) -> None:
+        record = held.record
+        if request.is_finished or record.payload_bytes % _KEY_ENTRY.size:
+            return
+        life = self._life(request, record)
+        self.ledger.use(held)
+        life.records.append(held)
+        raw = bytes(view[record.payload_offset : record.payload_offset + record.payload_bytes])
+        for index, _, low, high in _KEY_ENTRY.iter_unpack(raw):
+            key = high << 64 | low
+            old = life.keys.get(index)
+            if old is not None:
+                self.keys.unrefer(old[0])
+            life.keys[index] = key, held
+            self.keys.refer(key)
+            for group, ranks in life.covered.items():
+                size = self.block_tokens.get(group[0], 0)
+                for covered in ranks.values():
+                    if size:
+                        self._name(life, covered, index * size, group)
+
+    def _drop_incarnations(self, request: Request, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            life = request.incarnations.pop(number)
+            for ranks in life.covered.values():
+                for covered in ranks.values():
+                    for held in covered.held():
+                        self.ledger.release(held)
+            for key, _ in life.keys.values():
+                self.keys.unrefer(key)
+            for held in life.records:
+                self.ledger.release(held)
+
+    def _forget_if_gone(self, key: int, request: Request) -> None:
+        if not request.is_finished:
+            return
+        finish = request.finish
+        if finish is not None:
+            home = finish.record.offset // self._segment_bytes
+            if request.segments <= {home}:
+                self.ledger.release(finish)  # nothing is left that it would have to explain
+                request.finish = None
+        if not request.segments:
+            del self.requests[key]
+
+    def _shared(self, life: Incarnation, group: Group, rank: int) -> Callable[[int], Held | None]:
+        size = self.block_tokens.get(group[0], 0)
+
+        def find(start: int) -> Held | None:
+            if start and (not size or start % size):
+                return None
+            named = life.keys.get(start // size if start else 0)
+            held = self.keys.piece(group, named[0], rank) if named else None
+            return held if held is not None and held.record.token_start == start else None
+
+        return find
+
+    def _cut_of(self, life: Incarnation, number: int, group: Group) -> Cut:
+        ranks = life.covered.get(group, {})
+        walked = {
+            rank: (ranks.get(rank) or Coverage()).walk(
+                self._shared(life, group, rank), is_readable=lambda held: held.source.is_final
+            )
+            for rank in range(group[1])
+        }
+        tokens = min((end for end, _ in walked.values()), default=0)
+        if not tokens:
+            return Cut()
+        size = self.block_tokens.get(group[0], 0)
+        count = tokens // size if size else 0
+        names = [life.keys[index][0] if index in life.keys else 0 for index in range(count)]
+        for name in names:
+            self.keys.touch(group, name)
+        pieces = {
+            rank: pieces_of(used, rank=rank, tokens=tokens) for rank, (_, used) in walked.items()
+        }
+        return Cut(tokens, number, pieces, names)
+
+    def _reach(self, life: Incarnation, group: Group) -> int:
+        ranks = life.covered.get(group, {})
+        return min(
+            (
+                (ranks.get(rank) or Coverage()).reach(self._shared(life, group, rank))
+                for rank in range(group[1])
+            ),
+            default=0,
+        )
+
+
+def _neighbours(record: Record, covered: Coverage) -> list[tuple[int, int]]:
+    """Blocks that end where this one starts."""
+    return [
+        (span.start, span.end) for span in covered.blocks.values() if span.end == record.token_start
+    ]
