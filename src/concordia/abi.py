@@ -380,7 +380,7 @@ RING_HEADER = Struct(
         Field("generation_seen", "u64"),
         Field("done_count", "u64", note="tasks ever done"),
         Field("busy_ns", "u64", note="time spent in handlers"),
-        Field("appended_bytes", "u64", note="payload bytes committed"),
+        Field("appended_bytes", "u64", note="bytes of records committed"),
         _pad(88, "line5"),
         # line 6: constant after creation
         Field("slot_count", "u64", note="a power of two"),

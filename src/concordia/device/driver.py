@@ -8,12 +8,15 @@ Called by runtime/ and checkpoint/. Does not know rings, tasks or records: the e
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+import struct
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from concordia.errors import DeviceError, EnvironmentRefused
 
 if TYPE_CHECKING:
     from concordia.device.compiler import HandlerSource
+    from concordia.device.host import HostLibrary
 
 
 @runtime_checkable
@@ -37,18 +40,49 @@ class Code(Protocol):
         """Unload; only while the executor is parked and no table names the code."""
 
 
+@dataclass(frozen=True, slots=True)
+class ExecutorPlan:
+    """Addresses, as the executor sees them, of everything one executor works with; ExecutorPlan of kernels/host.cpp, word by word."""
+
+    ring: int
+    pool: int
+    pool_bytes: int
+    segment_bytes: int
+    control: int
+    stage: int
+    stage_bytes: int
+    sums: int
+    digests: int
+    digest_bytes: int
+    marks: int
+    mark_count: int
+    lanes: int
+
+    def pack(self) -> bytes:
+        """The words in order."""
+        return struct.pack("<13Q", *astuple(self))
+
+
 @runtime_checkable
 class Executor(Protocol):
-    """The executor of one ring. It leaves by itself at a task boundary; `launch` sends it in again."""
+    """The executor of one ring. It leaves by itself at a task boundary, and whoever launches it looks at the ring once more then."""
+
+    handle: int  # a Host* that submission wakes by itself in compiled code; 0: whoever submits calls `launch` when told to
 
     def launch(self) -> None:
-        """Send the executor in once more; the caller has seen that the one before left (or none ever was)."""
+        """Send the executor in, unless it is in or parked: a producer found that it had left."""
 
-    def wait_left(self, timeout_s: float) -> bool:
-        """True once the executor that was launched last is out and its thread or stream is free again."""
+    def park(self, timeout_s: float) -> bool:
+        """Ask it to leave and keep it out; True once no lane is inside and none will be. Nests."""
 
-    def close(self) -> None:
-        """Release what runs it; the executor is out."""
+    def unpark(self) -> None:
+        """Undo one `park`; what waits in the ring is run."""
+
+    def rescues(self) -> int:
+        """How often waiting work was found although everybody had kept to the protocol; always 0, or it is a bug."""
+
+    def close(self, timeout_s: float) -> bool:
+        """Park for good and release what runs it; False when it did not leave, and then nothing was released."""
 
 
 @runtime_checkable
@@ -56,6 +90,8 @@ class Device(Protocol):
     """Memory that an executor reaches, code that it calls, and a way to send it in."""
 
     name: str  # "host" or "cuda:<index>"
+    library: HostLibrary  # compiled submission; on a GPU too it is host threads that submit
+    idle_ns: int  # silence after which its executor leaves
     needs_parking: bool  # whether `load` and Code.close must find the executor parked
 
     def share(self, address: int, size: int) -> int:
@@ -63,6 +99,9 @@ class Device(Protocol):
 
     def unshare(self, address: int) -> None:
         """Undo `share` of the mapping at this host address; the executor is parked."""
+
+    def check_range(self, address: int, size: int) -> None:
+        """Raise UsageError unless an executor could read and write these bytes."""
 
     def allocate(self, size: int) -> int:
         """Zeroed memory near the executor (device memory on a GPU)."""
@@ -79,11 +118,11 @@ class Device(Protocol):
     def build(self, source: HandlerSource) -> Image:
         """Compile, link and lint, or take it from the cache; raises CompileError or HandlerRefused."""
 
-    def load(self, image: Image) -> Code:
-        """Load code; on a GPU only while the executor is parked."""
+    def load(self, image: Any) -> Code:
+        """Load code that this device built; on a GPU only while the executor is parked."""
 
-    def executor(self, ring_address: int, *, lanes: int) -> Executor:
-        """Prepare the executor of the ring at this address (as the executor sees it); does not launch it."""
+    def executor(self, plan: ExecutorPlan) -> Executor:
+        """Prepare the executor of a ring; does not launch it."""
 
     def close(self) -> None:
         """Release everything that was not released before."""

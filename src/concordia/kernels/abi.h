@@ -332,7 +332,7 @@ struct RingHeader {
   uint64_t generation_seen;
   uint64_t done_count;  // tasks ever done
   uint64_t busy_ns;  // time spent in handlers
-  uint64_t appended_bytes;  // payload bytes committed
+  uint64_t appended_bytes;  // bytes of records committed
   uint8_t line5[88];
   uint64_t slot_count;  // a power of two
   uint64_t slots;  // address of the Task slots, as the executor sees it

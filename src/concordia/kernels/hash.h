@@ -83,7 +83,7 @@ FUNCTION Sums load_sums(const void* data_ptr) {
 
 FUNCTION Sums add_stripe(Sums sums, const uint8_t* data_ptr, Sums secret) {
   const Sums data = load_sums(data_ptr), key = data ^ secret;
-  return sums + __builtin_shuffle(data, Sums{1, 0, 3, 2, 5, 4, 7, 6}) + (key & 0xffffffffu) * (key >> 32);
+  return sums + __builtin_shufflevector(data, data, 1, 0, 3, 2, 5, 4, 7, 6) + (key & 0xffffffffu) * (key >> 32);
 }
 
 // All eight accumulators at once: what one CPU lane does.

@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stddef.h>
 #include <stdlib.h>
 
 #include "executor.h"
@@ -102,6 +103,8 @@ static void fill_executor(Executor* executor, const ExecutorPlan* plan) {
   journal->offset = plan->segment_bytes;
   journal->control = reinterpret_cast<StreamControl*>(plan->control);
   Call* call = &executor->call;
+  call->arena = reinterpret_cast<const uint8_t*>(executor->ring->arena);
+  call->arena_bytes = executor->ring->arena_bytes;
   call->journal = journal;
   call->stage = reinterpret_cast<uint8_t*>(plan->stage);
   call->stage_bytes = plan->stage_bytes;
@@ -149,9 +152,11 @@ EXPORT uint64_t concordia_abi() { return kAbiVersion; }
 
 EXPORT uint64_t concordia_executor_bytes() { return sizeof(Executor); }
 
-// An executor as it starts, to be copied to where it will run.
-EXPORT void concordia_executor_image(void* image_ptr, const ExecutorPlan* plan) {
-  fill_executor(static_cast<Executor*>(image_ptr), plan);
+// An executor as it starts, to be copied to `target`, where it will run. The ring of the plan must be filled in already.
+EXPORT void concordia_executor_image(void* image_ptr, const ExecutorPlan* plan, uint64_t target) {
+  Executor* executor = static_cast<Executor*>(image_ptr);
+  fill_executor(executor, plan);
+  executor->call.journal = reinterpret_cast<Journal*>(target + offsetof(Executor, journal));
 }
 
 // Starts the CPU executor; null when the system refuses memory or a thread.

@@ -1,0 +1,357 @@
+"""What to save, with which code, when: the door that frameworks use, floor 4.
+
+Owns: one writer's runtime, its registered regions and the host words of its stream. Promises: an append only enqueues (microseconds, no
+wait); a region is served only by handlers that passed the lint and a self-test on its own geometry; `apply_kv` writes nothing unless the
+payload has the promised hash; a block id or address that does not exist is an answer, never a fault. Any thread may call. Called by
+integrations/ and serving/. Does not decide what must be saved, and never reads the journal.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self
+
+from concordia import abi, config
+from concordia.checkpoint.handler import KvProof, bytes_source, kv_source, page_source
+from concordia.checkpoint.region import BASE_ALIGNMENT, KvGeometry, PageRegion, Region, RegionEntry
+from concordia.device.compiler import HandlerSource
+from concordia.device.driver import Device, Image, open_device
+from concordia.device.memory import JournalTarget
+from concordia.errors import UsageError
+from concordia.runtime.executor import Runtime, RuntimeStats
+from concordia.runtime.op_table import Operator
+from concordia.runtime.ring import WORD_MASK, Completion, Task, Ticket
+
+COMPILERS: Final = 3  # handlers of a region, compiled side by side
+TOKEN_MAX: Final = (1 << 32) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class StreamStats:
+    """What this writer's control page says."""
+
+    committed_count: int
+    committed_bytes: int
+    dropped_count: int
+    unprotected_count: int
+
+
+class Checkpointer:
+    """One writer: appends to one stream, applies and hashes what its regions hold."""
+
+    def __init__(
+        self,
+        device: Device,
+        target: JournalTarget | None,
+        *,
+        lanes: int = 1,
+        owns_device: bool = False,
+    ) -> None:
+        self.device = device
+        self._owns_device = owns_device
+        self._target = target
+        self._control = target.control_address if target else 0
+        self._offsets = abi.STREAM_CONTROL.offsets()
+        self._lanes = lanes
+        self._lock = threading.Lock()
+        self._regions: list[Region | PageRegion] = []
+        self._is_open = True
+        self.runtime = Runtime(device, target=target, lanes=lanes)
+        try:
+            self._bytes = self.runtime.install("bytes_append", bytes_source())
+        except BaseException:
+            self.runtime.close()
+            raise
+
+    @classmethod
+    def open(cls, device: str, target: JournalTarget | None, *, lanes: int = 1) -> Self:
+        """Open "host", "cuda:<index>" or "auto" for one stream; without a target everything but appends works."""
+        opened = open_device(device)
+        try:
+            return cls(opened, target, lanes=lanes, owns_device=True)
+        except BaseException:
+            opened.close()
+            raise
+
+    def register_kv(self, geometry: KvGeometry, layer_addresses: Sequence[int]) -> Region:
+        """Make a paged KV cache known: compiles, proves and installs its handlers. Seconds at first, milliseconds from the cache."""
+        geometry.check()
+        if len(layer_addresses) != geometry.layers:
+            raise UsageError(f"{len(layer_addresses)} addresses for {geometry.layers} layers")
+        for address in layer_addresses:
+            if address % BASE_ALIGNMENT:
+                raise UsageError(
+                    f"a layer at {address:#x} is not aligned to {BASE_ALIGNMENT} bytes"
+                )
+            self.device.check_range(
+                address, (geometry.block_count - 1) * geometry.stride + geometry.block_bytes
+            )
+        names = ("kv_append", "kv_apply", "kv_hash")
+        with ThreadPoolExecutor(COMPILERS) as pool:
+            images = list(
+                pool.map(lambda name: self.device.build(kv_source(name, geometry)), names)
+            )
+        proof = KvProof(self.device, geometry, lanes=self._lanes)
+        try:
+            proof.test_append(images[0])
+            proof.test_apply(images[1])
+            proof.test_hash(images[2])
+        finally:
+            proof.close()
+        with self._lock:
+            number = len(self._regions) + 1
+            entry = RegionEntry(
+                self.device,
+                number=number,
+                bases=layer_addresses,
+                block_count=geometry.block_count,
+                layout_hash=geometry.layout_hash(),
+            )
+            operators = [
+                self.runtime.adopt(f"{name}.{number}", image, region_address=entry.address)
+                for name, image in zip(names, images, strict=True)
+            ]
+            region = Region(number, geometry, geometry.layout_hash(), entry, *operators)
+            self._regions.append(region)
+        return region
+
+    def register_pages(self, address: int, *, size: int, page_bytes: int) -> PageRegion:
+        """Make opaque memory known, to be found dirty by hash; at first all of it is."""
+        if (
+            page_bytes < 1
+            or page_bytes % abi.LEAF_BYTES
+            or size < 1
+            or size % page_bytes
+            or address % BASE_ALIGNMENT
+        ):
+            raise UsageError(
+                f"{size} bytes at {address:#x} in pages of {page_bytes}: want whole pages of whole {abi.LEAF_BYTES}-byte leaves"
+            )
+        self.device.check_range(address, size)
+        pages = size // page_bytes
+        image = self.device.build(page_source(page_bytes))
+        with self._lock:
+            number = len(self._regions) + 1
+            hashes = self.device.allocate(16 * pages)
+            entry = RegionEntry(
+                self.device, number=number, bases=[address], block_count=pages, page_hashes=hashes
+            )
+            operator = self.runtime.adopt(
+                f"page_scan.{number}", image, region_address=entry.address
+            )
+            region = PageRegion(number, page_bytes, pages, entry, hashes, operator)
+            self._regions.append(region)
+        return region
+
+    def replace_append(self, region: Region, source: HandlerSource) -> Operator:
+        """Hot swap of a region's append handler; raises HandlerRefused or CompileError and leaves the old one in place."""
+
+        def prove(image: Image) -> None:
+            proof = KvProof(self.device, region.geometry, lanes=self._lanes)
+            try:
+                proof.test_append(image)
+            finally:
+                proof.close()
+
+        return self.runtime.install(
+            region.append.name, source, region_address=region.entry.address, self_test=prove
+        )
+
+    def append_kv(
+        self,
+        region: Region,
+        *,
+        kind: int,
+        key: int,
+        incarnation: int,
+        token_start: int,
+        token_end: int,
+        blocks: Sequence[int],
+        step: int,
+    ) -> Ticket:
+        """Append [token_start, token_end) as one record; the first block holds token_start. Only enqueues."""
+        return self.runtime.submit(
+            Task(
+                opcode=region.append.opcode,
+                kind=abi.TASK_APPEND,
+                region=region.number,
+                record_kind=kind,
+                key=key,
+                incarnation=incarnation,
+                token_start=token_start,
+                token_end=token_end,
+                blocks=blocks,
+                flags=region.geometry.block_tokens,
+                step=step,
+            )
+        )
+
+    def append_bytes(
+        self,
+        payload: bytes,
+        *,
+        kind: int,
+        key: int,
+        incarnation: int,
+        token_start: int = 0,
+        token_end: int = 0,
+        step: int = 0,
+    ) -> Ticket:
+        """Append the caller's bytes as one record; they are copied before this returns."""
+        return self.runtime.submit(
+            Task(
+                opcode=self._bytes.opcode,
+                kind=abi.TASK_APPEND,
+                record_kind=kind,
+                key=key,
+                incarnation=incarnation,
+                token_start=token_start,
+                token_end=token_end,
+                payload=payload,
+                step=step,
+            )
+        )
+
+    def apply_kv(
+        self,
+        region: Region,
+        *,
+        kind: int,
+        token_start: int,
+        token_end: int,
+        blocks: Sequence[int],
+        payload_address: int,
+        payload_bytes: int,
+        payload_hash: int,
+    ) -> Ticket:
+        """Write a record's payload, which lies in the pool, back into the region; STATUS_HASH_MISMATCH and no write if it is not what was promised."""
+        return self.runtime.submit(
+            Task(
+                opcode=region.apply.opcode,
+                kind=abi.TASK_RESTORE,
+                region=region.number,
+                record_kind=kind,
+                key=payload_hash,
+                token_start=token_start,
+                token_end=token_end,
+                blocks=blocks,
+                source=payload_address,
+                source_bytes=payload_bytes,
+            )
+        )
+
+    def hash_kv(
+        self, region: Region, *, kind: int, token_start: int, token_end: int, blocks: Sequence[int]
+    ) -> Ticket:
+        """The completion's payload_hash is what append_kv would commit for the bytes that the region holds now."""
+        return self.runtime.submit(
+            Task(
+                opcode=region.hash.opcode,
+                kind=abi.TASK_COMPUTE,
+                region=region.number,
+                record_kind=kind,
+                token_start=token_start,
+                token_end=token_end,
+                blocks=blocks,
+            )
+        )
+
+    def scan_pages(
+        self,
+        region: PageRegion,
+        *,
+        first: int = 0,
+        count: int | None = None,
+        key: int = 0,
+        incarnation: int = 0,
+        step: int = 0,
+    ) -> Ticket:
+        """Append the pages that changed since they were last appended; the completion's result is how many."""
+        return self.runtime.submit(
+            Task(
+                opcode=region.scan.opcode,
+                kind=abi.TASK_CHECKPOINT,
+                region=region.number,
+                record_kind=abi.KIND_PAGE,
+                key=key,
+                incarnation=incarnation,
+                token_start=first,
+                token_end=region.page_count if count is None else first + count,
+                step=step,
+            )
+        )
+
+    def result(self, ticket: Ticket) -> Completion | None:
+        """None while pending."""
+        return self.runtime.result(ticket)
+
+    def wait(self, ticket: Ticket, timeout_s: float = config.WAIT_TASK_S) -> Completion:
+        """Wait for the answer, outside the interpreter's lock; raises WaitTimeout."""
+        return self.runtime.wait(ticket, timeout_s)
+
+    def announce_step(self, step: int, tokens: int) -> None:
+        """For the detector: step number `step`, from 1, starts now with so many tokens."""
+        if self._control:
+            self.device.library.announce_step(self._control, step & WORD_MASK, tokens)
+
+    def step_done(self, step: int) -> None:
+        """For the detector: the step ended."""
+        if self._control:
+            self.device.library.step_done(self._control, step & WORD_MASK)
+
+    def heartbeat(self, waiting_count: int = 0) -> None:
+        """For the detector: this process lives, and so many requests wait to be scheduled."""
+        if self._control:
+            self.device.library.heartbeat(self._control, waiting_count)
+
+    def count_unprotected(self, count: int = 1) -> None:
+        """So many more requests of this writer lost protection."""
+        if self._control:
+            self.device.library.count_unprotected(self._control, count)
+
+    def stats(self) -> tuple[RuntimeStats, StreamStats]:
+        """Counters for metrics."""
+
+        def word(name: str) -> int:
+            return (
+                int(self.device.library.load(self._control + self._offsets[name]))
+                if self._control
+                else 0
+            )
+
+        stream = StreamStats(
+            committed_count=word("committed_count"),
+            committed_bytes=word("committed_bytes"),
+            dropped_count=word("dropped_count"),
+            unprotected_count=word("unprotected_count"),
+        )
+        return self.runtime.stats(), stream
+
+    def close(self) -> None:
+        """Run what was enqueued, then give everything back."""
+        with self._lock:
+            if not self._is_open:
+                return
+            self._is_open = False
+            self.runtime.close()
+            for region in self._regions:
+                region.entry.close()
+                if isinstance(region, PageRegion):
+                    self.device.free(region.page_hashes)
+            if self._owns_device:
+                self.device.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,253 @@
+"""Which code serves a region, and the proof that it does, floor 4.
+
+Owns: the handler sources for a geometry, and the self-test that every KV handler passes before an operator names it. Promises: a handler
+that moves one byte wrongly on a scratch cache of this very geometry is refused with the first byte that differs; nothing
+of the engine or its journal is touched by a test. Called by checkpointer.py. Does not install anything.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from concordia import abi
+from concordia.checkpoint.region import KvGeometry, RegionEntry
+from concordia.device.compiler import HandlerSource
+from concordia.device.driver import Device, Image
+from concordia.device.memory import Buffer, JournalTarget
+from concordia.errors import HandlerRefused
+from concordia.runtime.executor import Runtime
+from concordia.runtime.ring import Completion, Task
+
+BLOCKS = 3  # of the scratch cache: two that a range spans, in an order that is not theirs, and one to stay untouched
+TOKENS_BESIDE = 2  # tokens of the range on each side of a block boundary
+SLOTS = 64
+
+
+def kv_source(name: str, geometry: KvGeometry) -> HandlerSource:
+    """kv_append, kv_apply or kv_hash for one geometry."""
+    return HandlerSource.of(f"{name}.cu", geometry.constants())
+
+
+def bytes_source() -> HandlerSource:
+    """bytes_append."""
+    return HandlerSource.of("bytes_append.cu")
+
+
+def page_source(page_bytes: int) -> HandlerSource:
+    """page_scan for one page size."""
+    return HandlerSource.of("page_scan.cu", {"PAGE_BYTES": page_bytes})
+
+
+def tree_hash(payload: bytes) -> int:
+    """The payload hash, by the xxhash library: what the device's must equal."""
+    leaves = [
+        payload[at : at + abi.LEAF_BYTES].ljust(abi.LEAF_BYTES, b"\0")
+        for at in range(0, len(payload), abi.LEAF_BYTES)
+    ]
+    digests = b"".join(xxhash.xxh3_128_intdigest(leaf).to_bytes(16, "little") for leaf in leaves)
+    padded = max(abi.ROOT_BYTES_MIN, -(-len(digests) // 64) * 64)
+    return xxhash.xxh3_128_intdigest(digests.ljust(padded, b"\0"))
+
+
+@dataclass(frozen=True, slots=True)
+class KvRange:
+    """A token range and the blocks that hold it."""
+
+    kind: int
+    token_start: int
+    token_end: int
+    blocks: tuple[int, ...]
+
+
+class KvProof:
+    """A scratch cache with random bytes, a scratch journal of one segment, and a test per handler."""
+
+    def __init__(self, device: Device, geometry: KvGeometry, *, lanes: int = 1) -> None:
+        self._device = device
+        self._geometry = geometry
+        size = geometry.block_tokens
+        span = min(TOKENS_BESIDE, size)
+        self._ranges = (
+            KvRange(abi.KIND_KV_TAIL, size - span, size + span, (2, 0)),
+            KvRange(abi.KIND_KV_BLOCK, 0, size, (2,)),
+        )
+        self._layers = [
+            secrets.token_bytes(BLOCKS * geometry.stride) for _ in range(geometry.layers)
+        ]
+        self._addresses = [device.allocate(len(layer)) for layer in self._layers]
+        self._fill(self._layers)
+        self._entry = RegionEntry(
+            device,
+            number=1,
+            bases=self._addresses,
+            block_count=BLOCKS,
+            layout_hash=geometry.layout_hash(),
+        )
+        self._expected = [expected_bytes(geometry, self._layers, wanted) for wanted in self._ranges]
+        needed = abi.SEGMENT_HEADER.size + sum(
+            record_bytes(len(payload)) for payload in self._expected
+        )
+        self._pool = Buffer(-(-needed // abi.LEAF_BYTES) * abi.LEAF_BYTES)
+        self._control = Buffer(abi.STREAM_CONTROL.size)
+        self._lend()
+        target = JournalTarget(
+            self._pool.address, self._pool.size, self._pool.size, self._control.address
+        )
+        self._runtime = Runtime(device, target=target, lanes=lanes, slots=SLOTS)
+
+    def close(self) -> None:
+        self._runtime.close()
+        self._entry.close()
+        for address in self._addresses:
+            self._device.free(address)
+        self._pool.close()
+        self._control.close()
+
+    def test_append(self, image: Image) -> None:
+        """Both kinds of record, against bytes picked out of the scratch cache by index. Once per proof: records stay."""
+        at = abi.SEGMENT_HEADER.size
+        for wanted, expected in zip(self._ranges, self._expected, strict=True):
+            done = self._run("append", image, wanted)
+            start = at + abi.RECORD_HEADER.size
+            self._judge(
+                "kv_append", done, expected, bytes(self._pool.view[start : start + len(expected)])
+            )
+            at += record_bytes(len(expected))
+
+    def test_hash(self, image: Image) -> None:
+        """The hash that an append of the same range commits."""
+        for wanted, expected in zip(self._ranges, self._expected, strict=True):
+            self._judge("kv_hash", self._run("hash", image, wanted), expected, expected)
+
+    def test_apply(self, image: Image) -> None:
+        """Exactly the range is written, all else keeps its bytes; and nothing is written when the hash is not the record's."""
+        zeros = [bytes(len(layer)) for layer in self._layers]
+        for wanted, expected in zip(self._ranges, self._expected, strict=True):
+            self._pool.view[: len(expected)] = expected
+            for promised, after in (
+                (tree_hash(expected) ^ 1, zeros),
+                (tree_hash(expected), self._applied(wanted)),
+            ):
+                self._fill(zeros)
+                done = self._run("apply", image, wanted, key=promised, source_bytes=len(expected))
+                for layer, (address, want) in enumerate(zip(self._addresses, after, strict=True)):
+                    _compare(
+                        f"kv_apply, layer {layer}", want, self._device.read(address, len(want))
+                    )
+                if done.is_ok != (promised == tree_hash(expected)):
+                    raise HandlerRefused(
+                        f"kv_apply: status {done.status} for a payload whose hash is{'' if after is not zeros else ' not'} right"
+                    )
+        self._fill(self._layers)
+
+    def _applied(self, wanted: KvRange) -> list[bytes]:
+        """The scratch cache if only this range had been restored into zeroes."""
+        is_written = written_bytes(self._geometry, wanted)
+        return [(np.frombuffer(layer, np.uint8) * is_written).tobytes() for layer in self._layers]
+
+    def _run(
+        self, name: str, image: Image, wanted: KvRange, *, key: int = 0, source_bytes: int = 0
+    ) -> Completion:
+        operator = self._runtime.operators.find(name)
+        if operator is None or operator.digest != image.digest:
+            operator = self._runtime.adopt(name, image, region_address=self._entry.address)
+        return self._runtime.wait(
+            self._runtime.submit(
+                Task(
+                    opcode=operator.opcode,
+                    kind=abi.TASK_CHECKPOINT,
+                    record_kind=wanted.kind,
+                    token_start=wanted.token_start,
+                    token_end=wanted.token_end,
+                    blocks=wanted.blocks,
+                    source=self._pool.address,
+                    key=key,
+                    source_bytes=source_bytes,
+                )
+            )
+        )
+
+    def _judge(self, name: str, done: Completion, expected: bytes, found: bytes) -> None:
+        if not done.is_ok:
+            raise HandlerRefused(f"{name}: status {done.status} in its self-test")
+        _compare(name, expected, found)
+        if done.payload_hash != tree_hash(expected):
+            raise HandlerRefused(
+                f"{name}: payload hash {done.payload_hash:#x}, expected {tree_hash(expected):#x}"
+            )
+
+    def _fill(self, layers: Sequence[bytes]) -> None:
+        for address, layer in zip(self._addresses, layers, strict=True):
+            self._device.write(address, layer)
+
+    def _lend(self) -> None:
+        words = np.zeros(1, dtype=abi.STREAM_CONTROL.dtype)
+        words["state"] = abi.STREAM_OPEN
+        words["lent"][0, 1] = secrets.randbits(63)
+        words["lent_count"] = 1
+        self._control.view[:] = words.tobytes()
+
+
+def record_bytes(payload_bytes: int) -> int:
+    """Bytes that a record takes in its segment."""
+    padded = -(-payload_bytes // abi.LINE_BYTES) * abi.LINE_BYTES
+    return abi.RECORD_HEADER.size + padded + abi.LINE_BYTES
+
+
+def expected_bytes(geometry: KvGeometry, layers: Sequence[bytes], wanted: KvRange) -> bytes:
+    """What a record of this range must hold, picked out by index."""
+    if wanted.kind == abi.KIND_KV_BLOCK:
+        starts = [block * geometry.stride for block in wanted.blocks]
+        return b"".join(layer[at : at + geometry.block_bytes] for at in starts for layer in layers)
+    parts = []
+    for layer in layers:
+        taken = np.frombuffer(layer, np.uint8)
+        parts += [taken[at].tobytes() for at in _tail_indices(geometry, wanted)]
+    return b"".join(parts)
+
+
+def written_bytes(geometry: KvGeometry, wanted: KvRange) -> npt.NDArray[np.bool_]:
+    """Which bytes of a layer of the scratch cache belong to this range."""
+    mask = np.zeros(BLOCKS * geometry.stride, dtype=bool)
+    if wanted.kind == abi.KIND_KV_BLOCK:
+        for block in wanted.blocks:
+            mask[block * geometry.stride : block * geometry.stride + geometry.block_bytes] = True
+        return mask
+    for at in _tail_indices(geometry, wanted):
+        mask[at] = True
+    return mask
+
+
+def _tail_indices(geometry: KvGeometry, wanted: KvRange) -> list[npt.NDArray[np.int64]]:
+    """Byte positions in a layer, K's and then V's, in the order of a tail: [head, token, element, byte]."""
+    tokens = np.arange(wanted.token_start, wanted.token_end)
+    blocks = np.array(wanted.blocks)[
+        tokens // geometry.block_tokens - wanted.token_start // geometry.block_tokens
+    ]
+    slots = tokens % geometry.block_tokens
+    found = []
+    for plane, dim in (
+        (geometry.key, geometry.head_dim_key),
+        (geometry.value, geometry.head_dim_value),
+    ):
+        inside = (
+            geometry.offsets(plane, dim)[:, slots, :] + (blocks * geometry.stride)[None, :, None]
+        )
+        found.append((inside[..., None] + np.arange(geometry.element_bytes)).ravel())
+    return found
+
+
+def _compare(name: str, expected: bytes, found: bytes) -> None:
+    if expected == found:
+        return
+    differs = np.flatnonzero(np.frombuffer(expected, np.uint8) != np.frombuffer(found, np.uint8))
+    at = int(differs[0])
+    raise HandlerRefused(
+        f"{name}: byte {at} of {len(expected)} is {found[at]:#04x}, expected {expected[at]:#04x} ({len(differs)} differ)"
+    )

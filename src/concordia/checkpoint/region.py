@@ -1,0 +1,191 @@
+"""Registered memory with a layout, floor 4.
+
+Owns: `KvGeometry` (where a token's bytes lie in an engine's KV cache), regions and their description in memory that the executor
+reads. Promises: a geometry whose elements leave the block or lie on each other is refused; two geometries with one layout_hash hold
+blocks and tails of the same meaning. Called by checkpointer.py and by connectors, which make the geometry.
+Does not guess layouts and reads no KV.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from concordia import abi
+from concordia.device.driver import Device
+from concordia.device.memory import Buffer
+from concordia.errors import UsageError
+from concordia.runtime.op_table import Operator
+
+BASE_ALIGNMENT = 16  # the widest access of a lane
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """K or V of one block: byte strides from the block's start."""
+
+    offset: int
+    head_stride: int
+    token_stride: int
+    element_stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvGeometry:
+    """A paged KV cache: one tensor per layer, `block_count` blocks of `block_bytes`, `block_stride` bytes apart (0: side by side)."""
+
+    layers: int
+    block_count: int
+    block_tokens: int
+    block_bytes: int
+    heads: int
+    head_dim_key: int
+    head_dim_value: int
+    element_bytes: int
+    key: Plane
+    value: Plane
+    dtype: str
+    instruction_set: str
+    block_stride: int = 0
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one block of a layer to the next."""
+        return self.block_stride or self.block_bytes
+
+    def layout_hash(self) -> int:
+        """64 bits that name what bytes mean; how many blocks there are, and how far apart, is no part of it."""
+        facts = asdict(self)
+        del facts["block_count"], facts["block_stride"]
+        return xxhash.xxh3_64_intdigest(json.dumps(facts, sort_keys=True).encode())
+
+    def tail_bytes(self, tokens: int) -> int:
+        """Payload of a KIND_KV_TAIL record."""
+        return (
+            self.layers
+            * self.heads
+            * (self.head_dim_key + self.head_dim_value)
+            * self.element_bytes
+            * tokens
+        )
+
+    def raw_bytes(self) -> int:
+        """Payload of a KIND_KV_BLOCK record of one block."""
+        return self.layers * self.block_bytes
+
+    def offsets(self, plane: Plane, dim: int) -> npt.NDArray[np.int64]:
+        """Byte offset in a block of every element: [head, token, element]."""
+        heads, tokens, elements = np.ogrid[: self.heads, : self.block_tokens, :dim]
+        found: npt.NDArray[np.int64] = (
+            plane.offset
+            + heads * plane.head_stride
+            + tokens * plane.token_stride
+            + elements * plane.element_stride
+        )
+        return found
+
+    def check(self) -> None:
+        """Raise UsageError unless every element lies inside the block and on its own bytes."""
+        counts = (
+            self.layers,
+            self.block_count,
+            self.block_tokens,
+            self.block_bytes,
+            self.heads,
+            self.head_dim_key,
+            self.element_bytes,
+        )
+        if min(counts) < 1 or self.head_dim_value < 0 or self.element_bytes not in (1, 2, 4, 8):
+            raise UsageError(f"not a geometry: {self}")
+        if self.stride < self.block_bytes:
+            raise UsageError(f"blocks of {self.block_bytes} bytes lie {self.stride} apart")
+        planes = [
+            self.offsets(self.key, self.head_dim_key),
+            self.offsets(self.value, self.head_dim_value),
+        ]
+        starts = np.sort(np.concatenate([found.ravel() for found in planes]))
+        if starts[0] < 0 or starts[-1] + self.element_bytes > self.block_bytes:
+            raise UsageError(
+                f"elements at bytes {starts[0]} to {starts[-1]} of a block of {self.block_bytes}: {self}"
+            )
+        if len(starts) > 1 and int(np.diff(starts).min()) < self.element_bytes:
+            raise UsageError(f"elements lie on each other: {self}")
+
+    def constants(self) -> dict[str, int]:
+        """The numbers that kernels/kv.h is compiled with."""
+        found = {
+            "KV_LAYERS": self.layers,
+            "KV_HEADS": self.heads,
+            "KV_ELEMENT_BYTES": self.element_bytes,
+            "KV_BLOCK_TOKENS": self.block_tokens,
+            "KV_BLOCK_BYTES": self.block_bytes,
+            "KV_BLOCK_STRIDE": self.stride,
+            "KV_KEY_DIM": self.head_dim_key,
+            "KV_VALUE_DIM": self.head_dim_value,
+        }
+        for name, plane in (("KEY", self.key), ("VALUE", self.value)):
+            found |= {f"KV_{name}_{field.upper()}": value for field, value in asdict(plane).items()}
+        return found
+
+
+class RegionEntry:
+    """A Region of kernels/abi.h with its base addresses, where the executor reads it."""
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        number: int,
+        bases: Sequence[int],
+        block_count: int,
+        layout_hash: int = 0,
+        page_hashes: int = 0,
+    ) -> None:
+        self._device = device
+        self._buffer = Buffer(abi.REGION.size + 8 * len(bases))
+        self.address = device.share(self._buffer.address, self._buffer.size)
+        words = np.zeros(1, dtype=abi.REGION.dtype)
+        words["bases"] = self.address + abi.REGION.size
+        words["base_count"] = len(bases)
+        words["region"] = number
+        words["block_count"] = block_count
+        words["layout_hash"] = layout_hash
+        words["page_hashes"] = page_hashes
+        self._buffer.view[: abi.REGION.size] = words.tobytes()
+        end = abi.REGION.size + 8 * len(bases)
+        self._buffer.view[abi.REGION.size : end] = np.array(bases, dtype="<u8").tobytes()
+
+    def close(self) -> None:
+        """No operator names this region any more."""
+        self._device.unshare(self._buffer.address)
+        self._buffer.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A registered KV cache and the operators that know its layout."""
+
+    number: int
+    geometry: KvGeometry
+    layout_hash: int
+    entry: RegionEntry
+    append: Operator
+    apply: Operator
+    hash: Operator
+
+
+@dataclass(frozen=True, slots=True)
+class PageRegion:
+    """A registered opaque region, found dirty by hash."""
+
+    number: int
+    page_bytes: int
+    page_count: int
+    entry: RegionEntry
+    page_hashes: int  # device address of the table
+    scan: Operator

@@ -1,0 +1,105 @@
+"""Memory that outlives a process or that two sides see, floor 2.
+
+Owns: mapped files and anonymous buffers, with addresses. Promises: a mapping has all its pages from the start and keeps out of core
+dumps; nothing is unmapped but by `close`, so that a thread or a kernel that still runs never loses its memory to garbage collection.
+Called by runtime/, checkpoint/, journal/. Does not know what lies in the bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from concordia.errors import EnvironmentRefused
+
+PAGE_BYTES: Final = mmap.PAGESIZE
+
+
+@dataclass(frozen=True, slots=True)
+class JournalTarget:
+    """What an executor needs of the journal: addresses of this process's mappings of the pool and of one StreamControl."""
+
+    pool_address: int
+    pool_bytes: int
+    segment_bytes: int
+    control_address: int
+
+
+class Mapping:
+    """Bytes with an address, mapped until `close`."""
+
+    def __init__(self, mapped: mmap.mmap, size: int) -> None:
+        self._mapped = mapped
+        self.size = size
+        self.view = memoryview(mapped)
+        self.address = int(np.frombuffer(self.view, dtype=np.uint8).ctypes.data)
+        # Without this, unreachable would mean unmapped, under a thread that Python does not know.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(mapped))
+        self._is_open = True
+
+    def close(self) -> None:
+        """Unmap; where somebody still holds a view of it, the mapping goes with the last view."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        ctypes.pythonapi.Py_DecRef(ctypes.py_object(self._mapped))
+        try:
+            self.view.release()
+            self._mapped.close()
+        except BufferError:
+            return
+
+
+class Buffer(Mapping):
+    """Anonymous zeroed memory of this process."""
+
+    def __init__(self, size: int) -> None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        super().__init__(mmap.mmap(-1, _whole_pages(size), flags=flags), size)
+
+
+class SharedFile(Mapping):
+    """A file mapped by several processes."""
+
+    @classmethod
+    def create(cls, path: Path, size: int) -> SharedFile:
+        """Make the file, private to this user, with all its blocks allocated: a sparse one ends in SIGBUS when memory runs out."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return cls._of(descriptor, size, is_writable=True)
+        except OSError as error:
+            os.unlink(path)
+            raise EnvironmentRefused(f"no room for {size} bytes at {path}: {error}") from error
+        finally:
+            os.close(descriptor)
+
+    @classmethod
+    def open(cls, path: Path, size: int | None = None, *, writable: bool = False) -> SharedFile:
+        """Map an existing file; `size` is what it must have at least."""
+        descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        try:
+            found = os.fstat(descriptor).st_size
+            wanted = found if size is None else size
+            if found < wanted or wanted == 0:
+                raise EnvironmentRefused(f"{path} has {found} bytes, {wanted} are wanted")
+            return cls._of(descriptor, wanted, is_writable=writable)
+        finally:
+            os.close(descriptor)
+
+    @classmethod
+    def _of(cls, descriptor: int, size: int, *, is_writable: bool) -> SharedFile:
+        rights = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
+        mapped = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=rights)
+        mapped.madvise(mmap.MADV_DONTDUMP)  # contents are users' prompts
+        return cls(mapped, size)
+
+
+def _whole_pages(size: int) -> int:
+    return (size + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES

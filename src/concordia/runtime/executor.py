@@ -1,0 +1,263 @@
+"""One executor and everything it runs on, floor 3.
+
+Owns: a ring, an operator table, an executor and its scratch memory, for one writer of one stream. Promises: `install` compiles beside
+the running executor and swaps an installed name without losing or repeating a task; a candidate that does not compile, pass the lint
+or its self-test changes nothing; every wait has a bound; `close` runs what was handed in, then stops. Called by
+checkpoint/. Does not know regions or records: handlers do.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from concordia import abi, config
+from concordia.device.compiler import HandlerSource
+from concordia.device.driver import Device, Executor, ExecutorPlan, Image
+from concordia.device.memory import JournalTarget
+from concordia.errors import ConcordiaError, DeviceError, JournalRefused, RingFull, WaitTimeout
+from concordia.runtime.op_table import Operator, OperatorTable
+from concordia.runtime.ring import Completion, Ring, Task, Ticket
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeStats:
+    """Counters of one runtime since it was opened."""
+
+    submitted: int
+    done: int
+    busy_ns: int
+    appended_bytes: int
+    heartbeat: int
+    launches: int
+    generation: int
+    is_inside: bool
+    rescues: int
+
+
+class Runtime:
+    """A ring, its executor and its operators."""
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        target: JournalTarget | None = None,
+        lanes: int = 1,
+        slots: int = config.RING_SLOTS,
+    ) -> None:
+        if target is not None:
+            _check_target(target)
+        self.device = device
+        self._lock = (
+            threading.RLock()
+        )  # one installs, parks or closes at a time; submission takes no lock
+        self._is_open = True
+        self._park_count = 0
+        self.ring = Ring(
+            device, slots=slots, arena_bytes=config.RING_ARENA_BYTES // config.RING_SLOTS * slots
+        )
+        self.operators = OperatorTable(device, self.ring)
+        self._scratch: list[int] = []
+        self._target = target
+        plan = self._plan(target, lanes)
+        self.executor: Executor = device.executor(plan)
+        self._finalizer = weakref.finalize(self, _abandon, self.executor)
+
+    def install(
+        self,
+        name: str,
+        source: HandlerSource,
+        *,
+        region_address: int = 0,
+        self_test: Callable[[Image], None] | None = None,
+    ) -> Operator:
+        """Compile (or take from the cache), lint, prove and publish a handler; also the hot swap of an installed name."""
+        image = self.device.build(source)
+        if self_test is not None:
+            self_test(image)
+        return self.adopt(name, image, region_address=region_address)
+
+    def adopt(self, name: str, image: Image, *, region_address: int = 0) -> Operator:
+        """Publish a handler that was built before."""
+        with self._lock:
+            self._require_open()
+            if self.device.needs_parking:
+                with self.parked():
+                    operator = self._publish(name, image, region_address)
+                    self.operators.unload_retired()  # nobody is inside, and whoever enters reads the new entry
+                return operator
+            self._unload_retired()
+            operator = self._publish(name, image, region_address)
+            try:
+                self._unload_retired()
+            except WaitTimeout as error:
+                logger.warning("%s is swapped, its old code stays loaded for now: %s", name, error)
+            return operator
+
+    def _publish(self, name: str, image: Image, region_address: int) -> Operator:
+        code = self.device.load(image)
+        try:
+            return self.operators.publish(name, image, code, region_address=region_address)
+        except ConcordiaError:
+            code.close()
+            raise
+
+    def _unload_retired(self) -> None:
+        """Close replaced code once a task of the newest generation has started, which an empty task brings about."""
+        if not self.operators.has_retired:
+            return
+        if not self._park_count and not self.operators.is_acknowledged():
+            self.drain()
+        self.operators.unload_retired()
+
+    def submit(self, task: Task) -> Ticket:
+        """Hand a task in; raises RingFull. Any thread."""
+        if not self._is_open:
+            raise DeviceError("this runtime is closed")
+        ticket, needs_launch = self.ring.submit(task, self.executor.handle)
+        if needs_launch:
+            self.executor.launch()
+        return ticket
+
+    def result(self, ticket: Ticket) -> Completion | None:
+        """None while pending. Answers are kept for several laps of the ring."""
+        self._require_open()
+        return self.ring.result(ticket)
+
+    def wait(self, ticket: Ticket, timeout_s: float = config.WAIT_TASK_S) -> Completion:
+        """Wait for a task's answer; raises WaitTimeout."""
+        self._require_open()
+        return self.ring.wait(ticket, timeout_s)
+
+    def drain(self, timeout_s: float = config.WAIT_TASK_S) -> None:
+        """Wait until everything handed in so far is done."""
+        until = time.monotonic() + timeout_s
+        while True:
+            try:
+                self.wait(self.submit(Task()), max(0.0, until - time.monotonic()))
+                return
+            except RingFull as error:
+                if time.monotonic() > until:
+                    raise WaitTimeout(f"the ring is still full after {timeout_s} s") from error
+                time.sleep(0.001)
+
+    @contextmanager
+    def parked(self) -> Iterator[None]:
+        """Nobody runs handlers inside; what is handed in waits in the ring."""
+        with self._lock:
+            self._require_open()
+            if not self.executor.park(config.WAIT_PARK_S):
+                raise WaitTimeout(
+                    f"the executor did not leave within {config.WAIT_PARK_S} s: task {self.ring.load('head')} is still running"
+                )
+            self._park_count += 1
+            try:
+                yield
+            finally:
+                self._park_count -= 1
+                self.executor.unpark()
+
+    def stats(self) -> RuntimeStats:
+        """Counters for metrics; cheap."""
+        self._require_open()
+        load = self.ring.load
+        return RuntimeStats(
+            submitted=load("tail"),
+            done=load("done_count"),
+            busy_ns=load("busy_ns"),
+            appended_bytes=load("appended_bytes"),
+            heartbeat=load("heartbeat"),
+            launches=load("launched"),
+            generation=load("generation"),
+            is_inside=load("left") != load("launched"),
+            rescues=self.executor.rescues(),
+        )
+
+    def close(self) -> None:
+        """Run what was handed in, stop, give everything back. Raises WaitTimeout, with the memory kept, if a handler hangs."""
+        with self._lock:
+            if not self._is_open:
+                return
+            try:
+                self.drain()
+            except WaitTimeout as error:
+                logger.error("closing with tasks undone: %s", error)
+            self._is_open = False
+            self._finalizer.detach()
+            if not self.executor.close(config.WAIT_PARK_S):
+                raise WaitTimeout(
+                    f"the executor did not leave within {config.WAIT_PARK_S} s: its memory is kept until the process ends"
+                )
+            self.operators.close()
+            for address in self._scratch:
+                self.device.free(address)
+            if self._target is not None:
+                self.device.unshare(self._target.pool_address)
+                self.device.unshare(self._target.control_address)
+            self.ring.close()
+
+    def _require_open(self) -> None:
+        if not self._is_open:
+            raise DeviceError("this runtime is closed")
+
+    def _plan(self, target: JournalTarget | None, lanes: int) -> ExecutorPlan:
+        """Scratch for one payload: staged bytes, and what hashing them needs."""
+        segment = target.segment_bytes if target else config.SEGMENT_BYTES
+        stage = -(-segment // abi.LEAF_BYTES) * abi.LEAF_BYTES
+        leaves = stage // abi.LEAF_BYTES
+        digest_bytes = max(leaves * 16, config.SCAN_PAGES * abi.ROOT_BYTES_MIN) + abi.ROOT_BYTES_MIN
+        pool = control = 0
+        if target is not None:
+            pool = self.device.share(target.pool_address, target.pool_bytes)
+            control = self.device.share(target.control_address, abi.STREAM_CONTROL.size)
+        return ExecutorPlan(
+            ring=self.ring.device_address,
+            pool=pool,
+            pool_bytes=target.pool_bytes if target else 0,
+            segment_bytes=segment,
+            control=control,
+            stage=self._allocate(stage),
+            stage_bytes=stage,
+            sums=self._allocate(leaves * 64),
+            digests=self._allocate(digest_bytes),
+            digest_bytes=digest_bytes,
+            marks=self._allocate(config.SCAN_PAGES * 8),
+            mark_count=config.SCAN_PAGES,
+            lanes=lanes,
+        )
+
+    def _allocate(self, size: int) -> int:
+        address = self.device.allocate(size)
+        self._scratch.append(address)
+        return address
+
+
+def _check_target(target: JournalTarget) -> None:
+    """Refuse a stream that cannot be written: an executor trusts these numbers."""
+    sizes = (target.pool_bytes, target.segment_bytes)
+    if (
+        target.segment_bytes < abi.LEAF_BYTES
+        or target.segment_bytes % abi.LEAF_BYTES
+        or target.pool_bytes < target.segment_bytes
+    ):
+        raise JournalRefused(
+            f"pool and segment of {sizes} bytes: segments are whole leaves, and at least one fits the pool"
+        )
+    if target.pool_address % abi.LINE_BYTES or target.control_address % abi.LINE_BYTES:
+        raise JournalRefused("pool and control page must start on a line")
+
+
+def _abandon(executor: Executor) -> None:
+    """A runtime that nobody closed: stop its threads, keep its memory."""
+    executor.close(config.WAIT_PARK_S)
+
+
+__all__ = ["Completion", "Operator", "Runtime", "RuntimeStats", "Task", "Ticket"]

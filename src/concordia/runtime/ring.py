@@ -1,0 +1,192 @@
+"""The ring as host threads see it, floor 3.
+
+Owns: the ring's memory (header, slots, completions, arena) and turning a Task into a slot and a completion into a value. Promises: all
+ordered stores are in compiled code (kernels/ring.h), never here; `submit` takes microseconds, never waits and may be called by any
+thread; a full ring raises. Called by executor.py. Does not know what operators do, and does not send the executor in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, NewType
+
+from concordia import abi, config
+from concordia.device.driver import Device
+from concordia.device.memory import Buffer
+from concordia.errors import DeviceError, RingFull, UsageError, WaitTimeout
+
+Ticket = NewType("Ticket", int)  # position of a task in its ring
+
+WORD_MASK: Final = (1 << 64) - 1
+
+# abi.TASK from its second word on is what a caller fills; publish, span and stamp are the compiled code's.
+_TASK: Final = struct.Struct("<QIIIIQQQIIQIIQQQQQI12x")
+_COMPLETION: Final = struct.Struct("<QIIQQQQ16x")
+
+_SUBMITTED, _NEEDS_LAUNCH, _FULL, _TOO_LARGE = range(4)
+_PENDING, _DONE, _FORGOTTEN = range(3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What one slot says. `blocks` and `payload` are copied into the ring's arena; `source` names bytes that lie elsewhere."""
+
+    opcode: int = 0
+    kind: int = abi.TASK_NOOP
+    region: int = 0
+    record_kind: int = 0
+    key: int = 0
+    incarnation: int = 0
+    token_start: int = 0
+    token_end: int = 0
+    blocks: Sequence[int] = ()
+    payload: bytes | None = None
+    source: int = 0
+    source_bytes: int = 0
+    flags: int = 0
+    step: int = 0
+    arg: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What a task answered; `sequence` is that of the record it committed, None when it committed none."""
+
+    status: int
+    generation: int
+    sequence: int | None
+    payload_hash: int
+    result: int
+
+    @property
+    def is_ok(self) -> bool:
+        return self.status == abi.STATUS_OK
+
+
+class Ring:
+    """One ring, for the host threads of one process."""
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        slots: int = config.RING_SLOTS,
+        arena_bytes: int = config.RING_ARENA_BYTES,
+    ) -> None:
+        if slots < 4 or slots & (slots - 1) or arena_bytes % (slots * abi.LINE_BYTES):
+            raise UsageError(
+                f"{slots} slots, {arena_bytes} bytes: want a power of two, and whole lines of arena per slot"
+            )
+        self._library = device.library
+        self._device = device
+        self.slot_count = slots
+        completions = slots * config.COMPLETION_LAPS
+        at_slots = abi.RING_HEADER.size
+        at_completions = at_slots + slots * abi.TASK.size
+        at_arena = -(-(at_completions + completions * abi.COMPLETION.size) // 4096) * 4096
+        self._buffer = Buffer(at_arena + arena_bytes)
+        self.address = self._buffer.address  # of the header, for this process
+        self.device_address = device.share(self.address, self._buffer.size)
+        if self.device_address != self.address:
+            # Slots name arena bytes and the table by one address for both sides.
+            raise DeviceError("this device sees host memory at other addresses than the host does")
+        self._words = abi.RING_HEADER.offsets()
+        for name, value in (
+            ("slot_count", slots),
+            ("slots", self.address + at_slots),
+            ("completions", self.address + at_completions),
+            ("completion_count", completions),
+            ("arena", self.address + at_arena),
+            ("arena_bytes", arena_bytes),
+            ("lease_ns", config.LEASE_NS),
+            ("idle_ns", device.idle_ns),
+        ):
+            self.store(name, value)
+
+    def load(self, name: str) -> int:
+        """One word of the header."""
+        return int(self._library.load(self.address + self._words[name]))
+
+    def store(self, name: str, value: int) -> None:
+        """One word of the header that is the host's to write."""
+        self._library.store(self.address + self._words[name], value)
+
+    def submit(self, task: Task, handle: int) -> tuple[Ticket, bool]:
+        """Hand a task in; True when the executor has to be launched (never with a handle that does so itself)."""
+        try:
+            ids = array("I", task.blocks).tobytes()
+            filled = _TASK.pack(
+                *(0, task.opcode, task.kind, task.region, task.record_kind),
+                *(task.key & WORD_MASK, task.key >> 64, task.incarnation),
+                *(task.token_start, task.token_end, 0, 0, task.flags),
+                *(task.source, task.source_bytes, task.step, 0, task.arg, 0),
+            )
+        except (struct.error, OverflowError, TypeError) as error:
+            raise UsageError(
+                f"a number does not fit its place in a task: {error}: {task}"
+            ) from error
+        payload = task.payload
+        position = ctypes.c_uint64()
+        said = self._library.submit(
+            self.address,
+            handle,
+            filled,
+            ids,
+            len(task.blocks),
+            payload,
+            0 if payload is None else len(payload),
+            ctypes.byref(position),
+        )
+        if said == _FULL:
+            raise RingFull(
+                f"{self.slot_count} slots of the ring are taken: task {task.opcode} was not handed in"
+            )
+        if said == _TOO_LARGE:
+            raise UsageError(
+                f"{len(task.blocks)} blocks and {0 if payload is None else len(payload)} bytes do not fit half the ring's arena"
+            )
+        return Ticket(position.value), said == _NEEDS_LAUNCH
+
+    def result(self, ticket: Ticket) -> Completion | None:
+        """What a task answered, None while it is pending."""
+        found = ctypes.create_string_buffer(abi.COMPLETION.size)
+        return self._completion(self._library.read(self.address, ticket, found), ticket, found)
+
+    def wait(self, ticket: Ticket, timeout_s: float) -> Completion:
+        """The same after waiting for it, outside the interpreter's lock."""
+        found = ctypes.create_string_buffer(abi.COMPLETION.size)
+        said = self._library.wait(self.address, ticket, max(0, int(timeout_s * 1e9)), found)
+        done = self._completion(said, ticket, found)
+        if done is None:
+            raise WaitTimeout(
+                f"task {ticket} is not done after {timeout_s} s: {self.load('head')} of {self.load('tail')} are, "
+                f"heartbeat {self.load('heartbeat')}, launch {self.load('launched')}, left {self.load('left')}"
+            )
+        return done
+
+    def _completion(
+        self, said: int, ticket: Ticket, found: ctypes.Array[ctypes.c_char]
+    ) -> Completion | None:
+        if said == _PENDING:
+            return None
+        if said == _FORGOTTEN:
+            raise DeviceError(
+                f"task {ticket} was done long ago: its answer is kept for {config.COMPLETION_LAPS - 1} laps of {self.slot_count} tasks"
+            )
+        _, status, generation, sequence, low, high, result = _COMPLETION.unpack(found.raw)
+        return Completion(
+            status,
+            generation,
+            None if sequence == abi.NOT_SEALED else sequence,
+            high << 64 | low,
+            result,
+        )
+
+    def close(self) -> None:
+        """Give the memory back; the executor is gone."""
+        self._device.unshare(self.address)
+        self._buffer.close()
