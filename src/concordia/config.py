@@ -101,6 +101,15 @@ TREE_PERIOD_S: Final = 1.0  # how often new processes of a replica and their sha
 # --- replicas
 KILL_S: Final = 5.0  # SIGKILL takes milliseconds; a process in an uninterruptible wait may never go
 HELPERS_S: Final = 1.0  # Python's resource trackers take 0.12 s to remove a dead engine's names
+NVIDIA_SMI_S: Final = 10.0  # it takes about a second; a broken driver may never answer
+JOURNAL_PER_KV: Final = 1.25  # journal over KV cache: records, their headers, and room for the cleaner to work
+ENGINE_BYTES: Final = 3 << 30  # memory of one vLLM process tree without weights and KV cache
+WEIGHTS_FACTOR: Final = 1.2  # weights in memory over weights on disk: packed copies for the CPU's kernels
+MEMORY_USED_MAX: Final = 0.9  # of what is free: the rest is for the router, the owner and the page cache
+CPU_KV_BYTES_MAX: Final = 4 << 30  # per engine, unless set: what vLLM's CPU backend took by default for long
+CPU_KV_BYTES_MIN: Final = 64 << 20
+GPU_UTILIZATION: Final = 0.9  # of a device's memory, shared by its engines: below vLLM's own default for our kernels
+ENGINE_SHARED_BYTES: Final = 256 << 20  # free /dev/shm that vLLM asks for before it makes its message queues
 
 # --- serving
 RECOVERY_TIMEOUT_S: Final = 120.0
@@ -130,6 +139,8 @@ COMMIT_POLL_S: Final = 0.001
 EVENTS_POLL_S: Final = 1.0
 RECOVERY_BUCKETS_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
 BODY_BYTES_MAX: Final = 64 << 20  # of one client request
+DRAIN_WAIT_S: Final = 30.0  # what still runs then is moved or ended by whoever drains
+DRAIN_WAIT_MAX_S: Final = 3600.0
 
 
 @dataclass(frozen=True, slots=True)

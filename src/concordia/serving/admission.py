@@ -1,0 +1,157 @@
+"""Which replica new work may use, and who waits for one.
+
+Owns: the choice among active replicas, the replicas closed to new work, and the count of those who wait. Promises: a failed replica takes
+nothing more; one that was promoted takes nothing but its cohort until that has moved; waiting is bounded in time and number; a full house is
+an error with a Retry-After, never a silent wait. Called by the router and by requests that are passed through.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from concordia import config
+from concordia.errors import RequestRefused
+from concordia.serving.flight import ReplicaLike
+
+
+class Admission:
+    """`active` gives the replica set's present view, `load` how much a replica has to do."""
+
+    def __init__(
+        self,
+        *,
+        active: Callable[[], Sequence[ReplicaLike]],
+        load: Callable[[ReplicaLike], int],
+        wait_s: float,
+        held_max: int,
+    ) -> None:
+        self.is_draining = False
+        self.held_count = 0
+        self._active = active
+        self._load = load
+        self._wait_s = wait_s
+        self._held_max = held_max
+        self._failed: set[int] = set()
+        self._known: set[int] = (
+            set()
+        )  # replicas that took new work before the failovers that now run
+        self._moving = 0  # failovers that run
+        self._passing: dict[int, int] = {}
+        self._opened = asyncio.Event()
+
+    def check(self) -> None:
+        """Raise RequestRefused when a new request must not come in."""
+        if self.is_draining:
+            raise unavailable("the server is draining", retry_after_s=config.RETRY_AFTER_S)
+        if self.held_count >= self._held_max:
+            raise unavailable(
+                f"{self.held_count} requests already wait for an engine",
+                retry_after_s=config.RETRY_AFTER_S,
+            )
+
+    def choose(self) -> ReplicaLike | None:
+        """The least loaded replica that takes new work."""
+        active = [r for r in self._active() if r.incarnation not in self._failed]
+        if self._moving:
+            active = [r for r in active if r.incarnation in self._known]
+        else:
+            self._known = {r.incarnation for r in active}
+        return min(active, key=self._total_load, default=None)
+
+    async def acquire(self) -> ReplicaLike:
+        """The replica for a new request; waits until there is one. Raises RequestRefused at the bound."""
+        replica = self.choose()
+        if replica is not None:
+            return replica
+        bound = time.monotonic() + self._wait_s
+        self.held_count += 1
+        try:
+            while (replica := self.choose()) is None:
+                left = bound - time.monotonic()
+                if left <= 0:
+                    raise unavailable("no engine was there within the recovery timeout")
+                self._opened.clear()
+                # A replica may also appear without a failover, and nobody tells: look again now and then.
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._opened.wait(), min(left, config.ADMISSION_POLL_S))
+        finally:
+            self.held_count -= 1
+        return replica
+
+    def close(self, incarnation: int) -> None:
+        """A replica has failed; its failover begins."""
+        if not self._moving:
+            self.choose()  # notes who takes new work now
+        self._failed.add(incarnation)
+        self._moving += 1
+
+    def open(self, incarnation: int | None) -> None:
+        """A failover has ended, on this replica if it found one."""
+        self._moving -= 1
+        if incarnation is not None:
+            self._known.add(incarnation)
+        self._opened.set()
+
+    @contextlib.contextmanager
+    def passing(self, replica: ReplicaLike) -> Iterator[None]:
+        """Count a request that is passed through."""
+        key = replica.incarnation
+        self._passing[key] = self._passing.get(key, 0) + 1
+        try:
+            yield
+        finally:
+            self._passing[key] -= 1
+            if not self._passing[key]:
+                del self._passing[key]
+
+    @property
+    def passing_count(self) -> int:
+        return sum(self._passing.values())
+
+    @property
+    def is_open(self) -> bool:
+        """True while a new request would be served, at once or after a failover."""
+        return not self.is_draining and (self._moving > 0 or self.choose() is not None)
+
+    def _total_load(self, replica: ReplicaLike) -> int:
+        return self._load(replica) + self._passing.get(replica.incarnation, 0)
+
+
+class Turnstile:
+    """Keeps the members of a client's closed cohort in the order in which they came.
+
+    A batch's rows lie in the order of arrival, and its arithmetic depends on it; rendering prompts side by side would mix them up.
+    """
+
+    def __init__(self) -> None:
+        self._queues: dict[str, list[asyncio.Event]] = {}
+
+    @contextlib.contextmanager
+    def enter(self, name: str | None) -> Iterator[asyncio.Event]:
+        """Take a place in the queue of this name; the event is set once all who came before have left."""
+        turn = asyncio.Event()
+        if name is None:
+            turn.set()
+            yield turn
+            return
+        queue = self._queues.setdefault(name, [])
+        queue.append(turn)
+        queue[0].set()
+        try:
+            yield turn
+        finally:
+            queue.remove(turn)
+            if queue:
+                queue[0].set()
+            else:
+                del self._queues[name]
+
+
+def unavailable(message: str, *, retry_after_s: int | None = None) -> RequestRefused:
+    """A 503 in OpenAI's form."""
+    return RequestRefused(
+        message, status=503, kind="ServiceUnavailableError", retry_after_s=retry_after_s
+    )

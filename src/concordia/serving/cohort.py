@@ -1,0 +1,96 @@
+"""The requests of one failed replica, and their way to the next.
+
+Owns: one failover, from the fault to the last member's submission. Promises: members are submitted in the order in which they first came, one
+after the other, all naming the same cohort and size; a member that leaves before is not counted, one that leaves between is submitted all
+the same and let go once the cohort runs, so that nobody waits for it; the new replica takes no other work before. Made by the router for
+each fault. Does not decide that there was a fault and does not kill: the replica set does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from concordia import config
+from concordia.errors import ConcordiaError
+from concordia.recovery.fault import Fault
+from concordia.serving.flight import CohortTicket, Flight, ReplicaLike
+
+log = logging.getLogger(__name__)
+
+
+class Submitter(Protocol):
+    """What a failover needs of the router."""
+
+    async def replace(self, failed: ReplicaLike, fault: Fault) -> ReplicaLike: ...
+    async def submit(
+        self, flight: Flight, replica: ReplicaLike, ticket: CohortTicket | None
+    ) -> bool: ...
+    async def count_uncommitted(self, flights: Sequence[Flight]) -> None: ...
+    def suspect(self, flight: Flight, replica: ReplicaLike, detail: str) -> None: ...
+
+
+class Cohort:
+    """One failover; `run` ends when every member sits on the new replica or has failed."""
+
+    def __init__(self, failed: ReplicaLike, fault: Fault, members: Sequence[Flight]) -> None:
+        self.failed = failed
+        self.fault = fault
+        self.members = sorted(members, key=lambda flight: flight.order)
+        self.replica: ReplicaLike | None = None  # known once there is one
+        self.name = f"{failed.incarnation:x}-{fault.detected_ns:x}"
+
+    @property
+    def living(self) -> list[Flight]:
+        return [flight for flight in self.members if not (flight.is_left or flight.is_done)]
+
+    async def run(self, router: Submitter) -> ReplicaLike:
+        """Find a replica and move everybody there; returns the replica. Ends with CancelledError when that one fails too."""
+        started = time.monotonic()
+        self.replica = await self._find(router)
+        members = self.living
+        for flight in members:
+            flight.replica = self.replica
+            flight.failovers += 1
+        await router.count_uncommitted(members)
+        # Counting took a moment, and the size that members name must be that of those who come.
+        members = self.living
+        ticket = CohortTicket(self.name, len(members), config.RESTORE_WAIT_S)
+        for index, flight in enumerate(members):
+            if not await router.submit(flight, self.replica, ticket):
+                for other in members[index + 1 :]:
+                    router.suspect(other, self.replica, "its cohort could not be submitted")
+                break
+        log.info(
+            "%s: %d requests moved to %s in %.3f s",
+            self.fault,
+            len(members),
+            self.replica.name,
+            time.monotonic() - started,
+        )
+        await self._let_go(members)
+        return self.replica
+
+    async def _find(self, router: Submitter) -> ReplicaLike:
+        """Ask for a replacement until there is one: members have deadlines of their own, so this loop needs none."""
+        while True:
+            try:
+                return await router.replace(self.failed, self.fault)
+            except ConcordiaError as error:
+                log.error("no replacement for %s yet: %s", self.failed.name, error)
+                await asyncio.sleep(config.REPLACE_RETRY_S)
+
+    async def _let_go(self, members: Sequence[Flight]) -> None:
+        """Close the streams of members that left while the cohort was submitted, once the cohort runs."""
+        left = [flight for flight in members if flight.is_left]
+        if not left:
+            return
+        bound = time.monotonic() + config.RESTORE_WAIT_S
+        while time.monotonic() < bound and any(f.attempts > 0 for f in self.living):
+            await asyncio.sleep(config.REPLACE_POLL_S)
+        for flight in left:
+            if flight.stream is not None:
+                flight.stream.close()

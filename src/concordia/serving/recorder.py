@@ -1,0 +1,286 @@
+"""What the router writes into the journal, and what it reads from it.
+
+Owns: the router's own stream (request parameters, token ids received) and its questions to the owner (committed so far, events). Promises:
+the event loop never waits for the journal: records are queued and written by one thread, questions are asked on others; a journal that is
+full or gone costs protection and is counted, never a token. Called by the router. Does not restore anything: connectors do.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import json
+import logging
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import xxhash
+
+from concordia import abi, config
+from concordia.errors import ConcordiaError
+from concordia.serving.flight import Flight
+from concordia.serving.metrics import Metrics
+from concordia.serving.need import Level
+from concordia.serving.openai_format import Piece
+
+log = logging.getLogger(__name__)
+
+
+class JournalLike(Protocol):
+    """The owner's answers, as journal.client gives them; calls block for at most a second or so."""
+
+    def committed(self, key: int) -> int: ...
+    def finish(self, key: int) -> None: ...
+    def events(self, after: int = 0) -> tuple[int, list[dict[str, Any]]]: ...
+    def stats(self) -> dict[str, Any]: ...
+
+
+class AppenderLike(Protocol):
+    """The part of a checkpointer that the router uses."""
+
+    def append_bytes(
+        self,
+        payload: bytes,
+        *,
+        kind: int,
+        key: int,
+        incarnation: int,
+        token_start: int = 0,
+        token_end: int = 0,
+        step: int = 0,
+    ) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a connector says of one resumed request."""
+
+    level: Level
+    restored_tokens: int
+    recomputed_tokens: int
+    hash_mismatches: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    kind: int
+    key: int
+    incarnation: int
+    token_start: int
+    token_end: int
+    payload: bytes
+
+
+class Recorder:
+    """Use as a context manager; `on_event` is called on the event loop with each event of the journal."""
+
+    def __init__(self, journal: JournalLike, appender: AppenderLike | None) -> None:
+        self.dropped_count = 0
+        self.on_event: Callable[[Mapping[str, Any]], None] | None = None
+        self._journal = journal
+        self._appender = appender
+        self._queue: queue.SimpleQueue[_Record | int | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
+        self._cursor = 0
+        self._polling = asyncio.Lock()
+        self._outcomes: OrderedDict[tuple[str, int], Outcome] = OrderedDict()
+        self._waiting: dict[int, list[tuple[int, asyncio.Future[bool]]]] = {}
+        self._watch: asyncio.Task[None] | None = None
+
+    def __enter__(self) -> Recorder:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._queue.put(None)
+        self._thread.join(config.WAIT_TASK_S)
+
+    # --- written
+
+    def admit(self, flight: Flight) -> None:
+        """Parameters and prompt of a new request."""
+        key = request_key(flight.name)
+        parameters = {"request": flight.name, "parameters": dict(flight.request.upstream)}
+        payload = json.dumps(parameters, separators=(",", ":")).encode()
+        self._queue.put(_Record(abi.KIND_REQUEST, key, 1, 0, 0, payload))
+        self._put_tokens(key, 1, 0, flight.prompt)
+
+    def tokens(self, flight: Flight, piece: Piece) -> None:
+        """Ids that have been received."""
+        if piece.ids:
+            start = len(flight.prompt) + piece.start
+            self._put_tokens(request_key(flight.name), flight.incarnation, start, piece.ids)
+
+    def finish(self, flight: Flight) -> None:
+        """The request has ended: its tails are dead."""
+        self._queue.put(request_key(flight.name))
+
+    # --- read
+
+    async def committed(self, flight: Flight) -> int:
+        """Tokens of this request that the journal has; 0 when nobody answers."""
+        return await asyncio.to_thread(self._ask_committed, request_key(flight.name))
+
+    async def wait_committed(self, flight: Flight, position: int) -> bool:
+        """Wait until everything below `position` is committed; False at the bound."""
+        key = request_key(flight.name)
+        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(key, []).append((position, done))
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._watch_commits())
+        try:
+            async with asyncio.timeout(config.COMMIT_WAIT_S):
+                return await done
+        except TimeoutError:
+            return False
+        finally:
+            left = [entry for entry in self._waiting.get(key, []) if entry[1] is not done]
+            if left:
+                self._waiting[key] = left
+            else:
+                self._waiting.pop(key, None)
+
+    async def outcome(self, flight: Flight) -> Outcome | None:
+        """What the connector says of the flight's present incarnation; None when it says nothing."""
+        found = self._outcomes.get((flight.name, flight.incarnation))
+        if found is None:
+            await self.poll()
+            found = self._outcomes.get((flight.name, flight.incarnation))
+        return found
+
+    async def poll(self) -> None:
+        """Take the events that are new since the last poll."""
+        async with self._polling:
+            try:
+                cursor, events = await asyncio.to_thread(self._journal.events, self._cursor)
+            except (ConcordiaError, OSError) as error:
+                log.warning("the journal's events cannot be read: %s", error)
+                return
+            self._cursor = cursor
+        for event in events:
+            self._note(event)
+            if self.on_event is not None:
+                self.on_event(event)
+
+    async def follow(self, metrics: Metrics) -> None:
+        """Keep the metrics up to date with the journal; runs until it is cancelled."""
+        self.on_event = metrics.event
+        while True:
+            await self.poll()
+            metrics.journal(await self.stats())
+            await asyncio.sleep(config.EVENTS_POLL_S)
+
+    async def stats(self) -> dict[str, Any]:
+        """The owner's own numbers; empty when nobody answers."""
+        try:
+            return await asyncio.to_thread(self._journal.stats)
+        except (ConcordiaError, OSError):
+            return {}
+
+    def _note(self, event: Mapping[str, Any]) -> None:
+        outcome = read_outcome(event)
+        if outcome is None:
+            return
+        name = (str(event.get("request")), int(event.get("incarnation", 0)))
+        self._outcomes[name] = outcome
+        while len(self._outcomes) > config.OUTCOMES_KEPT_MAX:
+            self._outcomes.popitem(last=False)
+
+    def _ask_committed(self, key: int) -> int:
+        try:
+            return self._journal.committed(key)
+        except (ConcordiaError, OSError):
+            return 0
+
+    async def _watch_commits(self) -> None:
+        """While somebody waits, ask for all of them and wake those whose state is safe."""
+        while self._waiting:
+            for key in list(self._waiting):
+                count = await asyncio.to_thread(self._ask_committed, key)
+                for position, done in self._waiting.get(key, []):
+                    if count >= position and not done.done():
+                        done.set_result(True)
+            await asyncio.sleep(config.COMMIT_POLL_S)
+
+    def _put_tokens(self, key: int, incarnation: int, start: int, ids: Any) -> None:
+        payload = array.array("I", ids).tobytes()
+        self._queue.put(
+            _Record(abi.KIND_TOKENS, key, incarnation, start, start + len(ids), payload)
+        )
+
+    def _write(self) -> None:
+        """The thread: gather what has come in a moment, join token records of one request, append."""
+        while True:
+            batch = [self._queue.get()]
+            time.sleep(config.RECORD_PERIOD_S)  # many small records become one, and one wake-up
+            while not self._queue.empty():
+                batch.append(self._queue.get())
+            for item in _joined(batch):
+                if item is None:
+                    return
+                self._write_one(item)
+
+    def _write_one(self, item: _Record | int) -> None:
+        try:
+            if isinstance(item, int):
+                self._journal.finish(item)
+            elif self._appender is not None:
+                self._appender.append_bytes(
+                    item.payload,
+                    kind=item.kind,
+                    key=item.key,
+                    incarnation=item.incarnation,
+                    token_start=item.token_start,
+                    token_end=item.token_end,
+                )
+        except (ConcordiaError, OSError) as error:
+            self.dropped_count += 1
+            if self.dropped_count == 1:
+                log.warning("the router's records are not kept from now on: %s", error)
+
+
+def request_key(name: str) -> int:
+    """The 128-bit key of a request in the journal."""
+    return xxhash.xxh3_128_intdigest(name.encode())
+
+
+def read_outcome(event: Mapping[str, Any]) -> Outcome | None:
+    """The outcome that a "restored" event states; None for any other event."""
+    if event.get("event") != "restored":
+        return None
+    restored = int(event.get("restored_tokens", 0))
+    return Outcome(
+        Level.STATE_EXACT if restored > 0 else Level.RE_PREFILL,
+        restored,
+        int(event.get("recomputed_tokens", 0)),
+        int(event.get("hash_mismatches", 0)),
+    )
+
+
+def _joined(batch: list[_Record | int | None]) -> list[_Record | int | None]:
+    """Token records of one request that follow each other become one."""
+    found: list[_Record | int | None] = []
+    places: dict[tuple[int, int], int] = {}
+    for item in batch:
+        if isinstance(item, _Record) and item.kind == abi.KIND_TOKENS:
+            name = (item.key, item.incarnation)
+            at = places.get(name)
+            last = None if at is None else found[at]
+            if isinstance(last, _Record) and last.token_end == item.token_start:
+                found[places[name]] = _Record(
+                    last.kind,
+                    last.key,
+                    last.incarnation,
+                    last.token_start,
+                    item.token_end,
+                    last.payload + item.payload,
+                )
+                continue
+            places[name] = len(found)
+        found.append(item)
+    return found

@@ -1,0 +1,401 @@
+"""Requests that outlive a replica.
+
+Owns: the table of flights and what happens to them when a replica fails. Promises: a flight sits on one replica at a time; after a fault all
+flights of that replica become one cohort; nothing but the recovery timeout, a refusal by vLLM or a regenerated answer that differs ends a
+flight with an error; a client that leaves is forgotten at once. Called by the server; the replica set calls back with faults. Does not
+detect, kill or start anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from concordia import config
+from concordia.errors import RequestRefused, UpstreamBroken
+from concordia.recovery.fault import Fault, FaultKind
+from concordia.serving.admission import Admission, Turnstile, unavailable
+from concordia.serving.cohort import Cohort
+from concordia.serving.flight import CohortTicket, Flight, ReplicaLike
+from concordia.serving.generation import Generation
+from concordia.serving.metrics import Metrics
+from concordia.serving.need import Defaults
+from concordia.serving.openai_format import Piece, Writer
+from concordia.serving.recorder import Recorder
+from concordia.serving.renderer import Renderer
+from concordia.serving.request import Endpoint, GenerationRequest, Sampler
+from concordia.serving.tokenizer import Tokenizer
+from concordia.serving.upstream import EventStream, Upstream, json_headers
+
+COMPLETIONS: Final = Endpoint.COMPLETIONS.value
+log = logging.getLogger(__name__)
+
+
+class ReplicaSet(Protocol):
+    """What the router needs of the replica set. `fail_over` and `report_fault` may block: they are called off the event loop."""
+
+    @property
+    def active(self) -> Sequence[Any]: ...
+    def subscribe(self, callback: Callable[[Fault], None]) -> None: ...
+    def fail_over(self, replica: Any, fault: Fault) -> Any: ...
+    def report_fault(self, replica: Any, kind: FaultKind, detail: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSettings:
+    """How the router serves."""
+
+    recovery_timeout_s: float = config.RECOVERY_TIMEOUT_S
+    requests_held_max: int = config.REQUESTS_HELD_MAX
+    restore: bool = True  # False replays by prefill: the control that a restore must be told from
+    commits_before_emit: bool = False
+    sampler: Sampler = Sampler.GENERATOR
+    defaults: Defaults = field(default_factory=Defaults)
+    chat_blocker: str | None = None  # why no chat can be continued: a reasoning parser, say
+    upstream_headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class Router:
+    """Call `start`, then `generate` for each request; `stop` ends what is left."""
+
+    def __init__(
+        self,
+        replica_set: ReplicaSet,
+        recorder: Recorder | None,
+        tokenizer: Tokenizer | None,
+        settings: RouterSettings,
+        metrics: Metrics,
+    ) -> None:
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.metrics = metrics
+        self.upstream = Upstream(settings.upstream_headers)
+        self.admission = Admission(
+            active=lambda: replica_set.active,
+            load=self.load,
+            wait_s=settings.recovery_timeout_s,
+            held_max=settings.requests_held_max,
+        )
+        self._replicas = replica_set
+        self._recorder = recorder
+        self._renderer = Renderer(
+            self.upstream, self.admission, report=self.report, wait_s=settings.recovery_timeout_s
+        )
+        self._turnstile = Turnstile()
+        self._flights: dict[str, Flight] = {}
+        self._cohorts: dict[int, tuple[Cohort, asyncio.Task[None]]] = {}  # by who failed
+        self._orders = itertools.count(1)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._context_tokens = 0
+        self._fingerprint: str | None = None
+
+    # --- life
+
+    async def start(self) -> None:
+        """Open the client session, learn what the model allows, listen for faults; needs an active replica."""
+        self._loop = asyncio.get_running_loop()
+        await self.upstream.start()
+        self._replicas.subscribe(self._fault_from_thread)
+        self._spawn(self._keep_deadlines())
+        if self._recorder is not None:
+            self._spawn(self._recorder.follow(self.metrics))
+        replica = await self.admission.acquire()
+        models = await self.upstream.get(f"{replica.base_url}/v1/models")
+        self._context_tokens = int(models["data"][0]["max_model_len"])
+
+    async def stop(self) -> None:
+        """End what is left and close the session."""
+        for flight in list(self._flights.values()):
+            flight.fail(unavailable("the server stops"))
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.upstream.close()
+
+    async def drain(self, timeout_s: float) -> int:
+        """Admit nothing more and wait for what runs; returns how many requests still ran at the bound."""
+        self.admission.is_draining = True
+        bound = time.monotonic() + timeout_s
+        while self.in_flight and time.monotonic() < bound:
+            await asyncio.sleep(config.REPLACE_POLL_S)
+        return self.in_flight
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._flights) + self.admission.passing_count
+
+    def load(self, replica: ReplicaLike) -> int:
+        """Answers that this replica works on."""
+        return sum(flight.replica is replica for flight in self._flights.values())
+
+    def status(self) -> dict[str, Any]:
+        """Counts and faults, for `concordia status`."""
+        return {
+            "in_flight": self.in_flight,
+            "held": self.admission.held_count,
+            "failovers_running": len(self._cohorts),
+            "is_draining": self.admission.is_draining,
+            "counters": self.metrics.totals(),
+            "levels": dict(self.metrics.by_label("levels")),
+            "faults": list(self.metrics.faults),
+        }
+
+    # --- new work
+
+    async def generate(
+        self, request: GenerationRequest, *, client_id: str, headers: Mapping[str, str]
+    ) -> Generation:
+        """Admit a request; returns once vLLM has accepted all of it. Raises RequestRefused."""
+        assert self.tokenizer is not None, "without a tokenizer everything is passed through"
+        self.admission.check()
+        order = next(self._orders)
+        prefix = "chatcmpl" if request.is_chat else "cmpl"
+        writer = Writer(request, self.tokenizer, f"{prefix}-{client_id}", int(time.time()))
+        writer.fingerprint = self._fingerprint
+        with self._turnstile.enter(request.cohort.name if request.cohort else None) as turn:
+            prompts = await self._renderer.render(request, headers)
+            await turn.wait()
+            flights = [
+                self._make_flight(request, order, index, prompts[index // request.count], headers)
+                for index in range(len(prompts) * request.count)
+            ]
+            generation = Generation(self, flights, writer)
+            try:
+                for flight in flights:
+                    flight.posting = self._spawn(self._submit_alone(flight))
+                await generation.ready()
+            except BaseException:
+                generation.close()
+                raise
+        self.metrics.protected()
+        return generation
+
+    # --- what a generation asks of its keeper
+
+    def suspect_stream(self, flight: Flight, stream: EventStream, detail: str) -> None:
+        """A stream broke under its reader; nothing to do when the flight has been moved already."""
+        if flight.stream is stream and flight.replica is not None:
+            self.suspect(flight, flight.replica, detail)
+
+    async def may_emit(self, flight: Flight, piece: Piece) -> None:
+        """Note what was received and, in that mode, wait until the state it depends on is committed."""
+        self._fingerprint = flight.fingerprint or self._fingerprint
+        self.metrics.count("tokens", len(piece.ids))
+        if flight.broken_at is not None and piece.ids:
+            self.metrics.resumed(time.monotonic() - flight.broken_at)
+            flight.broken_at = None
+        if self._recorder is None:
+            return
+        self._recorder.tokens(flight, piece)
+        if self.settings.commits_before_emit and piece.ids and not flight.is_unprotected:
+            position = len(flight.prompt) + piece.start + len(piece.ids) - 1
+            if not await self._recorder.wait_committed(flight, position):
+                flight.is_unprotected = True
+                self.metrics.unprotected("commit-late")
+
+    def landed(self, flight: Flight) -> None:
+        """The flight has ended, or its client has gone."""
+        if self._flights.pop(flight.name, None) is None:
+            return
+        flight.is_left = not flight.is_done
+        if flight.posting is not None:
+            flight.posting.cancel()
+        if flight.stream is not None and not self._is_moving(flight):
+            flight.stream.close()
+        if self._recorder is not None:
+            self._recorder.finish(flight)
+        if flight.failovers and flight.is_done:
+            self._spawn(self._count_outcome(flight))
+
+    async def settle(self, flights: Sequence[Flight]) -> None:
+        """Find out which level each resumed flight reached."""
+        for flight in flights:
+            if not flight.failovers or flight.is_settled:
+                continue
+            restores = self.settings.restore and flight.request.allows_restore
+            outcome = None
+            if self._recorder is not None and restores:
+                outcome = await self._recorder.outcome(flight)
+            flight.settle(outcome)
+
+    # --- faults
+
+    def report(self, replica: ReplicaLike, detail: str) -> None:
+        """Tell the replica set that something of this replica did not answer as it should."""
+        log.warning("%s: %s", replica.name, detail)
+        self._spawn(
+            asyncio.to_thread(
+                self._replicas.report_fault, replica, FaultKind.ENGINE_ERROR, detail[:500]
+            )
+        )
+
+    def suspect(self, flight: Flight, replica: ReplicaLike, detail: str) -> None:
+        """A flight was cut off: the replica set finds out whether its replica failed; if not, it tries again alone."""
+        if flight.replica is not replica or flight.is_left:
+            return
+        flight.unseat(detail, deadline=self._deadline())
+        self.report(replica, detail)
+        flight.posting = self._spawn(self._retry(flight, detail))
+
+    async def submit(
+        self, flight: Flight, replica: ReplicaLike, ticket: CohortTicket | None
+    ) -> bool:
+        """Post one flight; False when the replica broke. A refusal by vLLM ends the flight."""
+        body = flight.submission(ticket, restores=self.settings.restore)
+        try:
+            stream = await self.upstream.post_stream(
+                replica.base_url + COMPLETIONS, body, headers=json_headers(flight.headers)
+            )
+        except RequestRefused as error:
+            flight.fail(error)
+            return True
+        except UpstreamBroken as error:
+            self.suspect(flight, replica, str(error))
+            return False
+        flight.seat(stream)
+        return True
+
+    async def replace(self, failed: ReplicaLike, fault: Fault) -> ReplicaLike:
+        """Have the failed replica fenced and replaced."""
+        found: ReplicaLike = await asyncio.to_thread(self._replicas.fail_over, failed, fault)
+        return found
+
+    async def count_uncommitted(self, flights: Sequence[Flight]) -> None:
+        """Count what the journal cannot give back: tokens known, minus the last, minus what was committed."""
+        if self._recorder is None or not self.settings.restore:
+            return
+        counts = await asyncio.gather(*(self._recorder.committed(flight) for flight in flights))
+        for flight, committed in zip(flights, counts, strict=True):
+            if flight.request.allows_restore:
+                missing = flight.tokens_known - 1 - committed
+                self.metrics.count("uncommitted_tokens", max(0, missing))
+
+    def _fault_from_thread(self, fault: Fault) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._on_fault, fault)
+
+    def _on_fault(self, fault: Fault) -> None:
+        """All flights of the failed replica become a cohort."""
+        self.metrics.fault(fault)
+        members = [f for f in self._flights.values() if f.sits_on(fault.replica)]
+        active = (r for r in self._replicas.active if r.incarnation == fault.replica)
+        failed = next(active, members[0].replica if members else None)
+        if failed is None or fault.replica in self._cohorts:
+            return  # a standby, which the replica set replaces by itself, or a second sight of one fault
+        for moving, task in self._cohorts.values():
+            if moving.replica is not None and moving.replica.incarnation == fault.replica:
+                task.cancel()  # it was moving its members to the very replica that has failed now
+        if members:
+            last = max(flight.last_at for flight in members)
+            self.metrics.silence(fault.detected_ns / 1e9 - last)
+        for flight in members:
+            flight.unseat(str(fault), deadline=self._deadline())
+        cohort = Cohort(failed, fault, members)
+        self.admission.close(fault.replica)
+        self._cohorts[fault.replica] = (cohort, self._spawn(self._run_cohort(cohort)))
+
+    async def _run_cohort(self, cohort: Cohort) -> None:
+        replica: ReplicaLike | None = None
+        try:
+            replica = await cohort.run(self)
+            self.metrics.count("failovers")
+        finally:
+            del self._cohorts[cohort.failed.incarnation]
+            self.admission.open(None if replica is None else replica.incarnation)
+
+    def _is_moving(self, flight: Flight) -> bool:
+        """True while the flight's cohort is being submitted: a member that leaves now must still be counted."""
+        return any(
+            flight in cohort.members and cohort.replica is not None
+            for cohort, _ in self._cohorts.values()
+        )
+
+    async def _submit_alone(self, flight: Flight) -> None:
+        """The first submission, or that of a flight that was cut off without a fault of its replica."""
+        wish = flight.request.cohort if flight.incarnation == 0 else None
+        ticket = None
+        if wish is not None:
+            ticket = CohortTicket(f"client-{wish.name}", wish.size, config.RESTORE_WAIT_S)
+        try:
+            flight.replica = await self.admission.acquire()
+        except RequestRefused as error:
+            flight.fail(error)
+            return
+        await self.submit(flight, flight.replica, ticket)
+
+    async def _retry(self, flight: Flight, detail: str) -> None:
+        """Give the replica set a moment to find a fault, which takes the flight over; else submit it again."""
+        await asyncio.sleep(config.SUSPECT_WAIT_S)
+        if flight.attempts >= config.ATTEMPTS_MAX:
+            flight.fail(RequestRefused(detail, status=500, kind="InternalServerError"))
+            return
+        flight.failovers += 1
+        await self._submit_alone(flight)
+
+    # --- helpers
+
+    def _make_flight(
+        self,
+        request: GenerationRequest,
+        order: int,
+        index: int,
+        prompt: Sequence[int],
+        headers: Mapping[str, str],
+    ) -> Flight:
+        assert self.tokenizer is not None
+        flight = Flight(
+            request,
+            name=uuid.uuid4().hex,
+            order=(order, index),
+            index=index,
+            prompt=prompt,
+            headers=headers,
+            seed=request.seed + index % request.count,
+            context_tokens=self._context_tokens,
+            defaults=self.settings.defaults,
+            tokenizer=self.tokenizer,
+        )
+        self._flights[flight.name] = flight
+        if self._recorder is not None:
+            self._recorder.admit(flight)
+        return flight
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.settings.recovery_timeout_s
+
+    async def _keep_deadlines(self) -> None:
+        """End flights that nothing came back for within the recovery timeout."""
+        while True:
+            await asyncio.sleep(config.DEADLINE_POLL_S)
+            now = time.monotonic()
+            for flight in list(self._flights.values()):
+                if flight.deadline is not None and now >= flight.deadline:
+                    flight.deadline = None
+                    flight.fail(
+                        unavailable(
+                            "the engine failed and no other went on within the recovery timeout"
+                        )
+                    )
+
+    async def _count_outcome(self, flight: Flight) -> None:
+        await self.settle([flight])
+        self.metrics.level(flight.level)
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+        return task
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a task of the router failed", exc_info=task.exception())
