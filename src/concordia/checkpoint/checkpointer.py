@@ -161,6 +161,10 @@ class Checkpointer:
             region.append.name, source, region_address=region.entry.address, self_test=prove
         )
 
+    def order_after(self, stream: int) -> None:
+        """What is handed in from now on sees what this stream of the framework (a handle, 0 for the default one) has been given so far."""
+        self.runtime.order_after(stream)
+
     def append_kv(
         self,
         region: Region,

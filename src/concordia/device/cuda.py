@@ -20,7 +20,7 @@ from concordia.device.residency import CudaExecutor
 from concordia.errors import ConcordiaError, DeviceError
 
 if TYPE_CHECKING:
-    from concordia.device.driver import ExecutorPlan
+    from concordia.device.driver import ExecutorPlan, Image
 
 EXECUTOR: Final = HandlerSource.of("executor.cu")
 BALLAST: Final = HandlerSource.of("ballast.cu")
@@ -105,8 +105,9 @@ class CudaDevice:
         """A linked and linted handler, from the cache when it is there."""
         return self._compiler.handler(source)
 
-    def load(self, image: CudaImage) -> CudaCode:
+    def load(self, image: Image) -> CudaCode:
         """Load a handler; this list, not Python's references, keeps it."""
+        assert isinstance(image, CudaImage)
         code = CudaCode(image, context=self._context, memory=self._memory)
         self._code.append(code)
         return code

@@ -9,6 +9,7 @@ Called by runtime/ and checkpoint/. Does not know rings, tasks or records: the e
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -71,6 +72,9 @@ class Executor(Protocol):
 
     def launch(self) -> None:
         """Send the executor in, unless it is in or parked: a producer found that it had left."""
+
+    def launch_after(self, stream: int, submit_gate: Callable[[int], None]) -> None:
+        """Send it in once more, behind the work that is in `stream` now; `submit_gate(n)` hands in a gate that no launch before n passes."""
 
     def park(self, timeout_s: float) -> bool:
         """Ask it to leave and keep it out; True once no lane is inside and none will be. Nests."""

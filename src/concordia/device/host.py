@@ -11,6 +11,7 @@ from __future__ import annotations
 import _ctypes
 import ctypes
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -133,6 +134,9 @@ class HostExecutor:
 
     def launch(self) -> None:
         raise AssertionError("submission launches this executor by itself")
+
+    def launch_after(self, stream: int, submit_gate: Callable[[int], None]) -> None:
+        """Work of this processor is done when the call that did it returns: there is nothing to wait for."""
 
     def park(self, timeout_s: float) -> bool:
         return bool(self._library.park(self.handle, int(timeout_s * 1e9)))

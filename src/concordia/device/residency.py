@@ -11,8 +11,9 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from concordia import abi, config
 from concordia.device import nvrtc
@@ -110,8 +111,8 @@ class CudaExecutor:
             if self._park_depth == 0 and self._library.load(self._left_at) == launched:
                 self._send(launched + 1)
 
-    def launch_after(self, stream: int, submit_gate: Any) -> None:
-        """Put a launch behind the work that is in `stream` now. `submit_gate(n)` submits a task that no launch below n passes."""
+    def launch_after(self, stream: int, submit_gate: Callable[[int], None]) -> None:
+        """Put a launch behind the work that is in `stream` now. `submit_gate(n)` hands in a task that no launch below n passes."""
         with self._lock:
             self._raise_if_lost()
             launch = self._library.load(self._launched_at) + 1
@@ -216,6 +217,8 @@ class CudaExecutor:
 
     def close(self, timeout_s: float) -> bool:
         """Park for good and release everything; a lost context has nothing left to release."""
+        if self._is_closed:
+            return True
         try:
             if not self.park(timeout_s):
                 return False

@@ -127,6 +127,15 @@ class Runtime:
             self.executor.launch()
         return ticket
 
+    def order_after(self, stream: int) -> None:
+        """Tasks handed in from now on run only after the work that is in this stream of the framework now. Waits for nothing; raises RingFull."""
+        if not self._is_open:
+            raise DeviceError("this runtime is closed")
+        self.executor.launch_after(stream, self._submit_gate)
+
+    def _submit_gate(self, launch: int) -> None:
+        self.ring.submit(Task(kind=abi.TASK_GATE, arg=launch), self.executor.handle)
+
     def result(self, ticket: Ticket) -> Completion | None:
         """None while pending. Answers are kept for several laps of the ring."""
         self._require_open()
