@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -64,7 +65,9 @@ def test_plan_holds_every_rank_when_the_cut_is_whole() -> None:
         (lambda _: [], "has 0 of 10"),
     ],
 )
-def test_plan_is_refused_when_one_rank_lacks_something(spoil, words) -> None:  # type: ignore[no-untyped-def]
+def test_plan_is_refused_when_one_rank_lacks_something(
+    spoil: Callable[[list[Piece]], list[Piece]], words: str
+) -> None:
     pool = bytearray()
     cut = cut_of(pool)
     cut.pieces[1] = spoil(cut.pieces[1])

@@ -151,6 +151,14 @@ class WriteSet:
                 del self._resident[block]
         self.foreign = known.difference(self.authored)
 
+    def forget_blocks(self) -> None:
+        """Name nothing by what was computed so far; requests that run go on under names of their own."""
+        self._resident.clear()
+        self.authored.clear()
+        self.foreign.clear()
+        for track in self.tracks.values():
+            track.chain = None
+
     def is_journaled(self, key: int) -> bool:
         return key in self.authored or key in self.foreign
 

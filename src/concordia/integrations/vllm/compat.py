@@ -1,0 +1,145 @@
+"""What differs between vLLM versions, and how its objects read.
+
+Owns: every access to a vLLM structure that is not a connector method: scheduler output, KV cache configuration, parallel sizes, instruction set.
+Promises: features are detected, not guessed from a version number; what cannot be understood becomes a reason not to protect, in words.
+Read against the sources of 0.26.0 and 0.32.0; run on 0.32.0 (CPU). Called by connector, scheduler side and worker side.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import platform
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from concordia.integrations.vllm.write_set import Scheduled
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
+
+
+def why_unprotected(vllm_config: Any, kv_cache_config: Any) -> str | None:
+    """Why this engine's KV cannot be protected as it is set up; None when it can."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        return f"the model has {len(groups)} KV cache groups (hybrid or sliding-window layers); one is supported"
+    spec = groups[0].kv_cache_spec
+    kinds = {type(part) for part in getattr(spec, "kv_cache_specs", {}).values()} or {type(spec)}
+    if not all(issubclass(kind, FullAttentionSpec) for kind in kinds):
+        return f"KV cache of kind {', '.join(sorted(k.__name__ for k in kinds))}; full attention is supported"
+    parallel = vllm_config.parallel_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            return f"{name} is {getattr(parallel, name)}: a block's tokens are spread over ranks"
+    if getattr(spec, "prefix_replay_tokens", 0):
+        return "the KV cache replays part of every prefix hit"
+    if vllm_config.speculative_config is not None and is_async(vllm_config):
+        return "speculative decoding with asynchronous scheduling: which tokens are sure is known too late"
+    return None
+
+
+def is_async(vllm_config: Any) -> bool:
+    """Whether the scheduler runs ahead of the workers."""
+    return bool(getattr(vllm_config.scheduler_config, "async_scheduling", False))
+
+
+def block_tokens(kv_cache_config: Any) -> int:
+    """Tokens of one block of the only group."""
+    return int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
+
+
+def world_size(vllm_config: Any) -> int:
+    """Ranks that each hold a shard of every token's KV."""
+    return int(vllm_config.parallel_config.world_size)
+
+
+def worker_rank(vllm_config: Any) -> int:
+    """This worker's rank among `world_size`."""
+    from vllm.distributed import get_world_group
+
+    rank: int = get_world_group().rank_in_group
+    return rank % world_size(vllm_config)
+
+
+def model_identity(vllm_config: Any) -> dict[str, Any]:
+    """What must be equal for two engines to compute the same KV from the same tokens."""
+    model = vllm_config.model_config
+    hf_config: Any = getattr(model, "hf_config", None)
+    return {
+        "model": str(model.model),
+        "revision": str(getattr(model, "revision", None)),
+        "dtype": str(model.dtype),
+        "quantization": str(getattr(model, "quantization", None)),
+        "config": hf_config.to_json_string() if hasattr(hf_config, "to_json_string") else str(hf_config),
+        "cache_dtype": str(vllm_config.cache_config.cache_dtype),
+        "world": world_size(vllm_config),
+        "weights": _weight_files(pathlib.Path(str(model.model))),
+    }
+
+
+def request_seed_parts(request: Any) -> dict[str, Any] | None:
+    """What else, beside its tokens, determines a request's KV; None when that cannot be told."""
+    if getattr(request, "mm_features", None) or getattr(request, "prompt_embeds", None) is not None:
+        return None
+    if getattr(request, "prompt_token_ids", None) is None:
+        return None
+    lora = getattr(request, "lora_request", None)
+    adapter = None
+    if lora is not None:
+        adapter = [lora.lora_name, lora.lora_int_id, str(getattr(lora, "lora_path", ""))]
+    return {"adapter": adapter, "salt": getattr(request, "cache_salt", None)}
+
+
+def scheduled_requests(
+    output: Any, *, hits: Mapping[str, int], loaded: Mapping[str, Mapping[int, int]]
+) -> list[Scheduled]:
+    """The requests of a step in the order in which the scheduler took them."""
+    found: dict[str, Scheduled] = {}
+    counts = output.num_scheduled_tokens
+    drafts = output.scheduled_spec_decode_tokens
+    for new in output.scheduled_new_reqs:
+        name = new.req_id
+        start = new.num_computed_tokens
+        found[name] = Scheduled(
+            name, new.block_ids[0], True, start, start + counts[name], len(drafts.get(name, ())),
+            hits.get(name, 0), loaded.get(name, {}),
+        )  # fmt: skip
+    cached = output.scheduled_cached_reqs
+    for index, name in enumerate(cached.req_ids):
+        is_resumed = name in cached.resumed_req_ids
+        ids = cached.new_block_ids[index]
+        start = cached.num_computed_tokens[index]
+        found[name] = Scheduled(
+            name, ids[0] if ids else (), is_resumed, start, start + counts[name], len(drafts.get(name, ())),
+            hits.get(name, 0) if is_resumed else 0, loaded.get(name, {}) if is_resumed else {},
+        )  # fmt: skip
+    return [found[name] for name in counts if name in found]
+
+
+def overwritten_blocks(output: Any) -> list[int]:
+    """Blocks that the worker zeroes or copies into before this step's forward."""
+    blocks = list(getattr(output, "new_block_ids_to_zero", None) or ())
+    copies: Iterable[Any] = getattr(output, "kv_cache_block_copies", None) or ()
+    blocks += [copy.dst_block_id for copy in copies]
+    return blocks
+
+
+def cpu_instruction_set(vllm_config: Any, kv_cache_config: Any) -> str:
+    """Which tiling vLLM's CPU backend uses for this cache: the tensor's shape does not tell."""
+    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    try:
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+        cache_dtype = vllm_config.cache_config.cache_dtype
+        name = _get_attn_isa(vllm_config.model_config.dtype, spec.block_size, spec.head_size, cache_dtype)
+    except (ImportError, AttributeError, TypeError):
+        name = "unknown"
+    return f"{platform.machine()}-{name}"
+
+
+def _weight_files(folder: pathlib.Path) -> list[list[Any]]:
+    if not folder.is_dir():
+        return []
+    files = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]

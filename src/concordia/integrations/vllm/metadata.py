@@ -1,0 +1,51 @@
+"""What the two sides of the connector tell each other through vLLM, once per step.
+
+Owns: StepMetadata (scheduler to every worker) and WorkerReport (each worker back, added up). Promises: plain values that pickle small;
+a report adds up to what the worst rank saw. Called by both sides. Does nothing by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from concordia.integrations.vllm.load import Load
+from concordia.integrations.vllm.write_set import Write
+
+
+@dataclass(slots=True)
+class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
+    """One step as the workers need to know it."""
+
+    step: int = 0
+    tokens: int = 0
+    writes: list[Write] = field(default_factory=list)
+    reused: list[int] = field(default_factory=list)
+    loads: list[Load] = field(default_factory=list)
+    spoiled: list[int] = field(default_factory=list)  # promised to the engine and not to be had: report them as failed
+
+
+@dataclass(slots=True)
+class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """What happened in one step, and since the report before."""
+
+    step: int = 0
+    lost: dict[str, str] = field(default_factory=dict)  # request -> why its appends failed
+    loaded: dict[str, int] = field(default_factory=dict)  # request -> pieces whose bytes were not as committed
+    off: str | None = None  # why this worker protects nothing any more
+
+    def aggregate(self, other: WorkerReport) -> WorkerReport:
+        """Both reports as one."""
+        loaded = dict(self.loaded)
+        for request, count in other.loaded.items():
+            loaded[request] = loaded.get(request, 0) + count
+        return WorkerReport(
+            step=min(self.step, other.step),
+            lost={**other.lost, **self.lost},
+            loaded=loaded,
+            off=self.off or other.off,
+        )

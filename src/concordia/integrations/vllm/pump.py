@@ -1,0 +1,244 @@
+"""From a step's writes to tasks of the executor, without holding the engine up.
+
+Owns: submission in step order, and which blocks unfinished appends still read. Promises: on a CPU device a write is submitted before `submit`
+returns; on a GPU a thread waits for the step's event first, so nothing is read before it was computed; `wait_for` returns once no unfinished
+append names the blocks, or says which requests stood in the way at its bound; a failed append is reported once per request.
+Called by the worker side. It does not know what a write means.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from concordia import abi, config
+from concordia.errors import ConcordiaError, RingFull, WaitTimeout
+
+STATUS_WORDS = {
+    abi.STATUS_JOURNAL_FULL: "the journal is full",
+    abi.STATUS_TOO_LARGE: "the record does not fit a segment",
+    abi.STATUS_BAD_TASK: "the executor refused the task",
+}
+
+
+class Event(Protocol):
+    """What a GPU step is waited for with."""
+
+    def synchronize(self) -> None: ...
+
+
+class Tickets(Protocol):
+    """The part of a Checkpointer that following tasks needs."""
+
+    def result(self, ticket: Any) -> Any: ...
+    def wait(self, ticket: Any, timeout_s: float) -> Any: ...
+
+
+@dataclass(slots=True)
+class Append:
+    """One append: how to submit it, and which blocks it reads until it is done."""
+
+    request: str
+    blocks: tuple[int, ...]
+    submit: Callable[[], Any]
+    ticket: Any = None
+    is_done: bool = False
+
+
+@dataclass(slots=True)
+class Batch:
+    """The appends of one step, and something to run on the pump's thread before them."""
+
+    appends: list[Append] = field(default_factory=list)
+    event: Event | None = None
+    before: Callable[[], None] | None = None
+
+
+class AppendPump:
+    """Submits batches and follows them to their end."""
+
+    def __init__(self, tickets: Tickets, *, is_threaded: bool) -> None:
+        self._tickets = tickets
+        self._lock = threading.Condition()
+        self._open: deque[Append] = deque()  # submitted or queued, oldest first
+        self._readers: dict[int, int] = {}  # block -> unfinished appends that read it
+        self._failed: dict[str, str] = {}
+        self._error: str | None = None
+        self._queue: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        if is_threaded:
+            self._thread = threading.Thread(target=self._run, name="concordia-pump", daemon=True)
+            self._thread.start()
+
+    def submit(self, batch: Batch) -> None:
+        """Take the appends of a step; returns without waiting for any of them."""
+        with self._lock:
+            if len(self._open) + len(batch.appends) > config.RING_SLOTS:
+                for append in batch.appends:
+                    self._failed[append.request] = f"{len(self._open)} appends are unfinished"
+                return
+            for append in batch.appends:
+                self._open.append(append)
+                for block in append.blocks:
+                    self._readers[block] = self._readers.get(block, 0) + 1
+        if self._thread is not None:
+            self._queue.put(batch)
+        else:
+            self._send(batch)
+
+    def collect(self) -> dict[str, str]:
+        """Retire finished appends; returns the requests that failed since the last call, with the reason."""
+        with self._lock:
+            self._retire()
+            if self._error is not None:
+                raise ConcordiaError(self._error)
+            failed, self._failed = self._failed, {}
+            return failed
+
+    def wait_for(self, blocks: Iterable[int], *, timeout_s: float) -> list[str]:
+        """Wait until no unfinished append reads these blocks; returns the requests whose appends were given up for it.
+
+        What the executor has already taken cannot be called back and might read the new bytes, so it gets WAIT_TASK_S; after that the
+        executor is broken and WaitTimeout says so.
+        """
+        wanted = set(blocks)
+        with self._lock:
+            if not any(block in self._readers for block in wanted):
+                return []
+            self._retire()
+            waiting = [a for a in self._open if not a.is_done and wanted.intersection(a.blocks)]
+        until = time.monotonic() + timeout_s
+        late: list[str] = []
+        for append in waiting:
+            if self._wait_one(append, until):
+                continue
+            if not self._give_up(append) and not self._wait_one(append, until + config.WAIT_TASK_S):
+                raise WaitTimeout(f"an append of {append.request} read blocks that the engine needs for {config.WAIT_TASK_S} s")
+            late.append(append.request)
+        return late
+
+    def drain(self, *, timeout_s: float) -> bool:
+        """Wait until every append is done; False when the bound came first."""
+        until = time.monotonic() + timeout_s
+        while True:
+            with self._lock:
+                self._retire()
+                append = self._open[0] if self._open else None
+            if append is None:
+                return True
+            if not self._wait_one(append, until):
+                return False
+
+    def close(self) -> None:
+        """Stop the thread; what it had not submitted yet is not submitted any more."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join(config.WAIT_TASK_S)
+
+    def _run(self) -> None:
+        while True:
+            batch = self._queue.get()
+            if batch is None:
+                return
+            try:
+                self._send(batch)
+            except Exception as error:  # the thread's own guest door: `collect` raises it where the connector listens
+                with self._lock:
+                    self._error = f"appending failed: {type(error).__name__}: {error}"
+                    self._lock.notify_all()
+                return
+
+    def _send(self, batch: Batch) -> None:
+        if batch.event is not None:
+            batch.event.synchronize()
+        if batch.before is not None:
+            batch.before()
+        for append in batch.appends:
+            if append.is_done:
+                continue
+            try:
+                ticket = self._submit_one(append)
+            except RingFull as error:
+                self._fail(append, str(error))
+                continue
+            with self._lock:
+                append.ticket = ticket
+                self._lock.notify_all()
+
+    def _submit_one(self, append: Append) -> Any:
+        """A full ring is waited for on our own thread only; on the engine's the request loses protection instead."""
+        until = time.monotonic() + (config.WAIT_TASK_S if self._thread is not None else 0.0)
+        while True:
+            try:
+                return append.submit()
+            except RingFull:
+                with self._lock:
+                    self._retire()
+                    oldest = next((a for a in self._open if a.ticket is not None and not a.is_done), None)
+                if oldest is None or time.monotonic() >= until:
+                    raise
+                self._wait_one(oldest, until)
+
+    def _wait_one(self, append: Append, until: float) -> bool:
+        with self._lock:
+            while append.ticket is None and not append.is_done and self._error is None:
+                if not self._lock.wait(max(0.0, until - time.monotonic())):
+                    return False
+            if append.is_done:
+                return True
+            if self._error is not None:
+                return False
+        try:
+            done = self._tickets.wait(append.ticket, max(0.001, until - time.monotonic()))
+        except ConcordiaError:
+            return False
+        with self._lock:
+            self._finish(append, done)
+        return True
+
+    def _give_up(self, append: Append) -> bool:
+        """True when the append was still ours to call back."""
+        with self._lock:
+            if append.ticket is not None or append.is_done:
+                return append.is_done
+            self._free(append)
+            self._failed[append.request] = "its blocks were needed before they could be saved"
+            return True
+
+    def _retire(self) -> None:
+        """Lock held: take finished appends off the front; they finish in order, because the executor runs them in order."""
+        while self._open:
+            append = self._open[0]
+            if not append.is_done:
+                done = None if append.ticket is None else self._tickets.result(append.ticket)
+                if done is None:
+                    return
+                self._finish(append, done)
+            self._open.popleft()
+
+    def _finish(self, append: Append, done: Any) -> None:
+        if append.is_done:
+            return
+        self._free(append)
+        if done.status != abi.STATUS_OK:
+            self._failed[append.request] = STATUS_WORDS.get(done.status, f"status {done.status}")
+
+    def _fail(self, append: Append, reason: str) -> None:
+        with self._lock:
+            self._free(append)
+            self._failed[append.request] = reason
+            self._lock.notify_all()
+
+    def _free(self, append: Append) -> None:
+        append.is_done = True
+        for block in append.blocks:
+            left = self._readers[block] - 1
+            if left:
+                self._readers[block] = left
+            else:
+                del self._readers[block]

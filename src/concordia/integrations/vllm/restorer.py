@@ -1,0 +1,261 @@
+"""Which KV a request may start from, and when it may start.
+
+Owns: look-ups, cohorts and the loads of the coming step. Promises: a token is offered to the engine only after every byte behind it was hashed;
+members of a cohort are offered theirs in the same scheduling pass; whoever waits has a bound, and at the bound starts cold; each request
+that asked to be restored is told of in one event. Called by the scheduler side, on the scheduler's thread.
+It never asks the journal itself: look-ups do, on theirs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from concordia import config
+from concordia.errors import RecoveryError
+from concordia.integrations.vllm.cohort import Cohorts
+from concordia.integrations.vllm.door import logger
+from concordia.integrations.vllm.load import Load, PieceRef
+from concordia.integrations.vllm.lookup import Lookups
+from concordia.integrations.vllm.write_set import Track
+from concordia.journal.client import JournalClient
+from concordia.recovery.restore import RestorePlan, plan_restore, verify
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where KV comes from: the journal's answers, its bytes, and what must match."""
+
+    client: JournalClient
+    pool: memoryview
+    layout_hash: int
+    world: int
+    block_tokens: int
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A request between its arrival and its first step."""
+
+    track: Track
+    came: float
+    is_undecided: bool
+    hit: int = 0
+    offered: RestorePlan | None = None
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class StepLoads:
+    """What the coming step loads; keys of the blocks that are filled, by request and block index."""
+
+    loads: list[Load] = field(default_factory=list)
+    keys: dict[str, dict[int, int]] = field(default_factory=dict)
+
+
+class Restorer:
+    """All requests that have not been scheduled yet, or wait to be scheduled again."""
+
+    def __init__(
+        self, source: Source, *, say: Callable[[dict[str, Any]], None], is_known: Callable[[int], bool], is_prefix_restored: bool
+    ) -> None:
+        self._source = source
+        self._say = say
+        self._is_known = is_known
+        self._is_prefix_restored = is_prefix_restored
+        self._lookups = Lookups()
+        self._cohorts = Cohorts()
+        self._waiting: dict[str, _Waiting] = {}
+        self._step = StepLoads()
+        self._unsaid: dict[str, dict[str, Any]] = {}  # restored, not yet confirmed by every rank
+
+    def arrive(self, request: str, track: Track) -> None:
+        """A request has come: start looking for its KV, take its place in its cohort."""
+        now = time.monotonic()
+        identity = track.identity
+        waiting = _Waiting(track, now, is_undecided=identity.is_restore)
+        self._waiting[request] = waiting
+        if identity.is_restore:
+            known = min(identity.tokens_known or len(track.tokens), len(track.tokens))
+            self._lookups.ask(request, self._cut_question(track, known), wait_s=config.RESTORE_WAIT_S)
+        if identity.cohort is not None:
+            self._cohorts.join(request, identity.cohort, now=now)
+            if not identity.is_restore:
+                self._cohorts.decide(request)
+        self.settle()
+
+    def match(self, request: str, track: Track, hit: int) -> int | None:
+        """Tokens that the engine may take from us beyond its own `hit`; None: ask again."""
+        waiting = self._waiting.get(request)
+        if waiting is None:  # preempted: it comes back like any request with these tokens
+            waiting = self._waiting[request] = _Waiting(track, time.monotonic(), is_undecided=False)
+        waiting.hit = hit
+        if not self._cohorts.may_enter(request):
+            return None
+        if not self._lookups.is_asked(request):
+            self._ask_prefix(request, track, hit)
+            if not self._lookups.is_asked(request):
+                return 0
+        answer = self._lookups.answer(request)
+        if answer is None:
+            return None
+        waiting.offered, waiting.reason = answer.plan, answer.reason
+        if answer.plan is None:
+            return 0
+        return max(0, min(answer.plan.tokens, len(track.tokens) - 1) - hit)
+
+    def allocate(self, request: str, blocks: list[int], external: int) -> None:
+        """The engine has taken our offer (external > 0) or not, and the request has its blocks."""
+        waiting = self._waiting.get(request)
+        if waiting is None or external == 0:
+            return
+        plan = waiting.offered
+        if plan is None or waiting.hit + external > plan.tokens:
+            raise RecoveryError(f"{request} was given {external} tokens that were not offered")
+        size = self._source.block_tokens
+        first = waiting.hit // size
+        end = waiting.hit + external
+        pieces = {
+            rank: tuple(
+                PieceRef(p.kind, p.token_start, p.token_end, p.pool_offset, p.payload_bytes, p.payload_hash)
+                for p in found
+                if p.token_start >= first * size and p.token_start < end
+            )
+            for rank, found in plan.pieces.items()
+        }
+        self._step.loads.append(Load(request, tuple(blocks), first, pieces))
+        keys = plan.block_keys[: end // size]
+        self._step.keys[request] = {i: key for i, key in enumerate(keys) if key and i >= first}
+
+    def take_step(self, scheduled: list[str]) -> StepLoads:
+        """The loads of the step that was just scheduled, and the end of waiting for its requests."""
+        step, self._step = self._step, StepLoads()
+        loaded = {load.request for load in step.loads}
+        for request in scheduled:
+            waiting = self._waiting.pop(request, None)
+            if waiting is not None:
+                self._tell(request, waiting, is_loaded=request in loaded)
+                self._cohorts.end(request)
+                self._lookups.forget(request)
+        self.settle()
+        return step
+
+    def confirm(self, request: str, mismatches: int) -> None:
+        """Every rank has the bytes in place, or says how many pieces differ."""
+        facts = self._unsaid.pop(request, None)
+        if facts is not None:
+            facts["hash_mismatches"] = mismatches
+            if mismatches:
+                facts.update(event="restore-failed", level="none")
+            self._say(facts)
+
+    def leave(self, request: str) -> None:
+        """The request has ended."""
+        self._waiting.pop(request, None)
+        self._unsaid.pop(request, None)
+        self._lookups.forget(request)
+        self._cohorts.forget(request)
+
+    def settle(self) -> None:
+        """Between two scheduling passes: see who is decided, open and dismiss cohorts."""
+        for request, waiting in self._waiting.items():
+            if waiting.is_undecided and self._lookups.answer(request) is not None:
+                waiting.is_undecided = False
+                self._cohorts.decide(request)
+        for cohort in self._cohorts.settle(now=time.monotonic()):
+            logger.warning(
+                "Concordia: cohort %s goes on with %d of %d members, %d decided", cohort.name,
+                len(cohort.members), cohort.size, len(cohort.decided),
+            )  # fmt: skip
+            self._say({"event": "cohort-late", "cohort": cohort.name, "size": cohort.size, "members": len(cohort.members)})
+
+    def idle(self) -> None:
+        """The engine has nothing to run: if it waits for us, give our threads a moment."""
+        if self._lookups.is_waiting or self._cohorts.is_waiting:
+            self._lookups.wait(config.IDLE_STEP_WAIT_S)
+
+    def close(self) -> None:
+        self._lookups.close()
+
+    def _ask_prefix(self, request: str, track: Track, hit: int) -> None:
+        """Ask for a prefix that the journal is known to have, if that is more than the engine has itself."""
+        size = self._source.block_tokens
+        if not self._is_prefix_restored or track.chain is None:
+            return
+        track.chain.extend(track.tokens, limit=len(track.tokens) - 1)
+        count = 0
+        for key in track.chain.keys[: (len(track.tokens) - 1) // size]:
+            if not self._is_known(key):
+                break
+            count += 1
+        if count * size <= hit:
+            return
+        keys = track.chain.keys[:count]
+        source = self._source
+
+        def question(deadline: float) -> RestorePlan:
+            return _match(source, keys, deadline)
+
+        self._lookups.ask(request, question, wait_s=config.LOOKUP_WAIT_S)
+
+    def _cut_question(self, track: Track, known: int) -> Callable[[float], RestorePlan]:
+        source = self._source
+        size = source.block_tokens
+        keys: list[int] = []
+        if track.chain is not None:
+            track.chain.extend(track.tokens, limit=len(track.tokens))
+            keys = track.chain.keys[: max(0, known - 1) // size]
+
+        def question(deadline: float) -> RestorePlan:
+            cut = source.client.cut(
+                track.identity.key, tokens_known=known, layout_hash=source.layout_hash, world=source.world
+            )
+            if cut.tokens == 0 and keys:
+                return _match(source, keys, deadline)
+            return _verified(source, cut, deadline)
+
+        return question
+
+    def _tell(self, request: str, waiting: _Waiting, *, is_loaded: bool) -> None:
+        identity = waiting.track.identity
+        plan = waiting.offered
+        if not identity.is_restore and not is_loaded:
+            return
+        known = len(waiting.track.tokens)
+        restored = min(plan.tokens, known - 1) if plan is not None and is_loaded else waiting.hit
+        level = "cold"
+        if plan is not None and is_loaded:
+            is_whole = restored == known - 1 and plan.incarnation > 0
+            level = "state-exact" if is_whole else "partial" if plan.incarnation else "prefix"
+        facts: dict[str, Any] = {
+            "event": "restored",
+            "request": identity.name,
+            "level": level,
+            "restored_tokens": restored,
+            "recomputed_tokens": known - restored,
+            "hash_mismatches": 0,
+            "cohort": identity.cohort.name if identity.cohort else None,
+            "waited_ms": round(1000 * (time.monotonic() - waiting.came), 1),
+        }
+        if waiting.reason:
+            facts["reason"] = waiting.reason
+        if is_loaded:
+            self._unsaid[request] = facts
+        else:
+            logger.warning("Concordia: %s starts cold: %s", identity.name, waiting.reason or "nothing to restore")
+            self._say(facts)
+
+
+def _match(source: Source, keys: list[int], deadline: float) -> RestorePlan:
+    cut = source.client.match_prefix(keys, layout_hash=source.layout_hash, world=source.world)
+    return _verified(source, cut, deadline)
+
+
+def _verified(source: Source, cut: Any, deadline: float) -> RestorePlan:
+    plan = plan_restore(
+        cut, world=source.world, layout_hash=source.layout_hash, pool_bytes=len(source.pool)
+    )
+    verify(plan, source.pool, deadline=deadline)
+    return plan

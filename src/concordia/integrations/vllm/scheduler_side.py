@@ -1,0 +1,216 @@
+"""The connector in the scheduler: who is protected, what each step writes, what may be restored.
+
+Owns: the tracks of the engine's requests, the step number and the scheduler's stream. Promises: nothing here waits for a socket, a disk or
+another process; a request that cannot be protected is named once, with the reason, and the engine serves it all the same; every step is
+announced before it runs and reported done after. Called by connector.py behind the guest door.
+It moves no KV: the workers do.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import time
+from typing import Any
+
+from concordia import abi
+from concordia.errors import ConcordiaError, RecoveryError, UsageError
+from concordia.integrations.vllm import compat
+from concordia.integrations.vllm.door import logger
+from concordia.integrations.vllm.identity import Identity, KeyChain, parse_identity, seed_bytes
+from concordia.integrations.vllm.metadata import StepMetadata, WorkerReport
+from concordia.integrations.vllm.restorer import Restorer, Source
+from concordia.integrations.vllm.scribe import Scribe
+from concordia.integrations.vllm.settings import Settings
+from concordia.integrations.vllm.write_set import StepWrites, Track, WriteSet
+from concordia.journal import folder, segment
+from concordia.journal.client import JournalClient
+
+
+class SchedulerSide:
+    """One engine."""
+
+    def __init__(self, settings: Settings, vllm_config: Any, kv_cache_config: Any) -> None:
+        why_not = compat.why_unprotected(vllm_config, kv_cache_config)
+        self._settings = settings
+        self._world = compat.world_size(vllm_config)
+        self._client = JournalClient.connect(settings.journal)
+        self._pool, self._board = segment.attach(folder.Folder(settings.journal))
+        layout_hash = 0 if why_not else _layout_hash(self._board, replica=settings.replica, world=self._world)
+        self._scribe = Scribe(settings, self._client, layout_hash=layout_hash, world=self._world)
+        if why_not is not None:
+            self._scribe.event({"event": "unprotected", "request": "*", "reason": why_not})
+            raise RecoveryError(why_not)
+        self._block_tokens = compat.block_tokens(kv_cache_config)
+        self._seed = {**compat.model_identity(vllm_config), "layout": layout_hash, "block": self._block_tokens}
+        self._writes = WriteSet(block_tokens=self._block_tokens)
+        self._restorer = Restorer(
+            Source(self._client, self._pool.view, layout_hash, self._world, self._block_tokens),
+            say=self._scribe.event,
+            is_known=self._writes.is_journaled,
+            is_prefix_restored=settings.is_prefix_restored,
+        )
+        self._step = 0
+        self._given: list[int] = []  # blocks handed out since the last step
+        self._hits: dict[str, int] = {}
+        self._said: set[str] = set()  # requests whose loss of protection was said
+        self._learn_at_start()
+
+    # --- what the scheduler tells us, in the order of a request's life
+
+    def arrive(self, request: Any) -> None:
+        """A request has entered the scheduler."""
+        name = request.request_id
+        if name in self._writes.tracks:
+            return
+        try:
+            identity = parse_identity(request.kv_transfer_params, fallback=self._own_name(name))
+        except UsageError as error:
+            identity = Identity(name=self._own_name(name), is_disabled=True)
+            self._unprotect(name, identity, str(error))
+        parts = compat.request_seed_parts(request)
+        chain = None
+        if parts is not None:
+            chain = KeyChain(seed_bytes({**self._seed, **parts}), block_tokens=self._block_tokens)
+        track = Track(identity, chain, request.all_token_ids)
+        track.is_protected = not identity.is_disabled
+        self._writes.tracks[name] = track
+        self._restorer.arrive(name, track)
+
+    def match(self, request: Any, hit: int) -> tuple[int | None, bool]:
+        """How many tokens beyond the engine's own hit the journal has for this request."""
+        self.arrive(request)
+        name = request.request_id
+        self._hits[name] = hit
+        return self._restorer.match(name, self._writes.tracks[name], hit), False
+
+    def allocate(self, request: Any, blocks: list[int], external: int) -> None:
+        """The request has its blocks."""
+        name = request.request_id
+        self._given.extend(blocks[self._hits.get(name, 0) // self._block_tokens :])
+        self._restorer.allocate(name, blocks, external)
+
+    def build(self, output: Any) -> StepMetadata:
+        """The step is decided: what it loads, overwrites and writes."""
+        self._step += 1
+        scheduled = list(output.num_scheduled_tokens)
+        loads = self._restorer.take_step(scheduled)
+        learned = self._scribe.take_known()
+        if learned is not None:
+            self._writes.learn(learned[0], before_step=learned[1])
+        given, self._given = self._given + compat.overwritten_blocks(output), []
+        result = self._writes.step(
+            compat.scheduled_requests(output, hits=self._hits, loaded=loads.keys), step=self._step, given=given
+        )
+        for name in scheduled:
+            self._hits.pop(name, None)
+        self._write_notes(result)
+        tokens = output.total_num_scheduled_tokens
+        waiting = sum(not track.is_started for track in self._writes.tracks.values())
+        self._scribe.announce(self._step, tokens, waiting)
+        if not tokens:
+            self._restorer.idle()
+            self._restorer.settle()
+        return StepMetadata(
+            step=self._step, tokens=tokens, writes=result.writes, reused=result.reused, loads=loads.loads
+        )
+
+    def report(self, report: WorkerReport) -> None:
+        """What the workers did."""
+        for name, mismatches in report.loaded.items():
+            self._restorer.confirm(name, mismatches)
+            if mismatches:
+                self._lose(name, f"{mismatches} restored pieces were not as committed")
+        for name, reason in report.lost.items():
+            self._lose(name, reason)
+        if report.step:
+            self._scribe.done(report.step)
+        if report.off is not None:
+            raise RecoveryError(f"a worker protects nothing any more: {report.off}")
+
+    def finish(self, request: Any) -> None:
+        """The request has ended; one that a router owns is ended by the router, which may be resuming it elsewhere."""
+        name = request.request_id
+        self._restorer.leave(name)
+        self._hits.pop(name, None)
+        self._said.discard(name)
+        track = self._writes.tracks.get(name)
+        self._write_notes(self._writes.finish(name, step=self._step))
+        if track is not None and track.is_started and not track.identity.is_routed:
+            self._scribe.end(track.identity.key, incarnation=track.incarnation, tokens=track.covered)
+
+    def forget_cache(self) -> None:
+        """The engine's cache was emptied, perhaps for other weights under the same name: nothing from before may be met again."""
+        self._seed["epoch"] = f"{os.getpid()}-{time.monotonic_ns()}"
+        self._writes.forget_blocks()
+
+    def shut(self, reason: str) -> None:
+        """The guest door has shut: everybody here is unprotected."""
+        for name, track in list(self._writes.tracks.items()):
+            self._unprotect(name, track.identity, reason)
+        self._scribe.event({"event": "unprotected", "request": "*", "reason": reason})
+
+    def close(self) -> None:
+        """The engine ends."""
+        self._restorer.close()
+        self._scribe.close()
+        self._client.close()
+        self._pool.close()
+        self._board.close()
+
+    # --- leaves
+
+    def _own_name(self, request: str) -> str:
+        """A name that no other engine gives: clients number their requests from 0."""
+        return f"{self._settings.replica:x}.{os.getpid():x}:{request}"
+
+    def _learn_at_start(self) -> None:
+        """Know the journal's keys before the first request comes; without them prefixes are computed, not restored."""
+        try:
+            self._scribe.refresh()
+        except (ConcordiaError, OSError) as error:
+            logger.warning("Concordia does not know the journal's blocks yet: %s", error)
+
+    def _write_notes(self, result: StepWrites) -> None:
+        for note in result.notes:
+            self._scribe.note_keys(note, step=self._step)
+        for name, reason in result.lost:
+            self._lose(name, reason)
+
+    def _lose(self, name: str, reason: str) -> None:
+        track = self._writes.tracks.get(name)
+        if track is not None:
+            self._writes.lose(name)
+            self._unprotect(name, track.identity, reason)
+
+    def _unprotect(self, name: str, identity: Identity, reason: str) -> None:
+        if name in self._said:
+            return
+        self._said.add(name)
+        logger.warning("Concordia: %s is unprotected: %s", identity.name, reason)
+        self._scribe.unprotected()
+        self._scribe.event({"event": "unprotected", "request": identity.name, "reason": reason})
+
+
+def _layout_hash(board: segment.Board, *, replica: int, world: int) -> int:
+    """The layout that this engine's workers opened their streams with; they do so before the scheduler exists."""
+    found = []
+    for control in board.in_use():
+        identity = control.identity()
+        is_rank = identity.writer_kind == abi.WRITER_RANK and control.state == abi.STREAM_OPEN
+        if is_rank and identity.replica == replica and identity.world == world:
+            found.append((_is_ours(identity.writer_pid), identity.stream, identity.layout_hash))
+    if not found:
+        raise RecoveryError("no worker of this engine has a stream in the journal")
+    return max(found)[2]
+
+
+def _is_ours(pid: int) -> bool:
+    """Whether this process or a child of it."""
+    if pid == os.getpid():
+        return True
+    try:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+    return int(fields[1]) == os.getpid()

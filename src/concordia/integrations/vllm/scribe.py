@@ -1,0 +1,140 @@
+"""The scheduler side's own stream: block keys, events, endings, and the words that the detector reads.
+
+Owns: one host Checkpointer with a stream of kind WRITER_SCHEDULER, and a thread for what is slow: the heartbeat, the journal's list of known
+keys, endings that must not come too early. Promises: no call waits for the journal or its owner; what cannot be written is said once in
+the log. Called by the scheduler side. It does not decide what is written.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import threading
+import time
+from collections import deque
+from typing import Any, Final
+
+from concordia import abi, config
+from concordia.checkpoint.checkpointer import Checkpointer
+from concordia.errors import ConcordiaError
+from concordia.integrations.vllm.door import logger
+from concordia.integrations.vllm.settings import Settings
+from concordia.integrations.vllm.write_set import KeyNote
+from concordia.journal.client import JournalClient
+from concordia.journal.record import request_key
+
+_KEY_ENTRY: Final = struct.Struct("<IIQQ")
+_LOW: Final = 0xFFFFFFFFFFFFFFFF
+
+
+class Scribe:
+    """Writes what the scheduler side knows."""
+
+    def __init__(self, settings: Settings, client: JournalClient, *, layout_hash: int, world: int) -> None:
+        self._client = client
+        self._layout_hash = layout_hash
+        self._world = world
+        self._attachment = client.open_stream(
+            writer_kind=abi.WRITER_SCHEDULER,
+            rank=0,
+            world=world,
+            replica=settings.replica,
+            layout_hash=layout_hash,
+            label="vllm scheduler",
+        )
+        self._checkpointer = Checkpointer.open("host", self._attachment.target, lanes=1)
+        self._waiting = 0
+        self._step = 0
+        self._endings: deque[tuple[float, int, int, int]] = deque()
+        self._known: tuple[set[int], int] | None = None
+        self._has_complained = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="concordia-scribe", daemon=True)
+        self._thread.start()
+
+    def announce(self, step: int, tokens: int, waiting: int) -> None:
+        """A step starts."""
+        self._step, self._waiting = step, waiting
+        self._checkpointer.heartbeat(waiting)
+        if tokens:
+            self._checkpointer.announce_step(step, tokens)
+
+    def done(self, step: int) -> None:
+        """A step has ended on every rank."""
+        self._checkpointer.step_done(step)
+
+    def note_keys(self, note: KeyNote, *, step: int) -> None:
+        """Which keys blocks of a request have."""
+        payload = b"".join(
+            _KEY_ENTRY.pack(index, 0, key & _LOW, key >> 64) for index, key in note.entries
+        )
+        self._append(payload, kind=abi.KIND_BLOCK_KEY, key=note.key, incarnation=note.incarnation, step=step)
+
+    def event(self, facts: dict[str, Any]) -> None:
+        """What happened to a request, for the router and for people."""
+        key = request_key(str(facts.get("request", "")))
+        self._append(json.dumps(facts).encode(), kind=abi.KIND_EVENT, key=key, incarnation=0, step=self._step)
+
+    def unprotected(self) -> None:
+        """One request more has lost protection."""
+        self._checkpointer.count_unprotected()
+
+    def end(self, key: int, *, incarnation: int, tokens: int) -> None:
+        """A request that no router owns has ended; said a little later, when its last blocks are in."""
+        self._endings.append((time.monotonic() + config.FINISH_LINGER_S, key, incarnation, tokens))
+
+    def take_known(self) -> tuple[set[int], int] | None:
+        """The journal's keys, newly read, and the step before which ours must be among them."""
+        known, self._known = self._known, None
+        return known
+
+    def close(self) -> None:
+        """Say the endings that are due, and end the stream."""
+        self._stop.set()
+        self._thread.join(config.WAIT_TASK_S)
+        self._say_endings(now=float("inf"))
+        self._checkpointer.close()
+        self._attachment.close()
+
+    def _append(self, payload: bytes, *, kind: int, key: int, incarnation: int, step: int, tokens: int = 0) -> None:
+        try:
+            self._checkpointer.append_bytes(
+                payload, kind=kind, key=key, incarnation=incarnation, token_end=tokens, step=step
+            )
+        except ConcordiaError as error:
+            self._complain(f"a record of kind {kind} was not written: {error}")
+
+    def _run(self) -> None:
+        refresh_at = 0.0
+        step_before = 0
+        while not self._stop.wait(config.HEARTBEAT_S):
+            now = time.monotonic()
+            try:
+                self._checkpointer.heartbeat(self._waiting)
+                self._say_endings(now=now)
+                if now >= refresh_at:
+                    refresh_at = now + config.KNOWN_KEYS_REFRESH_S
+                    step, step_before = step_before, self._step
+                    self._refresh(step)
+            except (ConcordiaError, OSError) as error:
+                self._complain(str(error))
+
+    def refresh(self) -> None:
+        """Read the journal's keys now (at start, before the first request)."""
+        self._refresh(0)
+
+    def _refresh(self, before_step: int) -> None:
+        keys = self._client.known_keys(layout_hash=self._layout_hash, world=self._world)
+        self._known = set(keys), before_step
+
+    def _say_endings(self, *, now: float) -> None:
+        while self._endings and self._endings[0][0] <= now:
+            _, key, incarnation, tokens = self._endings.popleft()
+            self._append(
+                b"", kind=abi.KIND_FINISH, key=key, incarnation=incarnation, step=self._step, tokens=tokens
+            )
+
+    def _complain(self, words: str) -> None:
+        if not self._has_complained:
+            self._has_complained = True
+            logger.warning("Concordia's scheduler stream: %s (said once)", words)

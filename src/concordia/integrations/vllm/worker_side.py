@@ -1,0 +1,305 @@
+"""The connector in a worker: one rank's KV out to the journal and back.
+
+Owns: this rank's stream, its Checkpointer, the KV region and what is known about its layout. Promises: an entry point only enqueues, except
+where bytes must be in place before the engine goes on (a restore, a block about to be overwritten), and those waits are bounded; bytes that
+were promised to the engine and cannot be had are reported as failed loads, never left to chance; unproven layouts are saved as
+whole blocks. Called by connector.py behind the guest door. It decides nothing about requests.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import torch
+
+from concordia import abi, config
+from concordia.checkpoint.checkpointer import Checkpointer
+from concordia.errors import ConcordiaError, RecoveryError
+from concordia.integrations.vllm import compat
+from concordia.integrations.vllm.door import logger
+from concordia.integrations.vllm.identity import request_key
+from concordia.integrations.vllm.layout import Layout, Probe, Proof, describe_kv
+from concordia.integrations.vllm.load import Load, PieceRef
+from concordia.integrations.vllm.metadata import StepMetadata, WorkerReport
+from concordia.integrations.vllm.pump import Append, AppendPump, Batch, Event
+from concordia.journal.client import JournalClient
+
+if TYPE_CHECKING:
+    from concordia.integrations.vllm.settings import Settings
+    from concordia.integrations.vllm.write_set import Write
+
+PIECES_IN_FLIGHT: Final = 256  # two tasks each: an eighth of the ring, so that appends never find it full
+
+
+class PieceRange(NamedTuple):
+    """Tokens within one block, and how they are saved."""
+
+    kind: int
+    start: int
+    end: int
+    block: int
+
+
+class WorkerSide:
+    """One rank of one engine."""
+
+    def __init__(self, settings: Settings, vllm_config: Any, kv_cache_config: Any) -> None:
+        self._settings = settings
+        self._vllm_config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._why_not = compat.why_unprotected(vllm_config, kv_cache_config)
+        self._rank = 0
+        self._client: JournalClient | None = None
+        self._attachment: Any = None
+        self._checkpointer: Checkpointer | None = None
+        self._region: Any = None
+        self._layout: Layout | None = None
+        self._probe: Probe | None = None
+        self._pump: AppendPump | None = None
+        self._block_tokens = compat.block_tokens(kv_cache_config) if self._why_not is None else 0
+        self._is_cuda = False
+        self._refused: set[str] = set()  # requests whose load failed in this step: their blocks hold nothing to save
+        self._report = WorkerReport()
+
+    def register_kv_caches(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """The engine has its KV memory: describe it, open the stream, build the handlers."""
+        if self._why_not is not None:
+            raise RecoveryError(self._why_not)
+        layout = describe_kv(self._vllm_config, self._kv_cache_config, tensors)
+        self._rank = compat.worker_rank(self._vllm_config)
+        self._is_cuda = layout.rows[0].device.type == "cuda"
+        device = self._settings.device
+        if device == "auto":
+            device = f"cuda:{layout.rows[0].device.index or 0}" if self._is_cuda else "host"
+        self._client = JournalClient.connect(self._settings.journal)
+        self._attachment = self._client.open_stream(
+            writer_kind=abi.WRITER_RANK,
+            rank=self._rank,
+            world=compat.world_size(self._vllm_config),
+            replica=self._settings.replica,
+            layout_hash=layout.geometry.layout_hash(),
+            label=f"vllm rank {self._rank}",
+        )
+        self._checkpointer = Checkpointer.open(device, self._attachment.target, lanes=1)
+        self._region = self._checkpointer.register_kv(layout.geometry, layout.addresses)
+        self._pump = AppendPump(self._checkpointer, is_threaded=self._is_cuda)
+        self._layout = layout
+        self._probe = Probe(layout)
+        if self._settings.layout == "blocks":
+            self._probe.proof, self._probe.reason = Proof.GIVEN_UP, "set so"
+        if self._probe.proof is Proof.GIVEN_UP:
+            self._say_blocks()
+        logger.info(
+            "Concordia protects rank %d: %s, %s", self._rank, device, _in_words(layout.geometry)
+        )
+
+    # --- the order of one step
+
+    def before_step(self, meta: StepMetadata) -> None:
+        """Nothing of this step is written yet: let go of what it overwrites, and keep what the probe compares."""
+        self._report.step = meta.step
+        self._refused.clear()
+        pump, probe = self._live_pump(), self._probe
+        assert probe is not None
+        for request in pump.wait_for(meta.reused, timeout_s=config.BLOCK_REUSE_WAIT_S):
+            self._lose(request, "its blocks were needed before they were saved")
+        if probe.proof is Proof.UNKNOWN and not meta.loads:
+            for write in meta.writes:
+                if write.tail is not None and write.tail[1] - write.tail[0] == 1:
+                    probe.arm(write.tail[0], write.tail[2])
+                    break
+
+    def load(self, meta: StepMetadata) -> set[int]:
+        """Fill the blocks of resumed requests, hash and compare them in place; returns the blocks that are not as committed."""
+        failed: set[int] = set()
+        self._refused.update(load.request for load in meta.loads)
+        for load in meta.loads:
+            mismatches = self._load_one(load)
+            self._report.loaded[load.request] = mismatches
+            if mismatches == 0:
+                self._refused.discard(load.request)
+            else:
+                failed.update(load.blocks[load.first_block :])
+        return failed
+
+    def save(self, meta: StepMetadata) -> None:
+        """Enqueue what this step wrote."""
+        pump, probe = self._live_pump(), self._probe
+        assert probe is not None
+        batch = Batch(event=self._record_event() if meta.writes else None)
+        if probe.is_armed:
+            self._judge(probe, batch)
+        for write in meta.writes:
+            if write.request not in self._refused:
+                self._add_appends(write, meta.step, batch, has_rows=probe.proof is Proof.PROVEN)
+        if batch.appends or batch.before is not None:
+            pump.submit(batch)
+
+    def take_report(self) -> WorkerReport:
+        """What the scheduler side must know."""
+        if self._pump is not None:
+            for request, reason in self._pump.collect().items():
+                self._lose(request, reason)
+        report, self._report = self._report, WorkerReport(step=self._report.step)
+        return report
+
+    def close(self) -> None:
+        """Let the appends finish, within a bound, and end the stream."""
+        if self._pump is not None:
+            self._pump.drain(timeout_s=config.WAIT_TASK_S)
+            self._pump.close()
+        if self._checkpointer is not None:
+            self._checkpointer.close()
+        if self._attachment is not None:
+            self._attachment.close()
+        if self._client is not None:
+            self._client.close()
+        self._pump = self._checkpointer = self._attachment = self._client = None
+
+    # --- leaves
+
+    def _live_pump(self) -> AppendPump:
+        if self._pump is None:
+            raise RecoveryError(self._why_not or "the engine never registered its KV memory")
+        return self._pump
+
+    def _record_event(self) -> Event | None:
+        if not self._is_cuda:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event  # type: ignore[no-any-return]
+
+    def _judge(self, probe: Probe, batch: Batch) -> None:
+        pairs, token = probe.capture(), probe.token
+
+        def judge() -> None:
+            if probe.judge(pairs, token) in {Proof.DISPROVEN, Proof.GIVEN_UP}:
+                self._say_blocks()
+            elif probe.proof is Proof.PROVEN:
+                logger.info("Concordia: the KV layout of rank %d is proven", self._rank)
+
+        if self._is_cuda:
+            batch.event = self._record_event()  # after the copies that `capture` queued
+            batch.before = judge
+        else:
+            judge()
+
+    def _add_appends(self, write: Write, step: int, batch: Batch, *, has_rows: bool) -> None:
+        size = self._block_tokens
+        for index, block in write.full:
+            start, end = index * size, (index + 1) * size
+            self._add(batch, write, step, PieceRange(abi.KIND_KV_BLOCK, start, end, block))
+        if write.tail is not None:
+            start, end, block = write.tail
+            if has_rows:
+                found = PieceRange(abi.KIND_KV_TAIL, start, end, block)
+            else:
+                found = PieceRange(abi.KIND_KV_BLOCK, start // size * size, end, block)
+            self._add(batch, write, step, found)
+
+    def _add(self, batch: Batch, write: Write, step: int, piece: PieceRange) -> None:
+        checkpointer, region = self._checkpointer, self._region
+        assert checkpointer is not None
+
+        def submit() -> Any:
+            return checkpointer.append_kv(
+                region,
+                kind=piece.kind,
+                key=write.key,
+                incarnation=write.incarnation,
+                token_start=piece.start,
+                token_end=piece.end,
+                blocks=(piece.block,),
+                step=step,
+            )
+
+        batch.appends.append(Append(write.request, (piece.block,), submit))
+
+    def _load_one(self, load: Load) -> int:
+        """Pieces whose bytes are not, in the engine, what the journal committed; 0 is the only good answer."""
+        checkpointer = self._checkpointer
+        assert checkpointer is not None
+        until = time.monotonic() + config.RESTORE_WAIT_S
+        flying: deque[tuple[PieceRef, Any, Any]] = deque()
+        failed = 0
+
+        def land() -> int:
+            piece, applied, hashed = flying.popleft()
+            first = checkpointer.wait(applied, max(0.001, until - time.monotonic()))
+            then = checkpointer.wait(hashed, max(0.001, until - time.monotonic()))
+            is_good = first.status == then.status == abi.STATUS_OK and then.payload_hash == piece.payload_hash
+            return 0 if is_good else 1
+
+        for piece in load.pieces.get(self._rank, ()):
+            # Hashed in place right behind its own apply: the executor runs tasks in order, and a later piece may write over this one.
+            flying.append((piece, self._apply(load, piece), self._hash(load, piece)))
+            if len(flying) >= PIECES_IN_FLIGHT:
+                failed += land()
+        while flying:
+            failed += land()
+        return failed
+
+    def _apply(self, load: Load, piece: PieceRef) -> Any:
+        assert self._checkpointer is not None
+        return self._checkpointer.apply_kv(
+            self._region,
+            kind=piece.kind,
+            token_start=piece.token_start,
+            token_end=piece.token_end,
+            blocks=self._blocks_of(load, piece),
+            payload_address=self._attachment.target.pool_address + piece.pool_offset,
+            payload_bytes=piece.payload_bytes,
+            payload_hash=piece.payload_hash,
+        )
+
+    def _hash(self, load: Load, piece: PieceRef) -> Any:
+        assert self._checkpointer is not None
+        return self._checkpointer.hash_kv(
+            self._region,
+            kind=piece.kind,
+            token_start=piece.token_start,
+            token_end=piece.token_end,
+            blocks=self._blocks_of(load, piece),
+        )
+
+    def _blocks_of(self, load: Load, piece: PieceRef) -> list[int]:
+        size = self._block_tokens
+        first, last = piece.token_start // size, (piece.token_end - 1) // size
+        if first < load.first_block or last >= len(load.blocks):
+            raise RecoveryError(f"a piece of {load.request} reaches blocks {first}..{last} of {len(load.blocks)}")
+        return list(load.blocks[first : last + 1])
+
+    def _lose(self, request: str, reason: str) -> None:
+        self._report.lost.setdefault(request, reason)
+
+    def _say_blocks(self) -> None:
+        """Loud, because whole blocks cost more than rows."""
+        assert self._probe is not None
+        reason = f"KV layout {self._probe.proof.name.lower()}: {self._probe.reason}"
+        logger.warning(
+            "Concordia saves whole KV blocks on rank %d: %s. Nothing is lost by it but speed.", self._rank, reason
+        )
+        self.event({"event": "whole-blocks", "rank": self._rank, "reason": reason})
+
+    def event(self, facts: dict[str, Any]) -> None:
+        """Say something in this rank's stream."""
+        if self._checkpointer is None:
+            return
+        try:
+            self._checkpointer.append_bytes(
+                json.dumps(facts).encode(), kind=abi.KIND_EVENT, key=request_key(str(facts.get("request", ""))), incarnation=0
+            )
+        except ConcordiaError as error:
+            logger.warning("Concordia could not record %s: %s", facts, error)
+
+
+def _in_words(geometry: Any) -> str:
+    return (
+        f"{geometry.layers} layers, {geometry.block_count} blocks of {geometry.block_tokens} tokens, "
+        f"{geometry.block_bytes} bytes each, {geometry.dtype}, {geometry.instruction_set}"
+    )

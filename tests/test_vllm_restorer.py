@@ -1,0 +1,222 @@
+"""integrations/vllm/restorer.py, lookup.py.
+
+Invariants: a token is offered only after its bytes were hashed; a cohort is offered its tokens in one pass; every wait has a bound and ends in
+a cold start; each request that asked is told of once; blocks of the engine's own prefix cache are not written to.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from concordia import abi, config
+from concordia.errors import JournalError
+from concordia.integrations.vllm.identity import CohortTicket, Identity, KeyChain
+from concordia.integrations.vllm.restorer import Restorer, Source
+from concordia.integrations.vllm.write_set import Track
+from concordia.journal import record
+from concordia.journal.coverage import Cut, Piece
+
+SIZE = 4
+LAYOUT = 5
+
+
+class FakeClient:
+    """A journal that has tokens [0, held) of every request, in one piece per block and one per token of the last block."""
+
+    def __init__(self, held: int) -> None:
+        self.pool = bytearray()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.error: Exception | None = None
+        spans = [(i, i + SIZE) for i in range(0, held // SIZE * SIZE, SIZE)]
+        spans += [(i, i + 1) for i in range(held // SIZE * SIZE, held)]
+        self.held = held
+        self.pieces = []
+        for number, (start, end) in enumerate(spans):
+            payload = bytes([number]) * 100 * (end - start)
+            kind = abi.KIND_KV_BLOCK if end - start == SIZE else abi.KIND_KV_TAIL
+            self.pieces.append(
+                Piece(0, kind, start, end, len(self.pool), len(payload), record.payload_hash(payload), number, 1, LAYOUT)
+            )
+            self.pool += payload
+
+    def cut(self, key: int, *, tokens_known: int, layout_hash: int, world: int) -> Cut:
+        assert self.gate.wait(5)
+        if self.error:
+            raise self.error
+        tokens = min(self.held, tokens_known - 1)
+        pieces = [p for p in self.pieces if p.token_start < tokens]
+        return Cut(tokens, 1000, {0: pieces}, list(range(901, 901 + tokens // SIZE))) if tokens > 0 else Cut()
+
+    def match_prefix(self, keys: list[int], *, layout_hash: int, world: int) -> Cut:
+        assert self.gate.wait(5)
+        count = min(len(keys), self.held // SIZE)
+        return Cut(count * SIZE, 0, {0: self.pieces[:count]}, list(keys[:count])) if count else Cut()
+
+
+class World:
+    """A restorer over a fake journal, and what it said."""
+
+    def __init__(self, held: int, known: Callable[[int], bool] = lambda _: False) -> None:
+        self.client = FakeClient(held)
+        self.said: list[dict[str, Any]] = []
+        source = Source(self.client, memoryview(self.client.pool), LAYOUT, 1, SIZE)  # type: ignore[arg-type]
+        self.restorer = Restorer(source, say=self.said.append, is_known=known, is_prefix_restored=True)
+
+    def arrive(self, name: str, tokens: int, **identity: Any) -> Track:
+        track = Track(Identity(name=name, **identity), KeyChain(b"seed", block_tokens=SIZE), list(range(tokens)))
+        self.restorer.arrive(name, track)
+        return track
+
+    def until(self, name: str, track: Track, hit: int = 0) -> int:
+        """Ask again as the scheduler does, pass after pass, until there is an answer."""
+        until = time.monotonic() + 5
+        while time.monotonic() < until:
+            found = self.restorer.match(name, track, hit)
+            if found is not None:
+                return found
+            self.restorer.idle()
+            self.restorer.settle()
+        raise AssertionError(f"no answer for {name}")
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    made = World(10)
+    yield made
+    made.client.gate.set()
+    made.restorer.close()
+
+
+def test_all_but_the_last_token_is_offered_when_the_journal_has_it(world: World) -> None:
+    track = world.arrive("a", 11, is_restore=True)
+    assert world.until("a", track) == 10
+    world.restorer.allocate("a", [5, 6, 7], 10)
+    step = world.restorer.take_step(["a"])
+    (load,) = step.loads
+    assert [p.token_end for p in load.pieces[0]] == [4, 8, 9, 10]
+    assert (load.blocks, load.first_block) == ((5, 6, 7), 0)
+    assert step.keys == {"a": {0: 901, 1: 902}}
+    assert world.said == [], "told only when the bytes are in place"
+    world.restorer.confirm("a", 0)
+    (told,) = world.said
+    assert (told["level"], told["restored_tokens"], told["recomputed_tokens"]) == ("state-exact", 10, 1)
+
+
+def test_own_prefix_is_left_alone_when_the_engine_has_a_part_itself(world: World) -> None:
+    track = world.arrive("a", 11, is_restore=True)
+    assert world.until("a", track, hit=4) == 6
+    world.restorer.allocate("a", [5, 6, 7], 6)
+    (load,) = world.restorer.take_step(["a"]).loads
+    assert load.first_block == 1
+    assert [p.token_start for p in load.pieces[0]] == [4, 8, 9]
+
+
+def test_nothing_is_loaded_when_the_engine_has_as_much_itself(world: World) -> None:
+    track = world.arrive("a", 9, is_restore=True)
+    assert world.until("a", track, hit=8) == 0
+    world.restorer.allocate("a", [5, 6, 7], 0)
+    assert world.restorer.take_step(["a"]).loads == []
+
+
+def test_partial_level_is_told_when_the_journal_has_less(world: World) -> None:
+    track = world.arrive("a", 20, is_restore=True)
+    assert world.until("a", track) == 10
+    world.restorer.allocate("a", [1, 2, 3, 4, 5], 10)
+    world.restorer.take_step(["a"])
+    world.restorer.confirm("a", 0)
+    assert (world.said[0]["level"], world.said[0]["recomputed_tokens"]) == ("partial", 10)
+
+
+def test_request_starts_cold_with_the_reason_when_a_byte_was_flipped(world: World) -> None:
+    world.client.pool[3] ^= 1
+    track = world.arrive("a", 11, is_restore=True)
+    assert world.until("a", track) == 0
+    world.restorer.take_step(["a"])
+    assert world.said[0]["level"] == "cold"
+    assert "payload hash" in world.said[0]["reason"]
+
+
+def test_request_starts_cold_when_the_journal_fails(world: World) -> None:
+    world.client.error = JournalError("owner is gone")
+    track = world.arrive("a", 11, is_restore=True)
+    assert world.until("a", track) == 0
+    world.restorer.take_step(["a"])
+    assert world.said[0]["reason"] == "owner is gone"
+
+
+def test_request_starts_cold_when_the_answer_is_late(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "RESTORE_WAIT_S", 0.05)
+    world.client.gate.clear()
+    track = world.arrive("a", 11, is_restore=True)
+    assert world.until("a", track) == 0
+    world.restorer.take_step(["a"])
+    assert "in time" in world.said[0]["reason"]
+
+
+def test_cohort_is_offered_in_one_pass_when_all_members_are_verified(world: World) -> None:
+    ticket = CohortTicket("c", 2, 5.0)
+    first = world.arrive("a", 11, is_restore=True, cohort=ticket)
+    outsider = world.arrive("x", 5)
+    until = time.monotonic() + 1
+    while world.restorer._lookups.is_waiting and time.monotonic() < until:
+        world.restorer.idle()
+    world.restorer.settle()
+    assert world.restorer.match("a", first, 0) is None
+    assert world.restorer.match("x", outsider, 0) is None
+    second = world.arrive("b", 11, is_restore=True, cohort=ticket)
+    world.until("b", second)
+    assert world.restorer.match("a", first, 0) == 10
+    assert world.restorer.match("x", outsider, 0) is None
+    world.restorer.take_step(["a", "b"])
+    assert world.restorer.match("x", outsider, 0) == 0
+
+
+def test_fresh_cohort_starts_in_one_pass_when_nothing_is_restored(world: World) -> None:
+    ticket = CohortTicket("c", 2, 5.0)
+    first = world.arrive("a", 5, cohort=ticket)
+    assert world.restorer.match("a", first, 0) is None
+    second = world.arrive("b", 5, cohort=ticket)
+    assert world.until("a", first) == 0
+    assert world.restorer.match("b", second, 0) == 0
+
+
+def test_late_cohort_is_told_of_when_a_member_never_comes(world: World) -> None:
+    track = world.arrive("a", 11, is_restore=True, cohort=CohortTicket("c", 2, 0.05))
+    assert world.until("a", track) == 10
+    assert world.said[0]["event"] == "cohort-late"
+
+
+def test_prefix_is_restored_for_anybody_when_the_journal_is_known_to_have_it() -> None:
+    world = World(10, known=lambda _: True)
+    track = world.arrive("plain", 10)
+    assert world.until("plain", track) == 8
+    world.restorer.allocate("plain", [1, 2, 3], 8)
+    step = world.restorer.take_step(["plain"])
+    assert len(step.loads[0].pieces[0]) == 2
+    assert track.chain is not None
+    assert step.keys["plain"] == dict(enumerate(track.chain.keys[:2]))
+    world.restorer.confirm("plain", 0)
+    assert world.said[0]["level"] == "prefix"
+    world.restorer.close()
+
+
+def test_journal_is_not_asked_when_it_is_not_known_to_have_the_prefix(world: World) -> None:
+    world.client.gate.clear()
+    assert world.restorer.match("a", world.arrive("a", 10), 0) == 0
+
+
+def test_request_that_left_is_forgotten_when_its_answer_comes_later(world: World) -> None:
+    world.client.gate.clear()
+    track = world.arrive("a", 11, is_restore=True)
+    assert world.restorer.match("a", track, 0) is None
+    world.restorer.leave("a")
+    world.client.gate.set()
+    world.restorer.idle()
+    world.restorer.settle()
+    assert world.said == []
