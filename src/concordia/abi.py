@@ -164,7 +164,8 @@ RECORD_HEADER = Struct(
         Field("layout_hash", "u64"),
         Field("step", "u64", note="engine step that wrote these bytes"),
         Field("stamp_ns", "u64", note="writer's monotonic clock when the task was submitted"),
-        _pad(116, "reserved"),
+        Field("origin", "u64", note="copies only: replica in whose stream the original was"),
+        _pad(108, "reserved"),
         Field("header_crc", "u32", note="CRC32C of the 252 bytes before it"),
     ),
 )

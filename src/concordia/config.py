@@ -47,6 +47,8 @@ OWNER_START_S: Final = 60.0  # allocating 64 GiB of tmpfs takes about 20 s
 OWNER_ANSWER_S: Final = 5.0  # an owner that is busy with a seal answers within a second
 FENCE_WAIT_S: Final = 10.0  # SIGKILL takes effect within milliseconds, unless a driver call holds the process
 CUT_PIN_S: Final = 30.0  # a place told to a restore stays for this long: three times its own bound
+CONDEMN_GRACE_S: Final = 5.0  # engines refresh what they believe of the journal's keys every second
+HINT_SETTLE_S: Final = 0.1  # stores of a running writer are seen within microseconds
 CLEANER_SEGMENTS: Final = 2  # never lent: without room to copy to, a full journal could not be emptied
 SOCKET_MESSAGE_BYTES_MAX: Final = 64 << 20
 

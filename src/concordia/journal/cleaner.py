@@ -8,6 +8,8 @@ a copy before a restart is this process, and writer.py says why plain stores are
 
 from __future__ import annotations
 
+import time
+
 from concordia import abi, config
 from concordia.journal.ledger import Held
 from concordia.journal.stream import has_sound_payload
@@ -45,13 +47,16 @@ class Cleaner:
             return
         self._let_go()
 
-    def seal(self) -> None:
-        """Close our own streams, so that what they hold outlives us as sealed."""
-        for stream in self._own.values():
-            streams = self._streams
-            streams.read_own(stream)
-            streams.seal(stream)
-        self._own.clear()
+    def write_finish(self, key: int) -> bool:
+        """Make the end of a request known to an owner after us; False when there is no room for it."""
+        streams = self._streams
+        own = self._any_own()
+        if own is None or own.writer is None or not streams.supply_own(own):
+            return False
+        made = own.writer.append(Entry(abi.KIND_FINISH, key), b"")
+        streams.read_own(own)
+        streams.index.ingest(made, own.source, streams.pool.view)
+        return True
 
     def _empty_one(self) -> bool:
         """Copy what lives in the emptiest segment elsewhere; False when none is empty enough."""
@@ -89,7 +94,7 @@ class Cleaner:
             return False
         entry = Entry(
             old.kind, old.key, old.incarnation, old.token_start, old.token_end, old.step, old.region,
-            old.flags, old.layout_hash, old.handler_hash, old.stamp_ns,
+            old.flags, old.layout_hash, old.handler_hash, old.stamp_ns, held.replica,
         )  # fmt: skip
         payload = view[old.payload_offset : old.payload_offset + old.payload_bytes]
         made = own.writer.append(entry, payload, payload_hash=old.payload_hash)
@@ -104,7 +109,7 @@ class Cleaner:
         source = held.source
         name = source.rank, source.world, source.layout_hash
         if held.record.kind not in _PLACED and self._own:
-            return next(iter(self._own.values()))
+            return self._any_own()
         if name not in self._own:
             if not self._streams.free:
                 return None
@@ -112,15 +117,22 @@ class Cleaner:
             self._own[name] = self._streams.open_own(rank=rank, world=world, layout_hash=layout)
         return self._own[name]
 
+    def _any_own(self) -> Stream | None:
+        if not self._own and self._streams.free:
+            self._own[0, 1, 0] = self._streams.open_own(rank=0, world=1, layout_hash=0)
+        return next(iter(self._own.values()), None)
+
     def _let_go(self) -> None:
         """Unreferenced blocks for one segment's worth; requests only when writers find nothing soon."""
         streams, index = self._streams, self._streams.index
         if not streams.cleanable():
             return  # whatever we let go now, no segment would come back
-        target = index.ledger.live_bytes() - streams.pool.segment_bytes
-        while index.ledger.live_bytes() > target and index.keys.drop_oldest():
-            self.evicted_blocks += 1
+        now = time.monotonic()
         is_urgent = len(streams.free) <= config.CLEANER_SEGMENTS
-        if is_urgent and index.ledger.live_bytes() > target:
-            dropped = index.drop_coldest("the journal is full")
-            self.unprotected_requests += dropped is not None
+        wanted = streams.pool.segment_bytes - index.keys.condemned_bytes()
+        while wanted > 0 and (size := index.keys.condemn_oldest(now)):
+            wanted -= size
+        dropped = index.keys.drop_condemned(now, is_urgent=is_urgent)
+        self.evicted_blocks += dropped
+        if is_urgent and not dropped:
+            self.unprotected_requests += index.drop_coldest("the journal is full") is not None

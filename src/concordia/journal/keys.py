@@ -1,8 +1,9 @@
 """Blocks by the chained hash of their tokens, shared by every request with that prefix, floor 3.
 
-Owns: `KeyTable`: for a layout and world, which record of which rank holds the block of a key; who refers to it; in which order
-unreferenced blocks were used last. Promises: an entry has its block record and the record that names it in use, and lets both go
-together; a key that a live request refers to is never dropped by age. Called by replay and, for room, by the cleaner.
+Owns: `KeyTable`: for a layout and world, which records hold the block of a key; who refers to it; in which order unreferenced blocks were
+used last. Promises: an entry has its block record and the record that names it in use, and lets both go together; a block that a live
+request refers to is never dropped by age, and before an unreferenced one goes, nobody has been told of it for a while. Two engines may
+compute the same block with different bytes: pieces are kept per replica, and one answer never mixes them. Called by replay and cleaner.
 """
 
 from __future__ import annotations
@@ -10,18 +11,26 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TypeAlias
 
+from concordia import config
 from concordia.journal.ledger import Held, Ledger
 
 Group: TypeAlias = tuple[int, int]  # layout, world
 
 
 class Keyed:
-    """One block: per rank the record with its bytes and the record that gave it its key."""
+    """One block: per replica and rank, the record with its bytes and the record that gave it its key."""
 
-    __slots__ = ("pieces",)
+    __slots__ = ("chosen", "pieces")
 
     def __init__(self) -> None:
-        self.pieces: dict[int, tuple[Held, Held]] = {}
+        self.pieces: dict[int, dict[int, tuple[Held, Held]]] = {}
+        self.chosen: int | None = None  # the replica whose bytes others were given
+
+    def served_by(self, world: int) -> int | None:
+        """The replica whose bytes everybody else gets: always the same one once it was told."""
+        if self.chosen is None:
+            self.chosen = next((r for r, ranks in self.pieces.items() if len(ranks) >= world), None)
+        return self.chosen
 
 
 class KeyTable:
@@ -32,19 +41,20 @@ class KeyTable:
         self._blocks: dict[Group, dict[int, Keyed]] = {}
         self._references: dict[int, int] = {}
         self._idle: OrderedDict[tuple[Group, int], None] = OrderedDict()  # used longest ago first
-        self._places: dict[Held, tuple[Group, int, int]] = {}
+        self._condemned: OrderedDict[tuple[Group, int], float] = OrderedDict()  # since when
+        self._places: dict[Held, tuple[Group, int]] = {}
 
     def enter(self, group: Group, key: int, block: Held, naming: Held) -> None:
-        """This record holds the block of this key for its rank; the first that says so stays."""
-        rank = block.source.rank
+        """This record holds the block of this key for its rank; the first of a replica stays."""
         keyed = self._blocks.setdefault(group, {}).setdefault(key, Keyed())
-        if rank in keyed.pieces or block in self._places:
+        if block.source.rank in keyed.pieces.get(block.replica, {}) or block in self._places:
             return
+        ranks = keyed.pieces.setdefault(block.replica, {})
         self._ledger.use(block)
         self._ledger.use(naming)
-        keyed.pieces[rank] = block, naming
-        self._places[block] = group, key, rank
-        if key not in self._references:
+        ranks[block.source.rank] = block, naming
+        self._places[block] = group, key
+        if key not in self._references and (group, key) not in self._condemned:
             self._idle[group, key] = None
 
     def replace(self, old: Held, new: Held) -> None:
@@ -52,42 +62,51 @@ class KeyTable:
         place = self._places.get(old)
         if place is None:
             return
-        group, key, rank = place
         is_same_range = (
             old.record.token_start == new.record.token_start
             and old.record.token_end == new.record.token_end
         )
-        if is_same_range:
-            del self._places[old]
-            naming = self._blocks[group][key].pieces[rank][1]
-            self._blocks[group][key].pieces[rank] = new, naming
-            self._places[new] = place
-            self._ledger.use(new)
-            self._ledger.release(old)
-        else:
-            self.drop(group, key)
+        if not is_same_range:
+            self.drop(*place)
+            return
+        ranks = self._blocks[place[0]][place[1]].pieces[old.replica]
+        ranks[old.source.rank] = new, ranks[old.source.rank][1]
+        self._places[new] = self._places.pop(old)
+        self._ledger.use(new)
+        self._ledger.release(old)
 
-    def piece(self, group: Group, key: int, rank: int) -> Held | None:
-        """The record of one rank."""
+    def piece(self, group: Group, key: int, *, rank: int, replica: int) -> Held | None:
+        """The record of one rank, as that replica had it: its own bytes, or those that all were given."""
         keyed = self._blocks.get(group, {}).get(key)
-        found = keyed.pieces.get(rank) if keyed else None
+        if keyed is None:
+            return None
+        server = replica if replica in keyed.pieces else keyed.served_by(group[1])
+        found = keyed.pieces[server].get(rank) if server is not None else None
         return found[0] if found else None
 
     def complete(self, group: Group, key: int) -> list[Held] | None:
-        """The records of all ranks, in order, or None when one is missing."""
+        """The records of all ranks of one replica, in order, or None when some are missing."""
         keyed = self._blocks.get(group, {}).get(key)
-        if keyed is None or len(keyed.pieces) < group[1]:
+        server = keyed.served_by(group[1]) if keyed is not None else None
+        if keyed is None or server is None:
             return None
-        found = [keyed.pieces[rank][0] for rank in range(group[1]) if rank in keyed.pieces]
+        ranks = keyed.pieces[server]
+        found = [ranks[rank][0] for rank in range(group[1]) if rank in ranks]
         return found if len(found) == group[1] else None
 
     def known(self, group: Group) -> list[int]:
-        """Keys of which every rank has the block."""
-        return [key for key in self._blocks.get(group, {}) if self.complete(group, key)]
+        """Keys of which every rank has the block, and which are not about to go."""
+        return [
+            key
+            for key in self._blocks.get(group, {})
+            if (group, key) not in self._condemned and self.complete(group, key)
+        ]
 
     def touch(self, group: Group, key: int) -> None:
         """The block was of use just now."""
-        if (group, key) in self._idle:
+        if self._condemned.pop((group, key), None) is not None:
+            self._idle[group, key] = None
+        elif (group, key) in self._idle:
             self._idle.move_to_end((group, key))
 
     def refer(self, key: int) -> None:
@@ -96,6 +115,7 @@ class KeyTable:
         if self._references[key] == 1:
             for group in self._blocks:
                 self._idle.pop((group, key), None)
+                self._condemned.pop((group, key), None)
 
     def unrefer(self, key: int) -> None:
         """A live request less has it; without any it ages."""
@@ -108,23 +128,51 @@ class KeyTable:
             if key in blocks:
                 self._idle[group, key] = None
 
-    def drop_oldest(self) -> bool:
-        """Forget the unreferenced block that was used longest ago; False when there is none."""
+    def condemn_oldest(self, now: float) -> int:
+        """Name the unreferenced block used longest ago as the next to go; its bytes, 0 for none.
+
+        It is not told to anybody from now on; an engine that was told before may still refer to it
+        and save it, because it goes only after CONDEMN_GRACE_S.
+        """
         if not self._idle:
-            return False
-        group, key = next(iter(self._idle))
-        self.drop(group, key)
-        return True
+            return 0
+        name, _ = self._idle.popitem(last=False)
+        self._condemned[name] = now
+        return self._size(name)
+
+    def condemned_bytes(self) -> int:
+        """What goes when the grace is over."""
+        return sum(self._size(name) for name in self._condemned)
+
+    def drop_condemned(self, now: float, *, is_urgent: bool) -> int:
+        """Forget blocks that were named long enough ago (or all, when writers find nothing); how many."""
+        count = 0
+        while self._condemned:
+            name, since = next(iter(self._condemned.items()))
+            if not is_urgent and now - since < config.CONDEMN_GRACE_S:
+                break
+            self.drop(*name)
+            count += 1
+        return count
 
     def drop(self, group: Group, key: int) -> None:
         """Forget one block."""
         keyed = self._blocks[group].pop(key)
         self._idle.pop((group, key), None)
-        for block, naming in keyed.pieces.values():
-            del self._places[block]
-            self._ledger.release(block)
-            self._ledger.release(naming)
+        self._condemned.pop((group, key), None)
+        for ranks in keyed.pieces.values():
+            for block, naming in ranks.values():
+                del self._places[block]
+                self._ledger.release(block)
+                self._ledger.release(naming)
 
     def counts(self) -> dict[str, int]:
         """Blocks with a key, and those that no live request refers to."""
-        return {"blocks": sum(map(len, self._blocks.values())), "idle_blocks": len(self._idle)}
+        idle = len(self._idle) + len(self._condemned)
+        return {"blocks": sum(map(len, self._blocks.values())), "idle_blocks": idle}
+
+    def _size(self, name: tuple[Group, int]) -> int:
+        keyed = self._blocks[name[0]][name[1]]
+        return sum(
+            block.record.payload_bytes for ranks in keyed.pieces.values() for block, _ in ranks.values()
+        )

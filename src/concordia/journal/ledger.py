@@ -36,6 +36,11 @@ class Held:
         self.uses = 0
 
     @property
+    def replica(self) -> int:
+        """Whose bytes these are."""
+        return self.record.origin or self.source.replica
+
+    @property
     def group(self) -> tuple[int, int]:
         """Layout and world: pieces of one cut share both. The stream's layout rules when it names one."""
         return self.source.layout_hash or self.record.layout_hash, self.source.world

@@ -144,8 +144,10 @@ class Office:
         return self._owner.streams.index.committed(_number(arguments, "key", _U128))
 
     def _finish(self, peer: Peer, arguments: dict[str, Any]) -> bool:
-        self._owner.streams.index.finish(_number(arguments, "key", _U128), now=time.monotonic())
-        return True
+        key = _number(arguments, "key", _U128)
+        self._owner.streams.scan_all()  # what it wrote before its end is not news after it
+        is_new = self._owner.streams.index.finish(key, now=time.monotonic())
+        return is_new and self._owner.cleaner.write_finish(key)
 
     def _events(self, peer: Peer, arguments: dict[str, Any]) -> list[Any]:
         self._owner.streams.scan_all()

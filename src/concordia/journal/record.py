@@ -21,8 +21,8 @@ RECORD_BYTES_MIN: Final = HEADER_BYTES + abi.LINE_BYTES  # a record without payl
 _LOW: Final = 0xFFFFFFFFFFFFFFFF
 _CRC_AT: Final = 252
 
-# magic version kind | salt sequence previous(2) key(2) incarnation | region flags start end | bytes hash(2) handler layout step stamp
-_RECORD: Final = struct.Struct("<IHHQQQQQQQIIIIQQQQQQQ116xI")
+# magic version kind | salt sequence previous(2) key(2) incarnation | region flags start end | bytes hash(2) handler layout step stamp origin
+_RECORD: Final = struct.Struct("<IHHQQQQQQQIIIIQQQQQQQQ108xI")
 # magic | version segment | stream ordinal salt first_sequence predecessor(2) segment_bytes
 _SEGMENT: Final = struct.Struct("<QIIQQQQQQQ180xI")
 _WORD: Final = struct.Struct("<Q")
@@ -50,6 +50,7 @@ class Record(NamedTuple):
     layout_hash: int
     step: int
     stamp_ns: int
+    origin: int  # of a copy: the replica whose stream had the original
     offset: int  # of the header, in the pool
     header_hash: int
 
@@ -128,6 +129,7 @@ def pack_record(record: Record) -> bytes:
         record.layout_hash,
         record.step,
         record.stamp_ns,
+        record.origin,
         0,
     )
     return _with_crc(body)
@@ -160,7 +162,7 @@ def parse_record(
     (
         magic, version, kind, salt_found, sequence_found, previous_low, previous_high, key_low, key_high,
         incarnation, region, flags, token_start, token_end, size, hash_low, hash_high, handler, layout,
-        step, stamp, crc,
+        step, stamp, origin, crc,
     ) = _RECORD.unpack(raw)  # fmt: skip
     if (
         magic != abi.RECORD_MAGIC
@@ -175,7 +177,7 @@ def parse_record(
     return Record(
         kind, salt, sequence, previous_hash, key_high << 64 | key_low, incarnation, region, flags,
         token_start, token_end, size, hash_high << 64 | hash_low, handler, layout, step, stamp,
-        offset, xxhash.xxh3_128_intdigest(raw),
+        origin, offset, xxhash.xxh3_128_intdigest(raw),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
@@ -29,23 +30,33 @@ _KV: Final = (abi.KIND_KV_TAIL, abi.KIND_KV_BLOCK)
 class Incarnation:
     """One life of a request's KV: what each rank has, and the keys of its blocks."""
 
-    __slots__ = ("covered", "keys", "records")
+    __slots__ = ("covered", "keys", "records", "replica")
 
     def __init__(self) -> None:
         self.covered: dict[Group, dict[int, Coverage]] = {}
         self.keys: dict[int, tuple[int, Held]] = {}  # block index: key, and the record that says so
+        self.replica = 0  # where this life was
         self.records: list[Held] = []  # the KIND_BLOCK_KEY records
 
 
 class Request:
     """Everything that the journal knows of one request."""
 
-    __slots__ = ("finish", "incarnations", "is_finished", "others", "replica", "segments")
+    __slots__ = (
+        "finish",
+        "incarnations",
+        "is_finished",
+        "is_finishing",
+        "others",
+        "replica",
+        "segments",
+    )
 
     def __init__(self) -> None:
         self.incarnations: dict[int, Incarnation] = {}
         self.others: list[Held] = []  # parameters and tokens, as the router wrote them
         self.is_finished = False
+        self.is_finishing = False
         self.finish: Held | None = None
         self.replica = 0  # the last that wrote for it
         self.segments: set[int] = set()  # where records of it lie, wanted or not
@@ -89,10 +100,17 @@ class ReplayIndex:
             self.ledger.use(held)
             request.others.append(held)
 
-    def finish(self, key: int, *, now: float) -> None:
-        """The request ended; a moment later (keys may still be on their way) its tails are dropped."""
-        if key in self.requests and not self.requests[key].is_finished:
-            self._finishing.append((now + config.FINISH_GRACE_S, key))
+    def finish(self, key: int, *, now: float) -> bool:
+        """The request ended; a moment later (keys may still be on their way) its tails are dropped.
+
+        False when it is not known or has ended before.
+        """
+        request = self.requests.get(key)
+        if request is None or request.is_finished or request.is_finishing:
+            return False
+        request.is_finishing = True
+        self._finishing.append((now + config.FINISH_GRACE_S, key))
+        return True
 
     def abandon(self, replica: int, *, now: float) -> None:
         """The router of this replica is gone: nobody will resume its requests."""
@@ -222,10 +240,12 @@ class ReplayIndex:
         self._mark_present(record, request)
         return request
 
-    def _life(self, request: Request, record: Record) -> Incarnation:
+    def _life(self, request: Request, held: Held) -> Incarnation:
+        record = held.record
         life = request.incarnations.get(record.incarnation)
         if life is None:
             life = request.incarnations[record.incarnation] = Incarnation()
+            life.replica = held.replica
             if len(request.incarnations) > 1:
                 self._reborn.add(record.key)
         return life
@@ -260,13 +280,13 @@ class ReplayIndex:
         if request.finish is None:
             self.ledger.use(held)
             request.finish = held
-            self._finishing.append((0.0, held.record.key))
+            self.finish(held.record.key, now=time.monotonic())
 
     def _ingest_kv(self, request: Request, held: Held) -> None:
         record = held.record
         if request.is_finished:
             return
-        life = self._life(request, record)
+        life = self._life(request, held)
         covered = life.covered.setdefault(held.group, {}).setdefault(held.source.rank, Coverage())
         self.ledger.use(held)
         for dropped in covered.add(held):
@@ -311,7 +331,7 @@ class ReplayIndex:
         record = held.record
         if request.is_finished or record.payload_bytes % _KEY_ENTRY.size:
             return
-        life = self._life(request, record)
+        life = self._life(request, held)
         self.ledger.use(held)
         life.records.append(held)
         raw = bytes(view[record.payload_offset : record.payload_offset + record.payload_bytes])
@@ -359,7 +379,9 @@ class ReplayIndex:
             if start and (not size or start % size):
                 return None
             named = life.keys.get(start // size if start else 0)
-            held = self.keys.piece(group, named[0], rank) if named else None
+            if named is None:
+                return None
+            held = self.keys.piece(group, named[0], rank=rank, replica=life.replica)
             return held if held is not None and held.record.token_start == start else None
 
         return find

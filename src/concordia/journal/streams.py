@@ -11,7 +11,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from typing import Final
 
 from concordia import abi, config
 from concordia.errors import JournalError, JournalFull
@@ -24,8 +23,6 @@ from concordia.journal.segment import Board, Pool
 from concordia.journal.stream import End, StreamReader
 from concordia.journal.survey import Survey, source_of
 from concordia.journal.writer import StreamWriter
-
-_SEAL_ROUNDS: Final = 100  # a zombie may go on appending while we look: look again, but not for ever
 
 
 class Stream:
@@ -43,6 +40,7 @@ class Stream:
         self.ahead = 1  # segments to keep lent beyond what was taken
         self.dropped_seen = 0
         self.hint_seen = -1
+        self.late_since = 0.0  # since when the count is ahead of what can be read
         self.writer: StreamWriter | None = None  # the cleaner's own streams
 
     @property
@@ -154,14 +152,21 @@ class Streams:
 
     def scan(self, stream: Stream) -> int:
         """Read one stream; cheap when its writer did nothing."""
-        hint = stream.control.committed_count  # before the records: what it counts must be found
-        if hint == stream.hint_seen:
+        hint = stream.control.committed_count
+        if hint == stream.hint_seen and not stream.late_since:
             return 0
         count = self._read(stream, config.SCAN_RECORDS_MAX)
-        if count < config.SCAN_RECORDS_MAX:
-            stream.hint_seen = hint
-            if stream.reader.classify(hint, is_final=False) is End.CORRUPT:
-                self._mark_corrupt(stream)
+        if count == config.SCAN_RECORDS_MAX:
+            return count
+        stream.hint_seen = hint
+        if stream.reader.classify(hint, is_final=False) is not End.CORRUPT:
+            stream.late_since = 0.0
+            return count
+        # The count is stored without order, so for a moment it may run ahead of the record it counts.
+        now = time.monotonic()
+        stream.late_since = stream.late_since or now
+        if now - stream.late_since > config.HINT_SETTLE_S:
+            self._mark_corrupt(stream)
         return count
 
     def seal(self, stream: Stream) -> int:
@@ -169,15 +174,16 @@ class Streams:
         if stream.is_sealed:
             return stream.control.sealed_count()
         end = stream.end
-        for _ in range(_SEAL_ROUNDS):
-            if end is End.CORRUPT:
+        deadline = time.monotonic() + config.HINT_SETTLE_S
+        while end is not End.CORRUPT or time.monotonic() < deadline:
+            if stream.end is End.CORRUPT:
                 break
             hint = stream.control.committed_count
-            while self._read(stream, config.SCAN_RECORDS_MAX):
-                pass
+            while self._read(stream, config.SCAN_RECORDS_MAX) and time.monotonic() < deadline:
+                pass  # bounded, because a zombie may go on appending while we look
             end = stream.reader.classify(hint, is_final=True)
-            if end is not End.CORRUPT or not self._read(stream, config.SCAN_RECORDS_MAX):
-                break
+            if end is not End.CORRUPT:
+                break  # otherwise look again: count or search may have run ahead of what was read
         if end is End.CORRUPT and stream.end is not End.CORRUPT:
             self._mark_corrupt(stream)
         stream.end = end

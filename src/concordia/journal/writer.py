@@ -32,6 +32,7 @@ class Entry(NamedTuple):
     layout_hash: int = 0
     handler_hash: int = 0
     stamp_ns: int = 0  # 0 for now; a copy keeps its original's
+    origin: int = 0
 
 
 class StreamWriter:
@@ -63,7 +64,7 @@ class StreamWriter:
             entry.kind, self._salt, self._sequence, self._chain, entry.key, entry.incarnation,
             entry.region, entry.flags, entry.token_start, entry.token_end, len(payload), hashed,
             entry.handler_hash, entry.layout_hash, entry.step,
-            entry.stamp_ns or time.monotonic_ns(), self._offset, 0,
+            entry.stamp_ns or time.monotonic_ns(), entry.origin, self._offset, 0,
         )  # fmt: skip
         header = record.pack_record(made)
         self.store(made.payload_offset, payload)

@@ -62,7 +62,8 @@ struct RecordHeader {
   uint64_t layout_hash;
   uint64_t step;  // engine step that wrote these bytes
   uint64_t stamp_ns;  // writer's monotonic clock when the task was submitted
-  uint8_t reserved[116];
+  uint64_t origin;  // copies only: replica in whose stream the original was
+  uint8_t reserved[108];
   uint32_t header_crc;  // CRC32C of the 252 bytes before it
 };
 static_assert(sizeof(RecordHeader) == 256, "RecordHeader");
@@ -85,7 +86,8 @@ static_assert(__builtin_offsetof(RecordHeader, handler_hash) == 104, "handler_ha
 static_assert(__builtin_offsetof(RecordHeader, layout_hash) == 112, "layout_hash");
 static_assert(__builtin_offsetof(RecordHeader, step) == 120, "step");
 static_assert(__builtin_offsetof(RecordHeader, stamp_ns) == 128, "stamp_ns");
-static_assert(__builtin_offsetof(RecordHeader, reserved) == 136, "reserved");
+static_assert(__builtin_offsetof(RecordHeader, origin) == 136, "origin");
+static_assert(__builtin_offsetof(RecordHeader, reserved) == 144, "reserved");
 static_assert(__builtin_offsetof(RecordHeader, header_crc) == 252, "header_crc");
 #endif
 
