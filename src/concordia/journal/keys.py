@@ -75,6 +75,12 @@ class KeyTable:
         self._ledger.use(new)
         self._ledger.release(old)
 
+    def withdraw(self, block: Held) -> None:
+        """What this record holds is not the block of that key after all."""
+        place = self._places.get(block)
+        if place is not None:
+            self.drop(*place)
+
     def piece(self, group: Group, key: int, *, rank: int, replica: int) -> Held | None:
         """The record of one rank, as that replica had it: its own bytes, or those that all were given."""
         keyed = self._blocks.get(group, {}).get(key)

@@ -327,6 +327,15 @@ class ReplayIndex:
         if named is not None:
             self.keys.enter(group, named[0], span.held, named[1])
 
+    def _unname(self, life: Incarnation, index: int) -> None:
+        """The block at this index gets another key: under its old one nobody may find it any more."""
+        for group, ranks in life.covered.items():
+            size = self.block_tokens.get(group[0], 0)
+            for covered in ranks.values():
+                span = covered.blocks.get(index * size)
+                if span is not None:
+                    self.keys.withdraw(span.held)
+
     def _ingest_keys(self, request: Request, held: Held, view: memoryview) -> None:
         record = held.record
         if request.is_finished or record.payload_bytes % _KEY_ENTRY.size:
@@ -339,6 +348,7 @@ class ReplayIndex:
             key = high << 64 | low
             old = life.keys.get(index)
             if old is not None:
+                self._unname(life, index)
                 self.keys.unrefer(old[0])
             life.keys[index] = key, held
             self.keys.refer(key)
