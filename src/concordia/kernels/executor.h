@@ -28,6 +28,7 @@ struct Executor {
 // is taken back; if its producer saw it and launched once more, that launch comes after this one and finds the ring empty.
 FUNCTION bool leave(Executor* executor, uint64_t launch, bool is_forced) {
   RingHeader* ring = executor->ring;
+  (void)CONCORDIA_STEP(0);
   store_full(&ring->left, launch);  // before the look below; pairs with submit() in ring.h
   (void)CONCORDIA_STEP(1);
   if (is_forced || !is_published(ring, executor->position)) return true;
