@@ -62,7 +62,8 @@ LOOKUP_WAIT_S: Final = (
     1.0  # a prefix looked up in the journal for longer than this is computed instead
 )
 LOOKUP_THREADS: Final = 2  # one may hash a large restore while the other answers small look-ups
-KNOWN_KEYS_REFRESH_S: Final = 1.0  # how old the engine's picture of the journal's block keys may be
+KNOWN_KEYS_REFRESH_S: Final = 1.0  # a block that the journal let go of is saved again after this long
+KNOWN_KEYS_ALL_S: Final = 5.0  # how late an engine learns of prefixes that another engine saved
 FINISH_LINGER_S: Final = (
     5.0  # a routed request's last tokens may still be on their way to the router when it ends
 )
@@ -103,6 +104,12 @@ TREE_PERIOD_S: Final = 1.0  # how often new processes of a replica and their sha
 # --- replicas
 KILL_S: Final = 5.0  # SIGKILL takes milliseconds; a process in an uninterruptible wait may never go
 HELPERS_S: Final = 1.0  # Python's resource trackers take 0.12 s to remove a dead engine's names
+START_S: Final = 1800.0  # weights of the largest models over a slow disk; a failure to start is noticed at once
+START_POLL_S: Final = 0.05
+WARM_UP_TOKENS: Final = 16
+LOG_TAIL_BYTES: Final = 256 << 10  # of an engine's log that is searched for the reason of a failure
+LOG_LINES_SEARCHED: Final = 1000
+LOG_LINES_SHOWN: Final = 15
 NVIDIA_SMI_S: Final = 10.0  # it takes about a second; a broken driver may never answer
 JOURNAL_PER_KV: Final = 1.25  # journal over KV cache: records, their headers, and room for the cleaner to work
 ENGINE_BYTES: Final = 3 << 30  # memory of one vLLM process tree without weights and KV cache

@@ -182,7 +182,9 @@ class Restorer:
     def _ask_prefix(self, request: str, track: Track, hit: int) -> None:
         """Ask for a prefix that the journal is known to have, if that is more than the engine has itself."""
         size = self._source.block_tokens
-        if not self._is_prefix_restored or track.chain is None:
+        identity = track.identity
+        is_replay = identity.incarnation > 1 and not identity.is_restore  # restore was switched off for it
+        if not self._is_prefix_restored or track.chain is None or identity.is_disabled or is_replay:
             return
         track.chain.extend(track.tokens, limit=len(track.tokens) - 1)
         count = 0
@@ -230,8 +232,9 @@ class Restorer:
             is_whole = restored == known - 1 and plan.incarnation > 0
             level = "state-exact" if is_whole else "partial" if plan.incarnation else "prefix"
         facts: dict[str, Any] = {
-            "event": "restored",
+            "event": "restored" if identity.is_restore else "prefix-restored",
             "request": identity.name,
+            "incarnation": identity.incarnation,
             "level": level,
             "restored_tokens": restored,
             "recomputed_tokens": known - restored,

@@ -47,6 +47,8 @@ class Scribe:
         self._step = 0
         self._endings: deque[tuple[float, int, int, int]] = deque()
         self._known: tuple[set[int], int] | None = None
+        self._known_at = 0.0
+        self._evicted = 0
         self._has_complained = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="concordia-scribe", daemon=True)
@@ -105,7 +107,7 @@ class Scribe:
             self._complain(f"a record of kind {kind} was not written: {error}")
 
     def _run(self) -> None:
-        refresh_at = 0.0
+        refresh_at = time.monotonic() + config.KNOWN_KEYS_REFRESH_S
         step_before = 0
         while not self._stop.wait(config.HEARTBEAT_S):
             now = time.monotonic()
@@ -121,11 +123,20 @@ class Scribe:
 
     def refresh(self) -> None:
         """Read the journal's keys now (at start, before the first request)."""
-        self._refresh(0)
+        self._read_known(0)
 
     def _refresh(self, before_step: int) -> None:
+        """All keys are read when some were cleaned away, and else now and then, for those that others wrote."""
+        evicted = int(self._client.stats()["evicted_blocks"])
+        is_due = time.monotonic() >= self._known_at + config.KNOWN_KEYS_ALL_S
+        if evicted != self._evicted or is_due:
+            self._evicted = evicted
+            self._read_known(before_step)
+
+    def _read_known(self, before_step: int) -> None:
         keys = self._client.known_keys(layout_hash=self._layout_hash, world=self._world)
         self._known = set(keys), before_step
+        self._known_at = time.monotonic()
 
     def _say_endings(self, *, now: float) -> None:
         while self._endings and self._endings[0][0] <= now:
