@@ -43,9 +43,13 @@ class Cleaner:
         if len(streams.free) >= self.low:
             return
         streams.index.drop_superseded()
-        if streams.give_back_empty() or self._empty_one():
+        size = streams.pool.segment_bytes
+        if streams.give_back_empty() or self._empty_one(size // 2) or not streams.cleanable():
+            return  # without a segment that can be emptied, nothing let go would come back
+        is_urgent = len(streams.free) <= config.CLEANER_SEGMENTS
+        if self._drop_blocks(is_urgent=is_urgent) or not is_urgent or self._empty_one(size * 7 // 8):
             return
-        self._let_go()
+        self.unprotected_requests += streams.index.drop_coldest("the journal is full") is not None
 
     def write_finish(self, key: int) -> bool:
         """Make the end of a request known to an owner after us; False when there is no room for it."""
@@ -58,12 +62,11 @@ class Cleaner:
         streams.index.ingest(made, own.source, streams.pool.view)
         return True
 
-    def _empty_one(self) -> bool:
+    def _empty_one(self, live_bytes_max: int) -> bool:
         """Copy what lives in the emptiest segment elsewhere; False when none is empty enough."""
         streams = self._streams
-        half = streams.pool.segment_bytes // 2
         for live, segment, stream in streams.cleanable():
-            if live > half:
+            if live > live_bytes_max:
                 return False
             if segment in self._unsound:
                 continue
@@ -122,17 +125,13 @@ class Cleaner:
             self._own[0, 1, 0] = self._streams.open_own(rank=0, world=1, layout_hash=0)
         return next(iter(self._own.values()), None)
 
-    def _let_go(self) -> None:
-        """Unreferenced blocks for one segment's worth; requests only when writers find nothing soon."""
-        streams, index = self._streams, self._streams.index
-        if not streams.cleanable():
-            return  # whatever we let go now, no segment would come back
+    def _drop_blocks(self, *, is_urgent: bool) -> bool:
+        """Name unreferenced blocks for one segment's worth, drop those named before; True if any went."""
         now = time.monotonic()
-        is_urgent = len(streams.free) <= config.CLEANER_SEGMENTS
-        wanted = streams.pool.segment_bytes - index.keys.condemned_bytes()
-        while wanted > 0 and (size := index.keys.condemn_oldest(now)):
+        keys = self._streams.index.keys
+        wanted = self._streams.pool.segment_bytes - keys.condemned_bytes()
+        while wanted > 0 and (size := keys.condemn_oldest(now)):
             wanted -= size
-        dropped = index.keys.drop_condemned(now, is_urgent=is_urgent)
+        dropped = keys.drop_condemned(now, is_urgent=is_urgent)
         self.evicted_blocks += dropped
-        if is_urgent and not dropped:
-            self.unprotected_requests += index.drop_coldest("the journal is full") is not None
+        return dropped > 0

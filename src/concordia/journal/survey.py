@@ -29,6 +29,7 @@ class Found:
     identity: Identity
     reader: StreamReader
     source: Source
+    taken_count: int  # segments that the writer has begun to use
     sealed_count: int  # NOT_SEALED while open
     records: list[Record] = field(default_factory=list)
     end: End = End.OPEN
@@ -97,7 +98,16 @@ def _look_at(pool: Pool, control: Control) -> Found | None:
     if state == abi.STREAM_SEALED and sealed == abi.NOT_SEALED:
         raise Corruption(f"stream slot {control.slot} is sealed at no record")
     reader = StreamReader(pool, identity.stream)
-    return Found(control, identity, reader, source_of(identity), sealed)
+    found = Found(control, identity, reader, source_of(identity), control.taken_count, sealed)
+    lent = {entry.ordinal: entry for entry in control.lent()}
+    last = lent.get(found.taken_count - 1)
+    start = pool.start(last.segment) if last and last.segment < pool.segment_count else None
+    is_last_there = start is not None and start.stream == identity.stream
+    if state == abi.STREAM_OPEN and found.taken_count and not is_last_there:
+        # The segment that is being written is never taken back, so the count is not to be believed.
+        found.damage.append(f"stream slot {control.slot}: no segment is its {found.taken_count - 1}th")
+        found.taken_count = 0
+    return found
 
 
 def _place(
@@ -109,23 +119,25 @@ def _place(
 ) -> None:
     """Find out whose a segment is.
 
-    A segment is marked free before it is lent, so what lies in it is either marked free (not taken
-    yet), or the header that the borrower wrote. Where header and lending disagree, one is damaged.
+    A segment is marked free before it is lent, so one that was lent and not taken is marked free.
+    One that was taken has the header of its borrower, until the owner takes it back: then it is
+    marked free again, or lent to the next. Anything else is damage.
     """
+    waiting = [(found, entry) for found, entry in lent if entry.ordinal >= found.taken_count]
     start = pool.start(segment)
     if start is not None:
         writer = by_stream.get(start.stream)
-        for found, entry in lent:
+        for found, entry in waiting:
             if (found, entry.ordinal, entry.salt) != (writer, start.ordinal, start.salt):
                 found.damage.append(f"segment {segment} is not what was lent as {entry.ordinal}")
         if writer is not None and start.ordinal < writer.control.lent_count:
             writer.reader.lend(Lent(start.ordinal, segment, start.salt))
-        elif not lent and not seen.blocked_slots:
+        elif not waiting and not seen.blocked_slots:
             seen.free.append(segment)  # its stream is gone
         return
-    for found, entry in lent:
+    for found, entry in waiting:
         found.reader.lent.setdefault(entry.ordinal, entry)
-    if lent:
+    if waiting:
         return
     if pool.is_marked_free(segment):
         seen.free.append(segment)
