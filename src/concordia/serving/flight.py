@@ -110,6 +110,7 @@ class Flight:
         self._defaults = defaults
         self._asked = request.max_tokens
         self._limit = _limit(request, len(prompt), context_tokens, defaults)
+        self._is_regenerated = False
         self._resumed_at = 0  # tokens known at the last submission
         self._echo: int | None = None  # while regenerating: ids that came again so far
         self._seat: asyncio.Future[EventStream] = asyncio.get_running_loop().create_future()
@@ -141,6 +142,7 @@ class Flight:
         self.incarnation += 1
         self.attempts += 1
         self._resumed_at = self.tokens_known
+        self._is_regenerated |= self.regenerates
         done = 0 if self.regenerates else len(self.ids)
         self._echo = 0 if self.regenerates else None
         request = self.request
@@ -165,7 +167,7 @@ class Flight:
                 "request": self.name,
                 "incarnation": self.incarnation,
                 "tokens": len(body["prompt"]),
-                "restore": restores and request.allows_restore,
+                "restore": restores and request.allows_restore and self.incarnation > 1,
                 "cohort": None if ticket is None else ticket.body(),
             },
         }
@@ -209,7 +211,7 @@ class Flight:
         self.restored_tokens = 0 if outcome is None else outcome.restored_tokens
         self.recomputed_tokens = self._resumed_at if outcome is None else outcome.recomputed_tokens
         self.level = Level.RE_PREFILL if outcome is None else outcome.level
-        if self.request.need is Level.REGENERATE:
+        if self._is_regenerated:
             self.level = Level.REGENERATE
         elif self.level is Level.STATE_EXACT and self.request.draw is Sampler.GENERATOR:
             self.level = Level.SAMPLER_LOST
@@ -239,7 +241,9 @@ class Flight:
             again = self._compare(ids)
             ids = ids[again:]
             rows = None if rows is None else rows[again:]
-            if finish is not None and self._echo < len(self.ids):
+            if self._echo == len(self.ids):
+                self._echo = None  # from here on everything is new
+            elif finish is not None:
                 raise _differs(self._echo)
         if not ids and finish is None:
             return None

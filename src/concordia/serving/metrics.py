@@ -21,6 +21,7 @@ _HELP: Final = {
     "levels": "answers that were resumed, by the level they reached",
     "faults": "faults noticed, by kind",
     "restored_tokens": "tokens whose state came back from the journal",
+    "prefix_restored_tokens": "tokens of new requests whose state came back from the journal",
     "recomputed_tokens": "tokens of resumed answers that were computed again",
     "uncommitted_tokens": "tokens of resumed answers that the journal did not have yet, the last one apart",
     "hash_mismatches": "restored bytes that differed from what was committed",
@@ -98,6 +99,9 @@ class Metrics:
             self.count("recomputed_tokens", int(event.get("recomputed_tokens", 0)))
             self.count("hash_mismatches", int(event.get("hash_mismatches", 0)))
             self.count("restore_seconds", float(event.get("seconds", 0.0)))
+        elif event.get("event") == "prefix-restored":
+            self.count("prefix_restored_tokens", int(event.get("restored_tokens", 0)))
+            self.count("hash_mismatches", int(event.get("hash_mismatches", 0)))
         elif event.get("event") == "unprotected":
             self.unprotected(str(event.get("reason", "unknown")))
 

@@ -164,8 +164,6 @@ class Writer:
         if is_chat:
             ids = list(answers[0][0].prompt) if self.request.returns_ids else None
             body |= {"prompt_logprobs": None, "prompt_token_ids": ids, "prompt_text": None}
-        else:
-            del body["usage"]["completion_tokens_details"]
         body |= {"kv_transfer_params": None, "ec_transfer_params": None, "metrics": None}
         if report is not None:
             body["concordia"] = report
@@ -207,7 +205,10 @@ class Writer:
     def _running_usage(self, prompt: int, completion: int) -> str:
         if not self.request.has_continuous_usage:
             return ""
-        return f',"usage":{_compact(Usage(prompt, completion).body())}'
+        body = Usage(prompt, completion).body()
+        if self.request.is_chat:
+            body["completion_tokens_details"] = None  # vLLM leaves it out of the last usage only
+        return f',"usage":{_compact(body)}'
 
     def _logprobs(self, view: AnswerView, piece: Piece) -> dict[str, Any]:
         assert piece.logprobs is not None

@@ -255,7 +255,7 @@ def read_outcome(event: Mapping[str, Any]) -> Outcome | None:
         return None
     restored = int(event.get("restored_tokens", 0))
     return Outcome(
-        Level.STATE_EXACT if restored > 0 else Level.RE_PREFILL,
+        Level.STATE_EXACT if event.get("level") == "state-exact" else Level.RE_PREFILL,
         restored,
         int(event.get("recomputed_tokens", 0)),
         int(event.get("hash_mismatches", 0)),

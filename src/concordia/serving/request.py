@@ -137,6 +137,9 @@ def parse(
         _check_messages(body)
     seed = _integer(body, "seed", None)
     draw = _draw(body, defaults, sampler)
+    count = _integer(body, "n", 1, least=1) or 1
+    if draw is None and count > 1 and need < Level.PASS_THROUGH:
+        raise RequestRefused(f"n must be 1 when using greedy sampling, got {count}.", param="n")
     top = _integer(body, "top_logprobs", None, least=-1) if is_chat else None
     asked = bool(body.get("logprobs")) if is_chat else body.get("logprobs") is not None
     if top and not asked:
@@ -162,7 +165,7 @@ def parse(
         need=need,
         reason=reason,
         prompts=prompts,
-        count=_integer(body, "n", 1, least=1) or 1,
+        count=count,
         is_stream=bool(body.get("stream")),
         has_usage=bool(stream.get("include_usage")),
         has_continuous_usage=bool(
