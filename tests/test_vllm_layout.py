@@ -1,0 +1,160 @@
+"""integrations/vllm/layout.py.
+
+Invariants: the descriptor of a known shape names exactly the bytes that the backend writes for a token; it counts only after proof; one stray
+byte disproves it for good; what cannot be addressed block by block is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed")
+
+import torch
+
+from concordia import config
+from concordia.errors import LayoutMismatch
+from concordia.integrations.vllm.layout import Layout, Probe, Proof, describe, predicted_bytes
+
+BLOCKS, HEADS, TOKENS, DIM = 6, 2, 32, 8
+
+
+def cpu_tensors(layers: int = 3) -> dict[str, Any]:
+    return {f"l{i}": torch.zeros(BLOCKS, HEADS, TOKENS, 2 * DIM, dtype=torch.bfloat16) for i in range(layers)}
+
+
+def described(tensors: dict[str, Any], *, instruction_set: str = "x86_64-vec", dim: int | None = DIM) -> Layout:
+    return describe(
+        tensors, block_count=BLOCKS, block_tokens=TOKENS, head_dim_key=dim, instruction_set=instruction_set
+    )
+
+
+def write_cpu_token(tensor: Any, block: int, slot: int, value: float) -> None:
+    """What vLLM's CPU kernel does: K as [element][token], V as [token][element], per head."""
+    view = tensor.view(BLOCKS, HEADS, 2, TOKENS * DIM)
+    view[block, :, 0].view(HEADS, DIM, TOKENS)[:, :, slot] = value
+    view[block, :, 1].view(HEADS, TOKENS, DIM)[:, slot, :] = value
+
+
+def run_probe(layout: Layout, tensors: dict[str, Any], *, token: int, write: Any) -> Probe:
+    probe = Probe(layout)
+    probe.arm(token, 3)
+    for tensor in tensors.values():
+        write(tensor)
+    probe.judge(probe.capture(), token)
+    return probe
+
+
+def test_descriptor_is_proven_when_tokens_change_what_it_predicts() -> None:
+    tensors = cpu_tensors()
+    layout = described(tensors)
+    layout.geometry.check()
+    probe = Probe(layout)
+    for token in range(config.PROBE_PROOFS):
+        assert probe.proof is Proof.UNKNOWN
+        probe.arm(token, 3)
+        for tensor in tensors.values():
+            write_cpu_token(tensor, 3, token, 1.5)
+        probe.judge(probe.capture(), token)
+    assert probe.proof is Proof.PROVEN
+
+
+def test_descriptor_is_disproven_when_one_other_byte_changes() -> None:
+    tensors = cpu_tensors()
+
+    def write(tensor: Any) -> None:
+        write_cpu_token(tensor, 3, 5, 1.5)
+        tensor[3, 1, 31, 15] = 2.0
+
+    probe = run_probe(described(tensors), tensors, token=5, write=write)
+    assert probe.proof is Proof.DISPROVEN
+    assert "token 5 changed byte" in probe.reason
+
+
+def test_descriptor_is_disproven_when_the_backend_tiles_differently() -> None:
+    tensors = cpu_tensors()
+
+    def write(tensor: Any) -> None:
+        tensor[3, :, 5, :] = 1.5  # what the shape says, and this backend does not do
+
+    assert run_probe(described(tensors), tensors, token=5, write=write).proof is Proof.DISPROVEN
+
+
+def test_descriptor_stays_unknown_when_nothing_changes_and_is_given_up_at_the_bound() -> None:
+    tensors = cpu_tensors()
+    probe = Probe(described(tensors))
+    for attempt in range(config.PROBE_ATTEMPTS_MAX):
+        assert probe.proof is Proof.UNKNOWN, attempt
+        probe.arm(1, 3)
+        probe.judge(probe.capture(), 1)
+    assert probe.proof is Proof.GIVEN_UP
+
+
+def test_blocks_are_all_that_is_known_when_tiles_belong_to_amx() -> None:
+    layout = described(cpu_tensors(), instruction_set="x86_64-amx")
+    layout.geometry.check()
+    assert not layout.has_planes
+    assert Probe(layout).proof is Proof.GIVEN_UP
+    assert layout.geometry.layout_hash() != described(cpu_tensors()).geometry.layout_hash()
+
+
+def test_strides_are_followed_when_tokens_lie_outside_heads() -> None:
+    """vLLM 0.26 on a GPU: the shape says heads before tokens, memory has tokens before heads, K and V side by side."""
+    memory = torch.zeros(BLOCKS, TOKENS, HEADS, 2 * DIM, dtype=torch.bfloat16, device="meta")
+    tensor = memory.permute(0, 2, 1, 3)
+    found = _shape_of(tensor)
+    assert found is not None
+    heads, key_dim, value_dim, key, value = found
+    assert (heads, key_dim, value_dim) == (HEADS, DIM, DIM)
+    assert (key.offset, key.token_stride, key.head_stride, key.element_stride) == (0, HEADS * 2 * DIM * 2, 2 * DIM * 2, 2)
+    assert value.offset == DIM * 2
+
+
+def test_planes_are_apart_when_the_shape_has_k_and_v_in_front() -> None:
+    found = _shape_of(torch.zeros(BLOCKS, 2, TOKENS, HEADS, DIM, dtype=torch.bfloat16, device="meta"))
+    assert found is not None
+    assert found[4].offset == TOKENS * HEADS * DIM * 2
+    assert found[3].token_stride == HEADS * DIM * 2
+
+
+def _shape_of(tensor: Any) -> Any:
+    from concordia.integrations.vllm import layout
+
+    return layout._shape(tensor, BLOCKS, TOKENS, DIM, is_cpu=False)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({}, "no KV tensors"),
+        ({"a": [torch.zeros(1)]}, "not one tensor"),
+        ({"a": torch.zeros(2, BLOCKS, TOKENS, HEADS, DIM)}, "blocks in front"),
+        ({"a": torch.zeros(HEADS, BLOCKS, TOKENS, DIM).permute(1, 0, 2, 3)}, "not one run"),
+        ({"a": torch.zeros(BLOCKS, 1, TOKENS, DIM), "b": torch.zeros(BLOCKS, 2, TOKENS, DIM)}, "different shapes"),
+    ],
+)
+def test_layout_is_refused_when_blocks_cannot_be_addressed(tensors: dict[str, Any], words: str) -> None:
+    with pytest.raises(LayoutMismatch, match=words):
+        described(tensors)
+
+
+def test_shared_layer_is_saved_once_when_two_names_have_one_memory() -> None:
+    tensors = cpu_tensors(2)
+    tensors["again"] = tensors["l0"]
+    assert described(tensors).geometry.layers == 2
+
+
+def test_small_kernel_blocks_are_one_block_when_the_manager_s_are_larger() -> None:
+    tensors = {"a": torch.zeros(BLOCKS * 2, HEADS, TOKENS // 2, 2 * DIM, dtype=torch.bfloat16)}
+    layout = described(tensors)
+    layout.geometry.check()
+    assert not layout.has_planes
+    assert layout.geometry.block_bytes == HEADS * TOKENS * 2 * DIM * 2
+
+
+def test_predicted_bytes_of_all_tokens_fill_the_block_once() -> None:
+    geometry = described(cpu_tensors()).geometry
+    total = sum(predicted_bytes(geometry, slot).astype(int) for slot in range(TOKENS))
+    assert (total == 1).all()
