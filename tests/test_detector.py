@@ -26,7 +26,7 @@ from concordia.recovery.fault import Fault, FaultKind
 SECOND = 1_000_000_000
 TICK = int(config.WATCH_PERIOD_S * SECOND)
 STEP = StreamSample(
-    pid=20,
+    pids=(20,),
     label="rank 0",
     step_started=9,
     step_tokens=4,
@@ -224,6 +224,25 @@ def test_steps_are_learned_once_each_when_seen_many_times() -> None:
         for _ in range(3):
             assert detector.observe(replace(at(SECOND), streams=(done,))) is None
     assert detector.deadline_s(STEP.label, 4) == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize(
+    ("step_done", "seconds", "kind"), [(8, 1.5, FaultKind.STEP_OVERDUE), (7, 4.5, None)]
+)
+def test_deadline_is_that_of_the_largest_step_when_two_are_under_way(
+    step_done: int, seconds: float, kind: FaultKind | None
+) -> None:
+    threads = Threads()
+    detector = Detector(7, threads.read)
+    deadlines = detector._deadlines.setdefault(STEP.label, StepDeadline())
+    for _ in range(config.STEP_SAMPLES_MIN):
+        deadlines.learn(4, 0.02)
+        deadlines.learn(2000, 1.0)
+    faults = []
+    for now in range(TICK, int(seconds * SECOND), TICK):
+        threads.now_ns = now
+        faults.append(detector.observe(at(now, stream=replace(STEP, step_done=step_done))))
+    assert next((f.kind for f in faults if f), None) == kind
 
 
 def test_late_watcher_does_not_blame_the_engine_when_it_was_starved_itself() -> None:

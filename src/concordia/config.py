@@ -100,6 +100,7 @@ API_PERIOD_S: Final = 0.5
 TRACED_S: Final = 2.0  # a profiler or debugger may hold a process for so long before that is a hang
 WATCH_PERIOD_S: Final = 0.05  # how often process states and step words are read
 TREE_PERIOD_S: Final = 1.0  # how often new processes of a replica and their shared memory are looked for
+SHARED_PERIOD_S: Final = 5.0  # how often a replica's mappings are read for names that it may leave; takes 5 ms
 
 # --- replicas
 KILL_S: Final = 5.0  # SIGKILL takes milliseconds; a process in an uninterruptible wait may never go
@@ -146,6 +147,8 @@ FAULTS_KEPT_MAX: Final = 4096
 COMMIT_WAIT_S: Final = 0.5  # longest that a token is held for its commit; then it goes and its request counts as unprotected
 COMMIT_POLL_S: Final = 0.001
 EVENTS_POLL_S: Final = 1.0
+OUTCOME_WAIT_S: Final = 1.0  # for a connector's word on a resumed request, when a client asked for a report
+LAG_SAMPLE: Final = 32  # running requests whose committed tokens are asked for at every poll
 RECOVERY_BUCKETS_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
 BODY_BYTES_MAX: Final = 64 << 20  # of one client request
 DRAIN_WAIT_S: Final = 30.0  # what still runs then is moved or ended by whoever drains

@@ -54,6 +54,11 @@ class StepDeadline:
             return config.STEP_DEADLINE_UNLEARNED_S
         return max(config.STEP_DEADLINE_MIN_S, config.STEP_DEADLINE_FACTOR * expected)
 
+    def longest_s(self) -> float:
+        """The deadline of the largest step that was seen often enough; generous while there is none."""
+        points = self._points()
+        return self.deadline_s(int(points[-1][0])) if points else config.STEP_DEADLINE_UNLEARNED_S
+
     def _points(self) -> list[tuple[float, float]]:
         """Median (tokens, seconds) of every size that was seen often enough, smallest first."""
         found = []

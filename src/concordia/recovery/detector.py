@@ -35,9 +35,9 @@ class ProcessSample:
 
 @dataclass(frozen=True, slots=True)
 class StreamSample:
-    """The step words of one writer of the replica."""
+    """The step words of one writer of the replica, and the processes that do the work of a step."""
 
-    pid: int
+    pids: tuple[int, ...]
     label: str
     step_started: int
     step_tokens: int
@@ -154,17 +154,17 @@ class Detector:
             if elapsed_s < config.STEP_SUSPECT_S:
                 continue
             if step.stall is None:
-                step.stall = _Stall((stream.pid,), since_ns=stream.step_started_ns)
+                step.stall = _Stall(stream.pids, since_ns=stream.step_started_ns)
             step.stall.advance(sample.now_ns, self._read_times)
-            deadline_s = self.deadline_s(stream.label, stream.step_tokens)
+            deadline_s = self._deadline_of(stream)
             what = (
                 f"{stream.label}: step {stream.step_started} of {stream.step_tokens} tokens after "
                 f"{elapsed_s:.2f} s, deadline {deadline_s:.2f} s"
             )
             if step.stall.stalled_s > deadline_s:
-                return self._fault(sample, FaultKind.STEP_OVERDUE, what, stream.pid)
+                return self._fault(sample, FaultKind.STEP_OVERDUE, what, stream.pids[0])
             if step.stall.ran_s > config.STEP_SPIN_FACTOR * deadline_s:
-                return self._fault(sample, FaultKind.STEP_SPINNING, what, stream.pid)
+                return self._fault(sample, FaultKind.STEP_SPINNING, what, stream.pids[0])
         return None
 
     def _unscheduled_fault(self, sample: Sample) -> Fault | None:
@@ -179,7 +179,7 @@ class Detector:
             self._idle_stall = None
             return None
         if self._idle_stall is None:
-            pids = {s.pid for s in sample.streams} | ({sample.api.pid} if sample.api else set())
+            pids = {p.pid for p in sample.processes}
             self._idle_stall = _Stall(tuple(sorted(pids)), since_ns=sample.now_ns)
             return None
         if (sample.now_ns - self._idle_stall.since_ns) / 1e9 < config.STEP_SUSPECT_S:
@@ -191,14 +191,27 @@ class Detector:
                 FaultKind.UNSCHEDULED,
                 f"{sample.requests_in_flight} requests in flight and no step for "
                 f"{self._idle_stall.stalled_s:.1f} s",
-                sample.streams[0].pid,
+                sample.streams[0].pids[0],
             )
         return None
 
+    def _deadline_of(self, stream: StreamSample) -> float:
+        """With two steps under way the words name the later one only, and the earlier may be of any size."""
+        if stream.step_started - stream.step_done <= 1:
+            return self.deadline_s(stream.label, stream.step_tokens)
+        deadlines = self._deadlines.setdefault(stream.label, StepDeadline())
+        return max(deadlines.deadline_s(stream.step_tokens), deadlines.longest_s())
+
     def _learn(self, stream: StreamSample) -> None:
-        """Take a finished step into account, once."""
-        finished = stream.step_done == stream.step_started > self._learned.get(stream.label, 0)
-        if not finished or stream.step_done_ns <= stream.step_started_ns:
+        """Take a finished step into account, once.
+
+        An engine that schedules ahead announces the next step before the one under way ends: what then lies between the two stamps is the
+        time of the one that ended, whose size is taken to be the next one's. Where that is wrong, medians outvote it.
+        """
+        ends_last = stream.step_started - 1 <= stream.step_done <= stream.step_started
+        if stream.step_done <= self._learned.get(stream.label, 0) or not ends_last:
+            return
+        if stream.step_done_ns <= stream.step_started_ns:
             return
         self._learned[stream.label] = stream.step_done
         self._deadlines.setdefault(stream.label, StepDeadline()).learn(
