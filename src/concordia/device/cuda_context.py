@@ -67,7 +67,8 @@ class CudaContext:
             wanted = max(int(stack), STACK_BYTES_MIN)
             checked(driver.cuCtxSetLimit(limits.CU_LIMIT_STACK_SIZE, wanted), "set the stack limit")
             fifo = checked(driver.cuCtxGetLimit(limits.CU_LIMIT_PRINTF_FIFO_SIZE), "read a limit")
-            checked(driver.cuCtxSetLimit(limits.CU_LIMIT_PRINTF_FIFO_SIZE, fifo), "set a limit")
+            # The driver refuses once a kernel that prints has been loaded (PyTorch's do): then it has its buffer, which is all we want.
+            driver.cuCtxSetLimit(limits.CU_LIMIT_PRINTF_FIFO_SIZE, fifo)
 
     def close(self) -> None:
         """Give the primary context back; it lives on while the framework holds it."""
