@@ -104,6 +104,8 @@ class SchedulerSide:
         )
         for name in scheduled:
             self._hits.pop(name, None)
+        for name in self._scribe.take_unnoted():
+            self._lose(name, "the keys of its blocks could not be written: the journal is full")
         self._write_notes(result)
         tokens = output.total_num_scheduled_tokens
         waiting = sum(not track.is_started for track in self._writes.tracks.values())

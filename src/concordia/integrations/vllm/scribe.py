@@ -12,19 +12,32 @@ import struct
 import threading
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import Any, Final
 
 from concordia import abi, config
 from concordia.checkpoint.checkpointer import Checkpointer
-from concordia.errors import ConcordiaError
+from concordia.errors import ConcordiaError, RingFull
 from concordia.integrations.vllm.door import logger
 from concordia.integrations.vllm.settings import Settings
 from concordia.integrations.vllm.write_set import KeyNote
 from concordia.journal.client import JournalClient
 from concordia.journal.record import request_key
+from concordia.runtime.ring import Ticket
 
 _KEY_ENTRY: Final = struct.Struct("<IIQQ")
 _LOW: Final = 0xFFFFFFFFFFFFFFFF
+
+
+@dataclass(slots=True)
+class _Noted:
+    """A note on its way; without it blocks that only a key names would be lost, so it is written again until its bound."""
+
+    note: KeyNote
+    payload: bytes
+    step: int
+    until: float
+    ticket: Ticket | None = None
 
 
 class Scribe:
@@ -45,6 +58,9 @@ class Scribe:
         self._checkpointer = Checkpointer.open("host", self._attachment.target, lanes=1)
         self._waiting = 0
         self._step = 0
+        self._lock = threading.Lock()
+        self._notes: deque[_Noted] = deque()  # handed in and not seen committed yet
+        self._unnoted: list[str] = []
         self._endings: deque[tuple[float, int, int, int]] = deque()
         self._known: tuple[set[int], int] | None = None
         self._known_at = 0.0
@@ -70,7 +86,16 @@ class Scribe:
         payload = b"".join(
             _KEY_ENTRY.pack(index, 0, key & _LOW, key >> 64) for index, key in note.entries
         )
-        self._append(payload, kind=abi.KIND_BLOCK_KEY, key=note.key, incarnation=note.incarnation, step=step)
+        noted = _Noted(note, payload, step, time.monotonic() + config.WAIT_TASK_S)
+        self._submit_note(noted)
+        with self._lock:
+            self._notes.append(noted)
+
+    def take_unnoted(self) -> list[str]:
+        """Requests whose keys could not be written within their bound, since the last call."""
+        with self._lock:
+            lost, self._unnoted = self._unnoted, []
+        return lost
 
     def event(self, facts: dict[str, Any]) -> None:
         """What happened to a request, for the router and for people."""
@@ -94,6 +119,7 @@ class Scribe:
         """Say the endings that are due, and end the stream."""
         self._stop.set()
         self._thread.join(config.WAIT_TASK_S)
+        self._follow_notes()
         self._say_endings(now=float("inf"))
         self._checkpointer.close()
         self._attachment.close()
@@ -106,6 +132,32 @@ class Scribe:
         except ConcordiaError as error:
             self._complain(f"a record of kind {kind} was not written: {error}")
 
+    def _submit_note(self, noted: _Noted) -> None:
+        note = noted.note
+        try:
+            noted.ticket = self._checkpointer.append_bytes(
+                noted.payload, kind=abi.KIND_BLOCK_KEY, key=note.key, incarnation=note.incarnation, step=noted.step
+            )
+        except RingFull:
+            noted.ticket = None
+
+    def _follow_notes(self) -> None:
+        """Retire notes that are committed, write again those that found the journal full, give up those past their bound."""
+        with self._lock:
+            notes, self._notes = self._notes, deque()
+        for noted in notes:
+            done = None if noted.ticket is None else self._checkpointer.result(noted.ticket)
+            if done is not None and done.is_ok:
+                continue
+            if time.monotonic() >= noted.until:
+                with self._lock:
+                    self._unnoted.append(noted.note.request)
+                continue
+            if noted.ticket is None or done is not None:
+                self._submit_note(noted)
+            with self._lock:
+                self._notes.append(noted)
+
     def _run(self) -> None:
         refresh_at = time.monotonic() + config.KNOWN_KEYS_REFRESH_S
         step_before = 0
@@ -113,6 +165,7 @@ class Scribe:
             now = time.monotonic()
             try:
                 self._checkpointer.heartbeat(self._waiting)
+                self._follow_notes()
                 self._say_endings(now=now)
                 if now >= refresh_at:
                     refresh_at = now + config.KNOWN_KEYS_REFRESH_S

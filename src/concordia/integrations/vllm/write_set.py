@@ -53,6 +53,7 @@ class Write:
 class KeyNote:
     """Keys of blocks of one request, for KIND_BLOCK_KEY: (block index, key)."""
 
+    request: str
     key: int
     incarnation: int
     entries: tuple[tuple[int, int], ...]
@@ -129,7 +130,7 @@ class WriteSet:
         track = self.tracks.pop(request, None)
         if track is not None and track.is_protected and track.chain is not None:
             track.chain.extend(track.tokens, limit=min(track.covered, len(track.tokens)))
-            self._name(track, step, result)
+            self._name(request, track, step, result)
         return result
 
     def lose(self, request: str) -> None:
@@ -205,9 +206,9 @@ class WriteSet:
         track.covered = sure_end
         if track.chain is not None:
             track.chain.extend(track.tokens, limit=min(sure_end, len(track.tokens)))
-            self._name(track, step, result)
+            self._name(item.request, track, step, result)
 
-    def _name(self, track: Track, step: int, result: StepWrites) -> None:
+    def _name(self, request: str, track: Track, step: int, result: StepWrites) -> None:
         """Note the keys of covered blocks, as far as their token ids are known."""
         assert track.chain is not None
         entries: list[tuple[int, int]] = []
@@ -224,7 +225,7 @@ class WriteSet:
             entries.append((index, key))
         if entries:
             track.named += len(entries)
-            result.notes.append(KeyNote(track.identity.key, track.incarnation, tuple(entries)))
+            result.notes.append(KeyNote(request, track.identity.key, track.incarnation, tuple(entries)))
 
     def _release(self, blocks: Iterable[int], result: StepWrites) -> None:
         for block in blocks:
