@@ -37,7 +37,7 @@ class Mapping:
     def __init__(self, mapped: mmap.mmap, size: int) -> None:
         self._mapped = mapped
         self.size = size
-        self.view = memoryview(mapped)
+        self.view = memoryview(mapped)[:size]
         self.address = int(np.frombuffer(self.view, dtype=np.uint8).ctypes.data)
         # Without this, unreachable would mean unmapped, under a thread that Python does not know.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(mapped))

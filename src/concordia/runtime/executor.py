@@ -196,7 +196,7 @@ class Runtime:
             if not self._is_open:
                 return
             try:
-                self.drain()
+                self.drain(config.WAIT_TASK_S)
             except WaitTimeout as error:
                 logger.error("closing with tasks undone: %s", error)
             self._is_open = False

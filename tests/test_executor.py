@@ -1,0 +1,509 @@
+"""Ring, executor and operator table of the CPU device, as Python uses them.
+
+Invariants: tasks run in order, once, and answers are each task's own; a full ring raises and nothing is lost; a hot swap loses no task and
+runs none twice, and code that fails its checks never replaces code that works; parked means nothing runs; every wait ends; an idle
+executor sleeps and a waiting thread lets others run.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from concordia import abi, config
+from concordia.checkpoint.checkpointer import Checkpointer
+from concordia.checkpoint.region import KvGeometry, Plane
+from concordia.device.compiler import HandlerSource
+from concordia.device.driver import open_device
+from concordia.device.host import HostDevice
+from concordia.device.memory import Buffer, JournalTarget
+from concordia.errors import (
+    CompileError,
+    DeviceError,
+    EnvironmentRefused,
+    HandlerRefused,
+    JournalRefused,
+    RingFull,
+    UsageError,
+    WaitTimeout,
+)
+from concordia.runtime.executor import Runtime
+from concordia.runtime.ring import Task, Ticket
+from scratch_stream import ScratchStream, tree_hash
+
+# Answers which version ran, and adds one to the word whose address the task names: a lost or repeated task shows there.
+VERSIONED = """#include "call.h"
+HANDLER {
+  if (lane != 0) return;
+  if (call->task.arg != 0) *reinterpret_cast<uint64_t*>(call->task.arg) += 1;
+  call->result = VERSION;
+}
+"""
+# Runs until the word that the task names is not 0, and never longer than ten seconds.
+HOLDING = """#include "call.h"
+HANDLER {
+  const uint64_t started_ns = now_ns();
+  while (load<kAcquire, kSystem>(reinterpret_cast<const uint64_t*>(call->task.arg)) == 0 && now_ns() - started_ns < 10000000000u)
+    yield_lane();
+}
+"""
+ECHO = """#include "hash.h"
+HANDLER {
+  if (lane == 0) call->result = call->task.block_count * 1000000000ull + call->task.source_bytes;
+  hash_payload(call, lane, reinterpret_cast<uint8_t*>(call->task.source), call->task.source_bytes);
+}
+"""
+
+
+def source(text: str, **constants: int) -> HandlerSource:
+    return HandlerSource.of("test.cu", constants, text=text)
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[HostDevice]:
+    device = open_device("host")
+    assert isinstance(device, HostDevice)
+    yield device
+    device.close()
+
+
+@pytest.fixture(params=[1, 4])
+def runtime(device: HostDevice, request: pytest.FixtureRequest) -> Iterator[Runtime]:
+    runtime = Runtime(device, lanes=request.param, slots=64)
+    yield runtime
+    assert runtime.stats().rescues == 0
+    runtime.close()
+
+
+class Gate:
+    """A task that holds the executor until it is opened."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.word = np.zeros(1, np.uint64)
+        operator = runtime.install("hold", source(HOLDING))
+        self.ticket = runtime.submit(
+            Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE, arg=self.word.ctypes.data)
+        )
+
+    def open(self) -> None:
+        self.word[0] = 1
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "the condition was not met in time"
+        threading.Event().wait(0.001)
+
+
+def test_tasks_run_in_order_when_many_are_handed_in(runtime: Runtime) -> None:
+    count = np.zeros(1, np.uint64)
+    operator = runtime.install("count", source(VERSIONED, VERSION=3))
+    for _ in range(40):
+        tickets = [
+            runtime.submit(
+                Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE, arg=count.ctypes.data)
+            )
+            for _ in range(50)
+        ]
+        answer = runtime.wait(tickets[-1])
+        assert (answer.status, answer.result, answer.sequence) == (abi.STATUS_OK, 3, None)
+    assert count[0] == 2000
+    assert runtime.stats().done == runtime.stats().submitted
+
+
+@pytest.mark.parametrize(
+    ("blocks", "size"), [(0, 0), (1, 0), (511, 17), (512, 1), (600, 3000), (4000, 40000)]
+)
+def test_arguments_arrive_whole_when_they_need_several_windows(
+    runtime: Runtime, blocks: int, size: int
+) -> None:
+    operator = runtime.install("echo", source(ECHO))
+    payload = np.random.default_rng(size).bytes(size)
+    for _ in range(7):  # so that some of them meet the end of the ring
+        answer = runtime.wait(
+            runtime.submit(
+                Task(
+                    opcode=operator.opcode,
+                    kind=abi.TASK_COMPUTE,
+                    blocks=range(blocks),
+                    payload=payload,
+                )
+            )
+        )
+        assert (answer.result, answer.payload_hash) == (
+            blocks * 1_000_000_000 + size,
+            tree_hash(payload),
+        )
+
+
+def test_submission_is_refused_when_arguments_exceed_half_the_arena(runtime: Runtime) -> None:
+    with pytest.raises(UsageError, match="do not fit"):
+        runtime.submit(Task(payload=bytes(33 * 2048)))
+    for wrong in (
+        Task(key=1 << 128),
+        Task(token_start=1 << 32),
+        Task(token_start=-1),
+        Task(blocks=[-1]),
+        Task(blocks=[1 << 32]),
+    ):
+        with pytest.raises(UsageError, match="does not fit"):
+            runtime.submit(wrong)
+
+
+def test_task_is_answered_when_it_names_no_operator(runtime: Runtime) -> None:
+    for opcode in (0, 77, abi.OPERATOR_CAPACITY - 1, abi.OPERATOR_CAPACITY, 0xFFFFFFFF):
+        assert (
+            runtime.wait(runtime.submit(Task(opcode=opcode, kind=abi.TASK_APPEND))).status
+            == abi.STATUS_BAD_TASK
+        )
+    assert runtime.wait(runtime.submit(Task())).is_ok
+
+
+def test_submission_raises_when_the_ring_is_full_and_goes_on_when_it_is_not(
+    runtime: Runtime,
+) -> None:
+    gate = Gate(runtime)
+    tickets = [runtime.submit(Task()) for _ in range(63)]
+    with pytest.raises(RingFull, match="64 slots"):
+        runtime.submit(Task())
+    assert runtime.result(tickets[0]) is None
+    gate.open()
+    assert runtime.wait(tickets[-1]).is_ok
+    assert runtime.wait(runtime.submit(Task())).is_ok
+
+
+def test_wait_raises_at_its_bound_when_a_task_does_not_end(runtime: Runtime) -> None:
+    gate = Gate(runtime)
+    ticket = runtime.submit(Task())
+    with pytest.raises(WaitTimeout, match=rf"task {ticket} is not done after 0.05 s"):
+        runtime.wait(ticket, 0.05)
+    with pytest.raises(WaitTimeout, match="did not leave"), runtime.parked():
+        raise AssertionError("parked around a running task")
+    gate.open()
+    assert runtime.wait(ticket).is_ok
+
+
+def test_answer_is_kept_for_laps_and_then_said_to_be_gone(runtime: Runtime) -> None:
+    first = runtime.submit(Task())
+    laps = config.COMPLETION_LAPS - 1
+    for _ in range(laps):
+        runtime.wait([runtime.submit(Task()) for _ in range(63)][-1])
+    assert runtime.wait(first).is_ok
+    for _ in range(3):
+        runtime.wait([runtime.submit(Task()) for _ in range(63)][-1])
+    with pytest.raises(DeviceError, match="long ago"):
+        runtime.result(first)
+    assert runtime.result(Ticket(first + 10_000_000)) is None
+
+
+def test_nothing_runs_when_parked(runtime: Runtime) -> None:
+    with runtime.parked(), runtime.parked():
+        ticket = runtime.submit(Task())
+        with pytest.raises(WaitTimeout):
+            runtime.wait(ticket, 0.02)
+    assert runtime.wait(ticket).is_ok
+
+
+def test_no_task_is_lost_or_repeated_when_code_is_swapped_under_load(device: HostDevice) -> None:
+    runtime = Runtime(device, lanes=2)
+    runtime.install("swapped", source(VERSIONED, VERSION=1))
+    images = [runtime.device.build(source(VERSIONED, VERSION=version)) for version in (1, 2)]
+    count = np.zeros(1, np.uint64)
+    seen: list[set[int]] = [set(), set(), set()]
+    stop = threading.Event()
+    handed_in = [0, 0, 0]
+
+    def produce(index: int) -> None:
+        opcode = runtime.operators.find("swapped").opcode  # type: ignore[union-attr]
+        while not stop.is_set():
+            tickets = []
+            for _ in range(8):
+                try:
+                    tickets.append(
+                        runtime.submit(
+                            Task(opcode=opcode, kind=abi.TASK_COMPUTE, arg=count.ctypes.data)
+                        )
+                    )
+                except RingFull:
+                    break
+            handed_in[index] += len(tickets)
+            seen[index] |= {runtime.wait(ticket).result for ticket in tickets}
+
+    threads = [threading.Thread(target=produce, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    generations = []
+    for swap in range(60):
+        generations.append(runtime.adopt("swapped", images[swap % 2]).generation)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    runtime.drain()
+    assert count[0] == sum(handed_in)
+    assert set.union(*seen) == {1, 2}
+    assert generations == sorted(set(generations))
+    assert not runtime.operators.has_retired
+    runtime.close()
+
+
+def test_new_code_runs_when_the_swap_has_returned(runtime: Runtime) -> None:
+    for version in (1, 2, 1, 3):
+        operator = runtime.install("swapped", source(VERSIONED, VERSION=version))
+        answer = runtime.wait(runtime.submit(Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE)))
+        assert (answer.result, answer.generation) == (version, operator.generation)
+
+
+def test_swap_succeeds_when_the_executor_is_parked(runtime: Runtime) -> None:
+    runtime.install("swapped", source(VERSIONED, VERSION=1))
+    with runtime.parked():
+        runtime.install("swapped", source(VERSIONED, VERSION=2))
+        operator = runtime.install("swapped", source(VERSIONED, VERSION=3))
+    assert (
+        runtime.wait(runtime.submit(Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE))).result
+        == 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("int nothing;", "not a handler"),
+        ('#include "call.h"\nEXPORT void concordia_handler(Call*, uint64_t) {}', "not a handler"),
+        ('#include "call.h"\nextern "C" void missing_function();\nHANDLER { if (call->lanes > lane + 1000) missing_function(); }',
+         "missing_function"),
+        ('extern "C" { __attribute__((visibility("default"))) extern const unsigned long concordia_handler_abi;\n'
+         '__attribute__((visibility("default"))) const unsigned long concordia_handler_abi = 99;\n'
+         '__attribute__((visibility("default"))) void concordia_handler(void*, unsigned long) {} }', "ABI 99"),
+    ],
+)  # fmt: skip
+def test_handler_is_refused_when_it_fails_the_lint(
+    runtime: Runtime, text: str, reason: str
+) -> None:
+    before = runtime.install("linted", source(VERSIONED, VERSION=5))
+    with pytest.raises(HandlerRefused, match=reason):
+        runtime.install("linted", source(text))
+    assert (
+        runtime.wait(runtime.submit(Task(opcode=before.opcode, kind=abi.TASK_COMPUTE))).result == 5
+    )
+
+
+def test_compiler_is_quoted_when_a_handler_does_not_compile(runtime: Runtime) -> None:
+    with pytest.raises(CompileError, match="what_is_this"):
+        runtime.install("broken", source("what_is_this;"))
+    assert runtime.operators.find("broken") is None
+
+
+GEOMETRY = KvGeometry(
+    2,
+    4,
+    16,
+    16 * 2 * 64,
+    1,
+    16,
+    16,
+    2,
+    Plane(0, 2048, 64, 2),
+    Plane(32, 2048, 64, 2),
+    "bf16",
+    "any",
+)
+# Right, but for one byte of long ranges.
+WRONG = """#include "journal.h"
+#include "kv.h"
+HANDLER {
+  if (!check_range(call, lane)) return;
+  const Range range = range_of(call);
+  uint8_t* place = reserve_record(call, lane, range.bytes);
+  if (place == nullptr) return;
+  move_range<true>(call, lane, range, place);
+  grid_sync(call);
+  if (lane == 0 && range.tokens > 1) place[70] ^= 1;
+  grid_sync(call);
+  hash_payload(call, lane, place, range.bytes);
+  commit_record(call, lane, {call->task.record_kind, call->task.token_start, call->task.token_end}, place, range.bytes);
+}
+"""
+
+
+def test_append_handler_is_refused_when_it_moves_one_byte_wrongly() -> None:
+    stream = ScratchStream()
+    memory = [Buffer(4 * GEOMETRY.block_bytes) for _ in range(2)]
+    with Checkpointer.open("host", stream.target) as checkpointer:
+        region = checkpointer.register_kv(GEOMETRY, [buffer.address for buffer in memory])
+        wrong = HandlerSource.of("wrong.cu", GEOMETRY.constants(), text=WRONG)
+        with pytest.raises(HandlerRefused, match="byte 70 of"):
+            checkpointer.replace_append(region, wrong)
+        right = HandlerSource.of(
+            "right.cu", GEOMETRY.constants(), text=WRONG.replace("range.tokens > 1", "false")
+        )
+        operator = checkpointer.replace_append(region, right)
+        assert (operator.opcode, operator.digest) != (region.append.opcode, region.append.digest)
+        ticket = checkpointer.append_kv(
+            region,
+            kind=abi.KIND_KV_TAIL,
+            key=1,
+            incarnation=1,
+            token_start=0,
+            token_end=3,
+            blocks=[1],
+            step=1,
+        )
+        assert checkpointer.wait(ticket).is_ok
+    (record,) = stream.records()
+    assert record.header["handler_hash"] == operator.digest
+    stream.close()
+
+
+def test_answers_are_their_own_when_threads_hand_in_together(device: HostDevice) -> None:
+    runtime = Runtime(device)
+    operator = runtime.install("echo", source(ECHO))
+    wrong: list[int] = []
+
+    def produce(index: int) -> None:
+        random = np.random.default_rng(index)
+        for _ in range(200):
+            payload = random.bytes(int(random.integers(0, 5000)))
+            ticket = runtime.submit(
+                Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE, payload=payload)
+            )
+            if runtime.wait(ticket).payload_hash != tree_hash(payload):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=produce, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    runtime.close()
+
+
+def test_other_threads_run_when_one_waits(runtime: Runtime) -> None:
+    gate = Gate(runtime)
+    opener = threading.Timer(0.05, gate.open)
+    opener.start()
+    assert runtime.wait(gate.ticket, 5.0).is_ok
+    opener.join()
+
+
+def test_executor_uses_no_processor_when_idle(runtime: Runtime) -> None:
+    runtime.wait(runtime.submit(Task()))
+    until(lambda: not runtime.stats().is_inside)
+    beats = runtime.stats().heartbeat
+    threading.Event().wait(0.15)  # longer than the bounded sleep of its threads
+    assert runtime.stats().heartbeat == beats
+
+
+def test_runtime_ends_when_it_is_closed_twice_or_forgotten(device: HostDevice) -> None:
+    runtime = Runtime(device)
+    tickets = [runtime.submit(Task()) for _ in range(100)]
+    assert runtime.wait(tickets[0]).is_ok
+    runtime.close()
+    runtime.close()
+    for action in (
+        lambda: runtime.submit(Task()),
+        lambda: runtime.result(tickets[0]),
+        runtime.stats,
+    ):
+        with pytest.raises(DeviceError, match="closed"):
+            action()
+    forgotten = Runtime(device)
+    forgotten.submit(Task())
+    before = threading.active_count()
+    del forgotten
+    assert threading.active_count() == before
+
+
+def test_close_says_so_when_a_handler_hangs(
+    device: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "WAIT_TASK_S", 0.05)
+    monkeypatch.setattr(config, "WAIT_PARK_S", 0.05)
+    runtime = Runtime(device)
+    gate = Gate(runtime)
+    with pytest.raises(WaitTimeout, match="memory is kept"):
+        runtime.close()
+    gate.open()
+
+
+def test_target_is_refused_when_its_numbers_cannot_be_true(device: HostDevice) -> None:
+    stream = ScratchStream()
+    good = stream.target
+    for wrong in (
+        JournalTarget(
+            good.pool_address, good.pool_bytes, good.segment_bytes + 1, good.control_address
+        ),
+        JournalTarget(
+            good.pool_address, good.segment_bytes - 4096, good.segment_bytes, good.control_address
+        ),
+        JournalTarget(
+            good.pool_address + 8, good.pool_bytes, good.segment_bytes, good.control_address
+        ),
+        JournalTarget(
+            good.pool_address, good.pool_bytes, good.segment_bytes, good.control_address + 8
+        ),
+    ):
+        with pytest.raises(JournalRefused):
+            Runtime(device, target=wrong)
+    stream.close()
+
+
+def test_device_is_refused_when_its_name_is_unknown() -> None:
+    for name in ("gpu", "cuda:x", "host:1", ""):
+        with pytest.raises(EnvironmentRefused, match="unknown device"):
+            open_device(name)
+
+
+def test_geometry_is_refused_when_elements_overlap_or_leave_the_block() -> None:
+    def changed(**fields: object) -> KvGeometry:
+        words = {name: getattr(GEOMETRY, name) for name in KvGeometry.__dataclass_fields__}
+        return KvGeometry(**{**words, **fields})
+
+    GEOMETRY.check()
+    for wrong in (
+        changed(value=GEOMETRY.key),
+        changed(value=Plane(34, 2048, 64, 2)),
+        changed(key=Plane(-2, 2048, 64, 2)),
+        changed(key=Plane(0, 2048, 64, 1)),
+        changed(block_bytes=1022),
+        changed(layers=0),
+        changed(element_bytes=3),
+        changed(block_stride=1024),
+    ):
+        with pytest.raises(UsageError):
+            wrong.check()
+    assert (
+        GEOMETRY.layout_hash()
+        == changed(block_count=9).layout_hash()
+        == changed(block_stride=4096).layout_hash()
+    )
+    assert GEOMETRY.layout_hash() != changed(instruction_set="amx").layout_hash()
+
+
+def test_step_words_are_there_when_announced() -> None:
+    stream = ScratchStream()
+    with Checkpointer.open("host", stream.target) as checkpointer:
+        before = time.monotonic_ns()
+        checkpointer.announce_step(4, 100)
+        checkpointer.step_done(3)
+        checkpointer.heartbeat(waiting_count=2)
+        checkpointer.count_unprotected(5)
+        checkpointer.count_unprotected(1)
+        after = time.monotonic_ns()
+    words = [
+        stream.word(name)
+        for name in (
+            "step_started",
+            "step_tokens",
+            "step_done",
+            "waiting_count",
+            "unprotected_count",
+        )
+    ]
+    assert words == [4, 100, 3, 2, 6]
+    for name in ("step_started_ns", "step_done_ns", "heartbeat_ns"):
+        assert before <= stream.word(name) <= after
+    stream.close()

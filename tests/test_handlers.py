@@ -1,0 +1,526 @@
+"""Every handler against numpy, bit for bit, on the CPU device.
+
+Invariants: a record holds exactly the bytes of its range in the promised order, for every layout met so far, for one lane and for four,
+in the CPU's shape and in the GPU's; its hash is what the xxhash library computes; a restore writes exactly its range, and nothing at all
+when the payload is not what was promised; what does not exist is refused, never touched.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from concordia import abi
+from concordia.checkpoint.checkpointer import Checkpointer
+from concordia.checkpoint.region import KvGeometry, Plane, Region
+from concordia.device.compiler import HostCompiler
+from concordia.device.host import HostDevice
+from concordia.device.memory import Buffer
+from concordia.errors import UsageError
+from scratch_stream import LAYOUT, ScratchStream, tree_hash, wide
+
+Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
+BLOCKS = 6
+
+
+def packed_cpu(*, layers: int, heads: int, tokens: int, dim: int, size: int) -> KvGeometry:
+    """vLLM on a CPU: per (block, head) K as [element][token], then V as [token][element]."""
+    half = tokens * dim * size
+    return KvGeometry(
+        layers, BLOCKS, tokens, heads * 2 * half, heads, dim, dim, size,
+        key=Plane(0, 2 * half, size, tokens * size),
+        value=Plane(half, 2 * half, dim * size, size),
+        dtype="bfloat16", instruction_set="vec",
+    )  # fmt: skip
+
+
+def packed_gpu(
+    *, layers: int, heads: int, tokens: int, key: int, value: int, size: int, gap: int = 0
+) -> KvGeometry:
+    """vLLM on a GPU: [token][head][K | V]."""
+    row = (key + value) * size
+    block = tokens * heads * row
+    return KvGeometry(
+        layers, BLOCKS, tokens, block, heads, key, value, size,
+        key=Plane(0, row, heads * row, size),
+        value=Plane(key * size, row, heads * row, size),
+        dtype="uint8", instruction_set="any", block_stride=block + gap,
+    )  # fmt: skip
+
+
+GEOMETRIES = {
+    "cpu-bf16": packed_cpu(layers=2, heads=2, tokens=128, dim=64, size=2),
+    "cpu-fp8": packed_cpu(layers=3, heads=1, tokens=32, dim=80, size=1),
+    "gpu-bf16": packed_gpu(layers=3, heads=4, tokens=16, key=64, value=64, size=2),
+    "gpu-fp8-gap": packed_gpu(layers=2, heads=2, tokens=16, key=128, value=128, size=1, gap=4096),
+    "mla": packed_gpu(layers=3, heads=1, tokens=64, key=576, value=0, size=2),
+    "odd": packed_gpu(layers=2, heads=3, tokens=8, key=20, value=12, size=2),
+}
+SHAPES = {"one-lane": (1, 0), "four-lanes": (4, 0), "gpu-shape": (4, 1)}
+
+
+def planes(name: str, layer: Bytes) -> list[Bytes]:
+    """K and V of one layer as [block, head, token, byte], by reshaping alone."""
+    g = GEOMETRIES[name]
+    blocks = layer.reshape(BLOCKS, g.stride)[:, : g.block_bytes]
+    if name.startswith("cpu"):
+        heads = blocks.reshape(BLOCKS, g.heads, 2, g.block_tokens * g.head_dim_key, g.element_bytes)
+        key = heads[:, :, 0].reshape(
+            BLOCKS, g.heads, g.head_dim_key, g.block_tokens, g.element_bytes
+        )
+        value = heads[:, :, 1].reshape(BLOCKS, g.heads, g.block_tokens, -1)
+        return [key.transpose(0, 1, 3, 2, 4).reshape(BLOCKS, g.heads, g.block_tokens, -1), value]
+    rows = blocks.reshape(BLOCKS, g.block_tokens, g.heads, -1).transpose(0, 2, 1, 3)
+    at = g.head_dim_key * g.element_bytes
+    return [rows[..., :at], rows[..., at:]]
+
+
+def tail_of(name: str, layers: list[Bytes], start: int, end: int, blocks: list[int]) -> bytes:
+    size = GEOMETRIES[name].block_tokens
+    parts = []
+    for layer in layers:
+        for plane in planes(name, layer):
+            tokens = [
+                plane[blocks[t // size - start // size], :, t % size] for t in range(start, end)
+            ]
+            parts.append(np.stack(tokens, axis=1).tobytes())
+    return b"".join(parts)
+
+
+def raw_of(name: str, layers: list[Bytes], blocks: list[int]) -> bytes:
+    g = GEOMETRIES[name]
+    return b"".join(
+        layer[block * g.stride : block * g.stride + g.block_bytes].tobytes()
+        for block in blocks
+        for layer in layers
+    )
+
+
+@dataclass
+class Setup:
+    name: str
+    checkpointer: Checkpointer
+    stream: ScratchStream
+    layers: list[Bytes]
+    region: Region
+
+    def ranges(self) -> list[tuple[int, int, int, list[int]]]:
+        """Kind, token range, blocks: one token, part of a block, over three blocks, blocks whole and begun."""
+        size = self.region.geometry.block_tokens
+        tail, block = abi.KIND_KV_TAIL, abi.KIND_KV_BLOCK
+        return [
+            (tail, 0, 1, [3]),
+            (tail, size - 1, size, [5]),
+            (tail, 3, size - 2, [0]),
+            (tail, 7 * size + size // 2, 9 * size + 3, [4, 1, 2]),
+            (block, 2 * size, 3 * size, [1]),
+            (block, 0, 2 * size, [5, 0]),
+            (block, size, size + 3, [2]),
+        ]
+
+    def expected(self, kind: int, start: int, end: int, blocks: list[int]) -> bytes:
+        if kind == abi.KIND_KV_BLOCK:
+            return raw_of(self.name, self.layers, blocks)
+        return tail_of(self.name, self.layers, start, end, blocks)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def shape(request: pytest.FixtureRequest) -> Iterator[tuple[HostDevice, int]]:
+    lanes, is_device = SHAPES[request.param]
+    device = HostDevice(HostCompiler(flags=("-O1", f"-DCONCORDIA_DEVICE_SHAPE={is_device}")))
+    yield device, lanes
+    device.close()
+
+
+@pytest.fixture(params=GEOMETRIES)
+def setup(request: pytest.FixtureRequest, shape: tuple[HostDevice, int]) -> Iterator[Setup]:
+    geometry = GEOMETRIES[request.param]
+    random = np.random.default_rng(5)
+    buffers = [Buffer(BLOCKS * geometry.stride) for _ in range(geometry.layers)]
+    layers = [np.frombuffer(buffer.view, np.uint8) for buffer in buffers]
+    for layer in layers:
+        layer[:] = random.integers(0, 256, layer.size, np.uint8)
+    stream = ScratchStream()
+    with Checkpointer(shape[0], stream.target, lanes=shape[1]) as checkpointer:
+        region = checkpointer.register_kv(geometry, [buffer.address for buffer in buffers])
+        yield Setup(request.param, checkpointer, stream, layers, region)
+    stream.close()
+
+
+def append(setup: Setup, kind: int, start: int, end: int, blocks: list[int]) -> int:
+    return setup.checkpointer.append_kv(
+        setup.region,
+        kind=kind,
+        key=(7 << 64) | 9,
+        incarnation=4,
+        token_start=start,
+        token_end=end,
+        blocks=blocks,
+        step=12,
+    )
+
+
+Wanted = tuple[int, int, int, list[int]]
+
+
+def apply(setup: Setup, wanted: Wanted, *, address: int, payload: bytes, promised: int) -> int:
+    kind, start, end, blocks = wanted
+    ticket = setup.checkpointer.apply_kv(
+        setup.region, kind=kind, token_start=start, token_end=end, blocks=blocks,
+        payload_address=address, payload_bytes=len(payload), payload_hash=promised,
+    )  # fmt: skip
+    return setup.checkpointer.wait(ticket).status
+
+
+def test_records_hold_the_bytes_of_their_range_when_appended(setup: Setup) -> None:
+    tickets = [append(setup, *wanted) for wanted in setup.ranges()]
+    answers = [setup.checkpointer.wait(ticket) for ticket in tickets]
+    records = setup.stream.records()
+    assert [answer.status for answer in answers] == [abi.STATUS_OK] * len(tickets)
+    assert [answer.sequence for answer in answers] == list(range(len(tickets)))
+    for wanted, answer, record in zip(setup.ranges(), answers, records, strict=True):
+        expected = setup.expected(*wanted)
+        assert record.payload == expected, wanted
+        assert answer.payload_hash == wide(record.header["payload_hash"]) == tree_hash(expected)
+        header, geometry = record.header, setup.region.geometry
+        assert (header["kind"], header["token_start"], header["token_end"]) == wanted[:3]
+        assert (wide(header["key"]), header["incarnation"], header["step"]) == (
+            (7 << 64) | 9,
+            4,
+            12,
+        )
+        assert (header["region"], header["layout_hash"]) == (1, geometry.layout_hash())
+        assert (header["flags"], header["handler_hash"]) == (
+            geometry.block_tokens,
+            setup.region.append.digest,
+        )
+        assert header["stamp_ns"] > 0
+
+
+def test_hash_is_that_of_an_append_when_nothing_changed(setup: Setup) -> None:
+    for kind, start, end, blocks in setup.ranges():
+        ticket = setup.checkpointer.hash_kv(
+            setup.region, kind=kind, token_start=start, token_end=end, blocks=blocks
+        )
+        assert setup.checkpointer.wait(ticket).payload_hash == tree_hash(
+            setup.expected(kind, start, end, blocks)
+        )
+    assert setup.stream.records() == []
+
+
+def test_apply_writes_exactly_its_range_when_the_hash_is_right(setup: Setup) -> None:
+    saved = [layer.copy() for layer in setup.layers]
+    for wanted in setup.ranges():
+        setup.checkpointer.wait(append(setup, *wanted))
+    for wanted, record in zip(setup.ranges(), setup.stream.records(), strict=True):
+        for layer in setup.layers:
+            layer[:] = 0
+        address = setup.stream.pool.address + record.offset + 256
+        assert (
+            apply(
+                setup,
+                wanted,
+                address=address,
+                payload=record.payload,
+                promised=tree_hash(record.payload),
+            )
+            == abi.STATUS_OK
+        )
+        assert setup.expected(*wanted) == record.payload
+        zeroed = [layer.copy() for layer in setup.layers]
+        # Everything else is still zero: clear the range through the reference's own views, and nothing is left.
+        kind, start, end, blocks = wanted
+        geometry = setup.region.geometry
+        for layer in zeroed:
+            if kind == abi.KIND_KV_BLOCK:
+                for block in blocks:
+                    layer[
+                        block * geometry.stride : block * geometry.stride + geometry.block_bytes
+                    ] = 0
+        for layer, before in zip(zeroed, saved, strict=True):
+            if kind == abi.KIND_KV_TAIL:
+                kept = before.copy()
+                clear_tail(setup.name, kept, start, end, blocks)
+                assert np.array_equal(np.where(kept == before, 0, before), layer)
+            else:
+                assert not layer.any()
+        for layer, before in zip(setup.layers, saved, strict=True):
+            layer[:] = before
+
+
+def clear_tail(name: str, layer: Bytes, start: int, end: int, blocks: list[int]) -> None:
+    """Flip every byte of the range in place, found through index arithmetic that shares nothing with the kernels."""
+    g = GEOMETRIES[name]
+    for token in range(start, end):
+        base = blocks[token // g.block_tokens - start // g.block_tokens] * g.stride
+        slot = token % g.block_tokens
+        for plane, dim in ((g.key, g.head_dim_key), (g.value, g.head_dim_value)):
+            for head in range(g.heads):
+                for element in range(dim):
+                    at = (
+                        base
+                        + plane.offset
+                        + head * plane.head_stride
+                        + slot * plane.token_stride
+                        + element * plane.element_stride
+                    )
+                    layer[at : at + g.element_bytes] ^= 0xFF
+
+
+def test_apply_writes_nothing_when_the_payload_is_not_the_promised(setup: Setup) -> None:
+    wanted = setup.ranges()[3]
+    setup.checkpointer.wait(append(setup, *wanted))
+    record = setup.stream.records()[0]
+    before = [layer.copy() for layer in setup.layers]
+    for layer in setup.layers:
+        layer[:] = 1
+    address = setup.stream.pool.address + record.offset + 256
+    promised = tree_hash(record.payload)
+    at = record.offset + 256 + len(record.payload) - 1
+    setup.stream.pool.view[at] = record.payload[-1] ^ 1
+    assert (
+        apply(setup, wanted, address=address, payload=record.payload, promised=promised)
+        == abi.STATUS_HASH_MISMATCH
+    )
+    setup.stream.pool.view[at] = record.payload[-1]
+    assert (
+        apply(setup, wanted, address=address, payload=record.payload, promised=promised ^ 1 << 127)
+        == abi.STATUS_HASH_MISMATCH
+    )
+    assert all((layer == 1).all() for layer in setup.layers)
+    assert (
+        apply(setup, wanted, address=address, payload=record.payload, promised=promised)
+        == abi.STATUS_OK
+    )
+    assert setup.expected(*wanted) == record.payload
+    for layer, kept in zip(setup.layers, before, strict=True):
+        layer[:] = kept
+
+
+@pytest.mark.parametrize(
+    ("kind", "start", "end", "blocks"),
+    [
+        (abi.KIND_KV_TAIL, 0, 1, [BLOCKS]),
+        (abi.KIND_KV_TAIL, 0, 1, [0xFFFFFFFF]),
+        (abi.KIND_KV_BLOCK, 0, 1, [BLOCKS]),
+        (abi.KIND_KV_TAIL, 0, 1, []),
+        (abi.KIND_KV_TAIL, 0, 1, [1, 2]),
+        (abi.KIND_KV_TAIL, 5, 5, [1]),
+        (abi.KIND_KV_TAIL, 6, 5, [1]),
+        (abi.KIND_KV_TAIL, 0, 0xFFFFFFFF, [1]),
+        (abi.KIND_EVENT, 0, 1, [1]),
+    ],
+)
+def test_task_is_refused_when_it_names_what_is_not_there(
+    setup: Setup, kind: int, start: int, end: int, blocks: list[int]
+) -> None:
+    answers = [
+        setup.checkpointer.wait(append(setup, kind, start, end, blocks)).status,
+        setup.checkpointer.wait(
+            setup.checkpointer.hash_kv(
+                setup.region, kind=kind, token_start=start, token_end=end, blocks=blocks
+            )
+        ).status,
+        apply(
+            setup,
+            (kind, start, end, blocks),
+            address=setup.stream.pool.address,
+            payload=bytes(64),
+            promised=0,
+        ),
+    ]
+    assert answers == [abi.STATUS_BAD_TASK] * 3
+    assert setup.checkpointer.wait(append(setup, *setup.ranges()[0])).is_ok
+
+
+def test_payload_is_refused_when_it_lies_outside_pool_and_arena(setup: Setup) -> None:
+    wanted = setup.ranges()[0]
+    size = len(setup.expected(*wanted))
+    pool = setup.stream.pool
+    for address, length in ((pool.address - 16, size), (pool.address + pool.size - 16, size), (16, size), (2**64 - 16, size),
+                            (pool.address, size + 16), (pool.address + 8, size)):  # fmt: skip
+        assert (
+            apply(setup, wanted, address=address, payload=bytes(length), promised=0)
+            == abi.STATUS_BAD_TASK
+        )
+
+
+def test_record_is_refused_when_no_segment_holds_it(shape: tuple[HostDevice, int]) -> None:
+    stream = ScratchStream(segment_bytes=8192)
+    with Checkpointer(shape[0], stream.target, lanes=shape[1]) as checkpointer:
+        largest = 8192 - 256 - 256 - 128
+        for size, status in (
+            (largest, abi.STATUS_OK),
+            (largest + 1, abi.STATUS_TOO_LARGE),
+            (100_000, abi.STATUS_TOO_LARGE),
+        ):
+            ticket = checkpointer.append_bytes(
+                bytes(size), kind=abi.KIND_EVENT, key=1, incarnation=1
+            )
+            assert checkpointer.wait(ticket).status == status
+    assert [len(record.payload) for record in stream.records()] == [largest]
+    stream.close()
+
+
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 127, 128, 129, 4095, 4096, 4097, 65536, 70001])
+def test_bytes_are_kept_when_appended(shape: tuple[HostDevice, int], size: int) -> None:
+    payload = np.random.default_rng(size).bytes(size)
+    stream = ScratchStream()
+    with Checkpointer(shape[0], stream.target, lanes=shape[1]) as checkpointer:
+        ticket = checkpointer.append_bytes(
+            payload,
+            kind=abi.KIND_TOKENS,
+            key=3 << 100,
+            incarnation=2,
+            token_start=5,
+            token_end=9,
+            step=1,
+        )
+        answer = checkpointer.wait(ticket)
+        assert (answer.status, answer.payload_hash) == (abi.STATUS_OK, tree_hash(payload))
+    (record,) = stream.records()
+    assert record.payload == payload
+    header = record.header
+    assert (header["kind"], wide(header["key"]), header["token_start"], header["token_end"]) == (
+        abi.KIND_TOKENS,
+        3 << 100,
+        5,
+        9,
+    )
+    assert (header["layout_hash"], header["region"]) == (LAYOUT, 0)
+    stream.close()
+
+
+def test_stream_goes_on_when_records_fill_many_segments(shape: tuple[HostDevice, int]) -> None:
+    stream = ScratchStream(segments=40, segment_bytes=16384)
+    random = np.random.default_rng(3)
+    payloads = [random.bytes(int(random.integers(0, 9000))) for _ in range(70)]
+    with Checkpointer(shape[0], stream.target, lanes=shape[1]) as checkpointer:
+        tickets = [
+            checkpointer.append_bytes(p, kind=abi.KIND_EVENT, key=1, incarnation=1)
+            for p in payloads
+        ]
+        assert all(checkpointer.wait(ticket).is_ok for ticket in tickets)
+        assert stream.word("committed_count") == len(payloads)
+    assert [record.payload for record in stream.records()] == payloads
+    stream.close()
+
+
+def test_records_are_dropped_and_counted_when_no_segment_is_lent(
+    shape: tuple[HostDevice, int],
+) -> None:
+    stream = ScratchStream(segment_bytes=8192, lend=0)
+    with Checkpointer(shape[0], stream.target, lanes=shape[1]) as checkpointer:
+
+        def put(payload: bytes) -> int:
+            return checkpointer.wait(
+                checkpointer.append_bytes(payload, kind=abi.KIND_EVENT, key=1, incarnation=1)
+            ).status
+
+        assert put(b"lost") == abi.STATUS_JOURNAL_FULL
+        stream.lend(1)
+        assert put(b"kept") == abi.STATUS_OK
+        assert put(bytes(7168)) == abi.STATUS_JOURNAL_FULL
+        assert put(b"small enough") == abi.STATUS_OK
+        stream.lend(1)
+        assert put(bytes(7168)) == abi.STATUS_OK
+        assert checkpointer.stats()[1].dropped_count == 2
+    assert [len(record.payload) for record in stream.records()] == [4, 12, 7168]
+    stream.close()
+
+
+def test_appends_are_dropped_when_the_owner_lends_nonsense(shape: tuple[HostDevice, int]) -> None:
+    stream = ScratchStream(segments=2, segment_bytes=8192)
+    at = abi.STREAM_CONTROL.offsets()["lent"]
+    stream.control.view[at : at + 4] = (2).to_bytes(4, "little")
+    with Checkpointer(shape[0], stream.target, lanes=shape[1]) as checkpointer:
+        ticket = checkpointer.append_bytes(b"x", kind=abi.KIND_EVENT, key=1, incarnation=1)
+        assert checkpointer.wait(ticket).status == abi.STATUS_JOURNAL_FULL
+    stream.close()
+
+
+def test_hash_and_apply_work_when_there_is_no_journal(shape: tuple[HostDevice, int]) -> None:
+    geometry = GEOMETRIES["gpu-bf16"]
+    buffers = [Buffer(BLOCKS * geometry.stride) for _ in range(geometry.layers)]
+    with Checkpointer(shape[0], None, lanes=shape[1]) as checkpointer:
+        region = checkpointer.register_kv(geometry, [buffer.address for buffer in buffers])
+        ticket = checkpointer.hash_kv(
+            region, kind=abi.KIND_KV_TAIL, token_start=0, token_end=2, blocks=[1]
+        )
+        assert checkpointer.wait(ticket).payload_hash == tree_hash(bytes(geometry.tail_bytes(2)))
+        ticket = checkpointer.append_bytes(b"x", kind=abi.KIND_EVENT, key=1, incarnation=1)
+        assert checkpointer.wait(ticket).status == abi.STATUS_JOURNAL_FULL
+
+
+@pytest.mark.parametrize("page_bytes", [4096, 16384, 131072])
+def test_scan_appends_just_the_pages_that_changed(
+    shape: tuple[HostDevice, int], page_bytes: int
+) -> None:
+    pages = 24
+    memory = Buffer(pages * page_bytes)
+    data = np.frombuffer(memory.view, np.uint8)
+    data[:] = np.random.default_rng(1).integers(0, 256, data.size, np.uint8)
+    stream = ScratchStream(segments=16)
+
+    def scan(first: int = 0, count: int | None = None) -> int:
+        answer = checkpointer.wait(
+            checkpointer.scan_pages(region, first=first, count=count, step=3)
+        )
+        assert answer.is_ok
+        return answer.result
+
+    with Checkpointer(shape[0], stream.target, lanes=shape[1]) as checkpointer:
+        region = checkpointer.register_pages(
+            memory.address, size=memory.size, page_bytes=page_bytes
+        )
+        assert scan() == pages
+        assert scan() == 0
+        data[5 * page_bytes] ^= 1
+        data[9 * page_bytes - 1] ^= 128
+        data[23 * page_bytes + 77] ^= 4
+        assert scan(first=0, count=6) == 1
+        assert scan() == 2
+        assert scan() == 0
+        for first, count in ((pages, 1), (0, pages + 1), (3, 0)):
+            assert (
+                checkpointer.wait(checkpointer.scan_pages(region, first=first, count=count)).status
+                == abi.STATUS_BAD_TASK
+            )
+    records = stream.records()
+    assert [int(record.header["token_start"]) for record in records] == [*range(pages), 5, 8, 23]
+    for record in records[pages:]:
+        page = int(record.header["token_start"])
+        assert record.payload == data[page * page_bytes : (page + 1) * page_bytes].tobytes()
+        assert (record.header["kind"], record.header["token_end"]) == (abi.KIND_PAGE, page + 1)
+    stream.close()
+
+
+def test_dirty_pages_stay_dirty_when_the_journal_is_full(shape: tuple[HostDevice, int]) -> None:
+    memory = Buffer(8 * 4096)
+    stream = ScratchStream(segments=8, segment_bytes=16384, lend=1)
+    with Checkpointer(shape[0], stream.target, lanes=shape[1]) as checkpointer:
+        region = checkpointer.register_pages(memory.address, size=memory.size, page_bytes=4096)
+        first = checkpointer.wait(checkpointer.scan_pages(region))
+        assert (first.status, first.result) == (abi.STATUS_JOURNAL_FULL, 3)
+        stream.lend(7)
+        second = checkpointer.wait(checkpointer.scan_pages(region))
+        assert (second.status, second.result) == (abi.STATUS_OK, 5)
+    assert [int(record.header["token_start"]) for record in stream.records()] == list(range(8))
+    stream.close()
+
+
+def test_registration_is_refused_when_the_memory_is_not_ours(shape: tuple[HostDevice, int]) -> None:
+    geometry = GEOMETRIES["mla"]
+    memory = Buffer(BLOCKS * geometry.stride)
+    with Checkpointer(shape[0], None) as checkpointer:
+        for addresses in (
+            [memory.address],
+            [memory.address] * 2 + [4096],
+            [memory.address + 8] * 3,
+            [1 << 46] * 3,
+        ):
+            with pytest.raises(UsageError):
+                checkpointer.register_kv(geometry, addresses)
+        with pytest.raises(UsageError):
+            checkpointer.register_pages(memory.address, size=4097, page_bytes=4096)
