@@ -56,7 +56,9 @@ class Bench:
             self.sources[name] = Source(number, kind, rank, self.world, replica, LAYOUT)
         return self.sources[name]
 
-    def put(self, kind: int, source: Source, key: int, incarnation: int, start: int, end: int, payload: bytes) -> Record:
+    def put(  # noqa: PLR0917  (as the header has them)
+        self, kind: int, source: Source, key: int, incarnation: int, start: int, end: int, payload: bytes
+    ) -> Record:
         sequence = next(self.sequence)
         made = Record(
             kind, 1, sequence, 0, key, incarnation, 0, BLOCK, start, end, len(payload),
@@ -67,7 +69,9 @@ class Bench:
         self.index.ingest(made, source, memoryview(self.view))
         return made
 
-    def write(self, key: int, incarnation: int, rank: int, replica: int, start: int, end: int, *, lost: set[int]) -> None:
+    def write(  # noqa: PLR0917  (who, where, what)
+        self, key: int, incarnation: int, rank: int, replica: int, start: int, end: int, *, lost: set[int]
+    ) -> None:
         """One step of one rank, as the contract of write ranges says; `lost` are records that found no segment."""
         life = self.lives.setdefault((key, incarnation), Life(replica))
         source = self.source(abi.WRITER_RANK, rank, replica)
@@ -165,7 +169,7 @@ def histories(draw: st.DrawFn) -> Bench:
     """Requests with shared prefixes on one or two replicas, preempted, with losses and late keys."""
     bench = Bench(draw(st.integers(1, 3)))
     at: dict[tuple[int, int, int], int] = {}
-    lives = {key: 1 for key in REQUESTS}
+    lives = dict.fromkeys(REQUESTS, 1)
     homes = {key: draw(st.integers(1, 2)) for key in REQUESTS}
     skipped: dict[tuple[int, int], int] = {}
     for _ in range(draw(st.integers(1, 40))):

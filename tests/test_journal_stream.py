@@ -138,10 +138,10 @@ def test_reader_gets_exactly_what_was_committed_when_the_writer_stops_after_any_
 
     def check() -> None:
         found, end = read(data, LENT, hint)
-        assert found == made[:committed], f"after store {number}, byte {at}"
+        assert found == made[:committed], f"byte {at} of {store}"
         assert end in (End.CLEAN, End.TORN)
 
-    for number, store in enumerate(stores):
+    for store in stores:
         at = 0
         if store.count is not None:
             hint = store.count

@@ -118,7 +118,7 @@ class Desk:
             answer: dict[str, Any] = {"id": number, "ok": self._answer(peer, operation, arguments)}
         except ConcordiaError as error:
             answer = {"id": number, "error": type(error).__name__, "message": str(error)}
-        except (ValueError, KeyError, TypeError) as error:  # what came was not a request
+        except (ValueError, KeyError, TypeError, RecursionError) as error:  # it was not a request
             answer = {"id": number, "error": "JournalError", "message": f"bad request: {error!r}"}
         packed = json.dumps(answer, separators=(",", ":")).encode()
         if len(packed) > config.SOCKET_MESSAGE_BYTES_MAX:

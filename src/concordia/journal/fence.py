@@ -58,8 +58,8 @@ def has_ended(descriptor: int) -> bool:
     return bool(poller.poll(0))
 
 
-def is_alive(pid: int, start: int) -> bool:
-    """Whether exactly this process runs."""
+def is_alive(pid: int, start: int | None = None) -> bool:
+    """Whether this process runs; with its start time, exactly this one."""
     descriptor = open_process(pid, start)
     if descriptor is None:
         return False

@@ -62,16 +62,20 @@ class Folder:
         if not stat.S_ISDIR(found.st_mode):
             raise JournalRefused(f"{self.path} is not a folder; name another --journal-dir")
 
-    def remove(self, *, keep_lock: bool = False) -> None:
-        """Unlink every file of the journal; what is not there is no error."""
-        for file in (self.socket, self.pool, self.board, self.log):
+    def clear(self) -> None:
+        """Unlink what holds data or answers; what is not there is no error."""
+        for file in (self.socket, self.pool, self.board):
             file.unlink(missing_ok=True)
-        if not keep_lock:
-            self.lock.unlink(missing_ok=True)
-            try:
-                self.path.rmdir()
-            except OSError:
-                return  # a file that is not ours lies there, or the folder was made by the user
+
+    def remove(self) -> None:
+        """Unlink everything; the lock goes last, because until then nobody else can begin."""
+        self.clear()
+        self.log.unlink(missing_ok=True)
+        self.lock.unlink(missing_ok=True)
+        try:
+            self.path.rmdir()
+        except OSError:
+            return  # a file that is not ours lies there
 
 
 def check_file(path: Path) -> os.stat_result:

@@ -48,11 +48,10 @@ def inspect(journal: Path) -> dict[str, Any]:
     """Plain values about a journal: owner, room, streams, and what they hold; `table` prints them."""
     with _open(journal) as (pool, board):
         found = _look(pool, board)
-        owner = fence.find_process(board.owner_pid) if board.owner_pid else None
         return {
             "journal": str(journal),
             "owner_pid": board.owner_pid,
-            "owner_alive": owner is not None,
+            "owner_alive": bool(board.owner_pid) and fence.is_alive(board.owner_pid),
             "epoch": board.owner_epoch,
             "size_bytes": pool.segment_count * pool.segment_bytes,
             "segment_bytes": pool.segment_bytes,

@@ -111,7 +111,7 @@ class Owner:
     def close(self) -> None:
         """Remove everything; who still has the files mapped keeps only memory without a name."""
         self.desk.close()
-        self._home.remove(keep_lock=True)
+        self._home.clear()
 
     def _pause_s(self) -> float:
         open_count = sum(not stream.is_sealed for stream in self.streams.by_slot.values())
@@ -205,7 +205,7 @@ def main(arguments: list[str]) -> int:
     _answer(ready, {"pid": os.getpid()})
     owner.run()
     owner.close()
-    home.remove()  # the lock goes last: until here nobody else could begin
+    home.remove()
     os.close(lock)
     return 0
 
@@ -213,26 +213,34 @@ def main(arguments: list[str]) -> int:
 def _take(home: Folder, settings: dict[str, Any]) -> Owner:
     """A new journal, or the one that is there and still in use."""
     linger_s = float(settings["linger_s"])
+    left = [path.name for path in (home.pool, home.board, home.socket) if path.exists()]
+    reason = ""
     if home.board.exists() and home.pool.exists():
         try:
             pool, board = segment.attach(home, writable=True)
             found = survey(pool, board)
         except ConcordiaError as error:
-            _say(f"what a dead owner left cannot be used: {error}")
+            reason = f"what a dead owner left cannot be used: {error}"
         else:
             if _is_in_use(board, found):
                 _say(f"adopting {len(found.streams)} streams of owner {board.owner_pid}")
                 owner = Owner(home, pool, board, linger_s=linger_s)
                 owner.adopt(found)
                 return owner
-            _report_leftovers(home, found, board)
+            reason = _describe_leftovers(home, found, board)
             pool.close()
             board.close()
-    lost = [path.name for path in (home.pool, home.board, home.socket) if path.exists()]
-    if lost:
-        _say(f"removing leftovers of a dead owner: {', '.join(lost)}")
-    home.remove(keep_lock=True)
-    _log_to(home)
+    home.clear()
+    owner = _make(home, settings, linger_s=linger_s)
+    if left:
+        event = {"event": "reclaimed", "files": left, "reason": reason}
+        owner.streams.index.note(event)
+        _say(f"removed leftovers: {json.dumps(event)}")
+    return owner
+
+
+def _make(home: Folder, settings: dict[str, Any], *, linger_s: float) -> Owner:
+    """A new journal."""
     if settings["pool"]:
         home.pool.symlink_to(settings["pool"])
     segment_bytes = int(settings["segment_bytes"])
@@ -241,7 +249,7 @@ def _take(home: Folder, settings: dict[str, Any]) -> Owner:
         pool = Pool.create(home.pool, size=size, segment_bytes=segment_bytes)
         board = Board.create(home.board, segment_bytes=segment_bytes, segment_count=pool.segment_count)
     except ConcordiaError:
-        home.remove(keep_lock=True)
+        home.clear()
         raise
     owner = Owner(home, pool, board, linger_s=linger_s)
     owner.streams.free.extend(range(pool.segment_count))
@@ -260,9 +268,9 @@ def _is_in_use(board: Board, found: Survey) -> bool:
     return any(fence.is_alive(pid, start) for pid, start in writers + routers + leaders)
 
 
-def _report_leftovers(home: Folder, found: Survey, board: Board) -> None:
+def _describe_leftovers(home: Folder, found: Survey, board: Board) -> str:
     records = sum(len(old.records) for old in found.streams)
-    _say(
+    return (
         f"owner {board.owner_pid} of {home.path} died and nobody writes there: "
         f"{len(found.streams)} streams, {records} records, {len(found.damage)} damaged places"
     )
