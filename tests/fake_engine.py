@@ -147,7 +147,9 @@ class FakeEngine:
                 f"{m['role']}:{m['content']}\n" for m in body["messages"]
             )
             await self._json(writer, {"tokens": encode(text), "max_model_len": CONTEXT_TOKENS})
-        elif path == "/v1/completions" and json.loads(data).get("kv_transfer_params"):
+        elif path == "/v1/completions" and self._own(data) is False:
+            await self._json(writer, {"system_fingerprint": FINGERPRINT})
+        elif path == "/v1/completions" and self._own(data):
             await self._complete(json.loads(data), reader, writer)
         else:
             self.others.append((method, path, data))
@@ -156,6 +158,10 @@ class FakeEngine:
                 writer.transport.abort()
                 return
             await self._json(writer, {"echo": path, "engine": self.name})
+
+    def _own(self, data: bytes) -> Any:
+        """What the router says of itself in a request; None in one that is passed through."""
+        return (json.loads(data).get("kv_transfer_params") or {}).get("concordia")
 
     async def _json(self, writer: asyncio.StreamWriter, body: Any, status: int = 200) -> None:
         data = json.dumps(body).encode()

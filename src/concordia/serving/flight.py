@@ -213,8 +213,8 @@ class Flight:
         self.level = Level.RE_PREFILL if outcome is None else outcome.level
         if self._is_regenerated:
             self.level = Level.REGENERATE
-        elif self.level is Level.STATE_EXACT and self.request.draw is Sampler.GENERATOR:
-            self.level = Level.SAMPLER_LOST
+        elif self.request.draw is Sampler.GENERATOR:
+            self.level = max(self.level, Level.SAMPLER_LOST)
 
     # --- the reader's side
 

@@ -28,6 +28,7 @@ _HELP: Final = {
     "journal_bytes": "payload bytes committed to the journal",
     "dropped_records": "records lost for want of a segment",
     "append_seconds": "time spent in append handlers",
+    "corruptions": "records found damaged that no crash explains",
     "restore_seconds": "time spent in restores",
     "engine_unprotected": "requests that lost protection in an engine",
     "tokens": "tokens sent to clients",
@@ -41,6 +42,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.faults: list[dict[str, Any]] = []
+        self.committed_lag = 0  # tokens, of the request that lags most
+        self.journal_free = 0
         self.gauges: dict[str, tuple[str, Callable[[], float]]] = {}
         self._counts: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in _HELP}
         self._last: dict[tuple[str, str], float] = {}
@@ -58,6 +61,16 @@ class Metrics:
             buckets=config.RECOVERY_BUCKETS_S,
         )
         self.registry.register(self)
+        self.gauge(
+            "committed_token_lag",
+            "tokens sent of the running request of which the journal lacks most",
+            lambda: self.committed_lag,
+        )
+        self.gauge(
+            "journal_free_bytes",
+            "segments of the journal that nobody holds",
+            lambda: self.journal_free,
+        )
 
     def count(self, name: str, value: float = 1, *labels: str) -> None:
         """Raise a counter."""
@@ -94,19 +107,27 @@ class Metrics:
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Count an event of the journal."""
-        if event.get("event") == "restored":
+        name = event.get("event")
+        if name == "restored":
             self.count("restored_tokens", int(event.get("restored_tokens", 0)))
             self.count("recomputed_tokens", int(event.get("recomputed_tokens", 0)))
-            self.count("hash_mismatches", int(event.get("hash_mismatches", 0)))
-            self.count("restore_seconds", float(event.get("seconds", 0.0)))
-        elif event.get("event") == "prefix-restored":
+            self.count("restore_seconds", float(event.get("waited_ms", 0.0)) / 1e3)
+        elif name == "prefix-restored":
             self.count("prefix_restored_tokens", int(event.get("restored_tokens", 0)))
-            self.count("hash_mismatches", int(event.get("hash_mismatches", 0)))
-        elif event.get("event") == "unprotected":
-            self.unprotected(str(event.get("reason", "unknown")))
+        elif name == "unprotected":
+            self.count("requests", 1, "unprotected", str(event.get("reason", "unknown"))[:80])
+        elif name == "corruption":
+            self.count("corruptions")
+        self.count("hash_mismatches", int(event.get("hash_mismatches", 0)))
 
     def journal(self, stats: Mapping[str, Any]) -> None:
-        """Take over the owner's own counts."""
+        """Take over what the owner and its streams have counted."""
+        for stream in stats.get("streams", ()):
+            source = str(stream["stream"])
+            self.follow("journal_bytes", source, stream["committed_bytes"])
+            self.follow("dropped_records", source, stream["dropped_records"])
+            self.follow("engine_unprotected", source, stream["unprotected"])
+        self.journal_free = int(stats.get("segments_free", 0)) * int(stats.get("segment_bytes", 0))
 
     def follow(self, name: str, source: str, value: float) -> None:
         """Add what a counter of somebody else has grown since the last look; a smaller value is a new counter."""

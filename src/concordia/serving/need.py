@@ -3,10 +3,10 @@
 Owns: the levels, the table NEEDS and the verdict over a request's parameters. Promises: every parameter that could make a continuation wrong
 has a row; what has no row keeps no history. Called by request parsing. Does not check whether values are valid: vLLM does.
 
-A level is what a request needs, or what it reached, best first: STATE_EXACT is restored from the journal, or prefilled again from prompt +
-emitted tokens where the journal has nothing (RE_PREFILL, counted apart); SAMPLER_LOST is that, with a sampler that nothing can restore;
-REGENERATE starts from the prompt and suppresses what was sent while it comes out equal; PASS_THROUGH is forwarded as it is and ends with its
-replica; REFUSE is an error at once.
+A level is what a request needs, or what it reached, best first. STATE_EXACT is restored from the journal; where the journal lacks some tokens
+(PARTLY_RESTORED) or all (RE_PREFILL) they are computed again from their ids. SAMPLER_LOST is restored, but nothing can restore its sampler.
+REGENERATE starts from the prompt and suppresses what was sent while it comes out equal; PASS_THROUGH is forwarded as it is and ends with
+its replica; REFUSE is an error at once.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ class Level(enum.IntEnum):
     """What a request needs, or what it reached; ordered from best to worst."""
 
     STATE_EXACT = 0
-    SAMPLER_LOST = 1
-    RE_PREFILL = 2
-    REGENERATE = 3
-    PASS_THROUGH = 4
-    REFUSE = 5
+    PARTLY_RESTORED = 1
+    SAMPLER_LOST = 2
+    RE_PREFILL = 3
+    REGENERATE = 4
+    PASS_THROUGH = 5
+    REFUSE = 6
 
     @property
     def label(self) -> str:
@@ -38,6 +39,7 @@ class Level(enum.IntEnum):
 
 _LABELS: Final = {
     Level.STATE_EXACT: "state-exact",
+    Level.PARTLY_RESTORED: "partly-restored",
     Level.SAMPLER_LOST: "sampler-not-restorable",
     Level.RE_PREFILL: "re-prefilled",
     Level.REGENERATE: "regenerated",

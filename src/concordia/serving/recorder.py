@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import json
 import logging
 import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import xxhash
 
@@ -28,6 +29,12 @@ from concordia.serving.metrics import Metrics
 from concordia.serving.need import Level
 from concordia.serving.openai_format import Piece
 
+# What connectors call it. "prefix": blocks that other requests with the same tokens had written.
+_LEVELS: Final = {
+    "state-exact": Level.STATE_EXACT,
+    "partial": Level.PARTLY_RESTORED,
+    "prefix": Level.PARTLY_RESTORED,
+}
 log = logging.getLogger(__name__)
 
 
@@ -89,6 +96,7 @@ class Recorder:
         self._cursor = 0
         self._polling = asyncio.Lock()
         self._outcomes: OrderedDict[tuple[str, int], Outcome] = OrderedDict()
+        self._seen: OrderedDict[str, None] = OrderedDict()  # records of events that were taken
         self._waiting: dict[int, list[tuple[int, asyncio.Future[bool]]]] = {}
         self._watch: asyncio.Task[None] | None = None
 
@@ -147,10 +155,17 @@ class Recorder:
 
     async def outcome(self, flight: Flight) -> Outcome | None:
         """What the connector says of the flight's present incarnation; None when it says nothing."""
-        found = self._outcomes.get((flight.name, flight.incarnation))
-        if found is None:
-            await self.poll()
-            found = self._outcomes.get((flight.name, flight.incarnation))
+        name = (flight.name, flight.incarnation)
+        bound = time.monotonic() + config.OUTCOME_WAIT_S
+        while (found := self._outcomes.get(name)) is None and time.monotonic() < bound:
+            # What the connector said may still be on its way through the journal.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(
+                    asyncio.get_running_loop().time() + config.OUTCOME_WAIT_S
+                ):
+                    await self.poll()
+            if name not in self._outcomes:
+                await asyncio.sleep(config.RECORD_PERIOD_S)
         return found
 
     async def poll(self) -> None:
@@ -163,16 +178,26 @@ class Recorder:
                 return
             self._cursor = cursor
         for event in events:
+            record = str(event.get("record", ""))
+            if record and record in self._seen:
+                continue  # an owner that was started anew tells everything again
+            self._seen[record] = None
             self._note(event)
             if self.on_event is not None:
                 self.on_event(event)
+        while len(self._seen) > config.OUTCOMES_KEPT_MAX:
+            self._seen.popitem(last=False)
 
-    async def follow(self, metrics: Metrics) -> None:
+    async def follow(self, metrics: Metrics, flights: Callable[[], Sequence[Flight]]) -> None:
         """Keep the metrics up to date with the journal; runs until it is cancelled."""
         self.on_event = metrics.event
         while True:
             await self.poll()
             metrics.journal(await self.stats())
+            lag = 0
+            for flight in list(flights())[: config.LAG_SAMPLE]:
+                lag = max(lag, flight.tokens_known - 1 - await self.committed(flight))
+            metrics.committed_lag = lag
             await asyncio.sleep(config.EVENTS_POLL_S)
 
     async def stats(self) -> dict[str, Any]:
@@ -250,7 +275,7 @@ def request_key(name: str) -> int:
 
 
 def read_outcome(event: Mapping[str, Any]) -> Outcome | None:
-    """The outcome that a "restored" event states; None for any other event."""
+    """The outcome that an event of a resumed request states; None for any other event."""
     if event.get("event") != "restored":
         return None
     restored = int(event.get("restored_tokens", 0))

@@ -105,10 +105,15 @@ class Router:
         self._replicas.subscribe(self._fault_from_thread)
         self._spawn(self._keep_deadlines())
         if self._recorder is not None:
-            self._spawn(self._recorder.follow(self.metrics))
+            self._spawn(self._recorder.follow(self.metrics, lambda: list(self._flights.values())))
+        self.metrics.gauge("requests_in_flight", "requests being served", lambda: self.in_flight)
+        self.metrics.gauge(
+            "requests_held", "requests that wait for an engine", lambda: self.admission.held_count
+        )
         replica = await self.admission.acquire()
         models = await self.upstream.get(f"{replica.base_url}/v1/models")
         self._context_tokens = int(models["data"][0]["max_model_len"])
+        self._fingerprint = await self._ask_fingerprint(replica, models["data"][0]["id"])
 
     async def stop(self) -> None:
         """End what is left and close the session."""
@@ -367,6 +372,16 @@ class Router:
         if self._recorder is not None:
             self._recorder.admit(flight)
         return flight
+
+    async def _ask_fingerprint(self, replica: ReplicaLike, model: str) -> str | None:
+        """An answer that is cut at a stop string ends before vLLM has said its fingerprint, so it is asked for once."""
+        body = {"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0}
+        body["kv_transfer_params"] = {"concordia": False}
+        found = await self.upstream.post(
+            replica.base_url + COMPLETIONS, body, headers=json_headers({})
+        )
+        said = found.get("system_fingerprint")
+        return said if isinstance(said, str) else None
 
     def _deadline(self) -> float:
         return time.monotonic() + self.settings.recovery_timeout_s
