@@ -73,3 +73,11 @@ def test_structures_have_no_hidden_padding_when_laid_out() -> None:
 def test_committed_header_is_the_generated_one_when_compared() -> None:
     committed = (SOURCE / "kernels" / "abi.h").read_text(encoding="utf-8")
     assert committed == abi.header(), "run: python -m concordia.abi"
+
+
+def test_every_parameter_with_a_need_is_documented_when_the_table_changes() -> None:
+    from concordia.serving.need import NEEDS
+
+    text = (SOURCE.parents[1] / "docs" / "parameters.md").read_text(encoding="utf-8")
+    for need in NEEDS:
+        assert f"| `{need.parameter}` | {need.level.label} | {need.why} |" in text
