@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import os
 import pathlib
+import resource
 import select
 import signal
 import time
@@ -27,6 +28,7 @@ from concordia.recovery.detector import ThreadTimes
 MARKER_ENV: Final = "CONCORDIA_REPLICA"
 SHARED_MEMORY: Final = pathlib.Path("/dev/shm")
 _PR_SET_CHILD_SUBREAPER: Final = 36
+_CAP_SYS_NICE: Final = 23
 _RETRY_MS: Final = 2  # between two rounds when there is nothing to wait on
 _DEAD: Final = frozenset("ZXx")
 
@@ -52,6 +54,16 @@ def become_subreaper() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise ReplicaError(f"cannot become subreaper: {os.strerror(ctypes.get_errno())}")
+
+
+def can_raise_priority() -> bool:
+    """Whether a priority that we lowered could be given back."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NICE)
+    if soft == resource.RLIM_INFINITY or soft >= 20:
+        return True
+    status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+    mask = next((x.split()[1] for x in status.splitlines() if x.startswith("CapEff:")), "0")
+    return bool(int(mask, 16) >> _CAP_SYS_NICE & 1)
 
 
 def read_process(pid: int) -> Process | None:

@@ -153,6 +153,16 @@ class Replica:
         finally:
             line.close()
 
+    def is_listening(self) -> bool:
+        """Whether anybody accepts connections on the engine's port; a live server never refuses."""
+        try:
+            socket.create_connection((LOOPBACK, self.port), timeout=config.API_PERIOD_S).close()
+        except ConnectionRefusedError:
+            return False
+        except OSError:
+            return True  # late, which is not the same
+        return True
+
     def fence(self, *, timeout_s: float = config.KILL_S) -> None:
         """Kill every process of the engine and see it dead; raises ReplicaError naming who is left. May be repeated."""
         self.move(State.FENCING)
@@ -184,6 +194,15 @@ class Replica:
             with contextlib.suppress(OSError):
                 for thread in os.listdir(f"/proc/{process.pid}/task"):
                     os.setpriority(os.PRIO_PROCESS, int(thread), nice)
+
+    def move_cores(self, moves: Mapping[int, int]) -> None:
+        """Threads that are bound to one core go to another one."""
+        for process in self.tree.members:
+            with contextlib.suppress(OSError):
+                for thread in os.listdir(f"/proc/{process.pid}/task"):
+                    bound = os.sched_getaffinity(int(thread))
+                    if len(bound) == 1 and (core := next(iter(bound))) in moves:
+                        os.sched_setaffinity(int(thread), {moves[core]})
 
     def last_lines(self, count: int = config.LOG_LINES_SHOWN) -> list[str]:
         """The end of the engine's log."""

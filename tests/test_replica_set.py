@@ -1,0 +1,277 @@
+"""serving/replica.py, replica_set.py, watch.py with real processes that look like vLLM from outside.
+
+Invariants: a death is noticed within 100 ms and a stop within 150 ms; a failed engine is sealed, then dead with all its processes, before
+another serves; a standby takes over at once and is itself replaced; what cannot start is given up loudly; nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from concordia import config
+from concordia.errors import ReplicaError, UsageError
+from concordia.recovery.fault import Fault, FaultKind
+from concordia.serving.engine_flags import EngineFlags
+from concordia.serving.engine_spec import EngineSpec
+from concordia.serving.process_tree import SHARED_MEMORY, become_subreaper, read_process
+from concordia.serving.replica import MOVES, Replica, State
+from concordia.serving.replica_set import ReplicaSet
+from concordia.serving.resources import Share
+
+STAND_IN = pathlib.Path(__file__).with_name("stand_in_engine.py")
+BOUND_S = 30.0
+
+
+class Journal:
+    """Notes in which order the owner was asked, and who was alive when."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+        self.sessions: dict[int, int] = {}
+        self.alive_at_release: list[bool] = []
+
+    def register_replica(self, replica: int, *, session_id: int) -> None:
+        self.sessions[replica] = session_id
+        self.calls.append(("register", replica))
+
+    def seal_replica(self, replica: int) -> dict[int, int]:
+        self.calls.append(("seal", replica))
+        return {}
+
+    def release_replica(self, replica: int) -> bool:
+        self.alive_at_release.append(is_alive(self.sessions[replica]))
+        self.calls.append(("release", replica))
+        return True
+
+
+class Stage:
+    """A replica set of stand-ins, with what it told."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+        self.journal = Journal()
+        self.faults: list[Fault] = []
+        self.set: ReplicaSet | None = None
+
+    def make(self, replicas: int, standbys: int) -> ReplicaSet:
+        run = self.folder / "run"
+        run.mkdir()
+        spec = EngineSpec(
+            model="stand-in",
+            flags=EngineFlags(()),
+            folder=run,
+            api_key="key",
+            stand_in=(sys.executable, str(STAND_IN), str(self.folder)),
+        )
+        shares = [Share({}, ()) for _ in range(replicas + standbys)]
+        self.set = ReplicaSet(
+            spec, shares, replicas=replicas, standbys=standbys, journal=self.journal
+        )
+        self.set.subscribe(self.faults.append)
+        return self.set
+
+    def names(self) -> list[str]:
+        """Shared memory of the engines that is still there."""
+        names = [p.read_text().lstrip("/") for p in self.folder.glob("shared-*")]
+        return [name for name in names if (SHARED_MEMORY / name).exists()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def subreaper() -> None:
+    become_subreaper()
+
+
+@pytest.fixture
+def stage(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Stage]:
+    monkeypatch.setattr(config, "STANDBY_DELAY_S", 0.2)
+    monkeypatch.setattr(config, "START_PAUSE_S", 0.05)
+    monkeypatch.setattr(config, "KEEP_PERIOD_S", 0.2)
+    stage = Stage(tmp_path_factory.mktemp("s"))
+    yield stage
+    if stage.set is not None:
+        sessions = list(stage.journal.sessions.values())
+        for name in ("mute", "unhealthy"):
+            (stage.folder / name).unlink(missing_ok=True)
+        stage.set.stop()
+        assert [s for s in sessions if is_alive(s)] == []
+        assert stage.names() == []
+        assert list((stage.folder / "run").iterdir()) == []
+
+
+def is_alive(pid: int) -> bool:
+    process = read_process(pid)
+    return process is not None and process.is_alive
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + BOUND_S
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {BOUND_S} s: {what}"
+        os.sched_yield()
+
+
+def member(replica: Replica, name: str) -> int:
+    return next(p.pid for p in replica.tree.refresh() if p.name.startswith(name))
+
+
+def test_states_only_move_as_the_table_says_when_asked() -> None:
+    assert set(MOVES) == set(State)
+    assert MOVES[State.DEAD] == frozenset()
+    assert all(State.FENCING in MOVES[s] for s in (State.STARTING, State.STANDBY, State.READY))
+
+
+@pytest.mark.parametrize(
+    ("victim", "number", "kind", "bound_ms"),
+    [
+        ("VLLM::EngineCor", signal.SIGKILL, FaultKind.PROCESS_DEATH, 100),
+        ("VLLM::Worker", signal.SIGKILL, FaultKind.PROCESS_DEATH, 100),
+        ("python", signal.SIGKILL, FaultKind.PROCESS_DEATH, 100),
+        ("VLLM::Worker", signal.SIGSTOP, FaultKind.PROCESS_STOPPED, 150),
+    ],
+)
+def test_standby_serves_at_once_when_a_process_is_hit(
+    stage: Stage, victim: str, number: signal.Signals, kind: FaultKind, bound_ms: float
+) -> None:
+    replicas = stage.make(1, 1)
+    replicas.start(timeout_s=BOUND_S)
+    wait_for(lambda: replicas.standbys, "a standby")
+    failed, standby = replicas.active[0], replicas.standbys[0]
+    wait_for(lambda: (SHARED_MEMORY / stage.names()[0]).exists(), "shared memory")
+    helpers = failed.tree.helpers()
+    members = [p.pid for p in failed.tree.refresh() if p not in helpers]
+    pid = failed.session_id if victim == "python" else member(failed, victim)
+    hit_ns = time.monotonic_ns()
+    os.kill(pid, number)
+    wait_for(lambda: stage.faults, "the fault")
+    fault = stage.faults[0]
+    promoted = replicas.fail_over(failed, fault)
+    replaced_ms = (time.monotonic_ns() - hit_ns) / 1e6
+    assert promoted is standby
+    assert promoted in replicas.active
+    assert failed not in replicas.active
+    assert (fault.kind, fault.replica, fault.pid) == (kind, failed.incarnation, pid)
+    assert (fault.detected_ns - hit_ns) / 1e6 < bound_ms
+    assert replaced_ms < 1500
+    assert [p for p in members if is_alive(p)] == []
+    ordered = [name for name, replica in stage.journal.calls if replica == failed.incarnation]
+    assert ordered == ["register", "seal", "release"]
+    assert stage.journal.alive_at_release == [False]
+    wait_for(lambda: len(replicas.standbys) == 1, "a new standby")
+    wait_for(lambda: not failed.folder.exists(), "the folder gone")
+    assert replicas.fail_over(failed, fault) is promoted
+    assert len(stage.faults) == 1
+
+
+def test_standby_is_replaced_when_it_dies(stage: Stage) -> None:
+    replicas = stage.make(1, 1)
+    replicas.start(timeout_s=BOUND_S)
+    wait_for(lambda: replicas.standbys, "a standby")
+    active, standby = replicas.active[0], replicas.standbys[0]
+    os.kill(member(standby, "VLLM::EngineCor"), signal.SIGKILL)
+    wait_for(lambda: replicas.standbys and replicas.standbys[0] is not standby, "another standby")
+    assert replicas.active == [active]
+    assert [f.replica for f in stage.faults] == [standby.incarnation]
+
+
+def test_new_engine_serves_when_there_is_no_standby(stage: Stage) -> None:
+    replicas = stage.make(1, 0)
+    replicas.start(timeout_s=BOUND_S)
+    failed = replicas.active[0]
+    os.kill(failed.session_id, signal.SIGKILL)
+    wait_for(lambda: stage.faults, "the fault")
+    promoted = replicas.fail_over(failed, stage.faults[0])
+    assert promoted is not failed
+    assert replicas.active == [promoted]
+
+
+def test_each_gets_its_own_replacement_when_two_fail_together(stage: Stage) -> None:
+    replicas = stage.make(2, 1)
+    replicas.start(timeout_s=BOUND_S)
+    failed = replicas.active
+    for replica in failed:
+        os.kill(member(replica, "VLLM::EngineCor"), signal.SIGKILL)
+    wait_for(lambda: len(stage.faults) == 2, "both faults")
+    promoted = [replicas.fail_over(r, stage.faults[0]) for r in failed]
+    assert len({r.incarnation for r in (*failed, *promoted)}) == 4
+    wait_for(lambda: len(replicas.standbys) == 1, "a new standby")
+
+
+def test_successor_is_replaced_too_when_it_dies_during_the_failover(stage: Stage) -> None:
+    replicas = stage.make(1, 1)
+    replicas.start(timeout_s=BOUND_S)
+    wait_for(lambda: replicas.standbys, "a standby")
+    first, second = replicas.active[0], replicas.standbys[0]
+    os.kill(first.session_id, signal.SIGKILL)
+    os.kill(second.session_id, signal.SIGKILL)
+    wait_for(lambda: replicas.active and replicas.active[0] not in (first, second), "a third")
+    assert {f.replica for f in stage.faults} == {first.incarnation, second.incarnation}
+
+
+@pytest.mark.parametrize(("status", "is_fault"), [("unhealthy", True), (None, False)])
+def test_report_is_a_fault_only_when_the_engine_is_unhealthy(
+    stage: Stage, status: str | None, is_fault: bool
+) -> None:
+    replicas = stage.make(1, 1)
+    replicas.start(timeout_s=BOUND_S)
+    wait_for(lambda: replicas.standbys, "a standby")
+    active = replicas.active[0]
+    if status:
+        (stage.folder / status).touch()
+    replicas.report_fault(active, FaultKind.ENGINE_ERROR, "an answer broke off")
+    assert any(f.replica == active.incarnation for f in stage.faults) == is_fault
+    if status:
+        (stage.folder / status).unlink()
+        wait_for(lambda: replicas.active, "one that serves")
+
+
+@pytest.mark.parametrize(
+    ("mode", "error", "words"),
+    [
+        ("refuse", ReplicaError, "ValueError: no such weights"),
+        ("exit2", UsageError, "unrecognized arguments: --wrong"),
+    ],
+)
+def test_start_ends_with_the_engines_own_words_when_it_fails(
+    stage: Stage, mode: str, error: type[Exception], words: str
+) -> None:
+    (stage.folder / mode).touch()
+    replicas = stage.make(1, 0)
+    with pytest.raises(error, match=words):
+        replicas.start(timeout_s=BOUND_S)
+
+
+def test_standby_is_given_up_when_it_fails_again_and_again(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "START_ATTEMPTS_MAX", 3)
+    monkeypatch.setattr(config, "START_PAUSE_MAX_S", 0.1)
+    replicas = stage.make(1, 1)
+    replicas.start(timeout_s=BOUND_S)
+    wait_for(lambda: replicas.standbys, "a standby")
+    active = replicas.active[0]
+    (stage.folder / "refuse").touch()
+    os.kill(replicas.standbys[0].session_id, signal.SIGKILL)
+    wait_for(lambda: replicas._failures >= 3, "three failures")
+    launched = replicas._launched
+    wait_for(lambda: len(replicas.replicas) == 1, "only the active one")
+    assert replicas.active == [active]
+    (stage.folder / "refuse").unlink()
+    os.kill(active.session_id, signal.SIGKILL)
+    wait_for(lambda: replicas.active and replicas.active[0] is not active, "a successor")
+    assert replicas._launched > launched
+
+
+def test_nothing_is_left_when_stopped_while_engines_start(stage: Stage) -> None:
+    (stage.folder / "mute").touch()
+    replicas = stage.make(1, 1)
+    with pytest.raises(ReplicaError, match="not ready"):
+        replicas.start(timeout_s=1.5)
