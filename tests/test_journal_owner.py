@@ -533,6 +533,37 @@ def test_tools_show_what_is_there_when_the_owner_lives_and_when_it_is_dead(journ
         assert (report.exit_code, len(report.torn), report.records) == (0, 1, 19)
 
 
+def test_pool_lies_elsewhere_and_is_removed_when_another_place_is_named(journal: Path, tmp_path: Path) -> None:
+    place = tmp_path / "elsewhere"
+    spawn_owner(journal, size_bytes=SIZE, segment_bytes=SEGMENT, linger_s=60.0, pool=place)
+    assert place.stat().st_size == SIZE
+    assert place.stat().st_mode & 0o777 == 0o600
+    with JournalClient.connect(journal) as client:
+        _, writer = open_rank(client)
+        writer.append(Entry(abi.KIND_KV_TAIL, 1, 1, 0, 1), b"token")
+        assert client.committed(1) == 1
+        assert verify(journal).records == 1
+        client.shutdown()
+    await_true(lambda: not journal.exists() and not place.exists(), "both are removed")
+
+
+def test_pool_on_a_device_is_mapped_when_mmap_takes_it(tmp_path: Path) -> None:
+    link = tmp_path / "pool"
+    link.symlink_to("/dev/zero")  # a character device, as devdax is
+    pool = segment.Pool.create(link, size=4 * SEGMENT, segment_bytes=SEGMENT)
+    pool.view[5 * 1000] = 7
+    assert (pool.segment_count, pool.view[5 * 1000], pool.is_marked_free(3)) == (4, 7, True)
+    pool.close()
+
+
+def test_owner_does_not_wait_for_a_process_when_it_has_closed_its_streams(journal: Path) -> None:
+    owner = start(journal, linger_s=0.2)
+    with JournalClient.connect(journal) as client:
+        opened, _ = open_rank(client)
+        opened.close()
+    await_true(lambda: not fence.is_alive(owner), "the owner ends although this process lives")
+
+
 def test_client_says_so_when_it_is_used_after_fork(journal: Path) -> None:
     start(journal)
     with JournalClient.connect(journal) as client:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -85,7 +86,9 @@ class SharedFile(Mapping):
         """Map an existing file; `size` is what it must have at least."""
         descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         try:
-            found = os.fstat(descriptor).st_size
+            state = os.fstat(descriptor)
+            # A device (devdax) has no size of its own: mmap refuses what it cannot hold.
+            found = size or 0 if stat.S_ISCHR(state.st_mode) else state.st_size
             wanted = found if size is None else size
             if found < wanted or wanted == 0:
                 raise EnvironmentRefused(f"{path} has {found} bytes, {wanted} are wanted")

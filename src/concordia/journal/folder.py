@@ -64,6 +64,8 @@ class Folder:
 
     def clear(self) -> None:
         """Unlink what holds data or answers; what is not there is no error."""
+        if self.pool.is_symlink() and self.pool.is_file():
+            self.pool.resolve().unlink()  # a file that we made elsewhere, on hugetlbfs for instance
         for file in (self.socket, self.pool, self.board):
             file.unlink(missing_ok=True)
 

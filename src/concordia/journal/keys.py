@@ -43,6 +43,7 @@ class KeyTable:
         self._idle: OrderedDict[tuple[Group, int], None] = OrderedDict()  # used longest ago first
         self._condemned: OrderedDict[tuple[Group, int], float] = OrderedDict()  # since when
         self._places: dict[Held, tuple[Group, int]] = {}
+        self._known: dict[Group, dict[int, None]] = {}  # complete and not condemned, in order of arrival
 
     def enter(self, group: Group, key: int, block: Held, naming: Held) -> None:
         """This record holds the block of this key for its rank; the first of a replica stays."""
@@ -54,8 +55,11 @@ class KeyTable:
         self._ledger.use(naming)
         ranks[block.source.rank] = block, naming
         self._places[block] = group, key
-        if key not in self._references and (group, key) not in self._condemned:
+        if (group, key) in self._condemned:
+            return
+        if key not in self._references:
             self._idle[group, key] = None
+        self._tell(group, key)
 
     def replace(self, old: Held, new: Held) -> None:
         """A later record of the same block took the place of an earlier one."""
@@ -102,16 +106,13 @@ class KeyTable:
 
     def known(self, group: Group) -> list[int]:
         """Keys of which every rank has the block, and which are not about to go."""
-        return [
-            key
-            for key in self._blocks.get(group, {})
-            if (group, key) not in self._condemned and self.complete(group, key)
-        ]
+        return list(self._known.get(group, ()))
 
     def touch(self, group: Group, key: int) -> None:
         """The block was of use just now."""
         if self._condemned.pop((group, key), None) is not None:
             self._idle[group, key] = None
+            self._tell(group, key)
         elif (group, key) in self._idle:
             self._idle.move_to_end((group, key))
 
@@ -121,7 +122,8 @@ class KeyTable:
         if self._references[key] == 1:
             for group in self._blocks:
                 self._idle.pop((group, key), None)
-                self._condemned.pop((group, key), None)
+                if self._condemned.pop((group, key), None) is not None:
+                    self._tell(group, key)
 
     def unrefer(self, key: int) -> None:
         """A live request less has it; without any it ages."""
@@ -144,6 +146,7 @@ class KeyTable:
             return 0
         name, _ = self._idle.popitem(last=False)
         self._condemned[name] = now
+        self._known.get(name[0], {}).pop(name[1], None)
         return self._size(name)
 
     def condemned_bytes(self) -> int:
@@ -166,6 +169,7 @@ class KeyTable:
         keyed = self._blocks[group].pop(key)
         self._idle.pop((group, key), None)
         self._condemned.pop((group, key), None)
+        self._known.get(group, {}).pop(key, None)
         for ranks in keyed.pieces.values():
             for block, naming in ranks.values():
                 del self._places[block]
@@ -176,6 +180,11 @@ class KeyTable:
         """Blocks with a key, and those that no live request refers to."""
         idle = len(self._idle) + len(self._condemned)
         return {"blocks": sum(map(len, self._blocks.values())), "idle_blocks": idle}
+
+    def _tell(self, group: Group, key: int) -> None:
+        """Let engines know of the block, if every rank has it."""
+        if key not in self._known.setdefault(group, {}) and self.complete(group, key):
+            self._known[group][key] = None
 
     def _size(self, name: tuple[Group, int]) -> int:
         keyed = self._blocks[name[0]][name[1]]

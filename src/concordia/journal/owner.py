@@ -103,6 +103,8 @@ class Owner:
             self._slow_at = now + _SLOW_ROUND_S
             self.streams.index.drop_superseded()
             self.streams.give_back_empty()
+            self.streams.calm()
+            self._unwatch()
             if self._is_attached():
                 self._idle_since = now
             elif now - self._idle_since >= self._linger_s:
@@ -116,6 +118,17 @@ class Owner:
     def _pause_s(self) -> float:
         open_count = sum(not stream.is_sealed for stream in self.streams.by_slot.values())
         return config.OWNER_POLL_S if open_count or self.replicas.is_fencing else 0.1
+
+    def _unwatch(self) -> None:
+        """A process that closed its streams and has no replica need not be waited for."""
+        needed = self.replicas.routers()
+        for stream in self.streams.by_slot.values():
+            if not stream.is_released:
+                needed.add((stream.identity.writer_pid, stream.identity.writer_start))
+        for name in self._watched.keys() - needed:
+            descriptor = self._watched.pop(name)
+            self._selector.unregister(descriptor)
+            os.close(descriptor)
 
     def _is_attached(self) -> bool:
         return bool(self.desk.peers or self._watched or self.replicas.is_fencing)

@@ -52,11 +52,14 @@ class Pool:
 
     @staticmethod
     def create(path: Path, *, size: int, segment_bytes: int) -> Pool:
-        """Allocate and map a new pool; `path` may also be an existing devdax device or a link to one."""
-        if not path.is_symlink() and not path.exists():
-            _allocate(path, size)
+        """Allocate and map a new pool; `path` may be a link to a file elsewhere or to a devdax device."""
+        if not path.exists():
+            _allocate(path.resolve(), size)
         _check_pool(path, size)
-        return Pool(path, size=size, segment_bytes=segment_bytes, writable=True)
+        pool = Pool(path, size=size, segment_bytes=segment_bytes, writable=True)
+        for segment in range(pool.segment_count):
+            pool.mark_free(segment)  # a device still has what it had before
+        return pool
 
     @staticmethod
     def attach(path: Path, *, size: int, segment_bytes: int, writable: bool = False) -> Pool:
@@ -211,7 +214,7 @@ def _allocate(path: Path, size: int) -> None:
 
 def _check_pool(path: Path, size: int) -> None:
     """A private file of exactly `size` bytes, or a device that this process may open."""
-    link = path.is_symlink()  # our own folder is private, so a link in it was put there by this user
+    link = path.is_symlink()  # our folder is private, so a link in it was put there by this user
     found = path.stat() if link else folder.check_file(path)
     if stat.S_ISCHR(found.st_mode):
         return

@@ -39,6 +39,7 @@ class Stream:
         self.end = End.OPEN
         self.ahead = 1  # segments to keep lent beyond what was taken
         self.dropped_seen = 0
+        self.dropped_told = 0.0  # when
         self.hint_seen = -1
         self.late_since = 0.0  # since when the count is ahead of what can be read
         self.writer: StreamWriter | None = None  # the cleaner's own streams
@@ -145,6 +146,11 @@ class Streams:
                 return
             self._lend_one(stream, lent)
             lent += 1
+
+    def calm(self) -> None:
+        """Half of what a hasty writer was lent ahead is enough once it is calm again."""
+        for stream in self.by_slot.values():
+            stream.ahead = max(1, stream.ahead // 2)
 
     def scan_all(self) -> int:
         """Read what every stream has committed since; the number of records."""
@@ -281,7 +287,9 @@ class Streams:
 
     def _note_losses(self, stream: Stream) -> None:
         dropped = stream.control.dropped_count
-        if dropped > stream.dropped_seen:
+        now = time.monotonic()
+        if dropped > stream.dropped_seen and now - stream.dropped_told >= config.LOSS_EVENT_S:
+            stream.dropped_told = now
             self.index.note(
                 {
                     "event": "full",
