@@ -25,26 +25,24 @@ BUILDS = {
 }
 
 
-def build(folder: Path, name: str) -> Path:
-    binary = folder / f"ring_stress_{name}"
-    flags = [flag for flag in FLAGS if flag not in ("-shared", "-O3", "-fvisibility=hidden")]
-    command = [
-        "g++",
-        *flags,
-        "-Werror",
-        "-O2",
-        "-g",
-        *BUILDS[name],
-        f"-I{KERNELS}",
-        str(SOURCE),
-        "-o",
-        str(binary),
-        "-pthread",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+NATIVE = [flag for flag in FLAGS if flag not in ("-shared", "-O3", "-fvisibility=hidden")] + [
+    "-Werror",
+    f"-I{KERNELS}",
+]
+
+
+def compile_with(words: list[str], name: str) -> None:
+    done = subprocess.run(["g++", *words], capture_output=True, text=True, timeout=120, check=False)
     if "cannot find" in done.stderr and "san" in done.stderr:
         pytest.skip(f"this compiler has no runtime for {BUILDS[name][0]}")
     assert done.returncode == 0, done.stderr
+
+
+def build(folder: Path, name: str) -> Path:
+    binary = folder / f"ring_stress_{name}"
+    compile_with(
+        [*NATIVE, "-O2", "-g", *BUILDS[name], str(SOURCE), "-o", str(binary), "-pthread"], name
+    )
     return binary
 
 
@@ -85,3 +83,56 @@ def test_no_task_waits_alone_when_the_executor_leaves_at_that_moment(
     figures = run(stress[1], tasks, lanes=1, slots=64, how="turns")
     # Some found it inside and some had to wake it, unless the machine is so busy that it always had time to leave.
     assert 0 < figures["launches"] <= tasks + 1
+
+
+KV = {
+    "LAYERS": 2, "HEADS": 2, "ELEMENT_BYTES": 2, "BLOCK_TOKENS": 16, "BLOCK_BYTES": 4096, "BLOCK_STRIDE": 4096,
+    "KEY_DIM": 32, "KEY_OFFSET": 0, "KEY_HEAD_STRIDE": 2048, "KEY_TOKEN_STRIDE": 2, "KEY_ELEMENT_STRIDE": 32,
+    "VALUE_DIM": 32, "VALUE_OFFSET": 1024, "VALUE_HEAD_STRIDE": 2048, "VALUE_TOKEN_STRIDE": 64, "VALUE_ELEMENT_STRIDE": 2,
+}  # fmt: skip
+HANDLERS = ("kv_append", "kv_apply", "kv_hash", "bytes_append", "page_scan")
+
+
+@pytest.mark.parametrize("is_device", [0, 1], ids=["cpu-shape", "gpu-shape"])
+@pytest.mark.parametrize("name", ["thread", "address"])
+def test_lanes_do_not_race_when_four_run_a_handler(
+    tmp_path: Path, name: str, is_device: int
+) -> None:
+    flags = [
+        *NATIVE,
+        "-O1",
+        "-g",
+        *BUILDS[name],
+        f"-DCONCORDIA_DEVICE_SHAPE={is_device}",
+        "-DPAGE_BYTES=8192",
+    ]
+    flags += [f"-DKV_{key}={value}" for key, value in KV.items()]
+    objects = []
+    for handler in HANDLERS:
+        objects.append(str(tmp_path / f"{handler}.o"))
+        # Every handler has these two names; other ones let all of them into one program.
+        renamed = [
+            f"-Dconcordia_handler={handler}_handler",
+            f"-Dconcordia_handler_abi={handler}_abi",
+        ]
+        compile_with(
+            [
+                *flags,
+                *renamed,
+                "-x",
+                "c++",
+                "-c",
+                str(KERNELS / f"{handler}.cu"),
+                "-o",
+                objects[-1],
+            ],
+            name,
+        )
+    binary = tmp_path / "lanes"
+    compile_with(
+        [*flags, str(SOURCE.with_name("lanes.cpp")), *objects, "-o", str(binary), "-pthread"], name
+    )
+    keep = {"ASAN_OPTIONS": "detect_leaks=0"}  # its memory lives as long as the program
+    done = subprocess.run([str(binary)], capture_output=True, text=True, timeout=120, check=False, env=keep)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads(done.stdout) == {"records": 3 + 5 + 9 + 2}

@@ -38,6 +38,7 @@ FLAGS: Final = (
     "-fno-rtti",
     "-Wall",
     "-Wextra",
+    "-Wno-unknown-pragmas",  # some are for the GPU's compiler alone
     "-Wno-psabi",  # vectors wider than the processor's are split, and never cross a call
 )
 LOG_BYTES_MAX: Final = 4000

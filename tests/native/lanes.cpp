@@ -1,0 +1,195 @@
+// Every handler with four lanes, to be built with ThreadSanitizer or AddressSanitizer: a missing barrier is a race here, a wrong index
+// an access out of bounds. Checks that appended bytes come back through kv_apply, and that hashes agree; layouts are for test_handlers.py.
+//
+// The handlers are compiled as files of their own, with their symbols renamed to <name>_handler; KV_* and PAGE_BYTES as for them.
+#include "host.cpp"
+#include "kv.h"
+
+#include <stdio.h>
+#include <vector>
+
+extern "C" {
+void kv_append_handler(Call*, uint64_t);
+void kv_apply_handler(Call*, uint64_t);
+void kv_hash_handler(Call*, uint64_t);
+void bytes_append_handler(Call*, uint64_t);
+void page_scan_handler(Call*, uint64_t);
+}
+
+constexpr uint64_t kBlocks = 5, kPages = 9, kSegments = 6, kSegmentBytes = 1 << 20, kStage = 1 << 20, kSlots = 64, kMarks = 4;
+
+static void fail(const char* reason, uint64_t a, uint64_t b) {
+  fprintf(stderr, "lanes: %s (%lu, %lu)\n", reason, a, b);
+  _Exit(1);
+}
+
+template <class T>
+static T* zeroed(uint64_t bytes) {
+  void* found = aligned_alloc(128, align_up(bytes, 128));
+  memset(found, 0, align_up(bytes, 128));
+  return static_cast<T*>(found);
+}
+
+static RingHeader* ring;
+static Host* host;
+
+static Completion run(Task task, const std::vector<uint32_t>& ids, const void* payload_ptr, uint64_t payload_bytes) {
+  uint64_t position;
+  if (concordia_submit(ring, host, &task, ids.data(), ids.size(), payload_ptr, payload_bytes, &position) != kSubmitted) fail("refused", task.opcode, 0);
+  Completion found;
+  if (concordia_wait(ring, position, 60ull * 1000000000u, &found) != kDone) fail("never done", position, task.opcode);
+  return found;
+}
+
+// A reader beside the writer, as in another process: once the commit word is there, header and payload must be.
+constexpr uint64_t kRecords = 3 + 5 + kPages + 2, kSalt = 1000;
+struct Expected {
+  uint8_t* header;
+  uint64_t payload_bytes;
+};
+static Expected expected[kRecords];
+static uint64_t expected_count, end_of_records;
+
+static void expect_record(const uint8_t* pool, uint64_t payload_bytes) {
+  expected[expected_count] = {const_cast<uint8_t*>(pool) + end_of_records, payload_bytes};
+  end_of_records += record_bytes(payload_bytes);
+  __atomic_store_n(&expected_count, expected_count + 1, __ATOMIC_RELEASE);
+}
+
+static void* read_records(void*) {
+  for (uint64_t i = 0; i < kRecords; ++i) {
+    while (__atomic_load_n(&expected_count, __ATOMIC_ACQUIRE) <= i) sched_yield();
+    uint8_t* payload = expected[i].header + sizeof(RecordHeader);
+    const uint64_t* commit = reinterpret_cast<const uint64_t*>(payload + align_up(expected[i].payload_bytes, kLineBytes));
+    while (load<kAcquire, kSystem>(commit) != (kSalt ^ ((i + 1) * kCommitMultiplier))) sched_yield();
+    RecordHeader header;
+    memcpy(&header, expected[i].header, sizeof(header));
+    if (header.sequence != i || header.payload_bytes != expected[i].payload_bytes) fail("committed without its header", i, header.sequence);
+    uint64_t hash[2], digests[64] = {};
+    uint8_t leaf[kLeafBytes];
+    for (uint64_t at = 0, n = 0; at < header.payload_bytes; at += kLeafBytes, ++n) {
+      memset(leaf, 0, sizeof(leaf));
+      memcpy(leaf, payload + at, smaller(kLeafBytes, header.payload_bytes - at));
+      hash_long(leaf, kLeafBytes, digests + 2 * n);
+    }
+    hash_long(reinterpret_cast<uint8_t*>(digests), root_bytes(leaf_count(header.payload_bytes)), hash);
+    if (memcmp(hash, header.payload_hash, 16) != 0) fail("committed without its payload", i, header.payload_bytes);
+  }
+  return nullptr;
+}
+
+int main() {
+  ring = zeroed<RingHeader>(sizeof(RingHeader));
+  ring->slot_count = kSlots;
+  ring->completion_count = kSlots * 8;
+  ring->slots = reinterpret_cast<uint64_t>(zeroed<Task>(kSlots * sizeof(Task)));
+  ring->completions = reinterpret_cast<uint64_t>(zeroed<Completion>(kSlots * 8 * sizeof(Completion)));
+  ring->arena_bytes = kSlots * 2048;
+  ring->arena = reinterpret_cast<uint64_t>(zeroed<uint8_t>(ring->arena_bytes));
+  ring->lease_ns = 10000000;
+  ring->idle_ns = 20000;
+  uint64_t* table = zeroed<uint64_t>(kOperatorCapacity * 8);
+  ring->operators = reinterpret_cast<uint64_t>(table);
+
+  std::vector<uint8_t*> layers;
+  for (uint64_t layer = 0; layer < kLayers; ++layer) {
+    layers.push_back(zeroed<uint8_t>(kBlocks * kBlockStride));
+    for (uint64_t i = 0; i < kBlocks * kBlockStride; ++i) layers[layer][i] = (uint8_t)(i * 31 + i / 251 + layer);
+  }
+  uint8_t* pages = zeroed<uint8_t>(kPages * PAGE_BYTES);
+  Region kv = {}, opaque = {};
+  kv.bases = reinterpret_cast<uint64_t>(layers.data());
+  kv.base_count = kLayers;
+  kv.block_count = kBlocks;
+  uint64_t page_base = reinterpret_cast<uint64_t>(pages);
+  opaque.bases = reinterpret_cast<uint64_t>(&page_base);
+  opaque.base_count = 1;
+  opaque.block_count = kPages;
+  opaque.page_hashes = reinterpret_cast<uint64_t>(zeroed<uint64_t>(16 * kPages));
+  const HandlerFunction handlers[] = {nullptr, kv_append_handler, kv_apply_handler, kv_hash_handler, bytes_append_handler, page_scan_handler};
+  Operator operators[6] = {};
+  for (uint64_t i = 1; i < 6; ++i) {
+    operators[i].function = reinterpret_cast<uint64_t>(handlers[i]);
+    operators[i].region = i < 4 ? reinterpret_cast<uint64_t>(&kv) : i == 5 ? reinterpret_cast<uint64_t>(&opaque) : 0;
+    concordia_publish_operator(ring, i, reinterpret_cast<uint64_t>(&operators[i]), i);
+  }
+
+  StreamControl* control = zeroed<StreamControl>(sizeof(StreamControl));
+  for (uint64_t i = 0; i < kSegments; ++i) {
+    control->lent[2 * i] = i | i << 32;
+    control->lent[2 * i + 1] = kSalt + i;
+  }
+  control->lent_count = kSegments;
+  ExecutorPlan plan = {};
+  plan.ring = reinterpret_cast<uint64_t>(ring);
+  plan.pool = reinterpret_cast<uint64_t>(zeroed<uint8_t>(kSegments * kSegmentBytes));
+  plan.pool_bytes = kSegments * kSegmentBytes;
+  plan.segment_bytes = kSegmentBytes;
+  plan.control = reinterpret_cast<uint64_t>(control);
+  plan.stage = reinterpret_cast<uint64_t>(zeroed<uint8_t>(kStage));
+  plan.stage_bytes = kStage;
+  plan.sums = reinterpret_cast<uint64_t>(zeroed<uint8_t>(kStage / kLeafBytes * 64));
+  plan.digest_bytes = kStage / kLeafBytes * 16 + kRootBytesMin + kMarks * kRootBytesMin;
+  plan.digests = reinterpret_cast<uint64_t>(zeroed<uint8_t>(plan.digest_bytes));
+  plan.marks = reinterpret_cast<uint64_t>(zeroed<uint64_t>(kMarks * 8));
+  plan.mark_count = kMarks;
+  plan.lanes = 4;
+  const uint8_t* pool = reinterpret_cast<const uint8_t*>(plan.pool);
+  end_of_records = sizeof(SegmentHeader);
+  pthread_t reader;
+  pthread_create(&reader, nullptr, read_records, nullptr);
+  host = concordia_open(&plan);
+  if (host == nullptr) fail("no executor", 0, 0);
+
+  struct { uint32_t kind, start, end; std::vector<uint32_t> ids; } ranges[] = {
+      {kKindKvTail, 1, 2, {3}}, {kKindKvTail, kBlockTokens - 1, 2 * kBlockTokens + 1, {4, 0, 2}}, {kKindKvBlock, 0, 2 * kBlockTokens, {1, 3}},
+  };
+  for (auto& range : ranges) {
+    Task task = {};
+    task.kind = kTaskAppend;
+    task.record_kind = range.kind;
+    task.token_start = range.start;
+    task.token_end = range.end;
+    task.opcode = 3;
+    const Completion hashed = run(task, range.ids, nullptr, 0);
+    task.opcode = 1;
+    const uint64_t tokens = range.end - range.start, at = end_of_records;
+    const uint64_t bytes = range.kind == kKindKvTail ? kLayers * tokens * kTokenBytes : kLayers * kBlockBytes * range.ids.size();
+    expect_record(pool, bytes);
+    const Completion appended = run(task, range.ids, nullptr, 0);
+    if (appended.status != kStatusOk || memcmp(appended.payload_hash, hashed.payload_hash, 16) != 0) fail("append", appended.status, at);
+    for (uint8_t* layer : layers) memset(layer, 0, kBlocks * kBlockStride);
+    task.opcode = 2;
+    task.source = plan.pool + at + sizeof(RecordHeader);
+    task.source_bytes = bytes;
+    memcpy(task.key, appended.payload_hash, 16);
+    if (run(task, range.ids, nullptr, 0).status != kStatusOk) fail("apply", range.kind, bytes);
+    task.opcode = 3;
+    if (memcmp(run(task, range.ids, nullptr, 0).payload_hash, appended.payload_hash, 16) != 0) fail("what was applied is not what was appended", bytes, 0);
+    for (uint64_t layer = 0; layer < kLayers; ++layer)
+      for (uint64_t i = 0; i < kBlocks * kBlockStride; ++i) layers[layer][i] = (uint8_t)(i * 31 + i / 251 + layer);
+  }
+  uint8_t payload[5000];
+  for (uint64_t size = 0; size <= sizeof(payload); size += 1250) {
+    memset(payload, (int)size, sizeof(payload));
+    Task task = {};
+    task.opcode = 4;
+    task.kind = kTaskAppend;
+    expect_record(pool, size);
+    if (run(task, {}, payload, size).status != kStatusOk) fail("bytes", size, 0);
+  }
+  for (uint64_t round = 0; round < 3; ++round) {
+    Task task = {};
+    task.opcode = 5;
+    task.kind = kTaskCheckpoint;
+    task.token_end = kPages;
+    pages[round * PAGE_BYTES] += round != 0;
+    for (uint64_t page = 0; page < (round == 0 ? kPages : 1); ++page) expect_record(pool, PAGE_BYTES);
+    const Completion scanned = run(task, {}, nullptr, 0);
+    if (scanned.status != kStatusOk || scanned.result != (round == 0 ? kPages : 1)) fail("scan", scanned.status, scanned.result);
+  }
+  pthread_join(reader, nullptr);
+  if (!concordia_close(host, 60ull * 1000000000u)) fail("the executor did not end", 0, 0);
+  printf("{\"records\": %lu}\n", control->committed_count);
+  return 0;  // what was allocated lives as long as the program
+}
