@@ -35,7 +35,7 @@ def main(folder: str, role: str) -> None:
     if role == "worker":
         title("VLLM::Worker")
         block = shared_memory.SharedMemory(create=True, size=1 << 16)
-        (place / f"shared-{os.getpid()}").write_text(block.name)
+        (place / f"shared-{os.environ['LEADER']}").write_text(block.name)
         wait_for_ever()
     if role == "core":
         title("VLLM::EngineCor")
@@ -49,9 +49,9 @@ def main(folder: str, role: str) -> None:
     if (place / "exit2").exists():
         print("usage: api_server.py\napi_server.py: error: unrecognized arguments: --wrong")
         sys.exit(2)
-    before = set(place.glob("shared-*"))
+    os.environ["LEADER"] = str(os.getpid())
     child(folder, "core")
-    while set(place.glob("shared-*")) == before:
+    while not (place / f"shared-{os.getpid()}").exists():
         time.sleep(0.005)
     serve(place, int(role))
 

@@ -146,8 +146,8 @@ def test_standby_serves_at_once_when_a_process_is_hit(
     wait_for(lambda: replicas.standbys, "a standby")
     failed, standby = replicas.active[0], replicas.standbys[0]
     wait_for(lambda: (SHARED_MEMORY / stage.names()[0]).exists(), "shared memory")
-    helpers = failed.tree.helpers()
-    members = [p.pid for p in failed.tree.refresh() if p not in helpers]
+    helpers = {p.pid for p in failed.tree.helpers()}
+    members = [p.pid for p in failed.tree.refresh() if p.pid not in helpers]
     pid = failed.session_id if victim == "python" else member(failed, victim)
     hit_ns = time.monotonic_ns()
     os.kill(pid, number)

@@ -16,6 +16,7 @@ import pathlib
 import resource
 import select
 import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -99,10 +100,11 @@ def read_thread_times(pid: int) -> ThreadTimes:
 
 
 class ProcessTree:
-    """A replica's processes; `refresh` finds them, `kill` ends them."""
+    """A replica's processes; `refresh` finds them, `kill` ends them. Finding may be done from several threads, killing from one."""
 
     def __init__(self, leader: int, marker: str) -> None:
         self.leader = leader
+        self._lock = threading.Lock()
         self._marker = f"{MARKER_ENV}={marker}".encode()
         self._members: dict[int, Process] = {}
         self._known: dict[int, int] = {}  # every member that ever was: pid -> start
@@ -122,6 +124,11 @@ class ProcessTree:
 
     def refresh(self) -> list[Process]:
         """Look for members anew; returns those that live."""
+        with self._lock:
+            self._refresh()
+            return self.members
+
+    def _refresh(self) -> None:
         everyone = {p.pid: p for p in _processes()}
         belongs: set[int] = set()
         for process in everyone.values():
@@ -140,7 +147,6 @@ class ProcessTree:
         for process in list(self._members.values()):
             if process.pid not in self._pidfds:
                 self._open(process)
-        return self.members
 
     def record_shared_names(self) -> None:
         """Remember which shared-memory files the members map now; a dead process no longer says."""
