@@ -99,6 +99,7 @@ class FakeEngine:
     others: list[tuple[str, str, bytes]] = field(default_factory=list)
     gone: int = 0  # streams whose client left
     is_dead: bool = False
+    requests_in_flight: int = 0
     base_url: str = ""
     incarnation: int = field(default_factory=itertools.count(1).__next__)
 
@@ -333,6 +334,8 @@ class FakeReplicaSet:
     ) -> None:
         """What the detector does when it sees a fault."""
         assert self.callback is not None
+        if replica in self.active:
+            self.active.remove(replica)  # told once, and not offered for new work
         fault = Fault(kind, replica.incarnation, time.monotonic_ns(), detail)
         self.faults.append(fault)
         self.callback(fault)
@@ -343,8 +346,6 @@ class FakeReplicaSet:
         return asyncio.run_coroutine_threadsafe(self._fail_over(replica), self.loop).result(30)
 
     async def _fail_over(self, replica: FakeEngine) -> FakeEngine:
-        if replica in self.active:
-            self.active.remove(replica)
         if not replica.is_dead:
             replica.kill()
         if self.fail_over_gate is not None:

@@ -35,9 +35,8 @@ class Admission:
         self._wait_s = wait_s
         self._held_max = held_max
         self._failed: set[int] = set()
-        self._known: set[int] = (
-            set()
-        )  # replicas that took new work before the failovers that now run
+        # Who took new work before the failovers that now run.
+        self._known: dict[int, ReplicaLike] = {}
         self._moving = 0  # failovers that run
         self._passing: dict[int, int] = {}
         self._opened = asyncio.Event()
@@ -58,7 +57,7 @@ class Admission:
         if self._moving:
             active = [r for r in active if r.incarnation in self._known]
         else:
-            self._known = {r.incarnation for r in active}
+            self._known = {r.incarnation: r for r in active}
         return min(active, key=self._total_load, default=None)
 
     async def acquire(self) -> ReplicaLike:
@@ -88,12 +87,16 @@ class Admission:
         self._failed.add(incarnation)
         self._moving += 1
 
-    def open(self, incarnation: int | None) -> None:
+    def open(self, replica: ReplicaLike | None) -> None:
         """A failover has ended, on this replica if it found one."""
         self._moving -= 1
-        if incarnation is not None:
-            self._known.add(incarnation)
+        if replica is not None:
+            self._known[replica.incarnation] = replica
         self._opened.set()
+
+    def known(self, incarnation: int) -> ReplicaLike | None:
+        """A replica that takes, or took, new work; None for a standby."""
+        return self._known.get(incarnation)
 
     @contextlib.contextmanager
     def passing(self, replica: ReplicaLike) -> Iterator[None]:

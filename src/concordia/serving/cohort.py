@@ -85,12 +85,11 @@ class Cohort:
 
     async def _let_go(self, members: Sequence[Flight]) -> None:
         """Close the streams of members that left while the cohort was submitted, once the cohort runs."""
-        left = [flight for flight in members if flight.is_left]
-        if not left:
+        if not any(flight.is_left for flight in members):
             return
         bound = time.monotonic() + config.RESTORE_WAIT_S
         while time.monotonic() < bound and any(f.attempts > 0 for f in self.living):
             await asyncio.sleep(config.REPLACE_POLL_S)
-        for flight in left:
-            if flight.stream is not None:
+        for flight in members:
+            if flight.is_left and flight.stream is not None:
                 flight.stream.close()

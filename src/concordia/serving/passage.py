@@ -85,7 +85,7 @@ class Passage:
                     await self._pass(replica, send, is_last=attempts == 0)
                 return
             except UpstreamBroken as error:
-                self._router.report(replica, f"{self._target}: {error}")
+                self._router.faults.report(replica, f"{self._target}: {error}")
                 if self._has_started:
                     await self._end(send, str(error))
                     return

@@ -140,24 +140,8 @@ def parse(
     count = _integer(body, "n", 1, least=1) or 1
     if draw is None and count > 1 and need < Level.PASS_THROUGH:
         raise RequestRefused(f"n must be 1 when using greedy sampling, got {count}.", param="n")
-    top = _integer(body, "top_logprobs", None, least=-1) if is_chat else None
-    asked = bool(body.get("logprobs")) if is_chat else body.get("logprobs") is not None
-    if top and not asked:
-        raise RequestRefused(
-            "when using `top_logprobs`, `logprobs` must be set to true.", param="top_logprobs"
-        )
-    logprobs = None
-    if asked:
-        logprobs = (top or 0) if is_chat else _integer(body, "logprobs", None, least=-1)
-    stream = body.get("stream_options") or {}
-    if stream and (not isinstance(stream, dict) or not body.get("stream")):
-        raise RequestRefused(
-            "Stream options can only be defined when `stream=True`.", param="stream_options"
-        )
-    limit = _integer(body, "max_tokens", None)
-    if is_chat:
-        completion = _integer(body, "max_completion_tokens", None)
-        limit = limit if completion is None else completion
+    logprobs = _logprobs(body, is_chat=is_chat)
+    stream = _stream_options(body)
     return GenerationRequest(
         endpoint=endpoint,
         body=body,
@@ -177,7 +161,7 @@ def parse(
         includes_stop=bool(body.get("include_stop_str_in_output")),
         skips_special=body.get("skip_special_tokens", True) is not False,
         has_spaces=body.get("spaces_between_special_tokens", True) is not False,
-        max_tokens=limit,
+        max_tokens=_max_tokens(body, is_chat=is_chat),
         min_tokens=_integer(body, "min_tokens", 0, least=0) or 0,
         seed=secrets.randbits(62) if seed is None else seed,
         draw=draw,
@@ -253,6 +237,34 @@ def _check_messages(body: Body) -> None:
         or not all(isinstance(m, dict) for m in messages)
     ):
         raise RequestRefused("messages must be a non-empty list of objects", param="messages")
+
+
+def _logprobs(body: Body, *, is_chat: bool) -> int | None:
+    """How many alternatives per token are asked for; None when log-probabilities are not."""
+    if not is_chat:
+        return _integer(body, "logprobs", None, least=-1)
+    top = _integer(body, "top_logprobs", None, least=-1)
+    if body.get("logprobs"):
+        return top or 0
+    if top:
+        raise RequestRefused(
+            "when using `top_logprobs`, `logprobs` must be set to true.", param="top_logprobs"
+        )
+    return None
+
+
+def _stream_options(body: Body) -> Body:
+    options = body.get("stream_options") or {}
+    if options and (not isinstance(options, Mapping) or not body.get("stream")):
+        raise RequestRefused(
+            "Stream options can only be defined when `stream=True`.", param="stream_options"
+        )
+    return options
+
+
+def _max_tokens(body: Body, *, is_chat: bool) -> int | None:
+    newer = _integer(body, "max_completion_tokens", None) if is_chat else None
+    return _integer(body, "max_tokens", None) if newer is None else newer
 
 
 def _stop(body: Body) -> tuple[str, ...]:

@@ -13,15 +13,14 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from concordia import config
 from concordia.errors import RequestRefused, UpstreamBroken
-from concordia.recovery.fault import Fault, FaultKind
 from concordia.serving.admission import Admission, Turnstile, unavailable
-from concordia.serving.cohort import Cohort
+from concordia.serving.fault_desk import FaultDesk, ReplicaSet
 from concordia.serving.flight import CohortTicket, Flight, ReplicaLike
 from concordia.serving.generation import Generation
 from concordia.serving.metrics import Metrics
@@ -35,16 +34,6 @@ from concordia.serving.upstream import EventStream, Upstream, json_headers
 
 COMPLETIONS: Final = Endpoint.COMPLETIONS.value
 log = logging.getLogger(__name__)
-
-
-class ReplicaSet(Protocol):
-    """What the router needs of the replica set. `fail_over` and `report_fault` may block: they are called off the event loop."""
-
-    @property
-    def active(self) -> Sequence[Any]: ...
-    def subscribe(self, callback: Callable[[Fault], None]) -> None: ...
-    def fail_over(self, replica: Any, fault: Fault) -> Any: ...
-    def report_fault(self, replica: Any, kind: FaultKind, detail: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +71,24 @@ class Router:
             wait_s=settings.recovery_timeout_s,
             held_max=settings.requests_held_max,
         )
-        self._replicas = replica_set
         self._recorder = recorder
+        self.faults = FaultDesk(
+            self,
+            replica_set,
+            self.admission,
+            metrics,
+            recovery_timeout_s=settings.recovery_timeout_s,
+        )
         self._renderer = Renderer(
-            self.upstream, self.admission, report=self.report, wait_s=settings.recovery_timeout_s
+            self.upstream,
+            self.admission,
+            report=self.faults.report,
+            wait_s=settings.recovery_timeout_s,
         )
         self._turnstile = Turnstile()
         self._flights: dict[str, Flight] = {}
-        self._cohorts: dict[int, tuple[Cohort, asyncio.Task[None]]] = {}  # by who failed
         self._orders = itertools.count(1)
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._context_tokens = 0
         self._fingerprint: str | None = None
 
@@ -100,12 +96,10 @@ class Router:
 
     async def start(self) -> None:
         """Open the client session, learn what the model allows, listen for faults; needs an active replica."""
-        self._loop = asyncio.get_running_loop()
         await self.upstream.start()
-        self._replicas.subscribe(self._fault_from_thread)
-        self._spawn(self._keep_deadlines())
+        self.faults.start()
         if self._recorder is not None:
-            self._spawn(self._recorder.follow(self.metrics, lambda: list(self._flights.values())))
+            self.spawn(self._recorder.follow(self.metrics, lambda: list(self._flights.values())))
         self.metrics.gauge("requests_in_flight", "requests being served", lambda: self.in_flight)
         self.metrics.gauge(
             "requests_held", "requests that wait for an engine", lambda: self.admission.held_count
@@ -124,6 +118,7 @@ class Router:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.upstream.close()
+        self.faults.stop()
 
     async def drain(self, timeout_s: float) -> int:
         """Admit nothing more and wait for what runs; returns how many requests still ran at the bound."""
@@ -146,7 +141,7 @@ class Router:
         return {
             "in_flight": self.in_flight,
             "held": self.admission.held_count,
-            "failovers_running": len(self._cohorts),
+            "failovers_running": self.faults.running_count,
             "is_draining": self.admission.is_draining,
             "counters": self.metrics.totals(),
             "levels": dict(self.metrics.by_label("levels")),
@@ -175,7 +170,7 @@ class Router:
             generation = Generation(self, flights, writer)
             try:
                 for flight in flights:
-                    flight.posting = self._spawn(self._submit_alone(flight))
+                    flight.posting = self.spawn(self.submit_alone(flight))
                 await generation.ready()
             except BaseException:
                 generation.close()
@@ -188,7 +183,7 @@ class Router:
     def suspect_stream(self, flight: Flight, stream: EventStream, detail: str) -> None:
         """A stream broke under its reader; nothing to do when the flight has been moved already."""
         if flight.stream is stream and flight.replica is not None:
-            self.suspect(flight, flight.replica, detail)
+            self.faults.suspect(flight, flight.replica, detail)
 
     async def may_emit(self, flight: Flight, piece: Piece) -> None:
         """Note what was received and, in that mode, wait until the state it depends on is committed."""
@@ -213,12 +208,12 @@ class Router:
         flight.is_left = not flight.is_done
         if flight.posting is not None:
             flight.posting.cancel()
-        if flight.stream is not None and not self._is_moving(flight):
+        if flight.stream is not None and not self.faults.is_moving(flight):
             flight.stream.close()
         if self._recorder is not None:
             self._recorder.finish(flight)
         if flight.failovers and flight.is_done:
-            self._spawn(self._count_outcome(flight))
+            self.spawn(self._count_outcome(flight))
 
     async def settle(self, flights: Sequence[Flight]) -> None:
         """Find out which level each resumed flight reached."""
@@ -231,24 +226,10 @@ class Router:
                 outcome = await self._recorder.outcome(flight)
             flight.settle(outcome)
 
-    # --- faults
+    # --- what the fault desk asks
 
-    def report(self, replica: ReplicaLike, detail: str) -> None:
-        """Tell the replica set that something of this replica did not answer as it should."""
-        log.warning("%s: %s", replica.name, detail)
-        self._spawn(
-            asyncio.to_thread(
-                self._replicas.report_fault, replica, FaultKind.ENGINE_ERROR, detail[:500]
-            )
-        )
-
-    def suspect(self, flight: Flight, replica: ReplicaLike, detail: str) -> None:
-        """A flight was cut off: the replica set finds out whether its replica failed; if not, it tries again alone."""
-        if flight.replica is not replica or flight.is_left:
-            return
-        flight.unseat(detail, deadline=self._deadline())
-        self.report(replica, detail)
-        flight.posting = self._spawn(self._retry(flight, detail))
+    def flights(self) -> Iterable[Flight]:
+        return self._flights.values()
 
     async def submit(
         self, flight: Flight, replica: ReplicaLike, ticket: CohortTicket | None
@@ -263,15 +244,10 @@ class Router:
             flight.fail(error)
             return True
         except UpstreamBroken as error:
-            self.suspect(flight, replica, str(error))
+            self.faults.suspect(flight, replica, str(error))
             return False
         flight.seat(stream)
         return True
-
-    async def replace(self, failed: ReplicaLike, fault: Fault) -> ReplicaLike:
-        """Have the failed replica fenced and replaced."""
-        found: ReplicaLike = await asyncio.to_thread(self._replicas.fail_over, failed, fault)
-        return found
 
     async def count_uncommitted(self, flights: Sequence[Flight]) -> None:
         """Count what the journal cannot give back: tokens known, minus the last, minus what was committed."""
@@ -283,47 +259,7 @@ class Router:
                 missing = flight.tokens_known - 1 - committed
                 self.metrics.count("uncommitted_tokens", max(0, missing))
 
-    def _fault_from_thread(self, fault: Fault) -> None:
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._on_fault, fault)
-
-    def _on_fault(self, fault: Fault) -> None:
-        """All flights of the failed replica become a cohort."""
-        self.metrics.fault(fault)
-        members = [f for f in self._flights.values() if f.sits_on(fault.replica)]
-        active = (r for r in self._replicas.active if r.incarnation == fault.replica)
-        failed = next(active, members[0].replica if members else None)
-        if failed is None or fault.replica in self._cohorts:
-            return  # a standby, which the replica set replaces by itself, or a second sight of one fault
-        for moving, task in self._cohorts.values():
-            if moving.replica is not None and moving.replica.incarnation == fault.replica:
-                task.cancel()  # it was moving its members to the very replica that has failed now
-        if members:
-            last = max(flight.last_at for flight in members)
-            self.metrics.silence(fault.detected_ns / 1e9 - last)
-        for flight in members:
-            flight.unseat(str(fault), deadline=self._deadline())
-        cohort = Cohort(failed, fault, members)
-        self.admission.close(fault.replica)
-        self._cohorts[fault.replica] = (cohort, self._spawn(self._run_cohort(cohort)))
-
-    async def _run_cohort(self, cohort: Cohort) -> None:
-        replica: ReplicaLike | None = None
-        try:
-            replica = await cohort.run(self)
-            self.metrics.count("failovers")
-        finally:
-            del self._cohorts[cohort.failed.incarnation]
-            self.admission.open(None if replica is None else replica.incarnation)
-
-    def _is_moving(self, flight: Flight) -> bool:
-        """True while the flight's cohort is being submitted: a member that leaves now must still be counted."""
-        return any(
-            flight in cohort.members and cohort.replica is not None
-            for cohort, _ in self._cohorts.values()
-        )
-
-    async def _submit_alone(self, flight: Flight) -> None:
+    async def submit_alone(self, flight: Flight) -> None:
         """The first submission, or that of a flight that was cut off without a fault of its replica."""
         wish = flight.request.cohort if flight.incarnation == 0 else None
         ticket = None
@@ -335,15 +271,6 @@ class Router:
             flight.fail(error)
             return
         await self.submit(flight, flight.replica, ticket)
-
-    async def _retry(self, flight: Flight, detail: str) -> None:
-        """Give the replica set a moment to find a fault, which takes the flight over; else submit it again."""
-        await asyncio.sleep(config.SUSPECT_WAIT_S)
-        if flight.attempts >= config.ATTEMPTS_MAX:
-            flight.fail(RequestRefused(detail, status=500, kind="InternalServerError"))
-            return
-        flight.failovers += 1
-        await self._submit_alone(flight)
 
     # --- helpers
 
@@ -383,28 +310,11 @@ class Router:
         said = found.get("system_fingerprint")
         return said if isinstance(said, str) else None
 
-    def _deadline(self) -> float:
-        return time.monotonic() + self.settings.recovery_timeout_s
-
-    async def _keep_deadlines(self) -> None:
-        """End flights that nothing came back for within the recovery timeout."""
-        while True:
-            await asyncio.sleep(config.DEADLINE_POLL_S)
-            now = time.monotonic()
-            for flight in list(self._flights.values()):
-                if flight.deadline is not None and now >= flight.deadline:
-                    flight.deadline = None
-                    flight.fail(
-                        unavailable(
-                            "the engine failed and no other went on within the recovery timeout"
-                        )
-                    )
-
     async def _count_outcome(self, flight: Flight) -> None:
         await self.settle([flight])
         self.metrics.level(flight.level)
 
-    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._forget)

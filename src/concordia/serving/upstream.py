@@ -25,14 +25,16 @@ _BROKEN: Final = (aiohttp.ClientError, ConnectionError, TimeoutError, asyncio.In
 class EventStream:
     """The events of one answer; ends after [DONE], raises UpstreamBroken when the connection ends before."""
 
-    __slots__ = ("_buffer", "_is_broken_off", "_response")
+    __slots__ = ("_buffer", "_is_broken_off", "_response", "is_silent")
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
         self._buffer = b""
         self._is_broken_off = False
+        self.is_silent = False  # somebody reads, and nothing has come yet
 
     async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
+        self.is_silent = not self._buffer
         while True:
             end = self._buffer.find(b"\n\n")
             while end < 0:
@@ -63,6 +65,7 @@ class EventStream:
             raise UpstreamBroken(f"{type(error).__name__}: {error}") from error
         if self._is_broken_off or not data:
             raise UpstreamBroken("the connection ended before the answer did")
+        self.is_silent = False
         self._buffer += data
         if len(self._buffer) > config.EVENT_BYTES_MAX:
             raise UpstreamBroken(f"an event of more than {config.EVENT_BYTES_MAX} bytes")
