@@ -172,7 +172,7 @@ def test_both_writers_make_the_same_bytes_when_given_the_same_records(tmp_path: 
                 found.append(record.pack_record(header) + bytes(journal.pool.view[made.payload_offset : end]))
                 word = int.from_bytes(journal.pool.view[end : end + 8], "little")
                 assert word == abi.commit_word(made.salt, made.sequence)
-            assert len({segment for segment in stream.segments.values()}) > 2
+            assert len(set(stream.segments.values())) > 2
             raw.append(found)
         assert len(raw[0]) == 30
         assert raw[0] == raw[1]

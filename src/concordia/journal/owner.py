@@ -1,8 +1,8 @@
 """The owner: a small process that owns segments and seals, and outlives router and engines, floor 3.
 
-Owns: the lock of a journal, its loop, and starting it. Promises: one owner per journal (flock); what a dead owner left is adopted while
+Owns: the lock of a journal and its loop. Promises: one owner per journal (flock); what a dead owner left is adopted while
 somebody still writes, else reported and removed; with nobody attached for `linger_s` it removes every file and ends; no round of the
-loop waits for anybody. Called as `python -m concordia.journal.owner` through `spawn_owner`. It never touches CUDA and never reads KV,
+loop waits for anybody. Run as `python -m concordia.journal.owner` by spawn.spawn_owner. It never touches CUDA and never reads KV,
 except to copy records when it cleans.
 """
 
@@ -11,27 +11,27 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import select
 import selectors
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any, Final
 
-import concordia
 from concordia import config
-from concordia.errors import ConcordiaError, JournalError, JournalRefused, WaitTimeout
+from concordia.errors import ConcordiaError, JournalError
 from concordia.journal import fence, segment
 from concordia.journal.cleaner import Cleaner
-from concordia.journal.desk import Desk, Line
+from concordia.journal.desk import Desk
 from concordia.journal.folder import Folder, fit_size
 from concordia.journal.office import Office
 from concordia.journal.replicas import Replicas
 from concordia.journal.segment import Board, Pool
+from concordia.journal.spawn import spawn_owner
 from concordia.journal.streams import Streams
 from concordia.journal.survey import Survey, survey
+
+__all__ = ["Owner", "spawn_owner"]
 
 _SLOW_ROUND_S: Final = 1.0  # what need not happen at every poll
 
@@ -144,57 +144,6 @@ class Owner:
         orphans = self.replicas.router_died(pid, start, now=time.monotonic())
         if orphans:
             _say(f"router {pid} died: sealed and ended replicas {orphans}")
-
-
-def spawn_owner(
-    journal: Path,
-    *,
-    size_bytes: int | None,
-    segment_bytes: int = config.SEGMENT_BYTES,
-    linger_s: float = config.OWNER_LINGER_S,
-    pool: Path | None = None,
-) -> int:
-    """The pid of an owner that answers for this journal: the living one, or a new one.
-
-    A new owner adopts what writers still use and removes what nobody does; `pool` may name a devdax
-    device or a file on hugetlbfs. Raises JournalRefused or WaitTimeout.
-    """
-    home = Folder(journal)
-    home.make()
-    found = _ask_pid(home)
-    if found is not None:
-        return found
-    reader, writer = os.pipe()
-    command = [sys.executable, "-m", "concordia.journal.owner", str(journal), str(writer)]
-    settings = {
-        "size_bytes": size_bytes,
-        "segment_bytes": segment_bytes,
-        "linger_s": linger_s,
-        "pool": str(pool) if pool else None,
-    }
-    # The owner takes no part in the OpenMP and BLAS pools that its parent may have sized.
-    paths = [str(Path(concordia.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-    }
-    started = subprocess.Popen(
-        [*command, json.dumps(settings)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        pass_fds=[writer],
-        start_new_session=True,
-        env=environment,
-        cwd="/",
-    )
-    os.close(writer)
-    try:
-        return _await_ready(reader, home)
-    finally:
-        os.close(reader)
-        started.wait(timeout=config.OWNER_START_S)  # it has forked: the owner is nobody's child
 
 
 def main(arguments: list[str]) -> int:
@@ -326,42 +275,6 @@ def _answer(ready: int, value: dict[str, Any]) -> None:
     except BrokenPipeError:
         _say("who started us did not wait")
     os.close(ready)
-
-
-def _ask_pid(home: Folder) -> int | None:
-    try:
-        line = Line(home.socket, config.OWNER_ANSWER_S)
-    except OSError:
-        return None
-    try:
-        return int(line.ask("hello", {})["pid"])
-    except (OSError, ValueError):
-        return None
-    finally:
-        line.close()
-
-
-def _await_ready(reader: int, home: Folder) -> int:
-    """What the new owner says, or the pid of the one that was faster."""
-    deadline = time.monotonic() + config.OWNER_START_S
-    text = b""
-    while not text.endswith(b"\n"):
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([reader], [], [], left)[0]:
-            raise WaitTimeout(f"no owner of {home.path} after {config.OWNER_START_S} s")
-        data = os.read(reader, 4096)
-        if not data:
-            raise JournalError(f"the owner of {home.path} ended before it was ready; see {home.log}")
-        text += data
-    answer = json.loads(text)
-    if "pid" in answer:
-        return int(answer["pid"])
-    while answer["error"] == "JournalError" and time.monotonic() < deadline:
-        found = _ask_pid(home)  # another one has the lock and is about to answer
-        if found is not None:
-            return found
-        select.select([], [], [], config.OWNER_POLL_S)
-    raise (JournalRefused if answer["error"] == "JournalRefused" else JournalError)(answer["message"])
 
 
 if __name__ == "__main__":

@@ -12,54 +12,20 @@ import json
 import struct
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from concordia import abi, config
 from concordia.journal.coverage import Coverage, Cut, Piece, pieces_of
 from concordia.journal.keys import Group, KeyTable
 from concordia.journal.ledger import Held, Ledger, Source
+from concordia.journal.life import Incarnation, Request
 from concordia.journal.record import Record
 
 __all__ = ["Cut", "Piece", "ReplayIndex"]
 
 _KEY_ENTRY: Final = struct.Struct("<IIQQ")  # block index, 0, key low, key high
 _KV: Final = (abi.KIND_KV_TAIL, abi.KIND_KV_BLOCK)
-
-
-class Incarnation:
-    """One life of a request's KV: what each rank has, and the keys of its blocks."""
-
-    __slots__ = ("covered", "keys", "records", "replica")
-
-    def __init__(self) -> None:
-        self.covered: dict[Group, dict[int, Coverage]] = {}
-        self.keys: dict[int, tuple[int, Held]] = {}  # block index: key, and the record that says so
-        self.replica = 0  # where this life was
-        self.records: list[Held] = []  # the KIND_BLOCK_KEY records
-
-
-class Request:
-    """Everything that the journal knows of one request."""
-
-    __slots__ = (
-        "finish",
-        "incarnations",
-        "is_finished",
-        "is_finishing",
-        "others",
-        "replica",
-        "segments",
-    )
-
-    def __init__(self) -> None:
-        self.incarnations: dict[int, Incarnation] = {}
-        self.others: list[Held] = []  # parameters and tokens, as the router wrote them
-        self.is_finished = False
-        self.is_finishing = False
-        self.finish: Held | None = None
-        self.replica = 0  # the last that wrote for it
-        self.segments: set[int] = set()  # where records of it lie, wanted or not
 
 
 class ReplayIndex:
@@ -145,7 +111,7 @@ class ReplayIndex:
             return Cut()
         self.requests.move_to_end(key)
         cuts = (
-            self._cut_of(life, number, (layout_hash, world))
+            life.cut(number, (layout_hash, world), self.keys, self._size(layout_hash))
             for number, life in request.incarnations.items()
         )
         best = max(cuts, key=lambda cut: (cut.tokens, cut.incarnation), default=Cut())
@@ -244,8 +210,7 @@ class ReplayIndex:
         record = held.record
         life = request.incarnations.get(record.incarnation)
         if life is None:
-            life = request.incarnations[record.incarnation] = Incarnation()
-            life.replica = held.replica
+            life = request.incarnations[record.incarnation] = Incarnation(held.replica)
             if len(request.incarnations) > 1:
                 self._reborn.add(record.key)
         return life
@@ -287,7 +252,7 @@ class ReplayIndex:
         if request.is_finished:
             return
         life = self._life(request, held)
-        covered = life.covered.setdefault(held.group, {}).setdefault(held.source.rank, Coverage())
+        covered = life.rank(held.group, held.source.rank)
         self.ledger.use(held)
         for dropped in covered.add(held):
             self.keys.replace(dropped, held)
@@ -296,7 +261,8 @@ class ReplayIndex:
             if self._learn(record, covered, held.group):
                 self._name_all(held.group)
             else:
-                self._name(life, covered, record.token_start, held.group)
+                size = self._size(held.group[0])
+                life.name(held.group, covered, record.token_start, self.keys, size)
 
     def _learn(self, record: Record, covered: Coverage, group: Group) -> bool:
         """Whether tokens per block of a layout have just become known."""
@@ -311,30 +277,12 @@ class ReplayIndex:
         return bool(size)
 
     def _name_all(self, group: Group) -> None:
+        size = self._size(group[0])
         for request in self.requests.values():
             for life in request.incarnations.values():
                 for covered in life.covered.get(group, {}).values():
                     for start in list(covered.blocks):
-                        self._name(life, covered, start, group)
-
-    def _name(self, life: Incarnation, covered: Coverage, start: int, group: Group) -> None:
-        """Enter a whole block under its key, when both are known."""
-        size = self.block_tokens.get(group[0], 0)
-        span = covered.blocks.get(start)
-        if not size or span is None or span.end != start + size or start % size:
-            return
-        named = life.keys.get(start // size)
-        if named is not None:
-            self.keys.enter(group, named[0], span.held, named[1])
-
-    def _unname(self, life: Incarnation, index: int) -> None:
-        """The block at this index gets another key: under its old one nobody may find it any more."""
-        for group, ranks in life.covered.items():
-            size = self.block_tokens.get(group[0], 0)
-            for covered in ranks.values():
-                span = covered.blocks.get(index * size)
-                if span is not None:
-                    self.keys.withdraw(span.held)
+                        life.name(group, covered, start, self.keys, size)
 
     def _ingest_keys(self, request: Request, held: Held, view: memoryview) -> None:
         record = held.record
@@ -348,27 +296,25 @@ class ReplayIndex:
             key = high << 64 | low
             old = life.keys.get(index)
             if old is not None:
-                self._unname(life, index)
+                life.unname(index, self.keys, self.block_tokens)
                 self.keys.unrefer(old[0])
             life.keys[index] = key, held
             self.keys.refer(key)
             for group, ranks in life.covered.items():
-                size = self.block_tokens.get(group[0], 0)
+                size = self._size(group[0])
                 for covered in ranks.values():
-                    if size:
-                        self._name(life, covered, index * size, group)
+                    life.name(group, covered, index * size, self.keys, size)
 
     def _drop_incarnations(self, request: Request, numbers: Iterable[int]) -> None:
         for number in numbers:
-            life = request.incarnations.pop(number)
-            for ranks in life.covered.values():
-                for covered in ranks.values():
-                    for held in covered.held():
-                        self.ledger.release(held)
-            for key, _ in life.keys.values():
-                self.keys.unrefer(key)
-            for held in life.records:
-                self.ledger.release(held)
+            request.incarnations.pop(number).drop(self.ledger, self.keys)
+
+    def _size(self, layout_hash: int) -> int:
+        """Tokens per block of a layout, 0 while nobody has said or shown it."""
+        return self.block_tokens.get(layout_hash, 0)
+
+    def _reach(self, life: Incarnation, group: Group) -> int:
+        return life.reach(group, self.keys, self._size(group[0]))
 
     def _forget_if_gone(self, key: int, request: Request) -> None:
         if not request.is_finished:
@@ -382,50 +328,6 @@ class ReplayIndex:
         if not request.segments:
             del self.requests[key]
 
-    def _shared(self, life: Incarnation, group: Group, rank: int) -> Callable[[int], Held | None]:
-        size = self.block_tokens.get(group[0], 0)
-
-        def find(start: int) -> Held | None:
-            if start and (not size or start % size):
-                return None
-            named = life.keys.get(start // size if start else 0)
-            if named is None:
-                return None
-            held = self.keys.piece(group, named[0], rank=rank, replica=life.replica)
-            return held if held is not None and held.record.token_start == start else None
-
-        return find
-
-    def _cut_of(self, life: Incarnation, number: int, group: Group) -> Cut:
-        ranks = life.covered.get(group, {})
-        walked = {
-            rank: (ranks.get(rank) or Coverage()).walk(
-                self._shared(life, group, rank), is_readable=lambda held: held.source.is_final
-            )
-            for rank in range(group[1])
-        }
-        tokens = min((end for end, _ in walked.values()), default=0)
-        if not tokens:
-            return Cut()
-        size = self.block_tokens.get(group[0], 0)
-        count = tokens // size if size else 0
-        names = [life.keys[index][0] if index in life.keys else 0 for index in range(count)]
-        for name in names:
-            self.keys.touch(group, name)
-        pieces = {
-            rank: pieces_of(used, rank=rank, tokens=tokens) for rank, (_, used) in walked.items()
-        }
-        return Cut(tokens, number, pieces, names)
-
-    def _reach(self, life: Incarnation, group: Group) -> int:
-        ranks = life.covered.get(group, {})
-        return min(
-            (
-                (ranks.get(rank) or Coverage()).reach(self._shared(life, group, rank))
-                for rank in range(group[1])
-            ),
-            default=0,
-        )
 
 
 def _neighbours(record: Record, covered: Coverage) -> list[tuple[int, int]]:
