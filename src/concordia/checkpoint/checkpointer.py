@@ -10,37 +10,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, Self
+from typing import Self
 
 from concordia import abi, config
-from concordia.checkpoint.handler import KvProof, bytes_source, kv_source, page_source
+from concordia.checkpoint.handler import bytes_source, page_source, proven_append, proven_images
 from concordia.checkpoint.region import BASE_ALIGNMENT, KvGeometry, PageRegion, Region, RegionEntry
+from concordia.checkpoint.stream_words import StreamStats, StreamWords
 from concordia.device.compiler import HandlerSource
-from concordia.device.driver import Device, Image, open_device
+from concordia.device.driver import Device, open_device
 from concordia.device.memory import JournalTarget
 from concordia.errors import UsageError
 from concordia.runtime.executor import Runtime, RuntimeStats
 from concordia.runtime.op_table import Operator
-from concordia.runtime.ring import WORD_MASK, Completion, Task, Ticket
-
-COMPILERS: Final = 3  # handlers of a region, compiled side by side
-TOKEN_MAX: Final = (1 << 32) - 1
+from concordia.runtime.ring import Completion, Task, Ticket
 
 
-@dataclass(frozen=True, slots=True)
-class StreamStats:
-    """What this writer's control page says."""
-
-    committed_count: int
-    committed_bytes: int
-    dropped_count: int
-    unprotected_count: int
-
-
-class Checkpointer:
+class Checkpointer(StreamWords):
     """One writer: appends to one stream, applies and hashes what its regions hold."""
 
     def __init__(
@@ -51,11 +37,9 @@ class Checkpointer:
         lanes: int = 1,
         owns_device: bool = False,
     ) -> None:
+        super().__init__(device.library, target.control_address if target else 0)
         self.device = device
         self._owns_device = owns_device
-        self._target = target
-        self._control = target.control_address if target else 0
-        self._offsets = abi.STREAM_CONTROL.offsets()
         self._lanes = lanes
         self._lock = threading.Lock()
         self._regions: list[Region | PageRegion] = []
@@ -90,18 +74,7 @@ class Checkpointer:
             self.device.check_range(
                 address, (geometry.block_count - 1) * geometry.stride + geometry.block_bytes
             )
-        names = ("kv_append", "kv_apply", "kv_hash")
-        with ThreadPoolExecutor(COMPILERS) as pool:
-            images = list(
-                pool.map(lambda name: self.device.build(kv_source(name, geometry)), names)
-            )
-        proof = KvProof(self.device, geometry, lanes=self._lanes)
-        try:
-            proof.test_append(images[0])
-            proof.test_apply(images[1])
-            proof.test_hash(images[2])
-        finally:
-            proof.close()
+        images = proven_images(self.device, geometry, lanes=self._lanes)
         with self._lock:
             number = len(self._regions) + 1
             entry = RegionEntry(
@@ -113,7 +86,7 @@ class Checkpointer:
             )
             operators = [
                 self.runtime.adopt(f"{name}.{number}", image, region_address=entry.address)
-                for name, image in zip(names, images, strict=True)
+                for name, image in images.items()
             ]
             region = Region(number, geometry, geometry.layout_hash(), entry, *operators)
             self._regions.append(region)
@@ -149,17 +122,8 @@ class Checkpointer:
 
     def replace_append(self, region: Region, source: HandlerSource) -> Operator:
         """Hot swap of a region's append handler; raises HandlerRefused or CompileError and leaves the old one in place."""
-
-        def prove(image: Image) -> None:
-            proof = KvProof(self.device, region.geometry, lanes=self._lanes)
-            try:
-                proof.test_append(image)
-            finally:
-                proof.close()
-
-        return self.runtime.install(
-            region.append.name, source, region_address=region.entry.address, self_test=prove
-        )
+        image = proven_append(self.device, region.geometry, source, lanes=self._lanes)
+        return self.runtime.adopt(region.append.name, image, region_address=region.entry.address)
 
     def order_after(self, stream: int) -> None:
         """What is handed in from now on sees what this stream of the framework (a handle, 0 for the default one) has been given so far."""
@@ -297,43 +261,9 @@ class Checkpointer:
         """Wait for the answer, outside the interpreter's lock; raises WaitTimeout."""
         return self.runtime.wait(ticket, timeout_s)
 
-    def announce_step(self, step: int, tokens: int) -> None:
-        """For the detector: step number `step`, from 1, starts now with so many tokens."""
-        if self._control:
-            self.device.library.announce_step(self._control, step & WORD_MASK, tokens)
-
-    def step_done(self, step: int) -> None:
-        """For the detector: the step ended."""
-        if self._control:
-            self.device.library.step_done(self._control, step & WORD_MASK)
-
-    def heartbeat(self, waiting_count: int = 0) -> None:
-        """For the detector: this process lives, and so many requests wait to be scheduled."""
-        if self._control:
-            self.device.library.heartbeat(self._control, waiting_count)
-
-    def count_unprotected(self, count: int = 1) -> None:
-        """So many more requests of this writer lost protection."""
-        if self._control:
-            self.device.library.count_unprotected(self._control, count)
-
     def stats(self) -> tuple[RuntimeStats, StreamStats]:
         """Counters for metrics."""
-
-        def word(name: str) -> int:
-            return (
-                int(self.device.library.load(self._control + self._offsets[name]))
-                if self._control
-                else 0
-            )
-
-        stream = StreamStats(
-            committed_count=word("committed_count"),
-            committed_bytes=word("committed_bytes"),
-            dropped_count=word("dropped_count"),
-            unprotected_count=word("unprotected_count"),
-        )
-        return self.runtime.stats(), stream
+        return self.runtime.stats(), self.stream_stats()
 
     def close(self) -> None:
         """Run what was enqueued, then give everything back."""

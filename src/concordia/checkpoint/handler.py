@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +26,7 @@ from concordia.errors import HandlerRefused
 from concordia.runtime.executor import Runtime
 from concordia.runtime.ring import Completion, Task
 
+KV_HANDLERS = ("kv_append", "kv_apply", "kv_hash")
 BLOCKS = 3  # of the scratch cache: two that a range spans, in an order that is not theirs, and one to stay untouched
 TOKENS_BESIDE = 2  # tokens of the range on each side of a block boundary
 SLOTS = 64
@@ -65,6 +68,28 @@ class KvRange:
     blocks: tuple[int, ...]
 
 
+def proven_images(device: Device, geometry: KvGeometry, *, lanes: int) -> dict[str, Image]:
+    """The three handlers of a KV region, compiled side by side and tested: kv_append, kv_apply, kv_hash."""
+    with ThreadPoolExecutor(len(KV_HANDLERS)) as pool:
+        built = list(pool.map(lambda name: device.build(kv_source(name, geometry)), KV_HANDLERS))
+    images = dict(zip(KV_HANDLERS, built, strict=True))
+    with closing(KvProof(device, geometry, lanes=lanes)) as proof:
+        proof.test_append(images["kv_append"])
+        proof.test_apply(images["kv_apply"])
+        proof.test_hash(images["kv_hash"])
+    return images
+
+
+def proven_append(
+    device: Device, geometry: KvGeometry, source: HandlerSource, *, lanes: int
+) -> Image:
+    """Another append handler for this geometry, compiled and tested."""
+    image = device.build(source)
+    with closing(KvProof(device, geometry, lanes=lanes)) as proof:
+        proof.test_append(image)
+    return image
+
+
 class KvProof:
     """A scratch cache with random bytes, a scratch journal of one segment, and a test per handler."""
 
@@ -77,9 +102,10 @@ class KvProof:
             KvRange(abi.KIND_KV_TAIL, size - span, size + span, (2, 0)),
             KvRange(abi.KIND_KV_BLOCK, 0, size, (2,)),
         )
-        self._layers = [
-            secrets.token_bytes(BLOCKS * geometry.stride) for _ in range(geometry.layers)
-        ]
+        random = np.random.default_rng(
+            secrets.randbits(64)
+        )  # a handler cannot have been made for these bytes
+        self._layers = [random.bytes(BLOCKS * geometry.stride) for _ in range(geometry.layers)]
         self._addresses = [device.allocate(len(layer)) for layer in self._layers]
         self._fill(self._layers)
         self._entry = RegionEntry(
