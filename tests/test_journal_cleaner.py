@@ -235,3 +235,26 @@ def test_finished_request_stays_finished_when_another_owner_adopts(tmp_path: Pat
         adopted.index.settle(1e18)
         assert cut_of(adopted, 1) == Cut()
         assert cut_of(adopted, 2).tokens == BLOCK
+
+
+def test_adopter_finds_no_damage_and_lends_nothing_twice_when_segments_of_dead_writers_went_round(tmp_path: Path) -> None:
+    with SmallJournal(tmp_path / "journal", segments=12, segment_bytes=1 << 15) as journal:
+        for life in range(1, 12):
+            stream, writer = journal.open(replica=life)
+            for index in range(20):
+                append_block(writer, life, index)
+                journal.round()
+            journal.streams.release(stream)
+            journal.streams.index.finish(life - 1, now=0.0)
+            journal.cleaner.write_finish(life - 1)
+            journal.streams.index.settle(1e18)
+            journal.streams.give_back_empty()
+            found = survey(journal.pool, journal.board)
+            assert found.damage == []
+            assert [text for one in found.streams for text in one.damage] == []
+            adopted = journal.adopted()
+            for old in list(adopted.by_slot.values()):
+                adopted.release(old)  # as its owner does, who sees that the writer is dead
+            taken = [s for one in adopted.by_slot.values() for s in one.segments.values()]
+            assert sorted([*taken, *adopted.free]) == list(range(12))
+            assert cut_of(adopted, life).tokens == 20 * BLOCK

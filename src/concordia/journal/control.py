@@ -140,6 +140,10 @@ class Control:
                 found.append(Lent(ordinal, entry & 0xFFFFFFFF, self._words[at + 1]))
         return found
 
+    def retract(self) -> None:
+        """Owner: take back what was lent and not taken; only once the writer is known to be dead."""
+        self._words[_AT["lent_count"]] = min(self.lent_count, self.taken_count)
+
     def seal(self, count: int) -> None:
         """Owner: nothing from `count` on will ever be read. State comes last."""
         self._words[_AT["seal_check"]] = abi.commit_word(self._words[_AT["stream"]], count)

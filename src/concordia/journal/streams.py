@@ -86,10 +86,10 @@ class Streams:
             for record in old.records:  # copies carry their originals' stamps: they sort beside them
                 stamp = record.stamp_ns if is_copy else max(stamp, record.stamp_ns)
                 arrivals.append((stamp, record, old.source))
-            if is_copy and not stream.is_sealed:
-                self._finish(stream, old.reader.sequence)
-            if is_copy:
-                stream.is_released = True
+            if is_copy:  # its writer was the owner before us
+                if not stream.is_sealed:
+                    self._finish(stream, old.reader.sequence)
+                self.release(stream)
         for _, record, source in sorted(arrivals, key=lambda arrival: arrival[0]):
             self.index.ingest(record, source, self.pool.view)
 
@@ -199,7 +199,9 @@ class Streams:
     def release(self, stream: Stream) -> None:
         """The writer is dead for certain: its segments may serve others once nothing in them is wanted."""
         self.seal(stream)
-        stream.is_released = True
+        if not stream.is_released:
+            stream.is_released = True
+            stream.control.retract()
 
     def of_replica(self, replica: int) -> list[Stream]:
         """The streams that a replica opened."""

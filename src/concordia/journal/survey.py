@@ -163,7 +163,9 @@ def _read(found: Found) -> None:
         return
     found.records = [record for record in found.records if record.sequence < sealed]
     found.end = End.CLEAN
-    if reader.sequence < sealed:
+    # Of a sealed stream the last segments may have been taken back before the ones in between.
+    is_whole = reader.ordinal + 1 >= found.taken_count
+    if reader.sequence < sealed and (is_whole or reader.later_here() is not None):
         found.damage.append(f"{name} is sealed at {sealed} and ends at {reader.sequence}")
         found.end = End.CORRUPT
 

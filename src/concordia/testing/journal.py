@@ -88,7 +88,8 @@ class SmallJournal:
             self.cleaner.step()
 
     def adopted(self) -> Streams:
-        """The same journal as a new owner finds it."""
-        streams = Streams(self.pool, self.board)
-        streams.adopt(survey(self.pool, self.board))
-        return streams
+        """The same journal as a new owner finds it; from now on it is the owner."""
+        self.streams = Streams(self.pool, self.board)
+        self.streams.adopt(survey(self.pool, self.board))
+        self.cleaner = Cleaner(self.streams)
+        return self.streams
