@@ -259,6 +259,7 @@ def test_request_is_lost_by_name_when_the_journal_is_full(tmp_path: pathlib.Path
         side.before_step(meta)
         side.save(meta)
         side._live_pump().drain(timeout_s=5)
+        side.before_step(StepMetadata(step))
         lost = side.take_report().lost
         if lost:
             break

@@ -62,8 +62,10 @@ class Batch:
 class AppendPump:
     """Submits batches and follows them to their end."""
 
-    def __init__(self, tickets: Tickets, *, is_threaded: bool) -> None:
+    def __init__(self, tickets: Tickets, *, is_threaded: bool, committed: Callable[[], int] | None = None) -> None:
         self._tickets = tickets
+        self._committed = committed  # records that the stream has; as many as were submitted means that all are good
+        self._submitted = 0
         self._lock = threading.Condition()
         self._open: deque[Append] = deque()  # submitted or queued, oldest first
         self._readers: dict[int, int] = {}  # block -> unfinished appends that read it
@@ -99,6 +101,11 @@ class AppendPump:
                 raise ConcordiaError(self._error)
             failed, self._failed = self._failed, {}
             return failed
+
+    def count_other(self) -> None:
+        """A record went into the same stream past the pump."""
+        with self._lock:
+            self._submitted += 1
 
     def wait_for(self, blocks: Iterable[int], *, timeout_s: float) -> list[str]:
         """Wait until no unfinished append reads these blocks; returns the requests whose appends were given up for it.
@@ -161,6 +168,8 @@ class AppendPump:
         for append in batch.appends:
             if append.is_done:
                 continue
+            with self._lock:
+                self._submitted += 1  # before it is: a record may be committed sooner than its ticket is known
             try:
                 ticket = self._submit_one(append)
             except RingFull as error:
@@ -212,6 +221,13 @@ class AppendPump:
 
     def _retire(self) -> None:
         """Lock held: take finished appends off the front; they finish in order, because the executor runs them in order."""
+        is_all = self._committed is not None and self._committed() == self._submitted
+        if is_all and all(append.ticket is not None or append.is_done for append in self._open):
+            for append in self._open:
+                append.is_done = True
+            self._open.clear()
+            self._readers.clear()
+            return
         while self._open:
             append = self._open[0]
             if not append.is_done:
@@ -230,6 +246,7 @@ class AppendPump:
 
     def _fail(self, append: Append, reason: str) -> None:
         with self._lock:
+            self._submitted -= 1
             self._free(append)
             self._failed[append.request] = reason
             self._lock.notify_all()

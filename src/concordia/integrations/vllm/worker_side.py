@@ -86,7 +86,10 @@ class WorkerSide:
         )
         self._checkpointer = Checkpointer.open(device, self._attachment.target, lanes=1)
         self._region = self._checkpointer.register_kv(layout.geometry, layout.addresses)
-        self._pump = AppendPump(self._checkpointer, is_threaded=self._is_cuda)
+        control = self._attachment.board.control(self._attachment.slot)
+        self._pump = AppendPump(
+            self._checkpointer, is_threaded=self._is_cuda, committed=lambda: control.committed_count
+        )
         self._layout = layout
         self._probe = Probe(layout)
         if self._settings.layout == "blocks":
@@ -105,6 +108,7 @@ class WorkerSide:
         self._refused.clear()
         pump, probe = self._live_pump(), self._probe
         assert probe is not None
+        self._collect()  # by now the step before is saved, and one look tells so
         for request in pump.wait_for(meta.reused, timeout_s=config.BLOCK_REUSE_WAIT_S):
             self._lose(request, "its blocks were needed before they were saved")
         if probe.proof is Proof.UNKNOWN and not meta.loads:
@@ -141,9 +145,6 @@ class WorkerSide:
 
     def take_report(self) -> WorkerReport:
         """What the scheduler side must know."""
-        if self._pump is not None:
-            for request, reason in self._pump.collect().items():
-                self._lose(request, reason)
         report, self._report = self._report, WorkerReport(step=self._report.step)
         return report
 
@@ -274,6 +275,10 @@ class WorkerSide:
             raise RecoveryError(f"a piece of {load.request} reaches blocks {first}..{last} of {len(load.blocks)}")
         return list(load.blocks[first : last + 1])
 
+    def _collect(self) -> None:
+        for request, reason in self._live_pump().collect().items():
+            self._lose(request, reason)
+
     def _lose(self, request: str, reason: str) -> None:
         self._report.lost.setdefault(request, reason)
 
@@ -296,6 +301,9 @@ class WorkerSide:
             )
         except ConcordiaError as error:
             logger.warning("Concordia could not record %s: %s", facts, error)
+        else:
+            if self._pump is not None:
+                self._pump.count_other()
 
 
 def _in_words(geometry: Any) -> str:
