@@ -79,7 +79,7 @@ def test_handler_passes_the_lint_when_compiled_for_sm90(
 def test_executor_launch_gives_what_the_lint_allows_when_linked(compiler: CudaCompiler) -> None:
     facts = read_facts(compiler.executor().cubin)
     assert facts.registers["concordia_executor"] == nvrtc.REGISTERS_MAX
-    assert facts.frame_bytes["concordia_ballast"] >= FRAME_BYTES_MAX
+    assert FRAME_BYTES_MAX <= facts.frame_bytes["concordia_ballast"] <= 1024
     assert not facts.undefined
     assert facts.constant_banks == {0}  # its own parameters
 

@@ -18,6 +18,7 @@ LINE_BYTES: Final = (
     128  # one cache line pair: what one side polls never shares it with what the other writes
 )
 LEAF_BYTES: Final = 4096  # unit of the payload hash
+IDS_PER_LEAF: Final = 16  # block ids that an executor has room for, per leaf of its stage
 ROOT_BYTES_MIN: Final = (
     256  # the leaf digests are zero-padded to this, so that one XXH3 path serves every length
 )
@@ -449,6 +450,7 @@ _CONSTANT_NAMES: Final = (
     "ABI_VERSION",
     "LINE_BYTES",
     "LEAF_BYTES",
+    "IDS_PER_LEAF",
     "ROOT_BYTES_MIN",
     "SEGMENT_MAGIC",
     "RECORD_MAGIC",

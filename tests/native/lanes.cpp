@@ -128,7 +128,7 @@ int main() {
   plan.control = reinterpret_cast<uint64_t>(control);
   plan.stage = reinterpret_cast<uint64_t>(zeroed<uint8_t>(kStage));
   plan.stage_bytes = kStage;
-  plan.sums = reinterpret_cast<uint64_t>(zeroed<uint8_t>(kStage / kLeafBytes * 64));
+  plan.ids = reinterpret_cast<uint64_t>(zeroed<uint8_t>(kStage / kLeafBytes * 64));
   plan.digest_bytes = kStage / kLeafBytes * 16 + kRootBytesMin + kMarks * kRootBytesMin;
   plan.digests = reinterpret_cast<uint64_t>(zeroed<uint8_t>(plan.digest_bytes));
   plan.marks = reinterpret_cast<uint64_t>(zeroed<uint64_t>(kMarks * 8));

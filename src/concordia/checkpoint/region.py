@@ -18,7 +18,6 @@ import xxhash
 
 from concordia import abi
 from concordia.device.driver import Device
-from concordia.device.memory import Buffer
 from concordia.errors import UsageError
 from concordia.runtime.op_table import Operator
 
@@ -147,8 +146,7 @@ class RegionEntry:
         page_hashes: int = 0,
     ) -> None:
         self._device = device
-        self._buffer = Buffer(abi.REGION.size + 8 * len(bases))
-        self.address = device.share(self._buffer.address, self._buffer.size)
+        self.address = device.allocate(abi.REGION.size + 8 * len(bases))
         words = np.zeros(1, dtype=abi.REGION.dtype)
         words["bases"] = self.address + abi.REGION.size
         words["base_count"] = len(bases)
@@ -156,14 +154,11 @@ class RegionEntry:
         words["block_count"] = block_count
         words["layout_hash"] = layout_hash
         words["page_hashes"] = page_hashes
-        self._buffer.view[: abi.REGION.size] = words.tobytes()
-        end = abi.REGION.size + 8 * len(bases)
-        self._buffer.view[abi.REGION.size : end] = np.array(bases, dtype="<u8").tobytes()
+        device.write(self.address, words.tobytes() + np.array(bases, dtype="<u8").tobytes())
 
     def close(self) -> None:
         """No operator names this region any more."""
-        self._device.unshare(self._buffer.address)
-        self._buffer.close()
+        self._device.free(self.address)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,6 @@ class CudaDevice:
         self.name = f"cuda:{index}"
         self._context = CudaContext(index)
         try:
-            self._context.set_limits()
             self.library = HostLibrary(HostCompiler())
             self._memory = CudaMemory(self._context)
         except ConcordiaError:

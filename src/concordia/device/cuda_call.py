@@ -44,6 +44,15 @@ class CudaError(DeviceError):
         return self.status in LOST_CONTEXT
 
 
+def released(result: tuple[Any, ...], doing: str) -> None:
+    """Like checked, for giving something back: with a lost context it is gone already."""
+    try:
+        checked(result, doing)
+    except CudaError as error:
+        if not error.context_lost:
+            raise
+
+
 def checked(result: tuple[Any, ...], doing: str) -> Any:
     """The values of a cuda.bindings call, or CudaError saying what was being done."""
     status = result[0]

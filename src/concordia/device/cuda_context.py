@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any
 
-from concordia.device.cuda_call import CudaError, checked
+from concordia.device.cuda_call import checked, released
 from concordia.errors import DeviceError, EnvironmentRefused, UsageError
-
-STACK_BYTES_MIN: Final = 2048  # per thread: what the executor was linked with fits, so no launch of ours has to grow it
 
 
 class CudaContext:
@@ -58,17 +56,6 @@ class CudaContext:
             )
         ]
         return f"sm_{parts[0]}{parts[1]}"
-
-    def set_limits(self) -> None:
-        """Grow what the driver would otherwise grow at some launch, waiting for every kernel that runs."""
-        limits = self.driver.CUlimit
-        with self.current() as driver:
-            stack = checked(driver.cuCtxGetLimit(limits.CU_LIMIT_STACK_SIZE), "read the stack limit")
-            wanted = max(int(stack), STACK_BYTES_MIN)
-            checked(driver.cuCtxSetLimit(limits.CU_LIMIT_STACK_SIZE, wanted), "set the stack limit")
-            fifo = checked(driver.cuCtxGetLimit(limits.CU_LIMIT_PRINTF_FIFO_SIZE), "read a limit")
-            # The driver refuses once a kernel that prints has been loaded (PyTorch's do): then it has its buffer, which is all we want.
-            driver.cuCtxSetLimit(limits.CU_LIMIT_PRINTF_FIFO_SIZE, fifo)
 
     def close(self) -> None:
         """Give the primary context back; it lives on while the framework holds it."""
@@ -111,7 +98,7 @@ class CudaMemory:
             if self._shared[address] == 0:
                 del self._shared[address]
                 doing = f"unregister host memory at {address:#x}"
-                checked(driver.cuMemHostUnregister(address), doing)
+                released(driver.cuMemHostUnregister(address), doing)
 
     def check_range(self, address: int, size: int) -> None:
         """Raise UsageError unless these bytes are device memory, of however many allocations."""
@@ -141,7 +128,7 @@ class CudaMemory:
         with self._lock:
             del self._allocated[address]
         with self._context.current() as driver:
-            checked(driver.cuMemFree(address), f"free device memory at {address:#x}")
+            released(driver.cuMemFree(address), f"free device memory at {address:#x}")
 
     def write(self, address: int, payload: bytes) -> None:
         """Copy bytes to device memory and wait for the copy."""
@@ -163,23 +150,16 @@ class CudaMemory:
         return target.raw
 
     def close(self) -> None:
-        """Give everything back; a lost context gives nothing, and says so at the first call only."""
+        """Give everything back."""
         with self._lock:
             shared, self._shared = self._shared, {}
             allocated, self._allocated = self._allocated, {}
         with self._context.current() as driver:
-            undo: list[tuple[Callable[[Any], Any], Any]] = [
-                *((driver.cuMemHostUnregister, address) for address in shared),
-                *((driver.cuMemFree, address) for address in allocated),
-                (driver.cuStreamDestroy, self.stream),
-            ]
-            for release, what in undo:
-                try:
-                    checked(release(what), "release what the device held")
-                except CudaError as error:
-                    if error.context_lost:
-                        return
-                    raise
+            for address in shared:
+                released(driver.cuMemHostUnregister(address), f"unregister memory at {address:#x}")
+            for address in allocated:
+                released(driver.cuMemFree(address), f"free device memory at {address:#x}")
+            released(driver.cuStreamDestroy(self.stream), "destroy a stream")
 
 
 def _driver() -> Any:

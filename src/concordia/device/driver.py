@@ -52,7 +52,7 @@ class ExecutorPlan:
     control: int
     stage: int
     stage_bytes: int
-    sums: int
+    ids: int
     digests: int
     digest_bytes: int
     marks: int
@@ -68,6 +68,7 @@ class ExecutorPlan:
 class Executor(Protocol):
     """The executor of one ring. It leaves by itself at a task boundary, and whoever launches it looks at the ring once more then."""
 
+    lost: DeviceError | None  # why it will never run again, once that is known
     handle: int  # a Host* that submission wakes by itself in compiled code; 0: whoever submits calls `launch` when told to
 
     def launch(self) -> None:

@@ -132,6 +132,8 @@ class HostExecutor:
         if not self.handle:
             raise DeviceError(f"the system refused memory or {plan.lanes} threads for an executor")
 
+    lost: DeviceError | None = None  # what ends a thread of this process ends the process
+
     def launch(self) -> None:
         raise AssertionError("submission launches this executor by itself")
 

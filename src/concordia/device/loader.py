@@ -14,15 +14,16 @@ from typing import Any, Final
 
 from concordia import abi
 from concordia.device.cubin import Facts, initial_word, read_facts
-from concordia.device.cuda_call import checked
+from concordia.device.cuda_call import checked, released
 from concordia.device.cuda_context import CudaContext, CudaMemory
 from concordia.errors import DeviceError, HandlerRefused
 
 POINTER_SYMBOL: Final = "concordia_handler_pointer"
 ABI_SYMBOL: Final = "concordia_handler_abi"
 
-# A pointer call takes what the launch gave: the executor is linked with a ballast function that needs all of this.
-FRAME_BYTES_MAX: Final = 1024
+# A pointer call takes what the launch gave: the executor is linked with a ballast function that needs all of this. With the ballast's own
+# spills it stays below 1024 bytes, which every context has per thread from its start: more would be grown at a launch, waiting for the GPU.
+FRAME_BYTES_MAX: Final = 512
 BARRIER_COUNT_MAX: Final = 1  # barrier 0, the one behind __syncthreads
 
 _SHARED: Final = re.compile(rb"^\s*(?:\.\w+\s+)*\.shared\b", re.MULTILINE)
@@ -114,4 +115,4 @@ class CudaCode:
         module, self._module = self._module, None
         if module is not None:
             with self._context.current() as driver:
-                checked(driver.cuModuleUnload(module), f"unload {self.name}")
+                released(driver.cuModuleUnload(module), f"unload {self.name}")

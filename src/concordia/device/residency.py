@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from concordia import abi, config
 from concordia.device import nvrtc
-from concordia.device.cuda_call import CudaError, checked
+from concordia.device.cuda_call import CudaError, checked, released
 from concordia.device.cuda_context import CudaContext, CudaMemory
 from concordia.device.loader import CudaImage
 from concordia.errors import DeviceError, UsageError
@@ -62,7 +62,7 @@ class CudaExecutor:
         self._wanted = threading.Condition(self._lock)
         self._park_depth = 0
         self._is_closed = False
-        self._lost: CudaError | None = None
+        self.lost: DeviceError | None = None
         self._load(image)
         self._state = self._place(replace(plan, lanes=plan.lanes * THREADS))
         self._values = (ctypes.c_uint64 * 2)(self._state, 0)
@@ -98,8 +98,8 @@ class CudaExecutor:
         size = self._library.executor_bytes()
         image = ctypes.create_string_buffer(size + 128)
         start = -(-ctypes.addressof(image) // 128) * 128  # the structure holds lines of 128 bytes
-        self._library.executor_image(start, plan.pack())
         address = self._memory.allocate(size)
+        self._library.executor_image(start, plan.pack(), address)
         self._memory.write(address, ctypes.string_at(start, size))
         return address
 
@@ -136,22 +136,16 @@ class CudaExecutor:
                     ),
                     "launch the executor",
                 )
-                checked(driver.cuEventRecord(self._out, self._stream), "mark the executor's end")
         except CudaError as error:
-            self._lost = error
+            self.lost = error
             raise
         self._wanted.notify()
 
     def _raise_if_lost(self) -> None:
         if self._is_closed:
             raise DeviceError("the executor is closed")
-        if self._lost is not None:
-            raise CudaError(f"the executor was lost before: {self._lost}", self._lost.status)
-
-    @property
-    def lost(self) -> CudaError | None:
-        """Why this executor will never run again, once that is known."""
-        return self._lost
+        if self.lost is not None:
+            raise self.lost
 
     def _keep(self) -> None:
         """A lease may end with work waiting and no producer that looks again: then this thread sends the executor in once more."""
@@ -160,18 +154,19 @@ class CudaExecutor:
             with self._wanted:
                 while not self._is_closed and self._library.load(self._launched_at) == seen:
                     self._wanted.wait(KEEPER_WAIT_S)
-                if self._is_closed or self._lost is not None:
+                if self._is_closed or self.lost is not None:
                     return
                 seen = self._library.load(self._launched_at)
             # Most launches are over by then, and nobody had to be woken for them.
             time.sleep(config.LEASE_NS / 1e9)
             try:
                 with self._context.current() as driver:
+                    checked(driver.cuEventRecord(self._out, self._stream), "mark the executor's end")
                     checked(driver.cuEventSynchronize(self._out), "wait for the executor's end")
                 if self._library.needs_launch(self._ring):
                     self.launch()
             except CudaError as error:
-                self._lost = error
+                self.lost = error
                 return
             except DeviceError:
                 return
@@ -208,7 +203,7 @@ class CudaExecutor:
             if self._park_depth > 0:
                 return
             self._library.store(self._stop_at, 0)
-            if self._lost is None and self._library.needs_launch(self._ring):
+            if self.lost is None and self._library.needs_launch(self._ring):
                 self._send(self._library.load(self._launched_at) + 1)
 
     def rescues(self) -> int:
@@ -225,21 +220,20 @@ class CudaExecutor:
         except CudaError as error:
             if not error.context_lost:
                 raise
-            self._lost = error
+            self.lost = error
         with self._wanted:
             if self._is_closed:
                 return True
             self._is_closed = True
             self._wanted.notify_all()
         self._keeper.join(timeout_s)
-        if self._lost is None:
-            with self._context.current() as driver:
-                for release, what in (
-                    (driver.cuEventDestroy, self._out),
-                    (driver.cuEventDestroy, self._before),
-                    (driver.cuStreamDestroy, self._stream),
-                    (driver.cuModuleUnload, self._module),
-                ):
-                    checked(release(what), "release the executor")
-            self._memory.free(self._state)
+        with self._context.current() as driver:
+            for release, what in (
+                (driver.cuEventDestroy, self._out),
+                (driver.cuEventDestroy, self._before),
+                (driver.cuStreamDestroy, self._stream),
+                (driver.cuModuleUnload, self._module),
+            ):
+                released(release(what), "release the executor")
+        self._memory.free(self._state)
         return True

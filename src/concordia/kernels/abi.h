@@ -5,6 +5,7 @@
 constexpr uint32_t kAbiVersion = 0x1u;
 constexpr uint32_t kLineBytes = 0x80u;
 constexpr uint32_t kLeafBytes = 0x1000u;
+constexpr uint32_t kIdsPerLeaf = 0x10u;
 constexpr uint32_t kRootBytesMin = 0x100u;
 constexpr uint64_t kSegmentMagic = 0x31474553434e4f43ull;
 constexpr uint32_t kRecordMagic = 0x52434e43u;

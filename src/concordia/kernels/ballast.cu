@@ -6,7 +6,7 @@
 #include "call.h"
 
 constexpr int kLive = 24;  // of 64 bits each, with as many products under way: more than 64 registers hold
-constexpr int kFrameWords = 1024 / 8;  // FRAME_BYTES_MAX of loader.py
+constexpr int kFrameWords = 512 / 8;  // FRAME_BYTES_MAX of loader.py
 
 extern "C" __device__ __noinline__ void concordia_ballast(Call* call, uint64_t lane) {
   uint64_t value[kLive];

@@ -7,10 +7,10 @@ HANDLER {
   if (offset % 16 != 0 || offset > call->arena_bytes || bytes > call->arena_bytes - offset) return refuse(call, lane, kStatusBadTask);
   uint8_t* place = reserve_record(call, lane, bytes);
   if (place == nullptr) return;
-  uint8_t* staged = staging_place(call, place);
-  copy_together(call, lane, staged, call->arena + offset, bytes);
-  grid_sync(call);
-  hash_payload(call, lane, staged, bytes);
   const RecordNames names = {task->record_kind, task->token_start, task->token_end};
-  commit_record(call, lane, names, staged, bytes);
+  if constexpr (kDeviceShape) return commit_words(call, lane, names, bytes, MemoryWords{call->arena + offset, bytes});
+  copy_together(call, lane, place, call->arena + offset, bytes);
+  grid_sync(call);
+  hash_payload(call, lane, place, bytes);
+  commit_record(call, lane, names, bytes);
 }

@@ -24,7 +24,8 @@ struct Call {
   Journal* journal;
   uint8_t* stage;  // payload before it is verified or crosses the bus; stage_bytes is a multiple of kLeafBytes
   uint64_t stage_bytes;
-  uint64_t* sums;    // eight accumulators per leaf, for the hash in fine grains
+  uint32_t* ids;  // device shape: the task's block ids
+  uint64_t id_capacity;
   uint8_t* digests;  // two u64 per leaf, then zeroes up to the length that the root hash wants
   uint64_t digest_bytes;
   uint64_t* marks;  // one word per page of a scanned batch
@@ -32,7 +33,6 @@ struct Call {
   uint64_t lanes;
   // A handler's working words.
   uint8_t* place;  // where the reserved record's payload goes, 0 when nothing is reserved
-  uint64_t is_bad;  // any lane sets it
   uint64_t scratch[8];
   // Its answer.
   uint64_t status;
@@ -58,13 +58,7 @@ typedef void (*HandlerFunction)(Call* call, uint64_t lane);
   EXPORT void concordia_handler(Call* call, uint64_t lane)
 #endif
 
-// Lanes of one CTA; the CPU device is one CTA.
 #if CONCORDIA_CUDA
-FUNCTION uint64_t cta_lane(const Call*, uint64_t) { return threadIdx.x; }
-FUNCTION uint64_t cta_lanes(const Call*) { return blockDim.x; }
-FUNCTION bool is_first_cta(const Call*) { return blockIdx.x == 0; }
-FUNCTION void cta_sync(Call*) { __syncthreads(); }
-
 // All lanes of all CTAs. The add releases what this CTA wrote (its lanes came through the CTA's barrier) and the poll acquires what
 // the other CTAs wrote; both at device scope, for no other processor takes part.
 FUNCTION void grid_sync(Call* call) {
@@ -84,10 +78,6 @@ FUNCTION void grid_sync(Call* call) {
   __syncthreads();
 }
 #else
-FUNCTION uint64_t cta_lane(const Call*, uint64_t lane) { return lane; }
-FUNCTION uint64_t cta_lanes(const Call* call) { return call->lanes; }
-FUNCTION bool is_first_cta(const Call*) { return true; }
-
 FUNCTION void grid_sync(Call* call) {
   if (call->lanes == 1) return;
   Barrier* barrier = &call->barrier;
@@ -99,7 +89,6 @@ FUNCTION void grid_sync(Call* call) {
   }
   while (load<kAcquire, kDevice>(&barrier->phase) == phase) yield_lane();  // more lanes than cores must not spin each other out
 }
-FUNCTION void cta_sync(Call* call) { grid_sync(call); }
 #endif
 
 // Runs body(i) for every i below count, spread over all lanes: neighbours on the GPU, so that a warp's accesses are one; a stretch
@@ -113,12 +102,6 @@ FUNCTION void for_each_lane(const Call* call, uint64_t lane, uint64_t count, Bod
   const uint64_t end = smaller(count, share * (lane + 1));
   for (uint64_t i = share * lane; i < end; ++i) body(i);
 #endif
-}
-
-// The same over the lanes of this CTA.
-template <class Body>
-FUNCTION void for_each_cta_lane(const Call* call, uint64_t lane, uint64_t count, Body body) {
-  for (uint64_t i = cta_lane(call, lane); i < count; i += cta_lanes(call)) body(i);
 }
 
 // Ends a handler: every lane returns what this returns. Lane 0 notes the status, and the first one noted stays.
@@ -143,14 +126,9 @@ FUNCTION void zero_bytes(uint8_t* target_ptr, uint64_t bytes) {
 #endif
 }
 
-// All lanes copy one stretch; both addresses are aligned to 16 bytes. On the GPU these are the wide stores that fill the bus.
+// All lanes of a CPU copy one stretch.
 FUNCTION void copy_together(const Call* call, uint64_t lane, uint8_t* target_ptr, const uint8_t* source_ptr, uint64_t bytes) {
-  if constexpr (kDeviceShape) {
-    for_each_lane(call, lane, bytes / 16, [=](uint64_t i) { copy_wide(target_ptr + 16 * i, source_ptr + 16 * i); });
-    if (lane == 0) copy_bytes(target_ptr + bytes / 16 * 16, source_ptr + bytes / 16 * 16, bytes % 16);
-  } else {
-    const uint64_t share = align_up((bytes + call->lanes - 1) / call->lanes, kLineBytes);
-    const uint64_t start = smaller(bytes, share * lane);
-    copy_bytes(target_ptr + start, source_ptr + start, smaller(bytes, start + share) - start);
-  }
+  const uint64_t share = align_up((bytes + call->lanes - 1) / call->lanes, kLineBytes);
+  const uint64_t start = smaller(bytes, share * lane);
+  copy_bytes(target_ptr + start, source_ptr + start, smaller(bytes, start + share) - start);
 }

@@ -8,13 +8,19 @@
 #include "journal.h"
 #include "ring.h"
 
+constexpr uint64_t kKeptOperators = 16;
+
 struct Executor {
   RingHeader* ring;
   uint64_t position;  // next to take; survives leaving
   uint64_t has_task;  // the leader's decision for all lanes, until the next grid_sync but one
   HandlerFunction handler;  // 0: nothing to run
   uint64_t started_ns;
-  uint64_t heartbeat;
+  uint64_t lease_ns, idle_ns;  // of this launch
+  uint64_t heartbeat, busy_ns, done_count;  // kept here: reading the ring back costs a GPU a trip over the bus
+  uint64_t generation;  // of the operators kept below
+  uint64_t kept_opcode[kKeptOperators];
+  Operator kept[kKeptOperators];
   Journal journal;
   Call call;
 };
@@ -36,46 +42,65 @@ FUNCTION bool leave(Executor* executor, uint64_t launch, bool is_forced) {
   return false;
 }
 
-// Leader: waits for the next task; false when this launch is over.
+// Leader: waits for the next task and copies it; false when this launch is over.
 FUNCTION bool next_task(Executor* executor, uint64_t launch, uint64_t entered_ns) {
   RingHeader* ring = executor->ring;
   const Task* slot = slot_at(ring, executor->position);
-  const uint64_t lease_ns = load<kRelaxed, kSystem>(&ring->lease_ns), idle_ns = load<kRelaxed, kSystem>(&ring->idle_ns);
   const uint64_t idle_since_ns = now_ns();
   for (;;) {
     store<kRelaxed, kSystem>(&ring->heartbeat, ++executor->heartbeat);
-    const uint64_t waited_ns = now_ns() - idle_since_ns;
-    const bool is_over = load<kRelaxed, kSystem>(&ring->stop) != 0 || idle_since_ns + waited_ns - entered_ns > lease_ns;
-    if (is_over || CONCORDIA_STEP(2)) return !leave(executor, launch, true);
-    // Acquire pairs with the producer's publish: slot and arguments are there. A closed gate ends the launch: the one that may pass was
-    // put behind a framework's work and looks at the ring when that work is done.
-    if (load<kAcquire, kSystem>(&slot->publish) == executor->position + 1)
-      return (slot->kind != kTaskGate || slot->arg <= launch) || !leave(executor, launch, true);
-    if (waited_ns > idle_ns) return !leave(executor, launch, false);
+    // Both words before a look at either: on a GPU each is a trip over the bus, and so they travel together.
+    const uint64_t stop = load<kRelaxed, kSystem>(&ring->stop);
+    const uint64_t published = load<kAcquire, kSystem>(&slot->publish);  // pairs with the producer's publish: slot and arguments are there
+    const uint64_t at_ns = now_ns();
+    if (stop != 0 || at_ns - entered_ns > executor->lease_ns || CONCORDIA_STEP(2)) break;
+    if (published == executor->position + 1) {
+      executor->call.task = *slot;
+      // A closed gate ends the launch: the one that may pass was put behind a framework's work, and looks at the ring when that is done.
+      const Task* task = &executor->call.task;
+      if (task->kind != kTaskGate || task->arg <= launch) return true;
+      break;
+    }
+    if (at_ns - idle_since_ns > executor->idle_ns && leave(executor, launch, false)) return false;
     pause_lane();
   }
+  (void)leave(executor, launch, true);
+  return false;
 }
 
-// Leader: makes the Call of the task at hand and reads its operator.
-FUNCTION void start_task(Executor* executor) {
+// Leader: what an opcode means now. Operators are kept until the table changes.
+FUNCTION const Operator* find_operator(Executor* executor, uint64_t opcode) {
   RingHeader* ring = executor->ring;
+  if (load<kRelaxed, kSystem>(&ring->generation) != executor->generation) {
+    executor->generation = load<kAcquire, kSystem>(&ring->generation);  // pairs with publish_operator: the entries are there
+    for (uint64_t i = 0; i < kKeptOperators; ++i) executor->kept_opcode[i] = 0;  // 0 is no operator
+    // Older operators run no more, nor will any start: whoever sees this may unload them.
+    store<kRelease, kSystem>(&ring->generation_seen, executor->generation);
+  }
+  if (opcode == 0 || opcode >= kOperatorCapacity) return nullptr;
+  const uint64_t i = opcode % kKeptOperators;
+  if (executor->kept_opcode[i] != opcode) {
+    const uint64_t entry = load<kAcquire, kSystem>(reinterpret_cast<const uint64_t*>(ring->operators) + opcode);
+    if (entry == 0) return nullptr;
+    executor->kept[i] = *reinterpret_cast<const Operator*>(entry);
+    executor->kept_opcode[i] = opcode;
+  }
+  return &executor->kept[i];
+}
+
+// Leader: makes the Call of the task at hand.
+FUNCTION void start_task(Executor* executor) {
   Call* call = &executor->call;
-  call->task = *slot_at(ring, executor->position);
   call->status = kStatusOk;
   call->sequence = kNotSealed;
   call->payload_hash[0] = call->payload_hash[1] = 0;
   call->result = 0;
-  call->is_bad = 0;
   executor->handler = nullptr;
   executor->started_ns = now_ns();
-  // The acknowledgement comes before the operator is read: whoever sees it knows that older operators run no more.
-  store<kRelease, kSystem>(&ring->generation_seen, load<kAcquire, kSystem>(&ring->generation));
-  call->op = nullptr;
   call->region = nullptr;
-  if (call->task.kind == kTaskNoop || call->task.kind == kTaskGate) return;
-  if (call->task.opcode < kOperatorCapacity)
-    call->op = reinterpret_cast<const Operator*>(
-        load<kAcquire, kSystem>(reinterpret_cast<const uint64_t*>(ring->operators) + call->task.opcode));
+  const bool is_empty = call->task.kind == kTaskNoop || call->task.kind == kTaskGate;
+  call->op = find_operator(executor, is_empty ? 0 : call->task.opcode);
+  if (is_empty) return;
   if (call->op == nullptr) {
     call->status = kStatusBadTask;
     return;
@@ -93,22 +118,27 @@ FUNCTION void finish_task(Executor* executor) {
   const uint64_t generation = call->op != nullptr ? call->op->generation : 0;
   const uint64_t answer[] = {call->status | generation << 32, call->sequence, call->payload_hash[0], call->payload_hash[1], call->result};
   for (uint64_t i = 0; i < 5; ++i) store<kRelaxed, kSystem>(words + 1 + i, answer[i]);
-  // Pairs with the acquire in read_completion().
-  store<kRelease, kSystem>(&completion->publish, executor->position + 1);
-  (void)CONCORDIA_STEP(3);
-  store<kRelaxed, kSystem>(&ring->busy_ns, load<kRelaxed, kSystem>(&ring->busy_ns) + (now_ns() - executor->started_ns));
-  store<kRelaxed, kSystem>(&ring->done_count, load<kRelaxed, kSystem>(&ring->done_count) + 1);
-  store<kRelaxed, kSystem>(&ring->appended_bytes, executor->journal.committed_bytes);
-  const uint64_t span = call->task.span;
+  const uint64_t position = executor->position, span = call->task.span;
   executor->position += span == 0 || span > ring->slot_count ? 1 : span;
-  // After the completion, and after our last read of slot and arguments; pairs with the acquire in claim().
-  store<kRelease, kSystem>(&ring->head, executor->position);
+  settle();  // the answer before publish; our last read of slot and arguments before head; records before their count
+  store_settled(&completion->publish, position + 1);  // pairs with the acquire in read_completion()
+  (void)CONCORDIA_STEP(3);
+  store_settled(&ring->head, executor->position);  // pairs with the acquire in claim()
+  count_records(&executor->journal);
+  executor->busy_ns += now_ns() - executor->started_ns;
+  store<kRelaxed, kSystem>(&ring->busy_ns, executor->busy_ns);
+  store<kRelaxed, kSystem>(&ring->done_count, ++executor->done_count);
+  store<kRelaxed, kSystem>(&ring->appended_bytes, executor->journal.committed_bytes);
 }
 
 // All lanes: one launch, from entering to leaving.
 FUNCTION void run_executor(Executor* executor, uint64_t lane, uint64_t launch) {
   Call* call = &executor->call;
   const uint64_t entered_ns = now_ns();
+  if (lane == 0) {
+    executor->lease_ns = load<kRelaxed, kSystem>(&executor->ring->lease_ns);
+    executor->idle_ns = load<kRelaxed, kSystem>(&executor->ring->idle_ns);
+  }
   for (;;) {
     if (lane == 0) {
       executor->has_task = next_task(executor, launch, entered_ns);

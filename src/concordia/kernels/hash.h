@@ -3,7 +3,7 @@
 // Owns: both computations. Promises: the values are those of the xxhash and crc32c libraries, for any number of lanes, so that a host
 // without this code can verify a journal. Only XXH3's path for long inputs is here, for lengths of at least 256 that are multiples of
 // 64: leaves (4096 bytes, zero-padded), the padded list of their digests, and headers. XXH3 is specified in the xxHash project's
-// document; its eight accumulators depend on each other only at the end, so that on the GPU (leaf, accumulator) pairs run side by side.
+// document; its eight accumulators depend on each other only at the end, which stream.h uses to spread a leaf over a warp.
 #pragma once
 #include "call.h"
 
@@ -112,51 +112,29 @@ CONSTANT uint64_t root_bytes(uint64_t leaves) {
   return leaves * 16 < kRootBytesMin ? kRootBytesMin : align_up(leaves * 16, kStripeBytes);
 }
 
-// All lanes: digests of the leaves of [data_ptr, data_ptr + bytes), each at digest(leaf). In device shape the caller has padded the
-// last leaf with zeroes; a CPU lane pads a copy of it, because what follows in the pool is not ours to write.
+// All lanes of a CPU: digests of the leaves of [data_ptr, data_ptr + bytes), each at digest(leaf). The last leaf is padded in a copy,
+// because what follows in the pool is not ours to write. Device shape has stream.h for this.
 template <class Digest>
 FUNCTION void hash_leaves(Call* call, uint64_t lane, const uint8_t* data_ptr, uint64_t bytes, Digest digest) {
-  const uint64_t leaves = leaf_count(bytes);
-  if constexpr (kDeviceShape) {
-    for_each_lane(call, lane, leaves * 8, [=](uint64_t i) {
-      call->sums[i] = sum_one(data_ptr + i / 8 * kLeafBytes, kLeafBytes, i % 8);
-    });
-    grid_sync(call);
-    for_each_lane(call, lane, leaves, [=](uint64_t leaf) { finish_hash(call->sums + 8 * leaf, kLeafBytes, digest(leaf)); });
-  } else {
-    for_each_lane(call, lane, leaves, [=](uint64_t leaf) {
-      const uint8_t* leaf_ptr = data_ptr + leaf * kLeafBytes;
-      const uint64_t rest = bytes - leaf * kLeafBytes;
-      if (rest >= kLeafBytes) return hash_long(leaf_ptr, kLeafBytes, digest(leaf));
-      alignas(64) uint8_t padded[kLeafBytes];
-      copy_bytes(padded, leaf_ptr, rest);
-      zero_bytes(padded + rest, kLeafBytes - rest);
-      hash_long(padded, kLeafBytes, digest(leaf));
-    });
-  }
+  for_each_lane(call, lane, leaf_count(bytes), [=](uint64_t leaf) {
+    const uint8_t* leaf_ptr = data_ptr + leaf * kLeafBytes;
+    const uint64_t rest = bytes - leaf * kLeafBytes;
+    if (rest >= kLeafBytes) return hash_long(leaf_ptr, kLeafBytes, digest(leaf));
+    alignas(64) uint8_t padded[kLeafBytes];
+    copy_bytes(padded, leaf_ptr, rest);
+    zero_bytes(padded + rest, kLeafBytes - rest);
+    hash_long(padded, kLeafBytes, digest(leaf));
+  });
 }
 
-// All lanes: the payload hash of [data_ptr, data_ptr + bytes) into call->payload_hash, for everyone to read.
-FUNCTION void hash_payload(Call* call, uint64_t lane, uint8_t* data_ptr, uint64_t bytes) {
+// All lanes of a CPU: the payload hash of [data_ptr, data_ptr + bytes) into call->payload_hash, for everyone to read.
+FUNCTION void hash_payload(Call* call, uint64_t lane, const uint8_t* data_ptr, uint64_t bytes) {
   const uint64_t leaves = leaf_count(bytes), padded = root_bytes(leaves);
-  if constexpr (kDeviceShape) {
-    const uint64_t pad = leaves * kLeafBytes - bytes;
-    for_each_lane(call, lane, pad, [=](uint64_t i) { data_ptr[bytes + i] = 0; });
-    grid_sync(call);
-  }
   uint64_t* digests = reinterpret_cast<uint64_t*>(call->digests);
   hash_leaves(call, lane, data_ptr, bytes, [=](uint64_t leaf) { return digests + 2 * leaf; });
   for_each_lane(call, lane, padded / 8 - leaves * 2, [=](uint64_t i) { digests[leaves * 2 + i] = 0; });
   grid_sync(call);
-  if constexpr (kDeviceShape) {
-    if (is_first_cta(call)) {
-      for_each_cta_lane(call, lane, 8, [=](uint64_t j) { call->sums[j] = sum_one(call->digests, padded, j); });
-      cta_sync(call);
-    }
-    if (lane == 0) finish_hash(call->sums, padded, call->payload_hash);
-  } else if (lane == 0) {
-    hash_long(call->digests, padded, call->payload_hash);
-  }
+  if (lane == 0) hash_long(call->digests, padded, call->payload_hash);
   grid_sync(call);
 }
 

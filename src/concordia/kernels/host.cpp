@@ -15,7 +15,7 @@
 struct ExecutorPlan {
   uint64_t ring;
   uint64_t pool, pool_bytes, segment_bytes, control;
-  uint64_t stage, stage_bytes, sums, digests, digest_bytes, marks, mark_count;
+  uint64_t stage, stage_bytes, ids, digests, digest_bytes, marks, mark_count;
   uint64_t lanes;
 };
 
@@ -108,7 +108,8 @@ static void fill_executor(Executor* executor, const ExecutorPlan* plan) {
   call->journal = journal;
   call->stage = reinterpret_cast<uint8_t*>(plan->stage);
   call->stage_bytes = plan->stage_bytes;
-  call->sums = reinterpret_cast<uint64_t*>(plan->sums);
+  call->ids = reinterpret_cast<uint32_t*>(plan->ids);
+  call->id_capacity = plan->stage_bytes / kLeafBytes * kIdsPerLeaf;
   call->digests = reinterpret_cast<uint8_t*>(plan->digests);
   call->digest_bytes = plan->digest_bytes;
   call->marks = reinterpret_cast<uint64_t*>(plan->marks);

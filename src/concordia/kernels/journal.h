@@ -7,7 +7,7 @@
 //   segment:  SegmentHeader | record | record | ... | rest too short for the next record
 //   record:   RecordHeader 256 | payload, zero-padded to 128 | commit word 8, line filled up to 128
 #pragma once
-#include "hash.h"
+#include "stream.h"
 
 struct Journal {
   uint8_t* pool;  // 0: no journal is attached, and every append is dropped
@@ -22,6 +22,7 @@ struct Journal {
   uint64_t previous_hash[2];  // of the header before it
   uint64_t committed_bytes;
   uint64_t dropped;
+  uint64_t layout_hash;  // of the stream, for records of no region
 };
 
 struct RecordNames {
@@ -65,6 +66,7 @@ FUNCTION bool take_segment(Call* call, Journal* journal) {
   journal->offset = sizeof(SegmentHeader);
   journal->salt = salt;
   journal->taken += 1;
+  journal->layout_hash = control->layout_hash;
   write_header(journal->pool + journal->segment_start, header);
   store<kRelease, kSystem>(&control->taken_count, journal->taken);  // the owner may reuse the entry: we have read it
   return true;
@@ -75,7 +77,6 @@ FUNCTION uint64_t find_room(Call* call, Journal* journal, uint64_t payload_bytes
   if (journal->pool == nullptr) return kStatusJournalFull;
   const uint64_t bytes = record_bytes(payload_bytes);
   if (payload_bytes > journal->segment_bytes || bytes > journal->segment_bytes - sizeof(SegmentHeader)) return kStatusTooLarge;
-  if (kDeviceShape && payload_bytes > call->stage_bytes) return kStatusTooLarge;
   if (journal->offset + bytes <= journal->segment_bytes || take_segment(call, journal)) return kStatusOk;
   journal->dropped += 1;
   store<kRelaxed, kSystem>(&journal->control->dropped_count, journal->dropped);
@@ -87,7 +88,7 @@ FUNCTION uint64_t find_room(Call* call, Journal* journal, uint64_t payload_bytes
 FUNCTION uint8_t* reserve_record(Call* call, uint64_t lane, uint64_t payload_bytes) {
   if (lane == 0) {
     Journal* journal = call->journal;
-    const uint64_t status = find_room(call, journal, payload_bytes);
+    const uint64_t status = call->status == kStatusOk ? find_room(call, journal, payload_bytes) : call->status;
     call->place = nullptr;
     if (status == kStatusOk) call->place = journal->pool + journal->segment_start + journal->offset + sizeof(RecordHeader);
     refuse(call, lane, status);
@@ -95,9 +96,6 @@ FUNCTION uint8_t* reserve_record(Call* call, uint64_t lane, uint64_t payload_byt
   grid_sync(call);
   return call->place;
 }
-
-// Where a handler puts a payload before it is hashed: at its place in the pool, or first in device memory.
-FUNCTION uint8_t* staging_place(Call* call, uint8_t* place_ptr) { return kDeviceShape ? call->stage : place_ptr; }
 
 FUNCTION void fill_header(Call* call, const RecordNames& names, uint64_t payload_bytes) {
   const Journal* journal = call->journal;
@@ -122,54 +120,63 @@ FUNCTION void fill_header(Call* call, const RecordNames& names, uint64_t payload
   header->payload_hash[0] = call->payload_hash[0];
   header->payload_hash[1] = call->payload_hash[1];
   header->handler_hash = call->op->handler_hash;
-  header->layout_hash = call->region != nullptr ? call->region->layout_hash : journal->control->layout_hash;
+  header->layout_hash = call->region != nullptr ? call->region->layout_hash : journal->layout_hash;
   header->step = task->step;
   header->stamp_ns = task->stamp_ns;
 }
 
-// Leader: everything of the record is in place; make it count.
-FUNCTION void publish_record(Call* call, uint64_t payload_bytes) {
+// Leading team: payload and its hash are there; the header, then the word that makes the record count.
+FUNCTION void publish_record(Call* call, uint64_t lane, const RecordNames& names, uint64_t payload_bytes) {
   Journal* journal = call->journal;
-  RecordHeader* header = &call->header;
+  uint8_t* place = call->place;
   const uint64_t padded = align_up(payload_bytes, kLineBytes);
-  zero_bytes(call->place + payload_bytes, padded - payload_bytes);
-  hash_long(reinterpret_cast<const uint8_t*>(header), sizeof(*header), journal->previous_hash);
-  write_header(call->place - sizeof(*header), header);
+  if (lane == 0) fill_header(call, names, payload_bytes);
+  team_sync();
+#if CONCORDIA_CUDA
+  const uint64_t word = reinterpret_cast<const uint64_t*>(&call->header)[lane];
+  reinterpret_cast<uint64_t*>(place - sizeof(RecordHeader))[lane] = finish_header(word, journal->previous_hash);
+#else
+  const uint8_t* header_ptr = reinterpret_cast<const uint8_t*>(&call->header);
+  if (!kDeviceShape) zero_bytes(place + payload_bytes, padded - payload_bytes);
+  call->header.header_crc = header_crc(header_ptr);
+  hash_long(header_ptr, sizeof(RecordHeader), journal->previous_hash);
+  write_header(place - sizeof(RecordHeader), header_ptr);
+#endif
+  team_sync();
+  if (lane != 0) return;
   // Released after header and payload: pairs with the acquire of whoever validates the record, here or in another process.
-  store<kRelease, kSystem>(reinterpret_cast<uint64_t*>(call->place + padded),
-                           journal->salt ^ ((journal->sequence + 1) * kCommitMultiplier));
+  store<kRelease, kSystem>(reinterpret_cast<uint64_t*>(place + padded), journal->salt ^ ((journal->sequence + 1) * kCommitMultiplier));
   journal->offset += record_bytes(payload_bytes);
   journal->committed_bytes += record_bytes(payload_bytes);
-  call->sequence = journal->sequence++;
+  call->sequence = journal->sequence++;  // the count on the control page follows when the task is answered, after a fence
   call->place = nullptr;
-  StreamControl* control = journal->control;
-  store<kRelaxed, kSystem>(&control->segment_offset, journal->offset);
-  store<kRelaxed, kSystem>(&control->committed_bytes, journal->committed_bytes);
-  store<kRelaxed, kSystem>(&control->committed_count, journal->sequence);  // a hint, so it needs no order
 }
 
-// All lanes: commits the payload at `staged_ptr`, whose hash is in call->payload_hash, as the reserved record.
-FUNCTION void commit_record(Call* call, uint64_t lane, const RecordNames& names, const uint8_t* staged_ptr, uint64_t payload_bytes) {
-  if (kDeviceShape) copy_together(call, lane, call->place, staged_ptr, payload_bytes);
+// All lanes: commits the payload that lies at call->place, whose hash is in call->payload_hash.
+FUNCTION void commit_record(Call* call, uint64_t lane, const RecordNames& names, uint64_t payload_bytes) {
   grid_sync(call);  // every lane's payload is released to the leader
-  if (is_first_cta(call)) {
-    if (lane == 0) fill_header(call, names, payload_bytes);
-    if constexpr (kDeviceShape) {
-      cta_sync(call);
-      uint32_t* shares = reinterpret_cast<uint32_t*>(call->sums);
-      for_each_cta_lane(call, lane, kHeaderWords, [=](uint64_t i) {
-        shares[i] = crc_share(reinterpret_cast<const uint8_t*>(&call->header), i);
-      });
-      cta_sync(call);
-      if (lane == 0) {
-        uint32_t crc = 0;
-        for (uint64_t i = 0; i < kHeaderWords; ++i) crc ^= shares[i];
-        call->header.header_crc = ~crc;
-      }
-    } else if (lane == 0) {
-      call->header.header_crc = header_crc(reinterpret_cast<const uint8_t*>(&call->header));
-    }
-    if (lane == 0) publish_record(call, payload_bytes);
+  if (is_leading_team(lane)) publish_record(call, lane, names, payload_bytes);
+  grid_sync(call);
+}
+
+// All lanes, device shape: moves the payload that words(offset) gives to call->place and commits it, in one pass over its bytes.
+template <class Words>
+FUNCTION void commit_words(Call* call, uint64_t lane, const RecordNames& names, uint64_t payload_bytes, Words words) {
+  stream_payload(call, lane, payload_bytes, call->place, words);
+  grid_sync(call);  // payload and digests of every team are released to the leading one
+  if (is_leading_team(lane)) {
+    hash_root(call->digests, leaf_count(payload_bytes), call->payload_hash);
+    team_sync();
+    publish_record(call, lane, names, payload_bytes);
   }
   grid_sync(call);
+}
+
+// The writer's counters on its control page; after a settle(), so that a reader who sees a count finds its records.
+FUNCTION void count_records(const Journal* journal) {
+  StreamControl* control = journal->control;
+  if (control == nullptr) return;
+  store_settled(&control->segment_offset, journal->offset);
+  store_settled(&control->committed_bytes, journal->committed_bytes);
+  store_settled(&control->committed_count, journal->sequence);
 }

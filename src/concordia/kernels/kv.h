@@ -5,7 +5,7 @@
 // KIND_KV_BLOCK is block -> layer -> the block's bytes as they lie. Block ids are checked before they become addresses.
 // Called by kv_append, kv_apply and kv_hash, all lanes together. Does not hash and knows no journal.
 #pragma once
-#include "call.h"
+#include "stream.h"
 
 constexpr uint64_t kLayers = KV_LAYERS, kHeads = KV_HEADS, kElementBytes = KV_ELEMENT_BYTES;
 constexpr uint64_t kBlockTokens = KV_BLOCK_TOKENS, kBlockBytes = KV_BLOCK_BYTES, kBlockStride = KV_BLOCK_STRIDE;
@@ -61,7 +61,7 @@ struct Range {
 FUNCTION Range range_of(const Call* call) {
   const Task* task = &call->task;
   Range range;
-  range.ids = reinterpret_cast<const uint32_t*>(call->arena + task->blocks);
+  range.ids = kDeviceShape ? call->ids : reinterpret_cast<const uint32_t*>(call->arena + task->blocks);
   range.id_count = task->block_count;
   range.start = task->token_start % kBlockTokens;
   range.tokens = (uint64_t)task->token_end - task->token_start;
@@ -70,25 +70,27 @@ FUNCTION Range range_of(const Call* call) {
   return range;
 }
 
-// All lanes: whether the task's range can be touched. Refuses the task otherwise.
-FUNCTION bool check_range(Call* call, uint64_t lane) {
+// Leading team: refuses the task unless its range can be touched. In device shape the ids are copied beside the executor, because every
+// lane reads them again and again. The others look at call->status after the next grid_sync.
+FUNCTION void check_range(Call* call, uint64_t lane) {
+  if (!is_leading_team(lane)) return;
   const Task* task = &call->task;
   const bool is_named = call->region != nullptr && call->region->base_count == kLayers && task->token_start < task->token_end &&
                         (task->record_kind == kKindKvTail || task->record_kind == kKindKvBlock) &&
                         task->block_count == (task->token_end - 1) / kBlockTokens - task->token_start / kBlockTokens + 1 &&
-                        task->blocks % 4 == 0 && task->blocks <= call->arena_bytes &&
+                        task->block_count <= call->id_capacity && task->blocks % 4 == 0 && task->blocks <= call->arena_bytes &&
                         task->block_count * 4ull <= call->arena_bytes - task->blocks;
+  bool is_bad = !is_named;
   if (is_named) {
-    const Range range = range_of(call);
+    const uint32_t* ids = reinterpret_cast<const uint32_t*>(call->arena + task->blocks);
     const uint64_t block_count = call->region->block_count;
-    for_each_lane(call, lane, range.id_count, [=](uint64_t i) {
-      if (range.ids[i] >= block_count) store<kRelaxed, kDevice>(&call->is_bad, 1);
-    });
+    for (uint64_t i = team_lane(); i < task->block_count; i += kTeamLanes) {
+      const uint32_t id = ids[i];
+      if (id >= block_count) is_bad = true;
+      if constexpr (kDeviceShape) call->ids[i] = id;
+    }
   }
-  grid_sync(call);
-  if (is_named && load<kRelaxed, kDevice>(&call->is_bad) == 0) return true;
-  refuse(call, lane, kStatusBadTask);
-  return false;
+  if (any_in_team(is_bad)) refuse(call, lane, kStatusBadTask);
 }
 
 FUNCTION uint8_t* block_address(const Call* call, uint64_t layer, uint64_t block) {
@@ -144,47 +146,116 @@ FUNCTION void move_plane_rows(const Call* call, uint64_t lane, const Range& rang
   });
 }
 
-// One plane in units of kChunkBytes (rows) or one element, neighbours in the payload to neighbouring lanes.
-template <bool kGather, int kPlane>
-FUNCTION void move_plane_units(const Call* call, uint64_t lane, const Range& range, uint8_t* payload_ptr) {
-  constexpr PlaneShape kShape = plane_shape<kPlane>();
-  constexpr uint32_t kUnit = is_row(kShape) ? kChunkBytes : kElementBytes;
-  constexpr uint32_t kRowUnits = kShape.dim * kElementBytes / kUnit;
-  constexpr uint64_t kUnitStride = is_row(kShape) ? kUnit : kShape.element_stride;
-  const uint32_t tokens = (uint32_t)range.tokens;
-  for_each_lane(call, lane, kLayers * kHeads * range.tokens * kRowUnits, [=](uint64_t index) {
-    const uint32_t i = (uint32_t)index;  // a payload is below 4 GiB, and 32-bit division is several times cheaper on a GPU
-    const uint32_t unit = i % kRowUnits, row = i / kRowUnits, token = row % tokens, head = row / tokens % kHeads, layer = row / tokens / kHeads;
-    const uint32_t place = (uint32_t)range.start + token, block = range.ids[place / kBlockTokens], slot = place % kBlockTokens;
-    uint8_t* region_ptr = block_address(call, layer, block) + kShape.offset + head * kShape.head_stride + slot * kShape.token_stride + unit * kUnitStride;
-    uint8_t* unit_ptr = payload_ptr + layer * range.tokens * kTokenBytes + ((uint64_t)(head * tokens + token) * kRowUnits + unit) * kUnit;
-    if constexpr (kPlane == 1) unit_ptr += range.tokens * kHeads * KV_KEY_DIM * kElementBytes;
-    move_unit<kGather, kUnit>(region_ptr, unit_ptr);
-  });
-}
-
 template <bool kGather>
 FUNCTION void move_blocks(const Call* call, uint64_t lane, const Range& range, uint8_t* payload_ptr) {
-  constexpr uint64_t kUnits = kDeviceShape ? kBlockBytes / kRawBytes : 1;
-  for_each_lane(call, lane, range.id_count * kLayers * kUnits, [=](uint64_t i) {
-    const uint64_t unit = i % kUnits, layer = i / kUnits % kLayers, block = i / kUnits / kLayers;
-    uint8_t* region_ptr = block_address(call, layer, range.ids[block]);
-    uint8_t* unit_ptr = payload_ptr + (block * kLayers + layer) * kBlockBytes;
-    if constexpr (kDeviceShape) move_unit<kGather, kRawBytes>(region_ptr + unit * kRawBytes, unit_ptr + unit * kRawBytes);
-    else move_bytes<kGather>(region_ptr, unit_ptr, kBlockBytes);
+  for_each_lane(call, lane, range.id_count * kLayers, [=](uint64_t i) {
+    const uint64_t layer = i % kLayers, block = i / kLayers;
+    move_bytes<kGather>(block_address(call, layer, range.ids[block]), payload_ptr + i * kBlockBytes, kBlockBytes);
   });
 }
 
-// All lanes: region -> payload (gather) or payload -> region (scatter).
+// All lanes of a CPU: region -> payload (gather) or payload -> region (scatter).
 template <bool kGather>
 FUNCTION void move_range(const Call* call, uint64_t lane, const Range& range, uint8_t* payload_ptr) {
   if (range.is_raw) {
     move_blocks<kGather>(call, lane, range, payload_ptr);
-  } else if constexpr (kDeviceShape) {
-    move_plane_units<kGather, 0>(call, lane, range, payload_ptr);
-    if constexpr (KV_VALUE_DIM != 0) move_plane_units<kGather, 1>(call, lane, range, payload_ptr);
   } else {
     move_plane_rows<kGather, 0>(call, lane, range, payload_ptr);
     if constexpr (KV_VALUE_DIM != 0) move_plane_rows<kGather, 1>(call, lane, range, payload_ptr);
+  }
+}
+
+// Division by a number that is known only at run time: exact for 32-bit values, at the price of one wide multiplication.
+struct Divider {
+  uint64_t factor;  // 2^64 / divisor, rounded up; 0 stands for 2^64
+  FUNCTION_MEMBER explicit Divider(uint32_t divisor) : factor(~0ull / divisor + 1) {}
+  FUNCTION_MEMBER uint32_t operator()(uint32_t value) const { return factor == 0 ? value : (uint32_t)mul_high(factor, value); }
+};
+
+// The bytes of a range in a record's order, by offset: what a team streams, or scatters. An offset is below 4 GiB.
+class RegionWords {
+ public:
+  FUNCTION_MEMBER RegionWords(const Call* call, const Range& range)
+      : bases_(reinterpret_cast<const uint64_t*>(call->region->bases)),
+        range_(range),
+        layer_bytes_((uint32_t)(range.tokens * kTokenBytes)),
+        key_bytes_((uint32_t)(range.tokens * kHeads * KV_KEY_DIM * kElementBytes)),
+        layer_of_((uint32_t)(range.tokens * kTokenBytes)),
+        head_of_((uint32_t)range.tokens) {}
+
+  FUNCTION_MEMBER uint64_t operator()(uint64_t offset) const {
+    return range_.is_raw ? gather<kRawUnit, true>((uint32_t)offset) : gather<kTailUnit, false>((uint32_t)offset);
+  }
+  FUNCTION_MEMBER void scatter(uint64_t offset, uint64_t word) const {
+    if (range_.is_raw) put<kRawUnit, true>((uint32_t)offset, word);
+    else put<kTailUnit, false>((uint32_t)offset, word);
+  }
+
+ private:
+  // The widest piece that never crosses a row or a block, at most a word.
+  static constexpr uint32_t kRawUnit = kRawBytes < 8 ? kRawBytes : 8;
+  static constexpr bool kAreRows = is_row(kPlanes[0]) && (KV_VALUE_DIM == 0 || is_row(kPlanes[1]));
+  static constexpr uint32_t kTailUnit = !kAreRows ? kElementBytes : kChunkBytes < 8 ? kChunkBytes : 8;
+
+  FUNCTION_MEMBER uint8_t* raw_address(uint32_t offset) const {
+    const uint32_t piece = offset / (uint32_t)kBlockBytes, layer = piece % (uint32_t)kLayers;
+    return address(layer, range_.ids[piece / (uint32_t)kLayers]) + offset % (uint32_t)kBlockBytes;
+  }
+  FUNCTION_MEMBER uint8_t* tail_address(uint32_t offset) const {
+    const uint32_t layer = layer_of_(offset), rest = offset - layer * layer_bytes_;
+    if (KV_VALUE_DIM == 0 || rest < key_bytes_) return plane_address<0>(layer, rest);
+    return plane_address<1>(layer, rest - key_bytes_);
+  }
+  template <int kPlane>
+  FUNCTION_MEMBER uint8_t* plane_address(uint32_t layer, uint32_t rest) const {
+    constexpr PlaneShape kShape = plane_shape<kPlane>();
+    constexpr uint32_t kRow = kShape.dim == 0 ? 1 : kShape.dim * kElementBytes;
+    const uint32_t row = rest / kRow, in_row = rest % kRow, head = head_of_(row), token = row - head * (uint32_t)range_.tokens;
+    const uint32_t place = (uint32_t)range_.start + token, slot = place % (uint32_t)kBlockTokens;
+    const uint64_t inside = is_row(kShape) ? in_row : in_row / (uint32_t)kElementBytes * kShape.element_stride + in_row % (uint32_t)kElementBytes;
+    return address(layer, range_.ids[place / (uint32_t)kBlockTokens]) + kShape.offset + head * kShape.head_stride + slot * kShape.token_stride + inside;
+  }
+  FUNCTION_MEMBER uint8_t* address(uint32_t layer, uint32_t block) const {
+    return reinterpret_cast<uint8_t*>(bases_[layer]) + block * kBlockStride;
+  }
+
+  template <uint32_t kUnit, bool kIsRaw>
+  FUNCTION_MEMBER uint64_t gather(uint32_t offset) const {
+    uint64_t word = 0;
+    for (uint32_t at = 0; at < 8; at += kUnit) {
+      if (kUnit != 8 && offset + at >= range_.bytes) break;
+      uint64_t unit = 0;
+      copy_unit<kUnit>(reinterpret_cast<uint8_t*>(&unit), kIsRaw ? raw_address(offset + at) : tail_address(offset + at));
+      word |= unit << 8 * at;
+    }
+    return word;
+  }
+  template <uint32_t kUnit, bool kIsRaw>
+  FUNCTION_MEMBER void put(uint32_t offset, uint64_t word) const {
+    for (uint32_t at = 0; at < 8; at += kUnit) {
+      if (kUnit != 8 && offset + at >= range_.bytes) break;
+      const uint64_t unit = word >> 8 * at;
+      copy_unit<kUnit>(kIsRaw ? raw_address(offset + at) : tail_address(offset + at), reinterpret_cast<const uint8_t*>(&unit));
+    }
+  }
+
+  const uint64_t* bases_;
+  Range range_;
+  uint32_t layer_bytes_, key_bytes_;
+  Divider layer_of_, head_of_;
+};
+
+// All lanes, device shape: payload -> region, several words under way per lane.
+FUNCTION void scatter_words(const Call* call, uint64_t lane, const Range& range, const uint8_t* payload_ptr) {
+  constexpr uint64_t kAtOnce = 4;
+  const RegionWords words(call, range);
+  const uint64_t* payload = reinterpret_cast<const uint64_t*>(payload_ptr);
+  const uint64_t count = (range.bytes + 7) / 8;
+  for (uint64_t first = lane; first < count; first += kAtOnce * call->lanes) {
+    uint64_t word[kAtOnce];
+    for (uint64_t k = 0; k < kAtOnce; ++k)
+      if (first + k * call->lanes < count) word[k] = payload[first + k * call->lanes];
+    for (uint64_t k = 0; k < kAtOnce; ++k)
+      if (first + k * call->lanes < count) words.scatter(8 * (first + k * call->lanes), word[k]);
   }
 }

@@ -9,7 +9,9 @@ FUNCTION bool is_within(uint64_t start, uint64_t bytes, const uint8_t* outer_ptr
 }
 
 HANDLER {
-  if (!check_range(call, lane)) return;
+  check_range(call, lane);
+  grid_sync(call);
+  if (call->status != kStatusOk) return;
   const Range range = range_of(call);
   const Task* task = &call->task;
   const Journal* journal = call->journal;
@@ -17,10 +19,17 @@ HANDLER {
                        is_within(task->source, range.bytes, call->arena, call->arena_bytes);
   if (range.bytes != task->source_bytes || task->source % 16 != 0 || !is_ours) return refuse(call, lane, kStatusBadTask);
   if (range.bytes > call->stage_bytes) return refuse(call, lane, kStatusTooLarge);
-  copy_together(call, lane, call->stage, reinterpret_cast<const uint8_t*>(task->source), range.bytes);
-  grid_sync(call);
-  hash_payload(call, lane, call->stage, range.bytes);
+  const uint8_t* source = reinterpret_cast<const uint8_t*>(task->source);
+  if constexpr (kDeviceShape) {
+    stream_payload(call, lane, range.bytes, call->stage, MemoryWords{source, range.bytes});
+    finish_payload(call, lane, range.bytes);
+  } else {
+    copy_together(call, lane, call->stage, source, range.bytes);
+    grid_sync(call);
+    hash_payload(call, lane, call->stage, range.bytes);
+  }
   if (call->payload_hash[0] != task->key[0] || call->payload_hash[1] != task->key[1])
     return refuse(call, lane, kStatusHashMismatch);
-  move_range<false>(call, lane, range, call->stage);
+  if constexpr (kDeviceShape) scatter_words(call, lane, range, call->stage);
+  else move_range<false>(call, lane, range, call->stage);
 }

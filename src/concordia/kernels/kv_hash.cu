@@ -1,11 +1,17 @@
 // Handler: the hash of what the region holds now for a token range, in the byte order of kv_append. Writes nothing.
-#include "hash.h"
+#include "stream.h"
 #include "kv.h"
 
 HANDLER {
-  if (!check_range(call, lane)) return;
+  check_range(call, lane);
+  grid_sync(call);
+  if (call->status != kStatusOk) return;
   const Range range = range_of(call);
   if (range.bytes > call->stage_bytes) return refuse(call, lane, kStatusTooLarge);
+  if constexpr (kDeviceShape) {
+    stream_payload(call, lane, range.bytes, nullptr, RegionWords(call, range));
+    return finish_payload(call, lane, range.bytes);
+  }
   move_range<true>(call, lane, range, call->stage);
   grid_sync(call);
   hash_payload(call, lane, call->stage, range.bytes);

@@ -10,17 +10,20 @@ constexpr uint64_t kRootBytes = root_bytes(kPageLeaves);
 // All lanes: hash of every page of a batch, then marks[i] = page i differs from the table.
 FUNCTION void mark_dirty(Call* call, uint64_t lane, const uint8_t* first_page_ptr, uint64_t pages, const uint64_t* table) {
   uint8_t* digests = call->digests;
-  hash_leaves(call, lane, first_page_ptr, pages * kPageBytes, [=](uint64_t leaf) {
+  const auto digest = [=](uint64_t leaf) {
     return reinterpret_cast<uint64_t*>(digests + leaf / kPageLeaves * kRootBytes + leaf % kPageLeaves * 16);
-  });
+  };
+  const uint64_t bytes = pages * kPageBytes;
+  if constexpr (kDeviceShape) stream_leaves(call, lane, bytes, nullptr, MemoryWords{first_page_ptr, bytes}, digest);
+  else hash_leaves(call, lane, first_page_ptr, bytes, digest);
   grid_sync(call);
-  for_each_lane(call, lane, pages, [=](uint64_t page) {
+  for (uint64_t page = lane / kTeamLanes; page < pages; page += call->lanes / kTeamLanes) {
     uint8_t* root = digests + page * kRootBytes;
-    zero_bytes(root + kPageLeaves * 16, kRootBytes - kPageLeaves * 16);
-    uint64_t hash[2];
-    hash_long(root, kRootBytes, hash);
-    call->marks[page] = hash[0] != table[2 * page] || hash[1] != table[2 * page + 1];
-  });
+    uint64_t* hash = reinterpret_cast<uint64_t*>(root);  // over the digests, which are read before
+    hash_root(root, kPageLeaves, hash);
+    team_sync();
+    if (team_lane() == 0) call->marks[page] = hash[0] != table[2 * page] || hash[1] != table[2 * page + 1];
+  }
   grid_sync(call);
 }
 
@@ -28,11 +31,15 @@ FUNCTION void mark_dirty(Call* call, uint64_t lane, const uint8_t* first_page_pt
 FUNCTION bool append_page(Call* call, uint64_t lane, const uint8_t* page_ptr, uint64_t page, uint64_t* entry_ptr) {
   uint8_t* place = reserve_record(call, lane, kPageBytes);
   if (place == nullptr) return false;
-  uint8_t* staged = staging_place(call, place);
-  copy_together(call, lane, staged, page_ptr, kPageBytes);
-  grid_sync(call);
-  hash_payload(call, lane, staged, kPageBytes);
-  commit_record(call, lane, {kKindPage, page, page + 1}, staged, kPageBytes);
+  const RecordNames names = {kKindPage, page, page + 1};
+  if constexpr (kDeviceShape) {
+    commit_words(call, lane, names, kPageBytes, MemoryWords{page_ptr, kPageBytes});
+  } else {
+    copy_together(call, lane, place, page_ptr, kPageBytes);
+    grid_sync(call);
+    hash_payload(call, lane, place, kPageBytes);
+    commit_record(call, lane, names, kPageBytes);
+  }
   if (lane == 0) {
     entry_ptr[0] = call->payload_hash[0];
     entry_ptr[1] = call->payload_hash[1];

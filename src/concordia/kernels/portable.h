@@ -9,6 +9,7 @@
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define CONCORDIA_CUDA 1
 #define FUNCTION static __device__ __forceinline__
+#define FUNCTION_MEMBER __device__ __forceinline__
 #define CONSTANT __device__ constexpr
 #define TABLE static __device__ const
 #define EXPORT extern "C" __device__
@@ -18,13 +19,14 @@
 #include <string.h>
 #include <time.h>
 #define FUNCTION static inline
+#define FUNCTION_MEMBER inline
 #define CONSTANT constexpr
 #define TABLE static const
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// The GPU works in fine grains (one lane moves 16 bytes) and stages a payload in its own memory before it crosses the bus; a CPU lane
-// moves whole rows straight into the pool. Tests give the CPU the GPU's shape, so that these paths run without a GPU too.
+// The GPU works in fine grains: a team of lanes takes a leaf, and every word is loaded, hashed and stored in one pass (stream.h). A CPU lane
+// moves whole rows straight into the pool and hashes them there. Tests give the CPU the GPU's shape, so that these paths run everywhere.
 #ifndef CONCORDIA_DEVICE_SHAPE
 #define CONCORDIA_DEVICE_SHAPE CONCORDIA_CUDA
 #endif
@@ -84,6 +86,15 @@ FUNCTION uint64_t now_ns() {
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
   return now;
 }
+// Orders everything before it before everything after it, for all processors: then store_settled may follow, many for one fence.
+FUNCTION void settle() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+FUNCTION void store_settled(uint64_t* word_ptr, uint64_t value) { store<kRelaxed, kSystem>(word_ptr, value); }
+
+// The value of the lane whose number in the warp differs in this bit.
+FUNCTION uint64_t exchange_lanes(uint64_t value, uint32_t bit) { return __shfl_xor_sync(0xffffffffu, value, bit); }
+FUNCTION bool any_in_team(bool is_true) { return __any_sync(0xffffffffu, is_true); }
+FUNCTION uint64_t team_lane() { return threadIdx.x % 32; }
+
 FUNCTION void pause_lane() { asm volatile("nanosleep.u32 50;"); }
 FUNCTION void yield_lane() { pause_lane(); }
 FUNCTION bool is_cta_leader() { return threadIdx.x == 0; }
@@ -121,6 +132,13 @@ FUNCTION uint64_t load_full(const uint64_t* word_ptr) { return __atomic_load_n(w
 FUNCTION uint64_t add_device(uint64_t* word_ptr, uint64_t value) {
   return __atomic_fetch_add(word_ptr, value, __ATOMIC_ACQ_REL);
 }
+
+// A release store each: what the GPU does with one fence costs nothing here, and ThreadSanitizer knows no fences.
+FUNCTION void settle() {}
+FUNCTION void store_settled(uint64_t* word_ptr, uint64_t value) { store<kRelease, kSystem>(word_ptr, value); }
+
+FUNCTION bool any_in_team(bool is_true) { return is_true; }
+FUNCTION uint64_t team_lane() { return 0; }
 
 FUNCTION uint64_t now_ns() {
   struct timespec now;

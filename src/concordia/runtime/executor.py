@@ -122,6 +122,8 @@ class Runtime:
         """Hand a task in; raises RingFull. Any thread."""
         if not self._is_open:
             raise DeviceError("this runtime is closed")
+        if self.executor.lost is not None:
+            raise self.executor.lost
         ticket, needs_launch = self.ring.submit(task, self.executor.handle)
         if needs_launch:
             self.executor.launch()
@@ -142,9 +144,18 @@ class Runtime:
         return self.ring.result(ticket)
 
     def wait(self, ticket: Ticket, timeout_s: float = config.WAIT_TASK_S) -> Completion:
-        """Wait for a task's answer; raises WaitTimeout."""
+        """Wait for a task's answer; raises WaitTimeout, or why the executor was lost meanwhile."""
         self._require_open()
-        return self.ring.wait(ticket, timeout_s)
+        until = time.monotonic() + timeout_s
+        while True:
+            left_s = max(0.0, until - time.monotonic())
+            try:
+                return self.ring.wait(ticket, min(left_s, config.WAIT_LOOK_S), said_s=timeout_s)
+            except WaitTimeout:
+                if self.executor.lost is not None:
+                    raise self.executor.lost from None
+                if left_s <= config.WAIT_LOOK_S:
+                    raise
 
     def drain(self, timeout_s: float = config.WAIT_TASK_S) -> None:
         """Wait until everything handed in so far is done."""
@@ -197,7 +208,7 @@ class Runtime:
                 return
             try:
                 self.drain(config.WAIT_TASK_S)
-            except WaitTimeout as error:
+            except (WaitTimeout, DeviceError) as error:
                 logger.error("closing with tasks undone: %s", error)
             self._is_open = False
             self._finalizer.detach()
@@ -235,7 +246,7 @@ class Runtime:
             control=control,
             stage=self._allocate(stage),
             stage_bytes=stage,
-            sums=self._allocate(leaves * 64),
+            ids=self._allocate(leaves * abi.IDS_PER_LEAF * 4),
             digests=self._allocate(digest_bytes),
             digest_bytes=digest_bytes,
             marks=self._allocate(config.SCAN_PAGES * 8),

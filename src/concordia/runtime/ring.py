@@ -155,14 +155,14 @@ class Ring:
         found = ctypes.create_string_buffer(abi.COMPLETION.size)
         return self._completion(self._library.read(self.address, ticket, found), ticket, found)
 
-    def wait(self, ticket: Ticket, timeout_s: float) -> Completion:
-        """The same after waiting for it, outside the interpreter's lock."""
+    def wait(self, ticket: Ticket, timeout_s: float, *, said_s: float | None = None) -> Completion:
+        """The same after waiting for it, outside the interpreter's lock; `said_s` is what the whole wait was given."""
         found = ctypes.create_string_buffer(abi.COMPLETION.size)
         said = self._library.wait(self.address, ticket, max(0, int(timeout_s * 1e9)), found)
         done = self._completion(said, ticket, found)
         if done is None:
             raise WaitTimeout(
-                f"task {ticket} is not done after {timeout_s} s: {self.load('head')} of {self.load('tail')} are, "
+                f"task {ticket} is not done after {timeout_s if said_s is None else said_s} s: {self.load('head')} of {self.load('tail')} are, "
                 f"heartbeat {self.load('heartbeat')}, launch {self.load('launched')}, left {self.load('left')}"
             )
         return done

@@ -1,0 +1,326 @@
+"""Scenarios of handlers, journal, framework and faults; each runs in a child and answers plain values."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+import numpy as np
+from stage import JournalFile, counting, first_difference, geometry, mask, place, random_layers
+
+from concordia import abi
+from concordia.checkpoint.checkpointer import Checkpointer
+from concordia.checkpoint.handler import KvRange, expected_bytes, tree_hash
+from concordia.checkpoint.region import KvGeometry
+from concordia.device.compiler import HandlerSource
+from concordia.device.driver import open_device
+from concordia.errors import ConcordiaError
+
+SEGMENT = 1 << 20
+BYTE_SIZES = (0, 1, 15, 16, 127, 128, 129, 4095, 4096, 4097, 70_001)
+
+
+def _ranges(shape: KvGeometry, seed: int) -> list[KvRange]:
+    """Tails of every kind of length and place, and whole blocks; blocks in no order."""
+    generator = np.random.default_rng(seed)
+    size = shape.block_tokens
+    wanted = [(0, 1), (size - 1, size), (size - 1, size + 1), (0, 3 * size), (size + 2, 4 * size - 1), (5 * size + 1, 5 * size + 2)]
+    found = []
+    for start, end in wanted:
+        count = (end - 1) // size - start // size + 1
+        blocks = tuple(int(b) for b in generator.permutation(shape.block_count)[:count])
+        found.append(KvRange(abi.KIND_KV_TAIL, start, end, blocks))
+    for start, count in ((0, 1), (2, 3)):
+        blocks = tuple(int(b) for b in generator.permutation(shape.block_count)[:count])
+        found.append(KvRange(abi.KIND_KV_BLOCK, start * size, (start + count) * size, blocks))
+    return found
+
+
+def handlers(device: str, lanes: int, shape_name: str, seed: int, path: str) -> dict[str, Any]:
+    """Every KV handler of one geometry against numpy, byte for byte; answers what differs."""
+    shape = geometry(shape_name)
+    layers = random_layers(shape, seed)
+    journal = JournalFile.create(pathlib.Path(path), segments=24, segment_bytes=SEGMENT)
+    wrong: list[str] = []
+    opened = open_device(device)
+    checkpointer = Checkpointer(opened, journal.target(), lanes=lanes)
+    addresses = place(opened, layers)
+    region = checkpointer.register_kv(shape, addresses)
+    ranges = _ranges(shape, seed)
+    tickets = [
+        checkpointer.append_kv(region, kind=w.kind, key=i, incarnation=1, token_start=w.token_start, token_end=w.token_end, blocks=w.blocks, step=i)
+        for i, w in enumerate(ranges)
+    ]  # fmt: skip
+    done = [checkpointer.wait(ticket) for ticket in tickets]
+    records, end = journal.records()
+    if len(records) != len(ranges) or end.value != "clean":
+        wrong.append(f"{len(records)} records, {end}")
+    for wanted, record, answer in zip(ranges, records, done, strict=True):
+        expected = expected_bytes(shape, layers, wanted)
+        difference = first_difference(expected, journal.payload(record))
+        if difference:
+            wrong.append(f"append {wanted}: {difference}")
+        if not record.payload_hash == answer.payload_hash == tree_hash(expected):
+            wrong.append(f"append {wanted}: hash {record.payload_hash:#x}, expected {tree_hash(expected):#x}")
+        if (record.kind, record.token_start, record.token_end, record.layout_hash) != (wanted.kind, wanted.token_start, wanted.token_end, shape.layout_hash()):
+            wrong.append(f"append {wanted}: header {record}")
+        held = checkpointer.wait(checkpointer.hash_kv(region, kind=wanted.kind, token_start=wanted.token_start, token_end=wanted.token_end, blocks=wanted.blocks))
+        if held.payload_hash != record.payload_hash:
+            wrong.append(f"hash {wanted}: {held.payload_hash:#x}")
+    wrong += _apply(checkpointer, region, journal, cache=list(zip(addresses, layers, strict=True)), pairs=list(zip(ranges, records, strict=True)))
+    refused = checkpointer.wait(checkpointer.append_kv(region, kind=abi.KIND_KV_TAIL, key=1, incarnation=1, token_start=0, token_end=1, blocks=[shape.block_count], step=1))
+    checkpointer.close()
+    opened.close()
+    return {"wrong": wrong, "refused_status": refused.status}
+
+
+def _apply(checkpointer: Checkpointer, region: Any, journal: JournalFile, *, cache: list[tuple[int, bytes]], pairs: list[Any]) -> list[str]:
+    """Each record back into zeroes: exactly its range is written, and nothing when the hash is another."""
+    shape, device, wrong = region.geometry, checkpointer.device, []
+    addresses, layers = [at for at, _ in cache], [layer for _, layer in cache]
+    zeros = [bytes(len(layer)) for layer in layers]
+    pool = journal.target().pool_address
+    for wanted, record in pairs:
+        written = mask(shape, wanted.kind, wanted.token_start, wanted.token_end, wanted.blocks)
+        for promise, after in ((record.payload_hash ^ 1, zeros), (record.payload_hash, [(np.frombuffer(layer, np.uint8) * written).tobytes() for layer in layers])):
+            for address, zero in zip(addresses, zeros, strict=True):
+                device.write(address, zero)
+            done = checkpointer.wait(
+                checkpointer.apply_kv(region, kind=wanted.kind, token_start=wanted.token_start, token_end=wanted.token_end, blocks=wanted.blocks,
+                                      payload_address=pool + record.payload_offset, payload_bytes=record.payload_bytes, payload_hash=promise)
+            )  # fmt: skip
+            want_status = abi.STATUS_OK if promise == record.payload_hash else abi.STATUS_HASH_MISMATCH
+            if done.status != want_status:
+                wrong.append(f"apply {wanted}: status {done.status}, expected {want_status}")
+            for layer, (address, want) in enumerate(zip(addresses, after, strict=True)):
+                difference = first_difference(want, device.read(address, len(want)))
+                if difference:
+                    wrong.append(f"apply {wanted}, layer {layer}: {difference}")
+    for address, layer in zip(addresses, layers, strict=True):
+        device.write(address, layer)
+    return wrong
+
+
+def appended_bytes(device: str, lanes: int, seed: int, path: str) -> dict[str, Any]:
+    """bytes_append over lengths around every boundary, over many segments; a full journal is said and counted."""
+    journal = JournalFile.create(pathlib.Path(path), segments=4, segment_bytes=SEGMENT)
+    generator = np.random.default_rng(seed)
+    opened = open_device(device)
+    checkpointer = Checkpointer(opened, journal.target(), lanes=lanes)
+    payloads = [generator.integers(0, 256, size, dtype=np.uint8).tobytes() for size in (*BYTE_SIZES, *generator.integers(0, 90_000, 30).tolist())]
+    done = [checkpointer.wait(checkpointer.append_bytes(p, kind=abi.KIND_REQUEST, key=i << 64 | i, incarnation=i)) for i, p in enumerate(payloads)]
+    records, end = journal.records()
+    wrong = [] if len(records) == len(payloads) else [f"{len(records)} of {len(payloads)}, {end}"]
+    for payload, record, answer in zip(payloads, records, done, strict=False):
+        if journal.payload(record) != payload or not record.payload_hash == answer.payload_hash == tree_hash(payload) or answer.sequence != record.sequence:
+            wrong.append(f"{len(payload)} bytes: {record} {answer}")
+    big = bytes(700_000)
+    statuses = [checkpointer.wait(checkpointer.append_bytes(big, kind=abi.KIND_REQUEST, key=1, incarnation=1)).status for _ in range(6)]
+    _, stream = checkpointer.stats()
+    checkpointer.close()
+    opened.close()
+    return {"wrong": wrong, "end": end.value, "statuses": statuses, "dropped": stream.dropped_count}
+
+
+def pages(device: str, lanes: int, seed: int, path: str) -> dict[str, Any]:
+    """page_scan: everything at first, then exactly the pages that changed."""
+    journal = JournalFile.create(pathlib.Path(path), segments=16, segment_bytes=SEGMENT)
+    generator = np.random.default_rng(seed)
+    size, count = 16384, 40
+    content = generator.integers(0, 256, size * count, dtype=np.uint8)
+    opened = open_device(device)
+    checkpointer = Checkpointer(opened, journal.target(), lanes=lanes)
+    address = opened.allocate(size * count)
+    opened.write(address, content.tobytes())
+    region = checkpointer.register_pages(address, size=size * count, page_bytes=size)
+    results = [checkpointer.wait(checkpointer.scan_pages(region)).result, checkpointer.wait(checkpointer.scan_pages(region)).result]
+    changed = sorted(int(p) for p in generator.permutation(count)[:7])
+    for page in changed:
+        at = page * size + int(generator.integers(size))
+        content[at] ^= 1
+        opened.write(address + at, bytes([int(content[at])]))
+    results.append(checkpointer.wait(checkpointer.scan_pages(region)).result)
+    records, end = journal.records()
+    latest = {record.token_start: record for record in records}
+    wrong = [page for page in range(count) if journal.payload(latest[page]) != content[page * size : (page + 1) * size].tobytes()]
+    checkpointer.close()
+    opened.close()
+    return {"results": results, "changed": changed, "appended": [r.token_start for r in records[count:]], "wrong": wrong, "end": end.value}
+
+
+def framework(device: str, path: str, seed: int) -> dict[str, Any]:
+    """In a process that torch uses too: its tensors as regions, its stream's order kept, its blocking calls not held up."""
+    import torch
+
+    torch.manual_seed(seed)
+    torch.ones(8, device=device).sum().item()
+    shape = geometry("interleaved", layers=16, block_count=64)
+    # A block as vLLM lays it out: [block][token][head][K | V], seen by the model as [block][head][token][K | V].
+    cache = [torch.randint(-128, 127, (shape.block_count, shape.block_bytes), dtype=torch.int8, device=device) for _ in range(shape.layers)]
+    journal = JournalFile.create(pathlib.Path(path), segments=64, segment_bytes=SEGMENT)
+    checkpointer = Checkpointer.open(device, journal.target())
+    region = checkpointer.register_kv(shape, [layer.data_ptr() for layer in cache])
+    stream = torch.cuda.Stream()
+    stale, enqueue_s, calls_s = [], [], []
+    size = shape.block_tokens
+    for step in range(20):
+        # The step's work takes milliseconds and writes its KV at the very end.
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)
+            fresh = torch.randint(-128, 127, (shape.block_bytes,), dtype=torch.int8, device=device)
+            for layer in cache:
+                layer[step].copy_(fresh)
+        started = time.monotonic()
+        checkpointer.order_after(stream.cuda_stream)
+        ticket = checkpointer.append_kv(region, kind=abi.KIND_KV_BLOCK, key=step, incarnation=1, token_start=step * size, token_end=(step + 1) * size, blocks=[step], step=step)
+        enqueue_s.append(time.monotonic() - started)
+        early = checkpointer.result(ticket) is not None and not stream.query()
+        done = checkpointer.wait(ticket)
+        expected = bytes(fresh.cpu().numpy().tobytes()) * shape.layers
+        if early or not done.is_ok or done.payload_hash != tree_hash(expected):
+            stale.append(step)
+        checkpointer.append_bytes(b"x", kind=abi.KIND_EVENT, key=1, incarnation=1)  # the executor is in
+        started = time.monotonic()
+        torch.cuda.synchronize()
+        torch.empty(1 << 22, device=device)
+        torch.cuda.empty_cache()
+        calls_s.append(time.monotonic() - started)
+    result = {"stale": stale, "enqueue_us_median": float(np.median(enqueue_s) * 1e6), "calls_ms_max": max(calls_s) * 1e3}
+    result |= _graph(checkpointer, region, cache, torch)
+    checkpointer.close()
+    torch.ones(8, device=device).sum().item()  # the framework goes on
+    return result
+
+
+def _graph(checkpointer: Checkpointer, region: Any, cache: list[Any], torch: Any) -> dict[str, Any]:
+    """A captured step, replayed: appends between replays see each replay's KV."""
+    shape = region.geometry
+    counter = torch.zeros(1, dtype=torch.int8, device=cache[0].device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        counter.add_(1)
+        for layer in cache:
+            layer[40].copy_(counter.expand(shape.block_bytes))
+    counter.zero_()
+    wrong = []
+    tickets = []
+    for step in range(1, 11):
+        graph.replay()
+        checkpointer.order_after(torch.cuda.current_stream().cuda_stream)
+        tickets.append(checkpointer.append_kv(region, kind=abi.KIND_KV_BLOCK, key=9, incarnation=step, token_start=0, token_end=shape.block_tokens, blocks=[40], step=step))
+        torch.cuda.current_stream().synchronize()
+        if checkpointer.wait(tickets[-1]).payload_hash != tree_hash(bytes([step]) * shape.raw_bytes()):
+            wrong.append(step)
+    return {"graph_wrong": wrong}
+
+
+def _pattern(shape: KvGeometry, step: int) -> list[bytes]:
+    return random_layers(shape, 1000 + step)
+
+
+def writer(device: str, path: str, shape_name: str) -> None:
+    """Appends block after block until it is killed, and says which sequences were acknowledged."""
+    shape = geometry(shape_name)
+    journal = JournalFile.create(pathlib.Path(path), segments=60, segment_bytes=SEGMENT)
+    checkpointer = Checkpointer.open(device, journal.target())
+    addresses = [checkpointer.device.allocate(shape.block_count * shape.stride) for _ in range(shape.layers)]
+    region = checkpointer.register_kv(shape, addresses)
+    size = shape.block_tokens
+    for step in range(100):
+        for address, layer in zip(addresses, _pattern(shape, step % 7), strict=True):
+            checkpointer.device.write(address, layer)
+        tickets = [
+            checkpointer.append_kv(region, kind=abi.KIND_KV_BLOCK, key=step % 7, incarnation=1, token_start=b * size, token_end=(b + 1) * size, blocks=[b], step=step)
+            for b in range(shape.block_count)
+        ]
+        answers = [checkpointer.wait(ticket) for ticket in tickets]
+        kept = [answer.sequence for answer in answers if answer.is_ok]
+        print("ACK " + json.dumps([step, kept]), flush=True)
+
+
+def restorer(device: str, path: str, shape_name: str, acknowledged: int) -> dict[str, Any]:
+    """A second process on a fresh context: reads what the first left, restores it, and compares with what it must be."""
+    shape = geometry(shape_name)
+    journal = JournalFile.open(pathlib.Path(path), segment_bytes=SEGMENT)
+    records, end = journal.records()
+    opened = open_device(device)
+    checkpointer = Checkpointer(opened, journal.target())
+    addresses = place(opened, [bytes(shape.block_count * shape.stride)] * shape.layers)
+    region = checkpointer.register_kv(shape, addresses)
+    pool, size, wrong, mismatches = journal.target().pool_address, shape.block_tokens, [], 0
+    newest: dict[int, Any] = {}
+    for record in records:
+        newest[record.token_start // size] = record
+    for block, record in newest.items():
+        done = checkpointer.wait(
+            checkpointer.apply_kv(region, kind=record.kind, token_start=record.token_start, token_end=record.token_end, blocks=[block],
+                                  payload_address=pool + record.payload_offset, payload_bytes=record.payload_bytes, payload_hash=record.payload_hash)
+        )  # fmt: skip
+        mismatches += not done.is_ok
+    for layer, address in enumerate(addresses):
+        found = opened.read(address, shape.block_count * shape.stride)
+        for block, record in newest.items():
+            at = block * shape.stride
+            want = _pattern(shape, record.key)[layer][at : at + shape.block_bytes]
+            difference = first_difference(want, found[at : at + shape.block_bytes])
+            if difference:
+                wrong.append(f"layer {layer} block {block}: {difference}")
+    checkpointer.close()
+    opened.close()
+    return {"records": len(records), "end": end.value, "wrong": wrong[:5], "mismatches": mismatches, "lost": max(0, acknowledged - len(records))}
+
+
+POISON = """#include "call.h"
+HANDLER { if (lane == 0) *reinterpret_cast<volatile uint64_t*>(call->task.arg) = 1; }
+"""
+
+
+def poisoned(device: str, path: str) -> dict[str, Any]:
+    """Commits, then a handler stores to an unmapped address: the error names CUDA's reason, and what was committed stays."""
+    shape = geometry("flash")
+    journal = JournalFile.create(pathlib.Path(path), segments=60, segment_bytes=SEGMENT)
+    checkpointer = Checkpointer.open(device, journal.target())
+    addresses = place(checkpointer.device, _pattern(shape, 0))
+    region = checkpointer.register_kv(shape, addresses)
+    size = shape.block_tokens
+    tickets = [
+        checkpointer.append_kv(region, kind=abi.KIND_KV_BLOCK, key=0, incarnation=1, token_start=b * size, token_end=(b + 1) * size, blocks=[b], step=0)
+        for b in range(shape.block_count)
+    ]
+    kept = sum(checkpointer.wait(ticket).is_ok for ticket in tickets)
+    operator = checkpointer.runtime.install("poison", HandlerSource.of("poison", text=POISON))
+    from concordia.runtime.ring import Task
+
+    checkpointer.runtime.submit(Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE, arg=1 << 46))
+    said = ""
+    until = time.monotonic() + 10
+    while not said and time.monotonic() < until:
+        try:
+            checkpointer.append_bytes(b"after", kind=abi.KIND_EVENT, key=1, incarnation=1)
+            time.sleep(0.01)
+        except ConcordiaError as error:
+            said = str(error)
+    closing = ""
+    try:
+        checkpointer.close()
+    except ConcordiaError as error:
+        closing = str(error)
+    return {"kept": kept, "said": said, "closing": closing, "pid": os.getpid()}
+
+
+def counted(device: str) -> int:
+    """One task, to see that a GPU still works in a new process."""
+    from concordia.runtime.executor import Runtime
+    from concordia.runtime.ring import Task
+
+    opened = open_device(device)
+    runtime = Runtime(opened)
+    word = opened.allocate(8)
+    operator = runtime.install("count", counting(5))
+    answer = runtime.wait(runtime.submit(Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE, arg=word))).result
+    runtime.close()
+    opened.close()
+    return answer
