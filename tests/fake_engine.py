@@ -97,6 +97,10 @@ class FakeEngine:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     tokenized: list[dict[str, Any]] = field(default_factory=list)
     others: list[tuple[str, str, bytes]] = field(default_factory=list)
+    heads: list[dict[str, str]] = field(default_factory=list)
+    passed_stream: list[bytes] | None = (
+        None  # a passed-through request gets these bytes, then the connection ends
+    )
     gone: int = 0  # streams whose client left
     is_dead: bool = False
     requests_in_flight: int = 0
@@ -122,6 +126,7 @@ class FakeEngine:
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
             method, path, _ = head[0].split(" ")
             headers = {k.lower(): v for k, _, v in (h.partition(": ") for h in head[1:]) if k}
+            self.heads.append(headers)
             data = await reader.readexactly(int(headers.get("content-length", "0")))
             await self._route(method, path, data, reader, writer)
         except (ConnectionError, asyncio.IncompleteReadError):
@@ -154,6 +159,12 @@ class FakeEngine:
             await self._complete(json.loads(data), reader, writer)
         else:
             self.others.append((method, path, data))
+            if self.passed_stream is not None:
+                head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+                writer.write(head.encode())
+                for part in self.passed_stream:
+                    await self._send(writer, b"%x\r\n%b\r\n" % (len(part), part))
+                return
             failure = self.failures.pop(0) if self.failures else None
             if failure is not None:
                 writer.transport.abort()

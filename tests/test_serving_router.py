@@ -9,101 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
 import pytest
 
+from asking import PROMPT, ask, chat, completion, engines, events, health, joined, run, until
 from concordia.serving.need import Defaults
 from concordia.serving.request import Sampler
 from concordia.serving.router import RouterSettings
-from fake_engine import EOS, Bench, Failure, FakeEngine, encode, scripted, served
+from fake_engine import EOS, Failure, encode, scripted, served
 
-PROMPT = [10, 20, 30]
 TEXT = "Grüße: 漢字 und 🎉 am Ende"
-
-
-def run(scenario: Callable[[], Awaitable[None]]) -> None:
-    """Run one scenario within a bound."""
-
-    async def bounded() -> None:
-        async with asyncio.timeout(30):
-            await scenario()
-
-    asyncio.run(bounded())
-
-
-def engines(count: int, **options: Any) -> list[FakeEngine]:
-    return [FakeEngine(f"e{n}", **options) for n in range(count)]
-
-
-async def ask(bench: Bench, path: str = "/v1/completions", **body: Any) -> tuple[int, str]:
-    """One request; ids and times of this run are taken out of the answer."""
-    async with (
-        aiohttp.ClientSession() as session,
-        session.post(bench.url + path, json=body) as response,
-    ):
-        text = (await response.read()).decode()
-    text = re.sub(r'"id":"[a-z]+-[^"]*"', '"id":"X"', text)
-    return response.status, re.sub(r'"created":\d+', '"created":0', text)
-
-
-def completion(**more: Any) -> dict[str, Any]:
-    body = {
-        "prompt": PROMPT,
-        "max_tokens": 12,
-        "temperature": 0,
-        "stream": True,
-        "ignore_eos": True,
-    }
-    return body | {"return_token_ids": True, "stream_options": {"include_usage": True}} | more
-
-
-def chat(**more: Any) -> dict[str, Any]:
-    return {
-        "messages": [{"role": "user", "content": "hi"}],
-        "stream": True,
-        "temperature": 0,
-        "return_token_ids": True,
-        "stream_options": {"include_usage": True},
-        **more,
-    }
-
-
-def events(text: str) -> list[dict[str, Any]]:
-    lines = [line[6:] for line in text.split("\n\n") if line.startswith("data: {")]
-    return [json.loads(line) for line in lines]
-
-
-def joined(text: str) -> dict[str, Any]:
-    """What a client makes of a stream: everything but the way it was cut."""
-    found: dict[str, Any] = {
-        "text": "",
-        "ids": [],
-        "logprobs": [],
-        "finish": [],
-        "roles": [],
-        "usage": [],
-    }
-    assert text.count("data: [DONE]\n\n") == 1
-    assert text.endswith("data: [DONE]\n\n")
-    for event in events(text):
-        assert "error" not in event, event
-        for choice in event["choices"]:
-            delta = choice.get("delta")
-            found["text"] += (delta.get("content") or "") if delta is not None else choice["text"]
-            if delta and "role" in delta:
-                found["roles"].append(delta["role"])
-            found["ids"] += choice.get("token_ids") or []
-            rows = choice["logprobs"] or {}
-            found["logprobs"] += rows.get("content") or list(zip(*rows.values(), strict=True))
-            if choice["finish_reason"]:
-                found["finish"].append((choice["finish_reason"], choice["stop_reason"]))
-        if event.get("usage"):
-            found["usage"].append((event["usage"], event.get("system_fingerprint")))
-    return found
 
 
 async def unfailed(path: str, body: dict[str, Any], **options: Any) -> tuple[int, str]:
@@ -196,12 +113,6 @@ def test_engine_is_told_to_stop_when_a_stop_string_was_met() -> None:
         assert joined(text)["text"] == "Gr"
 
     run(scenario)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for a condition; the scenario's own bound ends it."""
-    while not condition():
-        await asyncio.sleep(0.005)
 
 
 def test_whole_response_is_as_unfailed_when_the_client_did_not_ask_for_a_stream() -> None:
@@ -302,11 +213,6 @@ def test_new_requests_wait_behind_the_cohort_when_a_failover_runs() -> None:
         assert second.bodies[1]["kv_transfer_params"]["concordia"]["cohort"] is None
 
     run(scenario)
-
-
-async def health(bench: Bench) -> int:
-    async with aiohttp.ClientSession() as session, session.get(bench.url + "/health") as response:
-        return response.status
 
 
 def test_request_is_refused_when_too_many_wait() -> None:

@@ -276,12 +276,12 @@ def request_key(name: str) -> int:
 
 def read_outcome(event: Mapping[str, Any]) -> Outcome | None:
     """The outcome that an event of a resumed request states; None for any other event."""
-    if event.get("event") != "restored":
+    if event.get("event") not in ("restored", "restore-failed"):
         return None
-    restored = int(event.get("restored_tokens", 0))
+    level = _LEVELS.get(str(event.get("level")), Level.RE_PREFILL)
     return Outcome(
-        Level.STATE_EXACT if event.get("level") == "state-exact" else Level.RE_PREFILL,
-        restored,
+        level,
+        0 if level is Level.RE_PREFILL else int(event.get("restored_tokens", 0)),
         int(event.get("recomputed_tokens", 0)),
         int(event.get("hash_mismatches", 0)),
     )
