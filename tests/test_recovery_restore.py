@@ -47,7 +47,7 @@ def cut_of(pool: bytearray, world: int = 2) -> Cut:
 
 def test_plan_holds_every_rank_when_the_cut_is_whole() -> None:
     pool = bytearray()
-    plan = plan_restore(cut_of(pool), world=2, layout_hash=LAYOUT, pool_bytes=len(pool))
+    plan = plan_restore(cut_of(pool), world=2, layout_hash=LAYOUT, pool=memoryview(pool), segment_bytes=1 << 20)
     assert plan.tokens == 10
     assert plan.payload_bytes == len(pool)
     verify(plan, memoryview(pool), deadline=time.monotonic() + 5)
@@ -72,12 +72,12 @@ def test_plan_is_refused_when_one_rank_lacks_something(
     cut = cut_of(pool)
     cut.pieces[1] = spoil(cut.pieces[1])
     with pytest.raises(RecoveryError, match=words):
-        plan_restore(cut, world=2, layout_hash=LAYOUT, pool_bytes=len(pool))
+        plan_restore(cut, world=2, layout_hash=LAYOUT, pool=memoryview(pool), segment_bytes=1 << 20)
 
 
 def test_plan_is_refused_when_the_journal_has_nothing() -> None:
     with pytest.raises(RecoveryError, match="nothing"):
-        plan_restore(Cut(), world=1, layout_hash=LAYOUT, pool_bytes=0)
+        plan_restore(Cut(), world=1, layout_hash=LAYOUT, pool=memoryview(b""), segment_bytes=1 << 20)
 
 
 def test_flipped_bit_is_named_when_any_byte_differs() -> None:
@@ -85,7 +85,7 @@ def test_flipped_bit_is_named_when_any_byte_differs() -> None:
     print("seed", seed)
     rng = random.Random(seed)
     pool = bytearray()
-    plan = plan_restore(cut_of(pool), world=2, layout_hash=LAYOUT, pool_bytes=len(pool))
+    plan = plan_restore(cut_of(pool), world=2, layout_hash=LAYOUT, pool=memoryview(pool), segment_bytes=1 << 20)
     for _ in range(20):
         at, bit = rng.randrange(len(pool)), 1 << rng.randrange(8)
         pool[at] ^= bit
@@ -95,8 +95,18 @@ def test_flipped_bit_is_named_when_any_byte_differs() -> None:
     verify(plan, memoryview(pool), deadline=time.monotonic() + 5)
 
 
+def test_plan_is_no_longer_current_when_its_segment_has_another_salt() -> None:
+    pool = bytearray()
+    cut = cut_of(pool)
+    view = memoryview(pool)
+    plan = plan_restore(cut, world=2, layout_hash=LAYOUT, pool=view, segment_bytes=1 << 20)
+    assert plan.is_current(view)
+    view[16] ^= 1
+    assert not plan.is_current(view)
+
+
 def test_verification_ends_when_its_deadline_has_passed() -> None:
     pool = bytearray()
-    plan = plan_restore(cut_of(pool), world=2, layout_hash=LAYOUT, pool_bytes=len(pool))
+    plan = plan_restore(cut_of(pool), world=2, layout_hash=LAYOUT, pool=memoryview(pool), segment_bytes=1 << 20)
     with pytest.raises(WaitTimeout, match="0 of 4"):
         verify(plan, memoryview(pool), deadline=time.monotonic() - 1)

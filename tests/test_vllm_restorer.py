@@ -29,7 +29,7 @@ class FakeClient:
     """A journal that has tokens [0, held) of every request, in one piece per block and one per token of the last block."""
 
     def __init__(self, held: int) -> None:
-        self.pool = bytearray()
+        self.pool = bytearray(256)  # a segment's header, then the records
         self.gate = threading.Event()
         self.gate.set()
         self.error: Exception | None = None
@@ -65,7 +65,7 @@ class World:
     def __init__(self, held: int, known: Callable[[int], bool] = lambda _: False) -> None:
         self.client = FakeClient(held)
         self.said: list[dict[str, Any]] = []
-        source = Source(self.client, memoryview(self.client.pool), LAYOUT, 1, SIZE)  # type: ignore[arg-type]
+        source = Source(self.client, memoryview(self.client.pool), 1 << 30, LAYOUT, 1, SIZE)  # type: ignore[arg-type]
         self.restorer = Restorer(source, say=self.said.append, is_known=known, is_prefix_restored=True)
 
     def arrive(self, name: str, tokens: int, **identity: Any) -> Track:
@@ -134,12 +134,35 @@ def test_partial_level_is_told_when_the_journal_has_less(world: World) -> None:
 
 
 def test_request_starts_cold_with_the_reason_when_a_byte_was_flipped(world: World) -> None:
-    world.client.pool[3] ^= 1
+    world.client.pool[256 + 3] ^= 1
     track = world.arrive("a", 11, is_restore=True)
     assert world.until("a", track) == 0
     world.restorer.take_step(["a"])
     assert world.said[0]["level"] == "cold"
     assert "payload hash" in world.said[0]["reason"]
+
+
+def test_journal_is_asked_again_when_a_segment_was_given_to_somebody_else(world: World) -> None:
+    track = world.arrive("a", 11, is_restore=True)
+    assert world.until("a", track) == 10
+    world.client.pool[0] ^= 1  # another salt: it may lie elsewhere now
+    assert world.restorer.match("a", track, 0) is None
+    assert world.until("a", track) == 10
+
+
+def test_difference_is_not_believed_when_the_second_look_finds_none(world: World) -> None:
+    world.client.pool[256] ^= 1
+    whole = world.client.cut
+    asked: list[int] = []
+
+    def cut(*args: Any, **kwargs: Any) -> Cut:
+        asked.append(1)
+        if len(asked) == 2:
+            world.client.pool[256] ^= 1
+        return whole(*args, **kwargs)
+
+    world.client.cut = cut  # type: ignore[method-assign]
+    assert world.until("a", world.arrive("a", 11, is_restore=True)) == 10
 
 
 def test_request_starts_cold_when_the_journal_fails(world: World) -> None:

@@ -219,7 +219,9 @@ def test_every_living_request_comes_back_byte_for_byte_when_its_engine_is_gone(
         assert cut.tokens == len(wanted), name
         if not wanted:
             continue
-        plan = plan_restore(cut, world=1, layout_hash=engine.layout_hash, pool_bytes=len(pool.view))
+        plan = plan_restore(
+            cut, world=1, layout_hash=engine.layout_hash, pool=pool.view, segment_bytes=pool.segment_bytes
+        )
         verify(plan, pool.view, deadline=float("inf"))
         blocks = rng.sample(range(1, BLOCKS), -(-len(wanted) // TOKENS))
         pieces = tuple(

@@ -20,12 +20,21 @@ from concordia.journal.coverage import Cut, Piece
 
 @dataclass(frozen=True, slots=True)
 class RestorePlan:
-    """KV of tokens [0, tokens), piece by piece, for every rank; key of each full block, 0 where it has none."""
+    """KV of tokens [0, tokens), piece by piece, for every rank; key of each full block, 0 where it has none.
+
+    `stamps` are the headers of the segments it lies in, as they were before anything was hashed: a segment that is given to another
+    stream gets another salt first, so while they are unchanged the pieces are where they were.
+    """
 
     tokens: int
     incarnation: int
     pieces: dict[int, tuple[Piece, ...]]
     block_keys: tuple[int, ...]
+    stamps: dict[int, bytes]
+
+    def is_current(self, pool: memoryview) -> bool:
+        """Whether everything still lies where it was verified."""
+        return all(_stamp(pool, at) == stamp for at, stamp in self.stamps.items())
 
     @property
     def payload_bytes(self) -> int:
@@ -33,14 +42,18 @@ class RestorePlan:
         return sum(piece.payload_bytes for found in self.pieces.values() for piece in found)
 
 
-def plan_restore(cut: Cut, *, world: int, layout_hash: int, pool_bytes: int) -> RestorePlan:
+def plan_restore(
+    cut: Cut, *, world: int, layout_hash: int, pool: memoryview, segment_bytes: int
+) -> RestorePlan:
     """The plan that this cut allows; raises RecoveryError when it allows none."""
     if cut.tokens <= 0:
         raise RecoveryError("the journal has nothing of it")
     for rank in range(world):
-        _check_rank(cut.pieces.get(rank, []), cut.tokens, rank=rank, layout_hash=layout_hash, pool_bytes=pool_bytes)
+        _check_rank(cut.pieces.get(rank, []), cut.tokens, rank=rank, layout_hash=layout_hash, pool_bytes=len(pool))
     pieces = {rank: tuple(cut.pieces[rank]) for rank in range(world)}
-    return RestorePlan(cut.tokens, cut.incarnation, pieces, tuple(cut.block_keys))
+    starts = {p.pool_offset // segment_bytes * segment_bytes for found in pieces.values() for p in found}
+    stamps = {at: _stamp(pool, at) for at in starts}
+    return RestorePlan(cut.tokens, cut.incarnation, pieces, tuple(cut.block_keys), stamps)
 
 
 def verify(plan: RestorePlan, pool: memoryview, *, deadline: float) -> None:
@@ -57,6 +70,10 @@ def verify(plan: RestorePlan, pool: memoryview, *, deadline: float) -> None:
                     f"payload hash {found:032x}, committed {piece.payload_hash:032x}"
                 )
             time.sleep(0)  # the engine's threads want the interpreter too
+
+
+def _stamp(pool: memoryview, at: int) -> bytes:
+    return bytes(pool[at : at + record.HEADER_BYTES])
 
 
 def _check_rank(

@@ -56,6 +56,13 @@ class Lookups:
         self._questions[request] = asked
         self._queue.put(asked)
 
+    def ask_again(self, request: str) -> None:
+        """The answer does not hold any more; the deadline stays."""
+        asked = self._questions[request]
+        again = _Question(request, asked.deadline, asked.ask)
+        self._questions[request] = again
+        self._queue.put(again)
+
     def answer(self, request: str) -> Answer | None:
         """The answer, or None while it is open."""
         asked = self._questions.get(request)

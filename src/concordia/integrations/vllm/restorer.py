@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from concordia import config
-from concordia.errors import RecoveryError
+from concordia.errors import Corruption, RecoveryError
 from concordia.integrations.vllm.cohort import Cohorts
 from concordia.integrations.vllm.door import logger
 from concordia.integrations.vllm.load import Load, PieceRef
@@ -30,6 +30,7 @@ class Source:
 
     client: JournalClient
     pool: memoryview
+    segment_bytes: int
     layout_hash: int
     world: int
     block_tokens: int
@@ -100,6 +101,9 @@ class Restorer:
                 return 0
         answer = self._lookups.answer(request)
         if answer is None:
+            return None
+        if answer.plan is not None and not answer.plan.is_current(self._source.pool):
+            self._lookups.ask_again(request)  # the journal moved it while the request waited for room
             return None
         waiting.offered, waiting.reason = answer.plan, answer.reason
         if answer.plan is None:
@@ -200,7 +204,7 @@ class Restorer:
         def question(deadline: float) -> RestorePlan:
             return _match(source, keys, deadline)
 
-        self._lookups.ask(request, question, wait_s=config.LOOKUP_WAIT_S)
+        self._lookups.ask(request, _twice(question), wait_s=config.LOOKUP_WAIT_S)
 
     def _cut_question(self, track: Track, known: int) -> Callable[[float], RestorePlan]:
         source = self._source
@@ -218,7 +222,7 @@ class Restorer:
                 return _match(source, keys, deadline)
             return _verified(source, cut, deadline)
 
-        return question
+        return _twice(question)
 
     def _tell(self, request: str, waiting: _Waiting, *, is_loaded: bool) -> None:
         identity = waiting.track.identity
@@ -258,7 +262,19 @@ def _match(source: Source, keys: list[int], deadline: float) -> RestorePlan:
 
 def _verified(source: Source, cut: Any, deadline: float) -> RestorePlan:
     plan = plan_restore(
-        cut, world=source.world, layout_hash=source.layout_hash, pool_bytes=len(source.pool)
+        cut, world=source.world, layout_hash=source.layout_hash, pool=source.pool, segment_bytes=source.segment_bytes
     )
     verify(plan, source.pool, deadline=deadline)
     return plan
+
+
+def _twice(question: Callable[[float], RestorePlan]) -> Callable[[float], RestorePlan]:
+    """Ask again before a difference is believed: the cleaner may have moved the bytes between the answer and the look."""
+
+    def ask(deadline: float) -> RestorePlan:
+        try:
+            return question(deadline)
+        except Corruption:
+            return question(deadline)
+
+    return ask

@@ -45,7 +45,9 @@ class SchedulerSide:
         self._seed = {**compat.model_identity(vllm_config), "layout": layout_hash, "block": self._block_tokens}
         self._writes = WriteSet(block_tokens=self._block_tokens)
         self._restorer = Restorer(
-            Source(self._client, self._pool.view, layout_hash, self._world, self._block_tokens),
+            Source(
+                self._client, self._pool.view, self._pool.segment_bytes, layout_hash, self._world, self._block_tokens
+            ),
             say=self._scribe.event,
             is_known=self._writes.is_journaled,
             is_prefix_restored=settings.is_prefix_restored,
