@@ -47,6 +47,8 @@ class Cleaner:
         if streams.give_back_empty() or self._empty_one(size // 2) or not streams.cleanable():
             return  # without a segment that can be emptied, nothing let go would come back
         is_urgent = len(streams.free) <= config.CLEANER_SEGMENTS
+        if is_urgent:  # requests that have ended need not wait for their last keys now
+            streams.index.settle(time.monotonic() + config.FINISH_GRACE_S)
         if self._drop_blocks(is_urgent=is_urgent) or not is_urgent or self._empty_one(size * 7 // 8):
             return
         self.unprotected_requests += streams.index.drop_coldest("the journal is full") is not None
