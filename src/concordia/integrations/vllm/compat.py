@@ -32,6 +32,8 @@ def why_unprotected(vllm_config: Any, kv_cache_config: Any) -> str | None:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             return f"{name} is {getattr(parallel, name)}: a block's tokens are spread over ranks"
+    if getattr(parallel, "pipeline_parallel_size", 1) > 1:
+        return "pipeline parallelism: stages hold different layers, which one cut cannot join yet"
     if getattr(spec, "prefix_replay_tokens", 0):
         return "the KV cache replays part of every prefix hit"
     if vllm_config.speculative_config is not None and is_async(vllm_config):

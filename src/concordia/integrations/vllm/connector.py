@@ -153,6 +153,6 @@ class ConcordiaConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         side = self._scheduler or self._worker
-        if side is not None:
-            self._door.call("shutdown", None, side.close)
         self._scheduler = self._worker = None
+        if side is not None:
+            self._door.leave("shutdown", side.close)

@@ -43,6 +43,13 @@ class GuestDoor:
             self.shut(f"{entry}: {type(error).__name__}: {error}", cause=error)
             return otherwise
 
+    def leave(self, entry: str, action: Callable[[], None]) -> None:
+        """Give back what is held, also behind a shut door."""
+        try:
+            action()
+        except Exception as error:
+            logger.warning("Concordia: %s of %s failed: %s: %s", entry, self.label, type(error).__name__, error)
+
     def shut(self, reason: str, *, cause: BaseException | None = None) -> None:
         """Switch protection off for good, and say so."""
         if self.reason is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import pathlib
 import time
+from contextlib import ExitStack
 from typing import Any
 
 from concordia import abi
@@ -34,24 +35,28 @@ class SchedulerSide:
         why_not = compat.why_unprotected(vllm_config, kv_cache_config)
         self._settings = settings
         self._world = compat.world_size(vllm_config)
-        self._client = JournalClient.connect(settings.journal)
-        self._pool, self._board = segment.attach(folder.Folder(settings.journal))
-        layout_hash = 0 if why_not else _layout_hash(self._board, replica=settings.replica, world=self._world)
-        self._scribe = Scribe(settings, self._client, layout_hash=layout_hash, world=self._world)
-        if why_not is not None:
-            self._scribe.event({"event": "unprotected", "request": "*", "reason": why_not})
-            raise RecoveryError(why_not)
-        self._block_tokens = compat.block_tokens(kv_cache_config)
-        self._seed = {**compat.model_identity(vllm_config), "layout": layout_hash, "block": self._block_tokens}
-        self._writes = WriteSet(block_tokens=self._block_tokens)
-        self._restorer = Restorer(
-            Source(
-                self._client, self._pool.view, self._pool.segment_bytes, layout_hash, self._world, self._block_tokens
-            ),
-            say=self._scribe.event,
-            is_known=self._writes.is_journaled,
-            is_prefix_restored=settings.is_prefix_restored,
-        )
+        with ExitStack() as opened:
+            client = opened.enter_context(JournalClient.connect(settings.journal))
+            pool, board = segment.attach(folder.Folder(settings.journal))
+            opened.callback(pool.close)
+            opened.callback(board.close)
+            layout_hash = 0 if why_not else _layout_hash(board, replica=settings.replica, world=self._world)
+            self._scribe = Scribe(settings, client, layout_hash=layout_hash, world=self._world)
+            opened.callback(self._scribe.close)
+            if why_not is not None:
+                self._scribe.event({"event": "unprotected", "request": "*", "reason": why_not})
+                raise RecoveryError(why_not)
+            self._block_tokens = compat.block_tokens(kv_cache_config)
+            self._seed = {**compat.model_identity(vllm_config), "layout": layout_hash, "block": self._block_tokens}
+            self._writes = WriteSet(block_tokens=self._block_tokens)
+            self._restorer = Restorer(
+                Source(client, pool.view, pool.segment_bytes, layout_hash, self._world, self._block_tokens),
+                say=self._scribe.event,
+                is_known=self._writes.is_journaled,
+                is_prefix_restored=settings.is_prefix_restored,
+            )
+            opened.callback(self._restorer.close)
+            self._opened = opened.pop_all()
         self._step = 0
         self._given: list[int] = []  # blocks handed out since the last step
         self._hits: dict[str, int] = {}
@@ -149,18 +154,15 @@ class SchedulerSide:
         self._writes.forget_blocks()
 
     def shut(self, reason: str) -> None:
-        """The guest door has shut: everybody here is unprotected."""
+        """The guest door has shut: everybody here is unprotected, and no step that was announced may look unfinished for ever."""
+        self._scribe.rest()
         for name, track in list(self._writes.tracks.items()):
             self._unprotect(name, track.identity, reason)
         self._scribe.event({"event": "unprotected", "request": "*", "reason": reason})
 
     def close(self) -> None:
         """The engine ends."""
-        self._restorer.close()
-        self._scribe.close()
-        self._client.close()
-        self._pool.close()
-        self._board.close()
+        self._opened.close()
 
     # --- leaves
 

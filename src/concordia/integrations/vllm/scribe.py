@@ -55,7 +55,11 @@ class Scribe:
             layout_hash=layout_hash,
             label="vllm scheduler",
         )
-        self._checkpointer = Checkpointer.open("host", self._attachment.target, lanes=1)
+        try:
+            self._checkpointer = Checkpointer.open("host", self._attachment.target, lanes=1)
+        except BaseException:
+            self._attachment.close()
+            raise
         self._waiting = 0
         self._step = 0
         self._lock = threading.Lock()
@@ -80,6 +84,12 @@ class Scribe:
     def done(self, step: int) -> None:
         """A step has ended on every rank."""
         self._checkpointer.step_done(step)
+
+    def rest(self) -> None:
+        """No step will be announced any more: what the detector sees must not look like a step that never ends."""
+        self._waiting = 0
+        self._checkpointer.step_done(self._step)
+        self._checkpointer.heartbeat(0)
 
     def note_keys(self, note: KeyNote, *, step: int) -> None:
         """Which keys blocks of a request have."""

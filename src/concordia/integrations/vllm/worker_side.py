@@ -69,7 +69,15 @@ class WorkerSide:
         """The engine has its KV memory: describe it, open the stream, build the handlers."""
         if self._why_not is not None:
             raise RecoveryError(self._why_not)
-        layout = describe_kv(self._vllm_config, self._kv_cache_config, tensors)
+        if self._checkpointer is not None:
+            self.close()  # the engine has made its KV memory anew: what was known of the old one is over
+        try:
+            self._open(describe_kv(self._vllm_config, self._kv_cache_config, tensors))
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, layout: Layout) -> None:
         self._rank = compat.worker_rank(self._vllm_config)
         self._is_cuda = layout.rows[0].device.type == "cuda"
         device = self._settings.device

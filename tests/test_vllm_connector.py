@@ -1,0 +1,343 @@
+"""integrations/vllm: connector.py, scheduler_side.py, compat.py, plugin.py.
+
+Invariants: every method of this vLLM's connector interface that we define has its signature; with a journal that is gone, or anything else that
+fails, each of them answers what does the engine no harm, and blocks that it counts on are reported as failed; each request that loses
+protection is named once; a request that a router owns is never ended by us.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vllm is not installed")
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
+
+from concordia import config
+from concordia.integrations.vllm import compat, plugin
+from concordia.integrations.vllm.connector import ConcordiaConnector
+from concordia.integrations.vllm.load import Load
+from concordia.integrations.vllm.metadata import StepMetadata, WorkerReport
+from concordia.journal.client import JournalClient
+from concordia.journal.owner import spawn_owner
+from concordia.journal.record import request_key
+
+BLOCKS, HEADS, TOKENS, DIM = 16, 2, 32, 8
+
+
+def vllm_config(journal: pathlib.Path, **more: Any) -> Any:
+    """As much of a VllmConfig as a connector reads."""
+    parallel = {"world_size": 1, "decode_context_parallel_size": 1, "pipeline_parallel_size": 1, **more.pop("parallel", {})}
+    extra = {"journal": str(journal), "replica": 3, **more.pop("extra", {})}
+    return SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra, is_kv_producer=True),
+        parallel_config=SimpleNamespace(**parallel),
+        scheduler_config=SimpleNamespace(async_scheduling=more.pop("is_async", False)),
+        speculative_config=more.pop("speculative", None),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        model_config=SimpleNamespace(model="m", dtype=torch.bfloat16, hf_config=None),
+    )
+
+
+def spec(kind: Any = FullAttentionSpec, **more: Any) -> Any:
+    return kind(block_size=TOKENS, num_kv_heads=HEADS, head_size=DIM, dtype=torch.bfloat16, **more)
+
+
+def cache_config(*specs: Any) -> KVCacheConfig:
+    groups = [KVCacheGroupSpec(layer_names=[f"l{i}"], kv_cache_spec=one) for i, one in enumerate(specs or (spec(),))]
+    return KVCacheConfig(num_blocks=BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    return {f"l{i}": torch.zeros(BLOCKS, HEADS, TOKENS, 2 * DIM, dtype=torch.bfloat16) for i in range(2)}
+
+
+def asked(name: str, tokens: int, **more: Any) -> Any:
+    fields = {
+        "request_id": name, "all_token_ids": list(range(tokens)), "prompt_token_ids": list(range(tokens)),
+        "kv_transfer_params": None, "mm_features": [], "lora_request": None, "cache_salt": None, "prompt_embeds": None,
+    }  # fmt: skip
+    return SimpleNamespace(**fields | more)
+
+
+def step_of(*new: tuple[str, list[int], int, int], cached: tuple[tuple[str, list[int], int, int], ...] = (), **more: Any) -> Any:
+    """A step of new and running requests: (name, blocks, computed, count)."""
+    counts = {name: count for name, _, _, count in (*new, *cached)}
+    data = CachedRequestData.make_empty()
+    for name, blocks, computed, _ in cached:
+        data.req_ids.append(name)
+        data.new_block_ids.append((blocks,) if blocks else None)
+        data.num_computed_tokens.append(computed)
+    output = SchedulerOutput.make_empty()
+    output.scheduled_new_reqs = [
+        NewRequestData(name, list(range(count)), [], None, None, (blocks,), computed, None)
+        for name, blocks, computed, count in new
+    ]
+    output.scheduled_cached_reqs = data
+    output.num_scheduled_tokens = counts
+    output.total_num_scheduled_tokens = sum(counts.values())
+    for name, value in more.items():
+        setattr(output, name, value)
+    return output
+
+
+def blocks_of(*ids: int) -> Any:
+    return SimpleNamespace(get_block_ids=lambda: (list(ids),))
+
+
+@pytest.fixture(scope="module")
+def journal() -> Iterator[pathlib.Path]:
+    path = pathlib.Path("/dev/shm") / f"concordia-connector-{os.getpid()}"
+    shutil.rmtree(path, ignore_errors=True)
+    spawn_owner(path, size_bytes=32 << 20, segment_bytes=1 << 20, linger_s=120)
+    yield path
+    JournalClient.connect(path).shutdown()
+
+
+@pytest.fixture
+def pair(journal: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ConcordiaConnector, ConcordiaConnector]]:
+    """Both sides of one engine."""
+    monkeypatch.setattr(compat, "worker_rank", lambda *_: 0)
+    facts = vllm_config(journal), cache_config()
+    worker = ConcordiaConnector(facts[0], KVConnectorRole.WORKER, facts[1])
+    worker.register_kv_caches(tensors())
+    scheduler = ConcordiaConnector(facts[0], KVConnectorRole.SCHEDULER, facts[1])
+    assert worker._door.is_open
+    assert scheduler._door.is_open
+    yield scheduler, worker
+    scheduler.shutdown()
+    worker.shutdown()
+
+
+def run(scheduler: ConcordiaConnector, worker: ConcordiaConnector, output: Any) -> StepMetadata:
+    """One step, in vLLM's order."""
+    meta = scheduler.build_connector_meta(output)
+    assert isinstance(meta, StepMetadata)
+    worker.handle_preemptions(meta)
+    worker.bind_connector_metadata(meta)
+    worker.start_load_kv(None)
+    worker.wait_for_save()
+    report = worker.build_connector_worker_meta()
+    worker.clear_connector_metadata()
+    scheduler.update_connector_output(SimpleNamespace(kv_connector_worker_meta=report))
+    return meta
+
+
+def eventually(journal: pathlib.Path, wanted: Any) -> list[dict[str, Any]]:
+    """Events, once one of them is the wanted one."""
+    client = JournalClient.connect(journal)
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        _, events = client.events()
+        if any(wanted(event) for event in events):
+            client.close()
+            return events
+        time.sleep(0.01)
+    raise AssertionError(f"not among {events}")
+
+
+def test_signatures_are_those_of_the_installed_vllm_when_a_method_is_ours() -> None:
+    for name, ours in vars(ConcordiaConnector).items():
+        base = getattr(KVConnectorBase_V1, name, None)
+        if name.startswith("_") or not inspect.isfunction(ours) or base is None:
+            continue
+        theirs = [p for p in inspect.signature(base).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        mine = list(inspect.signature(ours).parameters.values())
+        named = [p.name for p in mine if p.kind is not p.VAR_KEYWORD]
+        assert named[: len(theirs)] == [p.name for p in theirs] or name.startswith("request_finished"), name
+    assert not getattr(ConcordiaConnector, "__abstractmethods__", None)
+    assert not ConcordiaConnector.requires_piecewise_for_cudagraph({})
+
+
+def test_plugin_makes_the_name_known_when_vllm_loads_it_twice() -> None:
+    plugin.register()
+    plugin.register()
+    assert KVConnectorFactory.get_connector_class_by_name(plugin.NAME) is ConcordiaConnector
+
+
+def test_engine_is_served_without_protection_when_there_is_no_journal(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    facts = vllm_config(tmp_path / "none"), cache_config()
+    scheduler = ConcordiaConnector(facts[0], KVConnectorRole.SCHEDULER, facts[1])
+    worker = ConcordiaConnector(facts[0], KVConnectorRole.WORKER, facts[1])
+    worker.register_kv_caches(tensors())
+    request = asked("r", 40)
+    scheduler.on_new_request(request)
+    assert scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
+    scheduler.update_state_after_alloc(request, blocks_of(1, 2), 0)
+    run(scheduler, worker, step_of(("r", [1, 2], 0, 40)))
+    assert worker.get_block_ids_with_load_errors() == set()
+    assert scheduler.request_finished_all_groups(request, ([1, 2],)) == (False, None)
+    assert scheduler.reset_cache()
+    scheduler.shutdown()
+    worker.shutdown()
+    assert sum("protection is OFF" in r.message for r in caplog.records) == 2
+
+
+def test_worker_s_loss_ends_protection_of_the_engine_when_it_is_reported(
+    pair: tuple[ConcordiaConnector, ConcordiaConnector], journal: pathlib.Path
+) -> None:
+    scheduler, worker = pair
+    scheduler.on_new_request(asked("r", 40))
+    worker._door.shut("for this test")
+    run(scheduler, worker, step_of(("r", [1, 2], 0, 40)))
+    assert not scheduler._door.is_open
+    events = eventually(journal, lambda e: e["event"] == "unprotected" and e["request"] == "*")
+    assert [e for e in events if e["event"] == "unprotected" and str(e["request"]).endswith(":r")]
+
+
+def test_blocks_are_reported_failed_when_promised_tokens_cannot_be_had(
+    pair: tuple[ConcordiaConnector, ConcordiaConnector],
+) -> None:
+    scheduler, worker = pair
+    request = asked("r", 40)
+    scheduler.on_new_request(request)
+    scheduler.update_state_after_alloc(request, blocks_of(4, 5), 33)  # never offered: our own mistake
+    assert not scheduler._door.is_open
+    run(scheduler, worker, step_of(("r", [4, 5], 33, 7)))
+    assert worker.get_block_ids_with_load_errors() == {4, 5}
+    assert worker.get_block_ids_with_load_errors() == set()
+
+
+def test_blocks_are_reported_failed_when_the_worker_breaks_while_loading(
+    pair: tuple[ConcordiaConnector, ConcordiaConnector],
+) -> None:
+    _, worker = pair
+    meta = StepMetadata(1, 1, loads=[Load("r", (3, 4, 5), 1, {0: ((9, 9, 9),)})])  # type: ignore[dict-item]
+    worker.bind_connector_metadata(meta)
+    worker.start_load_kv(None)
+    assert worker.get_block_ids_with_load_errors() == {4, 5}
+    assert not worker._door.is_open
+
+
+def test_step_writes_are_built_from_vllm_s_own_output_when_requests_start_and_go_on(
+    pair: tuple[ConcordiaConnector, ConcordiaConnector],
+) -> None:
+    scheduler, worker = pair
+    request = asked("r", 70)
+    scheduler.on_new_request(request)
+    assert scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
+    scheduler.update_state_after_alloc(request, blocks_of(1, 2, 3), 0)
+    meta = run(scheduler, worker, step_of(("r", [1, 2, 3], 0, 70)))
+    assert meta.writes[0].full == ((0, 1), (1, 2))
+    assert meta.writes[0].tail == (64, 70, 3)
+    request.all_token_ids.append(5)
+    copies = [SimpleNamespace(src_block_id=1, dst_block_id=9)]
+    meta = run(
+        scheduler, worker,
+        step_of(cached=(("r", [4], 70, 27),), kv_cache_block_copies=copies, new_block_ids_to_zero=[8]),
+    )  # fmt: skip
+    assert sorted(meta.reused) == [4, 8, 9]
+    assert meta.writes[0].full == ((2, 3),)
+    meta = run(scheduler, worker, step_of(cached=(("r", [], 97, 3),), scheduled_spec_decode_tokens={"r": [1, 2]}))
+    assert meta.writes[0].tail == (97, 98, 4)
+
+
+def test_request_is_named_and_served_when_its_parameters_are_nonsense(
+    pair: tuple[ConcordiaConnector, ConcordiaConnector], journal: pathlib.Path
+) -> None:
+    scheduler, worker = pair
+    request = asked("odd", 40, kv_transfer_params={"concordia": {"incarnation": "two"}})
+    scheduler.on_new_request(request)
+    assert scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
+    assert run(scheduler, worker, step_of(("odd", [1, 2], 0, 40))).writes == []
+    assert scheduler._door.is_open
+    eventually(journal, lambda e: e["event"] == "unprotected" and "incarnation" in e["reason"])
+
+
+def test_blocks_are_nobody_else_s_when_a_request_brings_an_image(
+    pair: tuple[ConcordiaConnector, ConcordiaConnector],
+) -> None:
+    scheduler, worker = pair
+    scheduler.on_new_request(asked("image", 40, mm_features=[object()]))
+    run(scheduler, worker, step_of(("image", [1, 2], 0, 40)))
+    assert scheduler._scheduler is not None
+    assert scheduler._scheduler._writes.tracks["image"].chain is None
+
+
+def test_only_requests_that_no_router_owns_are_ended_by_us(
+    pair: tuple[ConcordiaConnector, ConcordiaConnector], journal: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "FINISH_LINGER_S", 0.0)
+    scheduler, worker = pair
+    routed = asked("a", 40, kv_transfer_params={"concordia": {"request": "routed-a", "incarnation": 1}})
+    plain = asked("b", 40, all_token_ids=list(range(500, 540)), prompt_token_ids=list(range(500, 540)))
+    for request in (routed, plain):
+        scheduler.on_new_request(request)
+    run(scheduler, worker, step_of(("a", [1, 2], 0, 40), ("b", [3, 4], 0, 40)))
+    run(scheduler, worker, step_of())
+    for request in (routed, plain):
+        scheduler.request_finished(request, [1])
+    assert scheduler._scheduler is not None
+    name = scheduler._scheduler._own_name("b")
+    client = JournalClient.connect(journal)
+    until = time.monotonic() + 5
+    while client.committed(request_key(name)) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert client.committed(request_key(name)) == 0
+    assert client.committed(request_key("routed-a")) == 40
+    client.finish(request_key("routed-a"))
+    client.close()
+
+
+def test_old_keys_are_never_met_again_when_the_cache_was_reset(
+    pair: tuple[ConcordiaConnector, ConcordiaConnector],
+) -> None:
+    scheduler, worker = pair
+    scheduler.on_new_request(asked("a", 70))
+    run(scheduler, worker, step_of(("a", [1, 2, 3], 0, 70)))
+    side = scheduler._scheduler
+    assert side is not None
+    before = side._writes.tracks["a"].chain
+    assert before is not None
+    assert scheduler.reset_cache()
+    scheduler.on_new_request(asked("b", 70))
+    after = side._writes.tracks["b"].chain
+    assert after is not None
+    after.extend(list(range(70)), limit=70)
+    assert not set(after.keys) & set(before.keys)
+
+
+@pytest.mark.parametrize(
+    ("caches", "more", "words"),
+    [
+        ((spec(), spec()), {}, "2 KV cache groups"),
+        ((spec(SlidingWindowSpec, sliding_window=8),), {}, "SlidingWindowSpec"),
+        ((), {"parallel": {"decode_context_parallel_size": 2}}, "decode_context_parallel_size"),
+        ((), {"parallel": {"pipeline_parallel_size": 2}}, "pipeline"),
+        ((), {"speculative": object(), "is_async": True}, "speculative"),
+    ],
+)
+def test_engine_says_once_why_it_is_not_protected_when_it_cannot_be(
+    journal: pathlib.Path, caches: tuple[Any, ...], more: dict[str, Any], words: str
+) -> None:
+    facts = vllm_config(journal, **more), cache_config(*caches)
+    scheduler = ConcordiaConnector(facts[0], KVConnectorRole.SCHEDULER, facts[1])
+    assert words in (scheduler._door.reason or "")
+    eventually(journal, lambda e: e["event"] == "unprotected" and words in e["reason"])
+    scheduler.shutdown()
+
+
+def test_reports_add_up_to_the_worst_rank_when_they_are_joined() -> None:
+    first = WorkerReport(step=5, lost={"a": "x"}, loaded={"r": 0})
+    second = WorkerReport(step=4, lost={"b": "y"}, loaded={"r": 2}, off="gone")
+    assert first.aggregate(second) == WorkerReport(step=4, lost={"a": "x", "b": "y"}, loaded={"r": 2}, off="gone")
