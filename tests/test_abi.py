@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from concordia import abi
-from concordia.device.compiler import KERNELS
+from concordia.device.compiler import FLAGS, KERNELS
 from concordia.device.driver import ExecutorPlan
 from concordia.runtime import ring
 
@@ -23,13 +23,12 @@ def compiled(folder: Path, body: str, include: str = "abi.h") -> str:
         f'#include "{include}"\n#include <stdio.h>\n#include <stddef.h>\nint main() {{\n{body}\n}}\n'
     )
     binary = folder / "program"
+    flags = [flag for flag in FLAGS if flag not in ("-shared", "-fvisibility=hidden", "-O3")]
     command = [
         "g++",
-        "-std=c++17",
-        "-Wall",
+        *flags,
         "-Werror",
         "-Wno-unused-function",
-        "-Wno-psabi",
         f"-I{KERNELS}",
         str(program),
         "-o",

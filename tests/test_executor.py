@@ -314,7 +314,7 @@ GEOMETRY = KvGeometry(
 WRONG = """#include "journal.h"
 #include "kv.h"
 HANDLER {
-  if (!check_range(call, lane)) return;
+  check_range(call, lane);
   const Range range = range_of(call);
   uint8_t* place = reserve_record(call, lane, range.bytes);
   if (place == nullptr) return;
@@ -323,7 +323,7 @@ HANDLER {
   if (lane == 0 && range.tokens > 1) place[70] ^= 1;
   grid_sync(call);
   hash_payload(call, lane, place, range.bytes);
-  commit_record(call, lane, {call->task.record_kind, call->task.token_start, call->task.token_end}, place, range.bytes);
+  commit_record(call, lane, {call->task.record_kind, call->task.token_start, call->task.token_end}, range.bytes);
 }
 """
 

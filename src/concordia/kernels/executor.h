@@ -121,14 +121,15 @@ FUNCTION void finish_task(Executor* executor) {
   const uint64_t position = executor->position, span = call->task.span;
   executor->position += span == 0 || span > ring->slot_count ? 1 : span;
   settle();  // the answer before publish; our last read of slot and arguments before head; records before their count
-  store_settled(&completion->publish, position + 1);  // pairs with the acquire in read_completion()
-  (void)CONCORDIA_STEP(3);
-  store_settled(&ring->head, executor->position);  // pairs with the acquire in claim()
+  // The counters first: whoever has the answer finds it counted.
   count_records(&executor->journal);
   executor->busy_ns += now_ns() - executor->started_ns;
   store<kRelaxed, kSystem>(&ring->busy_ns, executor->busy_ns);
   store<kRelaxed, kSystem>(&ring->done_count, ++executor->done_count);
   store<kRelaxed, kSystem>(&ring->appended_bytes, executor->journal.committed_bytes);
+  store_settled(&completion->publish, position + 1);  // pairs with the acquire in read_completion()
+  (void)CONCORDIA_STEP(3);
+  store_settled(&ring->head, executor->position);  // pairs with the acquire in claim()
 }
 
 // All lanes: one launch, from entering to leaving.

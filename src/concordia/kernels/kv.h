@@ -120,10 +120,13 @@ FUNCTION void move_head(uint8_t* region_ptr, uint8_t* payload_ptr, uint64_t toke
   } else if constexpr (is_row(kShape)) {
     for (uint64_t t = 0; t < tokens; ++t) move_bytes<kGather>(region_ptr + t * kShape.token_stride, payload_ptr + t * kRow, kRow);
   } else {
-    for (uint64_t e = 0; e < kShape.dim; ++e)
+    for (uint64_t e = 0; e < kShape.dim; ++e) {
+      // Every element is a line of its own, and no prefetcher sees that coming: ask for the next head's while this one is read.
+      if constexpr (kGather) prefetch(region_ptr + kShape.head_stride + e * kShape.element_stride);
       for (uint64_t t = 0; t < tokens; ++t)
         move_unit<kGather, kElementBytes>(region_ptr + e * kShape.element_stride + t * kShape.token_stride,
                                           payload_ptr + t * kRow + e * kElementBytes);
+    }
   }
 }
 
@@ -165,90 +168,103 @@ FUNCTION void move_range(const Call* call, uint64_t lane, const Range& range, ui
   }
 }
 
-// Division by a number that is known only at run time: exact for 32-bit values, at the price of one wide multiplication.
-struct Divider {
-  uint64_t factor;  // 2^64 / divisor, rounded up; 0 stands for 2^64
-  FUNCTION_MEMBER explicit Divider(uint32_t divisor) : factor(~0ull / divisor + 1) {}
-  FUNCTION_MEMBER uint32_t operator()(uint32_t value) const { return factor == 0 ? value : (uint32_t)mul_high(factor, value); }
-};
-
-// The bytes of a range in a record's order, by offset: what a team streams, or scatters. An offset is below 4 GiB.
+// The bytes of a range in a record's order, by offset: what a team streams, or scatters. An offset is below 4 GiB, so that every division
+// is one of 32 bits: 64-bit division is a function call on a GPU.
+template <bool kIsRaw>
 class RegionWords {
  public:
   FUNCTION_MEMBER RegionWords(const Call* call, const Range& range)
       : bases_(reinterpret_cast<const uint64_t*>(call->region->bases)),
-        range_(range),
-        layer_bytes_((uint32_t)(range.tokens * kTokenBytes)),
-        key_bytes_((uint32_t)(range.tokens * kHeads * KV_KEY_DIM * kElementBytes)),
-        layer_of_((uint32_t)(range.tokens * kTokenBytes)),
-        head_of_((uint32_t)range.tokens) {}
+        ids_(range.ids),
+        start_((uint32_t)range.start),
+        tokens_((uint32_t)range.tokens),
+        bytes_((uint32_t)range.bytes) {}
 
-  FUNCTION_MEMBER uint64_t operator()(uint64_t offset) const {
-    return range_.is_raw ? gather<kRawUnit, true>((uint32_t)offset) : gather<kTailUnit, false>((uint32_t)offset);
-  }
-  FUNCTION_MEMBER void scatter(uint64_t offset, uint64_t word) const {
-    if (range_.is_raw) put<kRawUnit, true>((uint32_t)offset, word);
-    else put<kTailUnit, false>((uint32_t)offset, word);
-  }
+  FUNCTION_MEMBER uint64_t operator()(uint64_t offset) const { return gather((uint32_t)offset); }
+  FUNCTION_MEMBER void scatter(uint64_t offset, uint64_t word) const { put((uint32_t)offset, word); }
 
  private:
   // The widest piece that never crosses a row or a block, at most a word.
   static constexpr uint32_t kRawUnit = kRawBytes < 8 ? kRawBytes : 8;
   static constexpr bool kAreRows = is_row(kPlanes[0]) && (KV_VALUE_DIM == 0 || is_row(kPlanes[1]));
   static constexpr uint32_t kTailUnit = !kAreRows ? kElementBytes : kChunkBytes < 8 ? kChunkBytes : 8;
+  static constexpr uint32_t kUnit = kIsRaw ? kRawUnit : kTailUnit;
+  static constexpr uint32_t kKeyRow = KV_KEY_DIM * kElementBytes, kValueRow = KV_VALUE_DIM == 0 ? 1 : KV_VALUE_DIM * kElementBytes;
 
   FUNCTION_MEMBER uint8_t* raw_address(uint32_t offset) const {
     const uint32_t piece = offset / (uint32_t)kBlockBytes, layer = piece % (uint32_t)kLayers;
-    return address(layer, range_.ids[piece / (uint32_t)kLayers]) + offset % (uint32_t)kBlockBytes;
+    return address(layer, ids_[piece / (uint32_t)kLayers]) + offset % (uint32_t)kBlockBytes;
   }
+  // Rows are numbered ((layer * planes + plane) * heads + head) * tokens + token where all of them are equally long.
   FUNCTION_MEMBER uint8_t* tail_address(uint32_t offset) const {
-    const uint32_t layer = layer_of_(offset), rest = offset - layer * layer_bytes_;
-    if (KV_VALUE_DIM == 0 || rest < key_bytes_) return plane_address<0>(layer, rest);
-    return plane_address<1>(layer, rest - key_bytes_);
+    if constexpr (KV_VALUE_DIM == 0 || KV_VALUE_DIM == KV_KEY_DIM) {
+      constexpr uint32_t kPlaneCount = KV_VALUE_DIM == 0 ? 1 : 2;
+      const uint32_t row = offset / kKeyRow, head = head_of(row), plane = head / (uint32_t)kHeads;
+      const uint32_t layer = plane / kPlaneCount, token = row - head * tokens_;
+      if (kPlaneCount == 1 || plane % kPlaneCount == 0) return row_address<0>(layer, head % (uint32_t)kHeads, token, offset % kKeyRow);
+      return row_address<1>(layer, head % (uint32_t)kHeads, token, offset % kKeyRow);
+    } else {
+      const uint32_t layer_bytes = tokens_ * (uint32_t)kTokenBytes, key_bytes = tokens_ * (uint32_t)kHeads * kKeyRow;
+      const uint32_t layer = offset / layer_bytes, rest = offset - layer * layer_bytes;
+      if (rest < key_bytes) return row_in_plane<0, kKeyRow>(layer, rest);
+      return row_in_plane<1, kValueRow>(layer, rest - key_bytes);
+    }
   }
+  template <int kPlane, uint32_t kRow>
+  FUNCTION_MEMBER uint8_t* row_in_plane(uint32_t layer, uint32_t rest) const {
+    const uint32_t row = rest / kRow, head = head_of(row);
+    return row_address<kPlane>(layer, head, row - head * tokens_, rest % kRow);
+  }
+  FUNCTION_MEMBER uint32_t head_of(uint32_t row) const { return tokens_ == 1 ? row : row / tokens_; }
+
   template <int kPlane>
-  FUNCTION_MEMBER uint8_t* plane_address(uint32_t layer, uint32_t rest) const {
+  FUNCTION_MEMBER uint8_t* row_address(uint32_t layer, uint32_t head, uint32_t token, uint32_t in_row) const {
     constexpr PlaneShape kShape = plane_shape<kPlane>();
-    constexpr uint32_t kRow = kShape.dim == 0 ? 1 : kShape.dim * kElementBytes;
-    const uint32_t row = rest / kRow, in_row = rest % kRow, head = head_of_(row), token = row - head * (uint32_t)range_.tokens;
-    const uint32_t place = (uint32_t)range_.start + token, slot = place % (uint32_t)kBlockTokens;
+    const uint32_t place = start_ + token, slot = place % (uint32_t)kBlockTokens;
     const uint64_t inside = is_row(kShape) ? in_row : in_row / (uint32_t)kElementBytes * kShape.element_stride + in_row % (uint32_t)kElementBytes;
-    return address(layer, range_.ids[place / (uint32_t)kBlockTokens]) + kShape.offset + head * kShape.head_stride + slot * kShape.token_stride + inside;
+    return address(layer, ids_[place / (uint32_t)kBlockTokens]) + kShape.offset + head * kShape.head_stride + slot * kShape.token_stride + inside;
   }
   FUNCTION_MEMBER uint8_t* address(uint32_t layer, uint32_t block) const {
     return reinterpret_cast<uint8_t*>(bases_[layer]) + block * kBlockStride;
   }
 
-  template <uint32_t kUnit, bool kIsRaw>
+  FUNCTION_MEMBER uint8_t* unit_address(uint32_t offset) const {
+    if constexpr (kIsRaw) return raw_address(offset);
+    else return tail_address(offset);
+  }
   FUNCTION_MEMBER uint64_t gather(uint32_t offset) const {
     uint64_t word = 0;
     for (uint32_t at = 0; at < 8; at += kUnit) {
-      if (kUnit != 8 && offset + at >= range_.bytes) break;
+      if (kUnit != 8 && offset + at >= bytes_) break;
       uint64_t unit = 0;
-      copy_unit<kUnit>(reinterpret_cast<uint8_t*>(&unit), kIsRaw ? raw_address(offset + at) : tail_address(offset + at));
+      copy_unit<kUnit>(reinterpret_cast<uint8_t*>(&unit), unit_address(offset + at));
       word |= unit << 8 * at;
     }
     return word;
   }
-  template <uint32_t kUnit, bool kIsRaw>
   FUNCTION_MEMBER void put(uint32_t offset, uint64_t word) const {
     for (uint32_t at = 0; at < 8; at += kUnit) {
-      if (kUnit != 8 && offset + at >= range_.bytes) break;
+      if (kUnit != 8 && offset + at >= bytes_) break;
       const uint64_t unit = word >> 8 * at;
-      copy_unit<kUnit>(kIsRaw ? raw_address(offset + at) : tail_address(offset + at), reinterpret_cast<const uint8_t*>(&unit));
+      copy_unit<kUnit>(unit_address(offset + at), reinterpret_cast<const uint8_t*>(&unit));
     }
   }
 
   const uint64_t* bases_;
-  Range range_;
-  uint32_t layer_bytes_, key_bytes_;
-  Divider layer_of_, head_of_;
+  const uint32_t* ids_;
+  uint32_t start_, tokens_, bytes_;
 };
 
-// All lanes, device shape: payload -> region, several words under way per lane.
+// All lanes, device shape: region -> target, hashed on the way (stream.h).
+FUNCTION void stream_range(Call* call, uint64_t lane, const Range& range, uint8_t* target_ptr) {
+  if (range.is_raw) stream_payload(call, lane, range.bytes, target_ptr, RegionWords<true>(call, range));
+  else stream_payload(call, lane, range.bytes, target_ptr, RegionWords<false>(call, range));
+}
+
+template <bool kIsRaw>
 FUNCTION void scatter_words(const Call* call, uint64_t lane, const Range& range, const uint8_t* payload_ptr) {
   constexpr uint64_t kAtOnce = 4;
-  const RegionWords words(call, range);
+  const RegionWords<kIsRaw> words(call, range);
   const uint64_t* payload = reinterpret_cast<const uint64_t*>(payload_ptr);
   const uint64_t count = (range.bytes + 7) / 8;
   for (uint64_t first = lane; first < count; first += kAtOnce * call->lanes) {
@@ -258,4 +274,10 @@ FUNCTION void scatter_words(const Call* call, uint64_t lane, const Range& range,
     for (uint64_t k = 0; k < kAtOnce; ++k)
       if (first + k * call->lanes < count) words.scatter(8 * (first + k * call->lanes), word[k]);
   }
+}
+
+// All lanes, device shape: payload -> region, several words under way per lane.
+FUNCTION void scatter_range(const Call* call, uint64_t lane, const Range& range, const uint8_t* payload_ptr) {
+  if (range.is_raw) scatter_words<true>(call, lane, range, payload_ptr);
+  else scatter_words<false>(call, lane, range, payload_ptr);
 }

@@ -10,6 +10,7 @@
 #define CONCORDIA_CUDA 1
 #define FUNCTION static __device__ __forceinline__
 #define FUNCTION_MEMBER __device__ __forceinline__
+#define RARE_FUNCTION static __device__ __noinline__
 #define CONSTANT __device__ constexpr
 #define TABLE static __device__ const
 #define EXPORT extern "C" __device__
@@ -20,6 +21,7 @@
 #include <time.h>
 #define FUNCTION static inline
 #define FUNCTION_MEMBER inline
+#define RARE_FUNCTION static __attribute__((noinline, unused))
 #define CONSTANT constexpr
 #define TABLE static const
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -97,6 +99,7 @@ FUNCTION uint64_t team_lane() { return threadIdx.x % 32; }
 
 FUNCTION void pause_lane() { asm volatile("nanosleep.u32 50;"); }
 FUNCTION void yield_lane() { pause_lane(); }
+FUNCTION void prefetch(const uint8_t*) {}  // a GPU hides latency with other warps
 FUNCTION bool is_cta_leader() { return threadIdx.x == 0; }
 FUNCTION uint32_t cta_count() { return gridDim.x; }
 FUNCTION uint32_t cta_index() { return blockIdx.x; }
@@ -153,6 +156,7 @@ FUNCTION void pause_lane() {
 #endif
 }
 FUNCTION void yield_lane() { sched_yield(); }
+FUNCTION void prefetch(const uint8_t* line_ptr) { __builtin_prefetch(line_ptr); }  // any address: it never faults
 FUNCTION uint64_t mul_high(uint64_t a, uint64_t b) { return (uint64_t)(((unsigned __int128)a * b) >> 64); }
 FUNCTION void copy_wide(uint8_t* target_ptr, const uint8_t* source_ptr) { memcpy(target_ptr, source_ptr, 16); }
 #endif
