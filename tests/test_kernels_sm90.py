@@ -12,10 +12,10 @@ import pytest
 
 from concordia import abi
 from concordia.device import nvrtc
-from concordia.device.compiler import HandlerSource, KernelCache
+from concordia.device.compiler import KERNELS, HandlerSource, KernelCache
 from concordia.device.cubin import initial_word, read_facts
 from concordia.device.cuda import CudaCompiler
-from concordia.device.loader import FRAME_BYTES_MAX
+from concordia.device.loader import FRAME_BYTES_MAX, lint
 from concordia.errors import CompileError, HandlerRefused
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings are not installed")
@@ -70,7 +70,8 @@ def test_handler_passes_the_lint_when_compiled_for_sm90(
 ) -> None:
     image = compiler.handler(source)
     facts = read_facts(image.cubin)
-    assert facts.functions == {"concordia_handler"}
+    assert {"concordia_handler", "concordia_keep"} <= facts.functions
+    assert facts.dangling_calls == 0
     assert 0 < facts.registers_max <= nvrtc.REGISTERS_MAX
     assert facts.frame_bytes_total <= FRAME_BYTES_MAX
     assert initial_word(image.cubin, "concordia_handler_abi") == abi.ABI_VERSION
@@ -103,6 +104,23 @@ def test_lint_refuses_with_the_reason_when_a_handler_would_break_the_executor(
         compiler.handler(handler(name, body, before))
 
 
+DIVIDES = "call->result = call->task.arg / (call->task.step + lane);"
+
+
+def test_compilers_own_routines_stay_when_a_handler_divides(compiler: CudaCompiler) -> None:
+    facts = read_facts(compiler.handler(handler("divides", DIVIDES)).cubin)
+    assert any("div_u64" in name for name in facts.functions)
+    assert facts.dangling_calls == 0
+
+
+def test_lint_refuses_when_the_linker_dropped_what_a_handler_calls(compiler: CudaCompiler) -> None:
+    source = handler("divides", DIVIDES)
+    ptx = nvrtc.compile_ptx(source.code(), name="divides", architecture="sm_90", include=KERNELS)
+    cubin = nvrtc.link_cubin([ptx], name="divides", architecture="sm_90")  # without keep.cu
+    with pytest.raises(HandlerRefused, match="1 calls to code that the linker dropped"):
+        lint("divides", ptx=ptx, cubin=cubin, registers_max=nvrtc.REGISTERS_MAX)
+
+
 def test_lint_refuses_when_the_abi_differs(compiler: CudaCompiler) -> None:
     text = PLAIN.format(before="", body="call->result = 1;").replace(
         '#include "call.h"', '#include "call.h"\n#define kAbiVersion (kAbiVersion + 1)'
@@ -111,9 +129,9 @@ def test_lint_refuses_when_the_abi_differs(compiler: CudaCompiler) -> None:
         compiler.handler(HandlerSource.of("other abi", text=text))
 
 
-def test_lint_refuses_when_the_source_is_no_handler(compiler: CudaCompiler) -> None:
+def test_compile_error_names_the_handler_when_the_source_has_none(compiler: CudaCompiler) -> None:
     text = '#include "call.h"\nextern "C" __device__ uint64_t concordia_nothing = 1;\n'
-    with pytest.raises(HandlerRefused, match="not a handler"):
+    with pytest.raises(CompileError, match="concordia_handler"):
         compiler.handler(HandlerSource.of("nothing", text=text))
 
 
@@ -146,7 +164,7 @@ def test_cached_code_is_the_same_when_built_again(tmp_path: pathlib.Path) -> Non
     again = CudaCompiler("sm_90", KernelCache(tmp_path)).handler(source)
     assert again == first
     assert sorted(path.name for path in tmp_path.iterdir()) == names
-    assert [pathlib.Path(name).suffix for name in names] == [".cubin", ".ptx"]
+    assert {pathlib.Path(name).suffix for name in names} == {".cubin", ".ptx"}
 
 
 def test_digest_differs_when_only_a_constant_does(compiler: CudaCompiler) -> None:

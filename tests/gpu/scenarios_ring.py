@@ -161,7 +161,7 @@ def backlog(device: str) -> dict[str, Any]:
     """Work for several leases, handed in at once and waited for by nobody: all of it is done all the same."""
     opened = open_device(device)
     runtime = Runtime(opened)
-    spin = COUNTING.replace("HANDLER {", "HANDLER {\n  const uint64_t t = now_ns();\n  while (now_ns() - t < 1000000) pause_lane();\n  cta_sync(call);")
+    spin = COUNTING.replace("HANDLER {", "HANDLER {\n  const uint64_t t = now_ns();\n  while (now_ns() - t < 1000000) pause_lane();\n  grid_sync(call);")
     operator = runtime.install("spin", HandlerSource.of("spin", {"VERSION": 3}, text=spin))
     word = opened.allocate(8)
     before = runtime.stats().launches
@@ -180,7 +180,7 @@ def hang(device: str) -> dict[str, Any]:
     """A handler that takes two seconds: waiting and parking say so at their bound, and all goes on after it."""
     opened = open_device(device)
     runtime = Runtime(opened)
-    text = COUNTING.replace("HANDLER {", "HANDLER {\n  const uint64_t t = now_ns();\n  while (now_ns() - t < 2000000000) pause_lane();\n  cta_sync(call);")
+    text = COUNTING.replace("HANDLER {", "HANDLER {\n  const uint64_t t = now_ns();\n  while (now_ns() - t < 2000000000) pause_lane();\n  grid_sync(call);")
     operator = runtime.install("hang", HandlerSource.of("hang", {"VERSION": 3}, text=text))
     word = opened.allocate(8)
     ticket = runtime.submit(Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE, arg=word))

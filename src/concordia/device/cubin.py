@@ -20,7 +20,10 @@ _ATTRIBUTE_BARRIER_COUNT = 0x4C
 _FORMAT_SIZED = 0x04  # a 16-bit size and that many bytes follow; every other format is 4 bytes in all
 
 _SYMBOL_FUNCTION = 2
+_SECTION_RELOCATIONS = 4
 _SECTION_NO_BITS = 8
+_INSTRUCTION_BYTES = 16
+_OPCODE_CALL_ABSOLUTE = 0x943  # the low 12 bits of an instruction; seen on sm_90 (nvdisasm: CALL.ABS)
 _INFO = ".nv.info"
 
 
@@ -33,6 +36,7 @@ class Section:
     size: int
     kind: int
     link: int
+    target: int  # of relocations: index of the section that they fill in
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ class Facts:
     undefined: frozenset[str]
     constant_banks: frozenset[int]
     shared_bytes: int
+    dangling_calls: int  # to an absolute address that no relocation fills in
 
     @property
     def registers_max(self) -> int:
@@ -110,6 +115,7 @@ def _read(cubin: bytes) -> Facts:
         ),
         constant_banks=frozenset(_constant_banks(sections)),
         shared_bytes=sum(s.size for s in sections if s.name.startswith(".nv.shared")),
+        dangling_calls=_dangling_calls(cubin, sections),
     )
 
 
@@ -121,10 +127,10 @@ def _sections(cubin: bytes) -> list[Section]:
     raw = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + i * entry) for i in range(count)]
     names_at = raw[names_index][4]
     found = []
-    for name, kind, _, _, offset, size, link, *_ in raw:
+    for name, kind, _, _, offset, size, link, target, *_ in raw:
         if kind not in (0, _SECTION_NO_BITS) and offset + size > len(cubin):
             raise ValueError("a section ends beyond the file")
-        found.append(Section(_text(cubin, names_at + name), offset, size, kind, link))
+        found.append(Section(_text(cubin, names_at + name), offset, size, kind, link, target))
     return found
 
 
@@ -158,6 +164,23 @@ def _attributes(cubin: bytes, section: Section) -> Iterator[tuple[int, tuple[int
             yield code, words
         else:
             yield code, (inline,)
+
+
+def _dangling_calls(cubin: bytes, sections: list[Section]) -> int:
+    filled: dict[int, set[int]] = {}
+    for table in (s for s in sections if s.kind == _SECTION_RELOCATIONS):
+        places = filled.setdefault(table.target, set())
+        for at in range(table.offset, table.offset + table.size, 24):
+            places.add(struct.unpack_from("<Q", cubin, at)[0])
+    count = 0
+    for index, section in enumerate(sections):
+        if not section.name.startswith(".text."):
+            continue
+        for offset in range(0, section.size, _INSTRUCTION_BYTES):
+            (low,) = struct.unpack_from("<Q", cubin, section.offset + offset)
+            is_call = low & 0xFFF == _OPCODE_CALL_ABSOLUTE and low >> 32 == 0
+            count += is_call and offset not in filled.get(index, ())
+    return count
 
 
 def _constant_banks(sections: list[Section]) -> Iterator[int]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 EXECUTOR: Final = HandlerSource.of("executor.cu")
 BALLAST: Final = HandlerSource.of("ballast.cu")
+KEEP: Final = HandlerSource.of("keep.cu")
 
 
 class CudaCompiler:
@@ -35,8 +36,9 @@ class CudaCompiler:
 
     def handler(self, source: HandlerSource) -> CudaImage:
         """A linted handler; raises CompileError or HandlerRefused."""
-        ptx, key = self._ptx(source)
-        cubin = self._cubin([ptx], name=source.file, key=key)
+        (ptx, key), (keep, keep_key) = self._ptx(source), self._ptx(KEEP)
+        key = f"{key[:32]}{keep_key[:32]}"
+        cubin = self._cubin([ptx, keep], name=source.file, key=key)
         lint(source.file, ptx=ptx, cubin=cubin, registers_max=nvrtc.REGISTERS_MAX)
         return CudaImage(name=source.file, cubin=cubin, digest=int(key[:16], 16))
 

@@ -75,8 +75,10 @@ def _lint_facts(facts: Facts, registers_max: int) -> list[str]:
         reasons.append(f"{facts.frame_bytes_total} bytes of stack, at most {FRAME_BYTES_MAX}")
     if facts.barriers_max > BARRIER_COUNT_MAX:
         reasons.append(f"{facts.barriers_max} barriers, at most {BARRIER_COUNT_MAX}")
-    if facts.constant_banks:
-        reasons.append(f"constant banks {sorted(facts.constant_banks)}")
+    if banks := sorted(facts.constant_banks - {0}):  # 0 holds the parameters of keep.cu's kernel
+        reasons.append(f"constant banks {banks}")
+    if facts.dangling_calls:
+        reasons.append(f"{facts.dangling_calls} calls to code that the linker dropped")
     if facts.shared_bytes:
         reasons.append(f"{facts.shared_bytes} bytes of shared memory")
     if facts.undefined:

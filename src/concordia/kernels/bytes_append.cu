@@ -8,7 +8,10 @@ HANDLER {
   uint8_t* place = reserve_record(call, lane, bytes);
   if (place == nullptr) return;
   const RecordNames names = {task->record_kind, task->token_start, task->token_end};
-  if constexpr (kDeviceShape) return commit_words(call, lane, names, bytes, MemoryWords{call->arena + offset, bytes});
+  if constexpr (kDeviceShape) {
+    stream_payload(call, lane, bytes, place, MemoryWords{call->arena + offset, bytes});
+    return commit_streamed(call, lane, names, bytes);
+  }
   copy_together(call, lane, place, call->arena + offset, bytes);
   grid_sync(call);
   hash_payload(call, lane, place, bytes);

@@ -181,6 +181,9 @@ FUNCTION uint32_t header_crc(const uint8_t* header_ptr) {
   return ~__builtin_ia32_crc32si((uint32_t)crc, reinterpret_cast<const uint32_t*>(header_ptr)[kHeaderWords - 1]);
 #else
   uint32_t crc = 0;
+#if CONCORDIA_CUDA
+#pragma unroll 1
+#endif
   for (uint64_t i = 0; i < kHeaderWords; ++i) crc ^= crc_share(header_ptr, i);
   return ~crc;
 #endif

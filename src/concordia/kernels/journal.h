@@ -40,13 +40,13 @@ FUNCTION void write_header(uint8_t* target_ptr, const void* header_ptr) {
 }
 
 // Leader: takes the next lent segment and writes its header; false when none is lent or the entry cannot be true.
-FUNCTION bool take_segment(Call* call, Journal* journal) {
+RARE_FUNCTION bool take_segment(Call* call, Journal* journal) {
   StreamControl* control = journal->control;
   const uint64_t lent = load<kAcquire, kSystem>(&control->lent_count);  // pairs with the owner's release after it filled the entry
   if (journal->taken >= lent || lent - journal->taken > kLentCapacity) return false;
   const uint64_t* entry = control->lent + 2 * (journal->taken % kLentCapacity);
   const uint64_t segment = entry[0] & 0xffffffffu, ordinal = entry[0] >> 32, salt = entry[1];
-  if (segment >= journal->pool_bytes / journal->segment_bytes) return false;
+  if ((segment + 1) * journal->segment_bytes > journal->pool_bytes) return false;
   static_assert(sizeof(SegmentHeader) == sizeof(RecordHeader), "both are built in call->header");
   SegmentHeader* header = reinterpret_cast<SegmentHeader*>(&call->header);
   zero_bytes(reinterpret_cast<uint8_t*>(header), sizeof(*header));
@@ -159,10 +159,8 @@ FUNCTION void commit_record(Call* call, uint64_t lane, const RecordNames& names,
   grid_sync(call);
 }
 
-// All lanes, device shape: moves the payload that words(offset) gives to call->place and commits it, in one pass over its bytes.
-template <class Words>
-FUNCTION void commit_words(Call* call, uint64_t lane, const RecordNames& names, uint64_t payload_bytes, Words words) {
-  stream_payload(call, lane, payload_bytes, call->place, words);
+// All lanes, device shape: commits the payload that was streamed to call->place.
+FUNCTION void commit_streamed(Call* call, uint64_t lane, const RecordNames& names, uint64_t payload_bytes) {
   grid_sync(call);  // payload and digests of every team are released to the leading one
   if (is_leading_team(lane)) {
     hash_root(call->digests, leaf_count(payload_bytes), call->payload_hash);

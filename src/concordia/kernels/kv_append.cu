@@ -8,7 +8,10 @@ HANDLER {
   uint8_t* place = reserve_record(call, lane, range.bytes);
   if (place == nullptr) return;
   const RecordNames names = {call->task.record_kind, call->task.token_start, call->task.token_end};
-  if constexpr (kDeviceShape) return commit_words(call, lane, names, range.bytes, RegionWords(call, range));
+  if constexpr (kDeviceShape) {
+    stream_range(call, lane, range, place);
+    return commit_streamed(call, lane, names, range.bytes);
+  }
   move_range<true>(call, lane, range, place);
   grid_sync(call);
   hash_payload(call, lane, place, range.bytes);

@@ -30,6 +30,6 @@ HANDLER {
   }
   if (call->payload_hash[0] != task->key[0] || call->payload_hash[1] != task->key[1])
     return refuse(call, lane, kStatusHashMismatch);
-  if constexpr (kDeviceShape) scatter_words(call, lane, range, call->stage);
+  if constexpr (kDeviceShape) scatter_range(call, lane, range, call->stage);
   else move_range<false>(call, lane, range, call->stage);
 }

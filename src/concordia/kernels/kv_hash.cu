@@ -9,7 +9,7 @@ HANDLER {
   const Range range = range_of(call);
   if (range.bytes > call->stage_bytes) return refuse(call, lane, kStatusTooLarge);
   if constexpr (kDeviceShape) {
-    stream_payload(call, lane, range.bytes, nullptr, RegionWords(call, range));
+    stream_range(call, lane, range, nullptr);
     return finish_payload(call, lane, range.bytes);
   }
   move_range<true>(call, lane, range, call->stage);

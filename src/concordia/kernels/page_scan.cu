@@ -33,7 +33,8 @@ FUNCTION bool append_page(Call* call, uint64_t lane, const uint8_t* page_ptr, ui
   if (place == nullptr) return false;
   const RecordNames names = {kKindPage, page, page + 1};
   if constexpr (kDeviceShape) {
-    commit_words(call, lane, names, kPageBytes, MemoryWords{page_ptr, kPageBytes});
+    stream_payload(call, lane, kPageBytes, place, MemoryWords{page_ptr, kPageBytes});
+    commit_streamed(call, lane, names, kPageBytes);
   } else {
     copy_together(call, lane, place, page_ptr, kPageBytes);
     grid_sync(call);
