@@ -44,6 +44,7 @@ EMPTY: dict[str, Any] = {
     "tool_choice": "none",
     "echo": False,
     "tools": None,
+    "functions": [],
     "bad_words": [],
     "vllm_xargs": {},
     "suffix": "",
@@ -123,6 +124,24 @@ def test_request_is_refused_when_a_client_claims_an_identity() -> None:
     with pytest.raises(RequestRefused, match="router alone"):
         need(kv_transfer_params={"concordia": {"request": "theirs"}})
     assert need(kv_transfer_params={"other": 1}) == (Level.STATE_EXACT, "")
+
+
+@pytest.mark.parametrize(
+    ("source", "override", "expected"),
+    [
+        (None, {}, Defaults(temperature=0.6, max_tokens=50)),
+        ("auto", {"temperature": 0.1}, Defaults(temperature=0.1, max_tokens=50)),
+        ("auto", {"max_new_tokens": 9}, Defaults(temperature=0.6, max_tokens=9, max_tokens_cap=9)),
+        ("vllm", {}, Defaults()),
+        ("vllm", {"max_new_tokens": 9}, Defaults(max_tokens=9, max_tokens_cap=9)),
+        ("a/folder", {}, Defaults(temperature=0.6, max_tokens=50, max_tokens_cap=50)),
+    ],
+)
+def test_defaults_are_taken_as_vllm_takes_them(
+    source: Any, override: Any, expected: Defaults
+) -> None:
+    generation = {"temperature": 0.6, "max_new_tokens": 50, "do_sample": True}
+    assert Defaults.of(generation, source=source, override=override) == expected
 
 
 def test_every_level_has_a_label_when_it_is_shown() -> None:

@@ -39,6 +39,7 @@ class Desk(Protocol):
     """What the fault desk needs of the router."""
 
     def flights(self) -> Iterable[Flight]: ...
+    def load(self, replica: ReplicaLike) -> int: ...
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]: ...
     async def submit(
         self, flight: Flight, replica: ReplicaLike, ticket: CohortTicket | None
@@ -177,15 +178,10 @@ class FaultDesk:
         """End flights that nothing came back for within the recovery timeout; tell the replicas what they owe."""
         while True:
             await asyncio.sleep(config.DEADLINE_POLL_S)
-            flights = list(self._router.flights())
             for replica in self._replicas.active:
-                # For the detector: answers that the engine owes their first event. Later ones it sees by the engine's steps.
-                replica.requests_in_flight = sum(
-                    f.replica is replica and f.stream is not None and f.stream.is_silent
-                    for f in flights
-                )
+                replica.requests_in_flight = self._router.load(replica)
             now = time.monotonic()
-            for flight in flights:
+            for flight in list(self._router.flights()):
                 if flight.deadline is not None and now >= flight.deadline:
                     flight.deadline = None
                     flight.fail(

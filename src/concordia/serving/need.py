@@ -84,7 +84,12 @@ NEEDS: Final = (
     Need("repetition_detection", Level.REGENERATE, _given, "looks for patterns in the answer"),
     Need("thinking_token_budget", Level.REGENERATE, _given, "counts tokens of the answer"),
     Need("watermarking", Level.REGENERATE, _given, "may depend on tokens of the answer"),
-    Need("tools", Level.PASS_THROUGH, _given, "tool calls are parsed by the engine's server"),
+    Need(
+        "tools",
+        Level.PASS_THROUGH,
+        lambda v: v is not None,
+        "tool calls are parsed by the engine's server",
+    ),
     Need("functions", Level.PASS_THROUGH, _given, "tool calls are parsed by the engine's server"),
     Need(
         "tool_choice",
@@ -122,6 +127,31 @@ class Defaults:
     frequency_penalty: float = 0.0
     max_tokens: int | None = None  # of a chat that names none
     max_tokens_cap: int | None = None  # of every request
+
+    @staticmethod
+    def of(generation: Body, *, source: str | None, override: Body) -> Defaults:
+        """As vLLM takes them from the model's generation config, its --generation-config and --override-generation-config.
+
+        A model's own max_new_tokens is only what a chat gets that names none; one given by the flags bounds every request.
+        """
+        is_models = source in (None, "auto")
+        found = {**({} if source == "vllm" else generation), **override}
+        names = (
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+        )
+        limit = found.get("max_new_tokens")
+        bounding = override if is_models or source == "vllm" else found
+        return Defaults(
+            **{name: found[name] for name in names if found.get(name) is not None},
+            max_tokens=limit,
+            max_tokens_cap=bounding.get("max_new_tokens"),
+        )
 
 
 def classify(

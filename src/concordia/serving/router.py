@@ -67,7 +67,7 @@ class Router:
         self.upstream = Upstream(settings.upstream_headers)
         self.admission = Admission(
             active=lambda: replica_set.active,
-            load=self.load,
+            load=self._load,
             wait_s=settings.recovery_timeout_s,
             held_max=settings.requests_held_max,
         )
@@ -133,8 +133,14 @@ class Router:
         return len(self._flights) + self.admission.passing_count
 
     def load(self, replica: ReplicaLike) -> int:
-        """Answers that this replica works on."""
-        return sum(flight.replica is replica for flight in self._flights.values())
+        """Answers that this replica owes their first event, for the detector; later ones it sees by the engine's steps.
+
+        An answer that waits for a slow client is none of them: its engine may have ended it long ago.
+        """
+        return sum(
+            f.replica is replica and f.stream is not None and f.stream.is_silent
+            for f in self._flights.values()
+        )
 
     def status(self) -> dict[str, Any]:
         """Counts and faults, for `concordia status`."""
@@ -273,6 +279,9 @@ class Router:
         await self.submit(flight, flight.replica, ticket)
 
     # --- helpers
+
+    def _load(self, replica: ReplicaLike) -> int:
+        return sum(flight.replica is replica for flight in self._flights.values())
 
     def _make_flight(
         self,
