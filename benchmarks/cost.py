@@ -73,6 +73,7 @@ def main(arguments: list[str]) -> int:
     common = [
         *("--replicas", "1", "--standby", "0", "--served-model-name", "bench"),
         *("--dtype", "bfloat16", "--max-model-len", "4096"),
+        *("--kv-cache-memory-bytes", str(512 << 20)),
     ]
     stamp = time.time_ns()
     with (

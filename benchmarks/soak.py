@@ -91,7 +91,8 @@ class Soak:
         flags = [
             *("--replicas", "1", "--standby", "1", "--served-model-name", "soak"),
             *("--dtype", "float32", "--max-model-len", "2048"),
-            *("--journal-dir", str(self.journal), "--journal-size", "1GiB"),
+            *("--kv-cache-memory-bytes", str(256 << 20)),
+            *("--journal-dir", str(self.journal), "--journal-size", "512MiB"),
             *("--tensor-parallel-size", str(self.options.tensor_parallel_size)),
             "--",
             *("--logits-processors", "concordia.testing.raising:RaisingProcessor"),

@@ -291,6 +291,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=1200, help="length of each answer")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--kv-mib", type=int, default=512, help="KV cache of each engine in MiB")
     parser.add_argument(
         "--kill-at", type=float, default=KILL_AT, help="share of progress at SIGKILL"
     )
@@ -318,14 +319,9 @@ def main(arguments: list[str]) -> int:
     )
     flags = [
         *("--replicas", "1", "--standby", "1", "--served-model-name", "demo"),
-        *(
-            "--dtype",
-            options.dtype,
-            "--max-model-len",
-            "4096",
-            "--journal-dir",
-            str(journal_folder()),
-        ),
+        *("--dtype", options.dtype, "--max-model-len", "4096"),
+        *("--kv-cache-memory-bytes", str(options.kv_mib << 20)),
+        *("--journal-dir", str(journal_folder())),
         *options.serve,
     ]
     with Served(model, flags, log=output / "serve.log") as served:
