@@ -85,6 +85,12 @@ def test_cache_is_refused_when_others_can_write_it(tmp_path: Path) -> None:
         KernelCache(folder)
 
 
+def test_cache_is_refused_when_its_folder_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(EnvironmentRefused, match="set CONCORDIA_CACHE"):
+        KernelCache(tmp_path / "file" / "kernels")
+
+
 # A child that is killed in the middle of making the file: after the compiler wrote a part of it, before the rename.
 KILLED = """
 import os, signal, sys

@@ -5,6 +5,7 @@ runs none twice, and code that fails its checks never replaces code that works; 
 executor sleeps and a waiting thread lets others run.
 """
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -395,6 +396,30 @@ def test_executor_uses_no_processor_when_idle(runtime: Runtime) -> None:
     beats = runtime.stats().heartbeat
     threading.Event().wait(0.15)  # longer than the bounded sleep of its threads
     assert runtime.stats().heartbeat == beats
+
+
+def test_lanes_may_use_every_core_when_their_opener_is_bound_to_one(device: HostDevice) -> None:
+    cores = os.sched_getaffinity(0)
+    if len(cores) < 2:
+        pytest.skip("there is one core only")
+    before = {int(name) for name in os.listdir("/proc/self/task")}
+    masks: list[set[int]] = []
+
+    def open_bound() -> None:
+        os.sched_setaffinity(threading.get_native_id(), {min(cores)})
+        runtime = Runtime(device)
+        lanes = (
+            {int(name) for name in os.listdir("/proc/self/task")}
+            - before
+            - {threading.get_native_id()}
+        )
+        masks.extend(os.sched_getaffinity(lane) for lane in lanes)
+        runtime.close()
+
+    thread = threading.Thread(target=open_bound)
+    thread.start()
+    thread.join()
+    assert masks == [cores]
 
 
 def test_runtime_ends_when_it_is_closed_twice_or_forgotten(device: HostDevice) -> None:

@@ -79,8 +79,13 @@ class KernelCache:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or config.Paths.default().kernel_cache
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = self.folder.stat()
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = self.folder.stat()
+        except OSError as error:
+            raise EnvironmentRefused(
+                f"no folder for compiled code: {error}; set CONCORDIA_CACHE"
+            ) from error
         if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022:
             raise EnvironmentRefused(
                 f"{self.folder}: compiled code is only loaded from a folder that nobody else can write"

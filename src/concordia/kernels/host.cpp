@@ -3,6 +3,7 @@
 // Owns: the threads of the CPU executor, their sleep and their launches. Promises: calls named concordia_* take plain words, check what
 // they are given and never throw; nothing here waits without a bound. A GPU device uses the submitting half only and launches by itself.
 // Called through ctypes by device/host.py and runtime/ring.py. Does not know handlers or regions.
+#include <dirent.h>
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>
@@ -117,16 +118,33 @@ static void fill_executor(Executor* executor, const ExecutorPlan* plan) {
   call->lanes = plan->lanes;
 }
 
+// Every processor that some thread of this process may use. An engine binds the thread that opens us to one core, and its compute
+// threads to one each: lanes that inherited that would share a core with the work that they protect.
+static cpu_set_t usable_processors() {
+  cpu_set_t all, one;
+  CPU_ZERO(&all);
+  DIR* tasks = opendir("/proc/self/task");
+  while (const struct dirent* entry = tasks != nullptr ? readdir(tasks) : nullptr)
+    if (sched_getaffinity(atoi(entry->d_name), sizeof(one), &one) == 0 && entry->d_name[0] != '.') CPU_OR(&all, &all, &one);
+  if (tasks != nullptr) closedir(tasks);
+  return all;
+}
+
 static bool start_lanes(Host* host) {
   sigset_t all, before;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the process's own threads
+  const cpu_set_t processors = usable_processors();
   uint64_t started = 0;
   for (; started < host->lanes; ++started) {
     Lane* lane = static_cast<Lane*>(malloc(sizeof(Lane)));
     if (lane == nullptr) break;
     *lane = {host, started};
-    if (pthread_create(&host->threads[started], nullptr, run_lane, lane) == 0) continue;
+    if (pthread_create(&host->threads[started], nullptr, run_lane, lane) == 0) {
+      // Only a wish: where it fails, or finds no processor, the lane stays where it was started.
+      (void)pthread_setaffinity_np(host->threads[started], sizeof(processors), &processors);
+      continue;
+    }
     free(lane);
     break;
   }
