@@ -9,10 +9,8 @@ whole blocks. Called by connector.py behind the guest door. It decides nothing a
 from __future__ import annotations
 
 import json
-import time
-from collections import deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -20,10 +18,10 @@ from concordia import abi, config
 from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.errors import ConcordiaError, RecoveryError
 from concordia.integrations.vllm import compat
+from concordia.integrations.vllm.applier import Applier
 from concordia.integrations.vllm.door import logger
 from concordia.integrations.vllm.identity import request_key
 from concordia.integrations.vllm.layout import Layout, Probe, Proof, describe_kv
-from concordia.integrations.vllm.load import Load, PieceRef
 from concordia.integrations.vllm.metadata import StepMetadata, WorkerReport
 from concordia.integrations.vllm.pump import Append, AppendPump, Batch, Event
 from concordia.journal.client import JournalClient
@@ -31,9 +29,6 @@ from concordia.journal.client import JournalClient
 if TYPE_CHECKING:
     from concordia.integrations.vllm.settings import Settings
     from concordia.integrations.vllm.write_set import Write
-
-PIECES_IN_FLIGHT: Final = 256  # two tasks each: an eighth of the ring, so that appends never find it full
-
 
 class PieceRange(NamedTuple):
     """Tokens within one block, and how they are saved."""
@@ -60,6 +55,7 @@ class WorkerSide:
         self._layout: Layout | None = None
         self._probe: Probe | None = None
         self._pump: AppendPump | None = None
+        self._applier: Applier | None = None
         self._block_tokens = compat.block_tokens(kv_cache_config) if self._why_not is None else 0
         self._is_cuda = False
         self._refused: set[str] = set()  # requests whose load failed in this step: their blocks hold nothing to save
@@ -98,6 +94,9 @@ class WorkerSide:
         self._pump = AppendPump(
             self._checkpointer, is_threaded=self._is_cuda, committed=lambda: control.committed_count
         )
+        self._applier = Applier(
+            self._checkpointer, self._region, rank=self._rank, pool_address=self._attachment.target.pool_address
+        )
         self._layout = layout
         self._probe = Probe(layout)
         if self._settings.layout == "blocks":
@@ -128,9 +127,11 @@ class WorkerSide:
     def load(self, meta: StepMetadata) -> set[int]:
         """Fill the blocks of resumed requests, hash and compare them in place; returns the blocks that are not as committed."""
         failed: set[int] = set()
+        if self._applier is None:
+            raise RecoveryError(self._why_not or "the engine never registered its KV memory")
         self._refused.update(load.request for load in meta.loads)
         for load in meta.loads:
-            mismatches = self._load_one(load)
+            mismatches = self._applier.apply(load)
             self._report.loaded[load.request] = mismatches
             if mismatches == 0:
                 self._refused.discard(load.request)
@@ -167,7 +168,7 @@ class WorkerSide:
             self._attachment.close()
         if self._client is not None:
             self._client.close()
-        self._pump = self._checkpointer = self._attachment = self._client = None
+        self._pump = self._applier = self._checkpointer = self._attachment = self._client = None
 
     # --- leaves
 
@@ -228,60 +229,6 @@ class WorkerSide:
             )
 
         batch.appends.append(Append(write.request, (piece.block,), submit))
-
-    def _load_one(self, load: Load) -> int:
-        """Pieces whose bytes are not, in the engine, what the journal committed; 0 is the only good answer."""
-        checkpointer = self._checkpointer
-        assert checkpointer is not None
-        until = time.monotonic() + config.RESTORE_WAIT_S
-        flying: deque[tuple[PieceRef, Any, Any]] = deque()
-        failed = 0
-
-        def land() -> int:
-            piece, applied, hashed = flying.popleft()
-            first = checkpointer.wait(applied, max(0.001, until - time.monotonic()))
-            then = checkpointer.wait(hashed, max(0.001, until - time.monotonic()))
-            is_good = first.status == then.status == abi.STATUS_OK and then.payload_hash == piece.payload_hash
-            return 0 if is_good else 1
-
-        for piece in load.pieces.get(self._rank, ()):
-            # Hashed in place right behind its own apply: the executor runs tasks in order, and a later piece may write over this one.
-            flying.append((piece, self._apply(load, piece), self._hash(load, piece)))
-            if len(flying) >= PIECES_IN_FLIGHT:
-                failed += land()
-        while flying:
-            failed += land()
-        return failed
-
-    def _apply(self, load: Load, piece: PieceRef) -> Any:
-        assert self._checkpointer is not None
-        return self._checkpointer.apply_kv(
-            self._region,
-            kind=piece.kind,
-            token_start=piece.token_start,
-            token_end=piece.token_end,
-            blocks=self._blocks_of(load, piece),
-            payload_address=self._attachment.target.pool_address + piece.pool_offset,
-            payload_bytes=piece.payload_bytes,
-            payload_hash=piece.payload_hash,
-        )
-
-    def _hash(self, load: Load, piece: PieceRef) -> Any:
-        assert self._checkpointer is not None
-        return self._checkpointer.hash_kv(
-            self._region,
-            kind=piece.kind,
-            token_start=piece.token_start,
-            token_end=piece.token_end,
-            blocks=self._blocks_of(load, piece),
-        )
-
-    def _blocks_of(self, load: Load, piece: PieceRef) -> list[int]:
-        size = self._block_tokens
-        first, last = piece.token_start // size, (piece.token_end - 1) // size
-        if first < load.first_block or last >= len(load.blocks):
-            raise RecoveryError(f"a piece of {load.request} reaches blocks {first}..{last} of {len(load.blocks)}")
-        return list(load.blocks[first : last + 1])
 
     def _collect(self) -> None:
         for request, reason in self._live_pump().collect().items():
