@@ -231,6 +231,8 @@ class Router:
             if self._recorder is not None and restores:
                 outcome = await self._recorder.outcome(flight)
             flight.settle(outcome)
+            if outcome is None:  # no connector speaks of it, so nobody else counts it
+                self.metrics.count("recomputed_tokens", flight.recomputed_tokens)
 
     # --- what the fault desk asks
 
