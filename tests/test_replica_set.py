@@ -161,7 +161,9 @@ def test_standby_serves_at_once_when_a_process_is_hit(
     assert (fault.kind, fault.replica, fault.pid) == (kind, failed.incarnation, pid)
     assert (fault.detected_ns - hit_ns) / 1e6 < bound_ms
     assert replaced_ms < 1500
+    wait_for(lambda: failed.state is State.DEAD, "its end")
     assert [p for p in members if is_alive(p)] == []
+    wait_for(lambda: stage.journal.alive_at_release, "the release")
     ordered = [name for name, replica in stage.journal.calls if replica == failed.incarnation]
     assert ordered == ["register", "seal", "release"]
     assert stage.journal.alive_at_release == [False]

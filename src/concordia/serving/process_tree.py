@@ -30,6 +30,7 @@ MARKER_ENV: Final = "CONCORDIA_REPLICA"
 SHARED_MEMORY: Final = pathlib.Path("/dev/shm")
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _CAP_SYS_NICE: Final = 23
+_PF_EXITING: Final = 0x4  # of the kernel's task flags
 _RETRY_MS: Final = 2  # between two rounds when there is nothing to wait on
 _DEAD: Final = frozenset("ZXx")
 
@@ -44,10 +45,16 @@ class Process:
     parent: int
     session: int
     start: int
+    flags: int = 0
 
     @property
     def is_alive(self) -> bool:
         return self.state not in _DEAD
+
+    @property
+    def is_ending(self) -> bool:
+        """Dead, or on its way: giving back a large memory takes a while before the kernel calls it dead."""
+        return self.state in _DEAD or bool(self.flags & _PF_EXITING)
 
 
 def become_subreaper() -> None:
@@ -173,10 +180,12 @@ class ProcessTree:
                 killed.add(process.pid)
             self._wait_gone([p.pid for p in targets], deadline)
 
-    def signal_all(self, number: signal.Signals) -> None:
-        """Send a signal to every member."""
-        for process in self.members:
-            self._signal(process.pid, number)
+    def strike(self, *, spare: Iterable[int] = ()) -> None:
+        """Send SIGKILL to every member but `spare`, and wait for none: none runs another instruction of its own."""
+        spared = set(spare)
+        for process in self.refresh():
+            if process.pid not in spared:
+                self._signal(process.pid, signal.SIGKILL)
 
     def helpers(self) -> list[Process]:
         """Members that only clean up names after the others have ended (Python's resource trackers)."""

@@ -77,7 +77,8 @@ class Replica:
         self.slot = slot
         self.share = share
         self.incarnation = time.time_ns()
-        self.port = _free_port()
+        self._reserved = _reserve_port()
+        self.port = int(self._reserved.getsockname()[1])
         self.base_url = f"http://{LOOPBACK}:{self.port}"
         self.started_ns = time.monotonic_ns()
         self.ready_s: float | None = None
@@ -163,6 +164,12 @@ class Replica:
             return True  # late, which is not the same
         return True
 
+    def strike(self) -> None:
+        """Send SIGKILL to every process of the engine; `fence` sees them dead."""
+        self.move(State.FENCING)
+        self.tree.refresh()
+        self.tree.strike(spare=[p.pid for p in self.tree.helpers()])
+
     def fence(self, *, timeout_s: float = config.KILL_S) -> None:
         """Kill every process of the engine and see it dead; raises ReplicaError naming who is left. May be repeated."""
         self.move(State.FENCING)
@@ -171,8 +178,7 @@ class Replica:
                 return
             self.tree.refresh()
             self.tree.record_shared_names()
-            helpers = [p.pid for p in self.tree.helpers()]
-            self.tree.kill(timeout_s=timeout_s, spare=helpers)
+            self.tree.kill(timeout_s=timeout_s, spare=[p.pid for p in self.tree.helpers()])
             self.move(State.DEAD)
 
     def bury(self) -> list[str]:
@@ -184,6 +190,7 @@ class Replica:
             removed = self.tree.remove_shared_names()
             self.process.wait(config.KILL_S)
             self.tree.close()
+            self._reserved.close()
             shutil.rmtree(self.folder, ignore_errors=True)
             self._is_buried = True
             return removed
@@ -261,7 +268,10 @@ class Replica:
             )
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
+def _reserve_port() -> socket.socket:
+    """A bound socket that never listens: nobody else is given its port, and a server that reuses addresses may listen there."""
+    reserved = socket.socket()
+    reserved.bind((LOOPBACK, 0))
+    # Only now: the kernel gives one free port to any number of sockets that ask for it with this option.
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return reserved

@@ -1,9 +1,9 @@
 """All engines of one server: so many that serve, so many that wait, floor 6.
 
-Owns: which engines exist, who serves, and what happens when one fails. Promises: a failed engine is sealed, killed whole and confirmed dead
-before another takes its place; a place is filled by a loaded standby, else by the next engine that is ready; what is missing is started
-anew, with a growing pause when it fails; a fault is told once. Called by the service and the router, from any thread; its methods may
-block. It does not detect faults (the watch does) and does not know requests.
+Owns: which engines exist, who serves, and what happens when one fails. Promises: a failed engine is sealed and struck before another takes its
+place, and confirmed dead before anything of it is used again; a place is filled by a loaded standby, else by the next engine that is
+ready; what is missing is started anew, with a growing pause when it fails; a fault is told once. Called by the service and the router, from
+any thread; its methods may block. It does not detect faults (the watch does) and does not know requests.
 """
 
 from __future__ import annotations
@@ -177,33 +177,52 @@ class ReplicaSet:
         return failover
 
     def _run_failover(self, failover: Failover) -> None:
+        """Seal, strike, replace, then see the struck ones dead.
+
+        What is sealed is read safely whatever a dying writer still stores, so the next replica need not wait until the last page of the
+        failed one is given back; only its segments, cores and devices must. Without a seal it does wait.
+        """
+        failed = failover.failed
+        is_sealed = self._seal(failed)
+        failover.sealed_s = failover.passed_s()
+        failed.strike()
+        ending = self._spawn(self._end_failed, failover)
+        if not is_sealed:
+            ending.join(2 * config.KILL_S)
         try:
-            self._fence(failover.failed, failover)
             failover.replacement = self._wait_replacement(failover)
             failover.replaced_s = failover.passed_s()
-            log.warning("failover: %s", failover.describe())
+            log.warning(
+                "%s serves in place of %s after %.3f s",
+                failover.replacement.name,
+                failed.name,
+                failover.replaced_s,
+            )
         except ConcordiaError as error:
             failover.error = error
-            log.error("%s has no replacement: %s", failover.failed.name, error)
+            log.error("%s has no replacement: %s", failed.name, error)
         finally:
             failover.done.set()
-        self._bury(failover.failed)
 
-    def _fence(self, replica: Replica, failover: Failover | None = None) -> None:
-        """Seal first, so that nothing a dying writer still stores is read; then kill and see it dead."""
+    def _end_failed(self, failover: Failover) -> None:
+        self._discard(failover.failed, is_sealed=True)
+        failover.fenced_s = failover.passed_s()
+
+    def _seal(self, replica: Replica) -> bool:
+        """Nothing more will be read of the replica; False when the owner did not do it."""
         self._watch.remove(replica)
-        if self._journal is not None:
-            try:
-                self._journal.seal_replica(replica.incarnation)
-                if failover is not None:
-                    failover.sealed_s = failover.passed_s()
-            except ConcordiaError as error:
-                log.error(
-                    "%s could not be sealed, its requests start over: %s", replica.name, error
-                )
+        if self._journal is None:
+            return True
+        try:
+            self._journal.seal_replica(replica.incarnation)
+        except ConcordiaError as error:
+            log.error("%s could not be sealed, its requests start over: %s", replica.name, error)
+            return False
+        return True
+
+    def _confirm(self, replica: Replica) -> None:
+        """Kill what is left of it, see it dead, and give its part of the journal back."""
         replica.fence()
-        if failover is not None:
-            failover.fenced_s = failover.passed_s()
         if self._journal is not None:
             try:
                 self._journal.release_replica(replica.incarnation)
@@ -349,10 +368,13 @@ class ReplicaSet:
             log.error("no more standbys are started after %d failures: %s", self._failures, error)
         self._changed.notify_all()
 
-    def _discard(self, replica: Replica) -> None:
-        """End a replica that nobody waits for."""
+    def _discard(self, replica: Replica, *, is_sealed: bool = False) -> None:
+        """End a replica, and remove what it leaves."""
         try:
-            self._fence(replica)
+            if replica.state is not State.DEAD:
+                if not is_sealed:
+                    self._seal(replica)
+                self._confirm(replica)
         except ReplicaError as error:
             log.error("%s: %s", replica.name, error)
             return
@@ -367,7 +389,8 @@ class ReplicaSet:
         if removed:
             log.info("%s: removed shared memory %s", replica.name, ", ".join(removed))
 
-    def _spawn(self, target: Callable[..., None], *arguments: Any) -> None:
+    def _spawn(self, target: Callable[..., None], *arguments: Any) -> threading.Thread:
         thread = threading.Thread(target=target, args=arguments, name=target.__name__, daemon=True)
         self._threads = [t for t in self._threads if t.is_alive()] + [thread]
         thread.start()
+        return thread

@@ -56,11 +56,12 @@ class Watch:
         self._thread.start()
 
     def add(self, replica: Replica) -> None:
-        """Look at this replica from now on."""
+        """Look at this replica from now on; what it consists of is known when this returns."""
         entry = _Entry(
             replica, Detector(replica.incarnation, read_thread_times), Heartbeat(replica)
         )
         with self._lock:
+            self._refresh(entry, time.monotonic_ns())
             self._entries[replica.incarnation] = entry
         os.eventfd_write(self._wake, 1)
 
@@ -217,7 +218,7 @@ def _age_s(process: Process) -> float:
 
 def _state_of(known: Process) -> ProcessSample:
     process = read_process(known.pid)
-    if process is None or process.start != known.start:
+    if process is None or process.start != known.start or process.is_ending:
         return ProcessSample(known.pid, known.name, "X")
     return ProcessSample(known.pid, process.name, process.state)
 
