@@ -18,6 +18,7 @@ RING_ARENA_BYTES: Final = 8 << 20  # block lists and byte payloads of the tasks 
 LEASE_NS: Final = 10_000_000  # longest that a foreign driver call can be held up by us
 IDLE_NS: Final = 200_000  # a CUDA executor leaves after this much silence
 WAIT_TASK_S: Final = 5.0  # a task that takes longer is a fault of the executor
+RETIRED_MAX: Final = 8  # replaced handlers that a GPU keeps loaded, some 100 KB each, before a swap takes the time to unload them
 WAIT_LOOK_S: Final = 0.25  # how often a long wait looks whether the executor still exists
 WAIT_PARK_S: Final = 1.0  # a lease is 10 ms: a hundred leases without leaving is a fault
 HOST_IDLE_NS: Final = 50_000  # the CPU executor spins this long for the next task, then sleeps: waking it costs 5 us

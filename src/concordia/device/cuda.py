@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from concordia import config
 from concordia.device import nvrtc
 from concordia.device.compiler import KERNELS, HandlerSource, HostCompiler, KernelCache
+from concordia.device.cubin import read_facts
 from concordia.device.cuda_context import CudaContext, CudaMemory
 from concordia.device.host import HostLibrary
 from concordia.device.loader import CudaCode, CudaImage, lint
@@ -36,9 +37,13 @@ class CudaCompiler:
 
     def handler(self, source: HandlerSource) -> CudaImage:
         """A linted handler; raises CompileError or HandlerRefused."""
-        (ptx, key), (keep, keep_key) = self._ptx(source), self._ptx(KEEP)
-        key = f"{key[:32]}{keep_key[:32]}"
-        cubin = self._cubin([ptx, keep], name=source.file, key=key)
+        ptx, key = self._ptx(source)
+        cubin = self._cubin([ptx], name=source.file, key=key)
+        if read_facts(cubin).dangling_calls:
+            # With a kernel the linker keeps what the handler calls; only then, for it makes loading three times slower.
+            keep, keep_key = self._ptx(KEEP)
+            key = f"{key[:32]}{keep_key[:32]}"
+            cubin = self._cubin([ptx, keep], name=source.file, key=key)
         lint(source.file, ptx=ptx, cubin=cubin, registers_max=nvrtc.REGISTERS_MAX)
         return CudaImage(name=source.file, cubin=cubin, digest=int(key[:16], 16))
 

@@ -10,12 +10,34 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from concordia.device.cuda_call import checked, released
 from concordia.errors import DeviceError, EnvironmentRefused, UsageError
+
+
+class Current:
+    """This thread in our context, and out of the way of a graph that another thread captures: without the relaxed mode, a call of
+    ours that may block would end a capture of the framework.
+    """
+
+    __slots__ = ("_driver", "_handle", "_mode")
+
+    def __init__(self, driver: Any, handle: Any) -> None:
+        self._driver = driver
+        self._handle = handle
+        self._mode: Any = None
+
+    def __enter__(self) -> Any:
+        driver = self._driver
+        checked(driver.cuCtxPushCurrent(self._handle), "enter the context")
+        relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        self._mode = driver.cuThreadExchangeStreamCaptureMode(relaxed)[1]
+        return driver
+
+    def __exit__(self, *_: object) -> None:
+        self._driver.cuThreadExchangeStreamCaptureMode(self._mode)
+        self._driver.cuCtxPopCurrent()
 
 
 class CudaContext:
@@ -32,18 +54,9 @@ class CudaContext:
             self.driver.cuDevicePrimaryCtxRetain(self.device), f"retain the context of GPU {index}"
         )
 
-    @contextmanager
-    def current(self) -> Iterator[Any]:
-        """The context made current in this thread for a while; yields the driver's bindings."""
-        driver = self.driver
-        if int(checked(driver.cuCtxGetCurrent(), "ask for the context")) == int(self.handle):
-            yield driver
-            return
-        checked(driver.cuCtxPushCurrent(self.handle), "enter the context")
-        try:
-            yield driver
-        finally:
-            driver.cuCtxPopCurrent()
+    def current(self) -> Current:
+        """The context made current in this thread for a while; gives the driver's bindings."""
+        return Current(self.driver, self.handle)
 
     def architecture(self) -> str:
         """E.g. "sm_90"."""

@@ -31,6 +31,13 @@ struct Call {
   uint64_t* marks;  // one word per page of a scanned batch
   uint64_t mark_count;
   uint64_t lanes;
+  // What answers the task before: stored after the next fence, whoever needs that first.
+  uint64_t* answer_word;  // 0: nothing waits
+  uint64_t answer_value;
+  uint64_t* head_word;
+  uint64_t head_value;
+  const uint32_t* near_ids;  // the task's first ids, if they came along with the task
+  uint64_t near_id_count;
   // A handler's working words.
   uint8_t* place;  // where the reserved record's payload goes, 0 when nothing is reserved
   uint64_t scratch[8];
@@ -124,6 +131,10 @@ FUNCTION void zero_bytes(uint8_t* target_ptr, uint64_t bytes) {
 #else
   memset(target_ptr, 0, bytes);
 #endif
+}
+
+FUNCTION void zero_words(uint64_t* target_ptr, uint64_t words) {
+  for (uint64_t i = 0; i < words; ++i) target_ptr[i] = 0;
 }
 
 // All lanes of a CPU copy one stretch.

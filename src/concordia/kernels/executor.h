@@ -8,7 +8,17 @@
 #include "journal.h"
 #include "ring.h"
 
+// Tasks that are fetched together: on a GPU eight trips over the bus take as long as one. A CPU has the ring in its cache.
+constexpr uint64_t kFetchAhead = CONCORDIA_CUDA ? 8 : 1;
+constexpr uint64_t kFetchedNs = 50000;  // fetched tasks run without a look at `stop` for so long
+constexpr uint64_t kNearIds = 8;
 constexpr uint64_t kKeptOperators = 16;
+
+struct Fetched {
+  Task task;
+  uint64_t mark;  // position + 1 when it is there
+  uint32_t ids[kNearIds];
+};
 
 struct Executor {
   RingHeader* ring;
@@ -16,19 +26,19 @@ struct Executor {
   uint64_t has_task;  // the leader's decision for all lanes, until the next grid_sync but one
   HandlerFunction handler;  // 0: nothing to run
   uint64_t started_ns;
-  uint64_t lease_ns, idle_ns;  // of this launch
-  uint64_t heartbeat, busy_ns, done_count;  // kept here: reading the ring back costs a GPU a trip over the bus
-  uint64_t generation;  // of the operators kept below
+  // Copies of what the ring says: reading it there costs a GPU a trip over the bus each time.
+  uint64_t lease_ns, idle_ns;
+  uint64_t slots, slot_mask, completions, completion_mask, window;
+  uint64_t heartbeat, busy_ns, done_count;
+  uint64_t fetched_from, fetched_ns;
+  uint64_t generation;  // read with the fetched tasks
+  uint64_t kept_generation;  // of the operators kept below
   uint64_t kept_opcode[kKeptOperators];
   Operator kept[kKeptOperators];
+  alignas(16) Fetched fetched[kFetchAhead];
   Journal journal;
   Call call;
 };
-
-// Tests make the executor leave, or lose its core, between any two of its steps; a release kernel has no such thing.
-#ifndef CONCORDIA_STEP
-#define CONCORDIA_STEP(place) false
-#endif
 
 // Leader: says that this launch is over, then looks at the ring once more. True: really left. False: a task came in between and the word
 // is taken back; if its producer saw it and launched once more, that launch comes after this one and finds the ring empty.
@@ -42,37 +52,78 @@ FUNCTION bool leave(Executor* executor, uint64_t launch, bool is_forced) {
   return false;
 }
 
-// Leader: waits for the next task and copies it; false when this launch is over.
-FUNCTION bool next_task(Executor* executor, uint64_t launch, uint64_t entered_ns) {
+// Leading team: copies the tasks that are published from executor->position on. True if the first of them is there.
+FUNCTION bool fetch_tasks(Executor* executor, uint64_t lane) {
+  const uint64_t position = executor->position + lane;
+  bool is_there = false;
+  if (lane < kFetchAhead) {
+    const Task* slot = reinterpret_cast<const Task*>(executor->slots) + (position & executor->slot_mask);
+    Fetched* fetched = &executor->fetched[lane];
+    is_there = load<kAcquire, kSystem>(&slot->publish) == position + 1;  // pairs with submit(): slot and arguments are there
+    fetched->mark = is_there ? position + 1 : 0;
+    if (is_there) {
+      if (lane == 0) executor->generation = load<kAcquire, kSystem>(&executor->ring->generation);  // pairs with publish_operator
+      if constexpr (kFetchAhead > 1) {
+        const uint8_t* ids_ptr = executor->call.arena + (position & executor->slot_mask) * executor->window;
+        for (uint64_t i = 0; i < kNearIds * 4; i += 16) copy_wide(reinterpret_cast<uint8_t*>(fetched->ids) + i, ids_ptr + i);
+      }
+      fetched->task = *slot;
+    }
+  }
+  if (lane == 0) executor->fetched_from = executor->position;
+  team_sync();
+  return from_leader(is_there);
+}
+
+// Leader: makes a fetched task the one at hand; false when it was not fetched, or too long ago.
+FUNCTION bool take_fetched(Executor* executor, uint64_t at_ns) {
+  Call* call = &executor->call;
+  const uint64_t ahead = executor->position - executor->fetched_from;
+  if (ahead >= kFetchAhead || executor->fetched[ahead].mark != executor->position + 1 || at_ns - executor->fetched_ns > kFetchedNs) return false;
+  call->task = executor->fetched[ahead].task;
+  call->near_ids = executor->fetched[ahead].ids;
+  const bool is_near = kFetchAhead > 1 && call->task.blocks == (executor->position & executor->slot_mask) * executor->window;
+  call->near_id_count = is_near ? kNearIds : 0;
+  return true;
+}
+
+// Leading team: waits for the next task; false when this launch is over.
+FUNCTION bool next_task(Executor* executor, uint64_t lane, uint64_t launch, uint64_t entered_ns) {
   RingHeader* ring = executor->ring;
-  const Task* slot = slot_at(ring, executor->position);
   const uint64_t idle_since_ns = now_ns();
   for (;;) {
-    store<kRelaxed, kSystem>(&ring->heartbeat, ++executor->heartbeat);
-    // Both words before a look at either: on a GPU each is a trip over the bus, and so they travel together.
-    const uint64_t stop = load<kRelaxed, kSystem>(&ring->stop);
-    const uint64_t published = load<kAcquire, kSystem>(&slot->publish);  // pairs with the producer's publish: slot and arguments are there
-    const uint64_t at_ns = now_ns();
-    if (stop != 0 || at_ns - entered_ns > executor->lease_ns || CONCORDIA_STEP(2)) break;
-    if (published == executor->position + 1) {
-      executor->call.task = *slot;
+    if (from_leader(lane == 0 && take_fetched(executor, now_ns()))) {
       // A closed gate ends the launch: the one that may pass was put behind a framework's work, and looks at the ring when that is done.
       const Task* task = &executor->call.task;
-      if (task->kind != kTaskGate || task->arg <= launch) return true;
+      if (from_leader(task->kind != kTaskGate || task->arg <= launch)) return true;
       break;
     }
-    if (at_ns - idle_since_ns > executor->idle_ns && leave(executor, launch, false)) return false;
+    uint64_t stop = 0;
+    if (lane == 0) {
+      settle_answer(&executor->call);  // nothing comes that could bring its fence along
+      store<kRelaxed, kSystem>(&ring->heartbeat, ++executor->heartbeat);
+      stop = load<kRelaxed, kSystem>(&ring->stop);
+    }
+    const bool is_there = fetch_tasks(executor, lane);
+    const uint64_t at_ns = now_ns();
+    if (lane == 0) executor->fetched_ns = at_ns;
+    if (from_leader(stop != 0 || at_ns - entered_ns > executor->lease_ns || CONCORDIA_STEP(2))) break;
+    if (is_there) continue;
+    if (from_leader(lane == 0 && at_ns - idle_since_ns > executor->idle_ns && leave(executor, launch, false))) return false;
     pause_lane();
   }
-  (void)leave(executor, launch, true);
+  if (lane == 0) {
+    settle_answer(&executor->call);
+    (void)leave(executor, launch, true);
+  }
   return false;
 }
 
 // Leader: what an opcode means now. Operators are kept until the table changes.
 FUNCTION const Operator* find_operator(Executor* executor, uint64_t opcode) {
   RingHeader* ring = executor->ring;
-  if (load<kRelaxed, kSystem>(&ring->generation) != executor->generation) {
-    executor->generation = load<kAcquire, kSystem>(&ring->generation);  // pairs with publish_operator: the entries are there
+  if (executor->generation != executor->kept_generation) {
+    executor->kept_generation = executor->generation;
     for (uint64_t i = 0; i < kKeptOperators; ++i) executor->kept_opcode[i] = 0;  // 0 is no operator
     // Older operators run no more, nor will any start: whoever sees this may unload them.
     store<kRelease, kSystem>(&ring->generation_seen, executor->generation);
@@ -109,41 +160,58 @@ FUNCTION void start_task(Executor* executor) {
   executor->handler = reinterpret_cast<HandlerFunction>(call->op->function);
 }
 
-// Leader: answers the task, then gives its slot back.
+// Leader: answers the task, and gives its slot back, with the next fence: a record that follows brings one along.
 FUNCTION void finish_task(Executor* executor) {
   RingHeader* ring = executor->ring;
   Call* call = &executor->call;
-  Completion* completion = completion_at(ring, executor->position);
+  settle_answer(call);
+  const uint64_t position = executor->position, span = call->task.span;
+  Completion* completion = reinterpret_cast<Completion*>(executor->completions) + (position & executor->completion_mask);
   uint64_t* words = reinterpret_cast<uint64_t*>(completion);
   const uint64_t generation = call->op != nullptr ? call->op->generation : 0;
   const uint64_t answer[] = {call->status | generation << 32, call->sequence, call->payload_hash[0], call->payload_hash[1], call->result};
-  for (uint64_t i = 0; i < 5; ++i) store<kRelaxed, kSystem>(words + 1 + i, answer[i]);
-  const uint64_t position = executor->position, span = call->task.span;
-  executor->position += span == 0 || span > ring->slot_count ? 1 : span;
-  settle();  // the answer before publish; our last read of slot and arguments before head; records before their count
-  // The counters first: whoever has the answer finds it counted.
-  count_records(&executor->journal);
+  executor->position = position + (span == 0 || span > executor->slot_mask ? 1 : span);
   executor->busy_ns += now_ns() - executor->started_ns;
+  executor->done_count += 1;
+  for (uint64_t i = 0; i < 5; ++i) store<kRelaxed, kSystem>(words + 1 + i, answer[i]);
+  // The counters first: whoever has the answer finds it counted.
   store<kRelaxed, kSystem>(&ring->busy_ns, executor->busy_ns);
-  store<kRelaxed, kSystem>(&ring->done_count, ++executor->done_count);
+  store<kRelaxed, kSystem>(&ring->done_count, executor->done_count);
   store<kRelaxed, kSystem>(&ring->appended_bytes, executor->journal.committed_bytes);
-  store_settled(&completion->publish, position + 1);  // pairs with the acquire in read_completion()
-  (void)CONCORDIA_STEP(3);
-  store_settled(&ring->head, executor->position);  // pairs with the acquire in claim()
+  call->answer_word = &completion->publish;
+  call->answer_value = position + 1;
+  call->head_word = &ring->head;
+  call->head_value = executor->position;
+  if constexpr (kFetchAhead == 1) settle_answer(call);
+}
+
+// Leader: what the ring says and does not change during a launch.
+FUNCTION void read_ring(Executor* executor) {
+  const RingHeader* ring = executor->ring;
+  executor->lease_ns = load<kRelaxed, kSystem>(&ring->lease_ns);
+  executor->idle_ns = load<kRelaxed, kSystem>(&ring->idle_ns);
+  executor->slots = ring->slots;
+  executor->slot_mask = ring->slot_count - 1;
+  executor->completions = ring->completions;
+  executor->completion_mask = ring->completion_count - 1;
+  executor->window = ring->arena_bytes / ring->slot_count;
+  executor->fetched_ns = 0;  // what the launch before fetched and did not take is fetched again
+  executor->fetched_from = executor->position + kFetchAhead;
 }
 
 // All lanes: one launch, from entering to leaving.
 FUNCTION void run_executor(Executor* executor, uint64_t lane, uint64_t launch) {
   Call* call = &executor->call;
   const uint64_t entered_ns = now_ns();
-  if (lane == 0) {
-    executor->lease_ns = load<kRelaxed, kSystem>(&executor->ring->lease_ns);
-    executor->idle_ns = load<kRelaxed, kSystem>(&executor->ring->idle_ns);
-  }
+  if (lane == 0) read_ring(executor);
   for (;;) {
-    if (lane == 0) {
-      executor->has_task = next_task(executor, launch, entered_ns);
-      if (executor->has_task) start_task(executor);
+    if (is_leading_team(lane)) {
+      team_sync();
+      const bool has_task = next_task(executor, lane, launch, entered_ns);
+      if (lane == 0) {
+        executor->has_task = has_task;
+        if (has_task) start_task(executor);
+      }
     }
     grid_sync(call);  // the leader's decision is released to all lanes
     if (!executor->has_task) return;

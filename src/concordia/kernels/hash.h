@@ -69,6 +69,7 @@ FUNCTION uint64_t sum_one(const uint8_t* data_ptr, uint64_t bytes, uint64_t j) {
 #if CONCORDIA_CUDA
 FUNCTION void hash_long(const uint8_t* data_ptr, uint64_t bytes, uint64_t* hash_ptr) {
   uint64_t sums[8];
+#pragma unroll 1  // once per segment: small code rather than quick
   for (uint64_t j = 0; j < 8; ++j) sums[j] = sum_one(data_ptr, bytes, j);
   finish_hash(sums, bytes, hash_ptr);
 }

@@ -9,6 +9,11 @@
 #pragma once
 #include "stream.h"
 
+// Tests make the executor leave, or lose its core, between any two of its steps; a release kernel has no such thing.
+#ifndef CONCORDIA_STEP
+#define CONCORDIA_STEP(place) false
+#endif
+
 struct Journal {
   uint8_t* pool;  // 0: no journal is attached, and every append is dropped
   uint64_t pool_bytes;
@@ -40,7 +45,7 @@ FUNCTION void write_header(uint8_t* target_ptr, const void* header_ptr) {
 }
 
 // Leader: takes the next lent segment and writes its header; false when none is lent or the entry cannot be true.
-RARE_FUNCTION bool take_segment(Call* call, Journal* journal) {
+FUNCTION bool take_segment(Call* call, Journal* journal) {
   StreamControl* control = journal->control;
   const uint64_t lent = load<kAcquire, kSystem>(&control->lent_count);  // pairs with the owner's release after it filled the entry
   if (journal->taken >= lent || lent - journal->taken > kLentCapacity) return false;
@@ -49,7 +54,7 @@ RARE_FUNCTION bool take_segment(Call* call, Journal* journal) {
   if ((segment + 1) * journal->segment_bytes > journal->pool_bytes) return false;
   static_assert(sizeof(SegmentHeader) == sizeof(RecordHeader), "both are built in call->header");
   SegmentHeader* header = reinterpret_cast<SegmentHeader*>(&call->header);
-  zero_bytes(reinterpret_cast<uint8_t*>(header), sizeof(*header));
+  zero_words(reinterpret_cast<uint64_t*>(header), sizeof(*header) / 8);
   header->magic = kSegmentMagic;
   header->version = kAbiVersion;
   header->segment = (uint32_t)segment;
@@ -97,32 +102,59 @@ FUNCTION uint8_t* reserve_record(Call* call, uint64_t lane, uint64_t payload_byt
   return call->place;
 }
 
-FUNCTION void fill_header(Call* call, const RecordNames& names, uint64_t payload_bytes) {
+// Word t of the header of the record at hand, before its CRC: each lane of a team makes one.
+FUNCTION uint64_t record_word(const Call* call, const RecordNames& names, uint64_t payload_bytes, uint64_t t) {
   const Journal* journal = call->journal;
   const Task* task = &call->task;
-  RecordHeader* header = &call->header;
-  zero_bytes(reinterpret_cast<uint8_t*>(header), sizeof(*header));
-  header->magic = kRecordMagic;
-  header->version = kAbiVersion;
-  header->kind = (uint16_t)names.kind;
-  header->salt = journal->salt;
-  header->sequence = journal->sequence;
-  header->previous_hash[0] = journal->previous_hash[0];
-  header->previous_hash[1] = journal->previous_hash[1];
-  header->key[0] = task->key[0];
-  header->key[1] = task->key[1];
-  header->incarnation = task->incarnation;
-  header->region = task->region;
-  header->flags = task->flags;
-  header->token_start = (uint32_t)names.token_start;
-  header->token_end = (uint32_t)names.token_end;
-  header->payload_bytes = payload_bytes;
-  header->payload_hash[0] = call->payload_hash[0];
-  header->payload_hash[1] = call->payload_hash[1];
-  header->handler_hash = call->op->handler_hash;
-  header->layout_hash = call->region != nullptr ? call->region->layout_hash : journal->layout_hash;
-  header->step = task->step;
-  header->stamp_ns = task->stamp_ns;
+#if !CONCORDIA_CUDA
+  static_assert(__builtin_offsetof(RecordHeader, stamp_ns) == 16 * 8, "the words below are those of RecordHeader");
+#endif
+  switch (t) {
+    case 0: return kRecordMagic | (uint64_t)kAbiVersion << 32 | names.kind << 48;
+    case 1: return journal->salt;
+    case 2: return journal->sequence;
+    case 3: return journal->previous_hash[0];
+    case 4: return journal->previous_hash[1];
+    case 5: return task->key[0];
+    case 6: return task->key[1];
+    case 7: return task->incarnation;
+    case 8: return task->region | (uint64_t)task->flags << 32;
+    case 9: return (names.token_start & 0xffffffffu) | names.token_end << 32;
+    case 10: return payload_bytes;
+    case 11: return call->payload_hash[0];
+    case 12: return call->payload_hash[1];
+    case 13: return call->op->handler_hash;
+    case 14: return call->region != nullptr ? call->region->layout_hash : journal->layout_hash;
+    case 15: return task->step;
+    case 16: return task->stamp_ns;
+    default: return 0;
+  }
+}
+
+// The writer's counters on its control page; after a settle(), so that a reader who sees a count finds its records.
+FUNCTION void count_records(const Journal* journal) {
+  StreamControl* control = journal->control;
+  if (control == nullptr) return;
+  store_settled(&control->segment_offset, journal->offset);
+  store_settled(&control->committed_bytes, journal->committed_bytes);
+  store_settled(&control->committed_count, journal->sequence);
+}
+
+// Leader, after a settle(): the answer of a task, and its slot back. Nothing when none is waiting.
+FUNCTION void flush_answer(Call* call) {
+  if (call->answer_word == nullptr) return;
+  count_records(call->journal);
+  store_settled(call->answer_word, call->answer_value);  // pairs with the acquire in read_completion()
+  (void)CONCORDIA_STEP(3);
+  store_settled(call->head_word, call->head_value);  // pairs with the acquire in claim()
+  call->answer_word = nullptr;
+}
+
+// Leader: the same with a fence of its own.
+FUNCTION void settle_answer(Call* call) {
+  if (call->answer_word == nullptr) return;
+  settle();
+  flush_answer(call);
 }
 
 // Leading team: payload and its hash are there; the header, then the word that makes the record count.
@@ -130,13 +162,14 @@ FUNCTION void publish_record(Call* call, uint64_t lane, const RecordNames& names
   Journal* journal = call->journal;
   uint8_t* place = call->place;
   const uint64_t padded = align_up(payload_bytes, kLineBytes);
-  if (lane == 0) fill_header(call, names, payload_bytes);
-  team_sync();
 #if CONCORDIA_CUDA
-  const uint64_t word = reinterpret_cast<const uint64_t*>(&call->header)[lane];
+  const uint64_t word = record_word(call, names, payload_bytes, lane);
+  team_sync();  // the hash of the header before is read: this one's takes its place
   reinterpret_cast<uint64_t*>(place - sizeof(RecordHeader))[lane] = finish_header(word, journal->previous_hash);
 #else
   const uint8_t* header_ptr = reinterpret_cast<const uint8_t*>(&call->header);
+  for (uint64_t t = 0; t < sizeof(RecordHeader) / 8; ++t)
+    reinterpret_cast<uint64_t*>(&call->header)[t] = record_word(call, names, payload_bytes, t);
   if (!kDeviceShape) zero_bytes(place + payload_bytes, padded - payload_bytes);
   call->header.header_crc = header_crc(header_ptr);
   hash_long(header_ptr, sizeof(RecordHeader), journal->previous_hash);
@@ -144,8 +177,10 @@ FUNCTION void publish_record(Call* call, uint64_t lane, const RecordNames& names
 #endif
   team_sync();
   if (lane != 0) return;
-  // Released after header and payload: pairs with the acquire of whoever validates the record, here or in another process.
-  store<kRelease, kSystem>(reinterpret_cast<uint64_t*>(place + padded), journal->salt ^ ((journal->sequence + 1) * kCommitMultiplier));
+  settle();  // header and payload; with them the answer of the task before, which waited for this fence
+  flush_answer(call);
+  // Pairs with the acquire of whoever validates the record, here or in another process.
+  store_settled(reinterpret_cast<uint64_t*>(place + padded), journal->salt ^ ((journal->sequence + 1) * kCommitMultiplier));
   journal->offset += record_bytes(payload_bytes);
   journal->committed_bytes += record_bytes(payload_bytes);
   call->sequence = journal->sequence++;  // the count on the control page follows when the task is answered, after a fence
@@ -168,13 +203,4 @@ FUNCTION void commit_streamed(Call* call, uint64_t lane, const RecordNames& name
     publish_record(call, lane, names, payload_bytes);
   }
   grid_sync(call);
-}
-
-// The writer's counters on its control page; after a settle(), so that a reader who sees a count finds its records.
-FUNCTION void count_records(const Journal* journal) {
-  StreamControl* control = journal->control;
-  if (control == nullptr) return;
-  store_settled(&control->segment_offset, journal->offset);
-  store_settled(&control->committed_bytes, journal->committed_bytes);
-  store_settled(&control->committed_count, journal->sequence);
 }

@@ -82,7 +82,8 @@ FUNCTION void check_range(Call* call, uint64_t lane) {
                         task->block_count * 4ull <= call->arena_bytes - task->blocks;
   bool is_bad = !is_named;
   if (is_named) {
-    const uint32_t* ids = reinterpret_cast<const uint32_t*>(call->arena + task->blocks);
+    const bool are_near = task->block_count <= call->near_id_count;
+    const uint32_t* ids = are_near ? call->near_ids : reinterpret_cast<const uint32_t*>(call->arena + task->blocks);
     const uint64_t block_count = call->region->block_count;
     for (uint64_t i = team_lane(); i < task->block_count; i += kTeamLanes) {
       const uint32_t id = ids[i];

@@ -10,7 +10,6 @@
 #define CONCORDIA_CUDA 1
 #define FUNCTION static __device__ __forceinline__
 #define FUNCTION_MEMBER __device__ __forceinline__
-#define RARE_FUNCTION static __device__ __noinline__
 #define CONSTANT __device__ constexpr
 #define TABLE static __device__ const
 #define EXPORT extern "C" __device__
@@ -21,7 +20,6 @@
 #include <time.h>
 #define FUNCTION static inline
 #define FUNCTION_MEMBER inline
-#define RARE_FUNCTION static __attribute__((noinline, unused))
 #define CONSTANT constexpr
 #define TABLE static const
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -95,6 +93,7 @@ FUNCTION void store_settled(uint64_t* word_ptr, uint64_t value) { store<kRelaxed
 // The value of the lane whose number in the warp differs in this bit.
 FUNCTION uint64_t exchange_lanes(uint64_t value, uint32_t bit) { return __shfl_xor_sync(0xffffffffu, value, bit); }
 FUNCTION bool any_in_team(bool is_true) { return __any_sync(0xffffffffu, is_true); }
+FUNCTION uint64_t from_leader(uint64_t value) { return __shfl_sync(0xffffffffu, value, 0); }
 FUNCTION uint64_t team_lane() { return threadIdx.x % 32; }
 
 FUNCTION void pause_lane() { asm volatile("nanosleep.u32 50;"); }
@@ -141,6 +140,7 @@ FUNCTION void settle() {}
 FUNCTION void store_settled(uint64_t* word_ptr, uint64_t value) { store<kRelease, kSystem>(word_ptr, value); }
 
 FUNCTION bool any_in_team(bool is_true) { return is_true; }
+FUNCTION uint64_t from_leader(uint64_t value) { return value; }
 FUNCTION uint64_t team_lane() { return 0; }
 
 FUNCTION uint64_t now_ns() {

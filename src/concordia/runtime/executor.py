@@ -92,7 +92,9 @@ class Runtime:
             if self.device.needs_parking:
                 with self.parked():
                     operator = self._publish(name, image, region_address)
-                    self.operators.unload_retired()  # nobody is inside, and whoever enters reads the new entry
+                    # Nobody is inside, and whoever enters reads the new entry. Unloading takes as long as all the rest of a swap.
+                    if self.operators.retired_count > config.RETIRED_MAX:
+                        self.operators.unload_retired()
                 return operator
             self._unload_retired()
             operator = self._publish(name, image, region_address)

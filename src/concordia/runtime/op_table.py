@@ -86,6 +86,11 @@ class OperatorTable:
         """Whether code waits to be unloaded."""
         return bool(self._retired)
 
+    @property
+    def retired_count(self) -> int:
+        """Pieces of code that wait to be unloaded."""
+        return len(self._retired)
+
     def is_acknowledged(self) -> bool:
         """Whether every task that starts from now on runs the newest generation, and none older still runs."""
         return self._ring.load("generation_seen") >= self._generation
