@@ -19,8 +19,9 @@ import pytest
 from asking import ask, completion, engines, events, joined, run, until
 from concordia import abi, config
 from concordia.errors import JournalError, RingFull
+from concordia.serving.flight import request_key
 from concordia.serving.need import Level
-from concordia.serving.recorder import Recorder, read_outcome, request_key
+from concordia.serving.recorder import Recorder, read_outcome
 from concordia.serving.router import RouterSettings
 from fake_engine import Failure, served
 

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+import xxhash
+
 from concordia.errors import RequestRefused, UpstreamBroken
 from concordia.serving.detokenizer import Detokenizer
 from concordia.serving.need import Defaults, Level
@@ -79,6 +81,7 @@ class Flight:
     ) -> None:
         self.request = request
         self.name = name
+        self.key = request_key(name)
         self.order = order
         self.index = index
         self.prompt = prompt
@@ -337,6 +340,11 @@ class Flight:
         arguments = {f"concordia_{name}": value for name, value in values.items()}
         arguments["concordia_seed"] = self._seed
         return {"temperature": 0, "vllm_xargs": {**(body.get("vllm_xargs") or {}), **arguments}}
+
+
+def request_key(name: str) -> int:
+    """The 128-bit key of a request in the journal."""
+    return xxhash.xxh3_128_intdigest(name.encode())
 
 
 def _limit(

@@ -18,9 +18,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
-
-import xxhash
+from typing import Any, Final, NamedTuple, Protocol
 
 from concordia import abi, config
 from concordia.errors import ConcordiaError
@@ -73,14 +71,23 @@ class Outcome:
     hash_mismatches: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Record:
-    kind: int
+class _Parameters(NamedTuple):
+    key: int
+    payload: bytes
+
+
+class _Tokens(NamedTuple):
     key: int
     incarnation: int
-    token_start: int
-    token_end: int
-    payload: bytes
+    start: int
+    ids: Sequence[int]
+
+
+class _Finish(NamedTuple):
+    key: int
+
+
+_Item = _Parameters | _Tokens | _Finish | None  # None ends the thread
 
 
 class Recorder:
@@ -91,7 +98,7 @@ class Recorder:
         self.on_event: Callable[[Mapping[str, Any]], None] | None = None
         self._journal = journal
         self._appender = appender
-        self._queue: queue.SimpleQueue[_Record | int | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
         self._cursor = 0
         self._polling = asyncio.Lock()
@@ -112,31 +119,30 @@ class Recorder:
 
     def admit(self, flight: Flight) -> None:
         """Parameters and prompt of a new request."""
-        key = request_key(flight.name)
         parameters = {"request": flight.name, "parameters": dict(flight.request.upstream)}
         payload = json.dumps(parameters, separators=(",", ":")).encode()
-        self._queue.put(_Record(abi.KIND_REQUEST, key, 1, 0, 0, payload))
-        self._put_tokens(key, 1, 0, flight.prompt)
+        self._queue.put(_Parameters(flight.key, payload))
+        self._queue.put(_Tokens(flight.key, 1, 0, flight.prompt))
 
     def tokens(self, flight: Flight, piece: Piece) -> None:
-        """Ids that have been received."""
+        """Ids that have been received. Called for every event: what can wait is done by the thread."""
         if piece.ids:
             start = len(flight.prompt) + piece.start
-            self._put_tokens(request_key(flight.name), flight.incarnation, start, piece.ids)
+            self._queue.put(_Tokens(flight.key, flight.incarnation, start, piece.ids))
 
     def finish(self, flight: Flight) -> None:
         """The request has ended: its tails are dead."""
-        self._queue.put(request_key(flight.name))
+        self._queue.put(_Finish(flight.key))
 
     # --- read
 
     async def committed(self, flight: Flight) -> int:
         """Tokens of this request that the journal has; 0 when nobody answers."""
-        return await asyncio.to_thread(self._ask_committed, request_key(flight.name))
+        return await asyncio.to_thread(self._ask_committed, flight.key)
 
     async def wait_committed(self, flight: Flight, position: int) -> bool:
         """Wait until everything below `position` is committed; False at the bound."""
-        key = request_key(flight.name)
+        key = flight.key
         done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(key, []).append((position, done))
         if self._watch is None or self._watch.done():
@@ -232,12 +238,6 @@ class Recorder:
                         done.set_result(True)
             await asyncio.sleep(config.COMMIT_POLL_S)
 
-    def _put_tokens(self, key: int, incarnation: int, start: int, ids: Any) -> None:
-        payload = array.array("I", ids).tobytes()
-        self._queue.put(
-            _Record(abi.KIND_TOKENS, key, incarnation, start, start + len(ids), payload)
-        )
-
     def _write(self) -> None:
         """The thread: gather what has come in a moment, join token records of one request, append."""
         while True:
@@ -250,28 +250,29 @@ class Recorder:
                     return
                 self._write_one(item)
 
-    def _write_one(self, item: _Record | int) -> None:
+    def _write_one(self, item: _Parameters | _Tokens | _Finish) -> None:
         try:
-            if isinstance(item, int):
-                self._journal.finish(item)
-            elif self._appender is not None:
+            if isinstance(item, _Finish):
+                self._journal.finish(item.key)
+            elif self._appender is None:
+                return
+            elif isinstance(item, _Tokens):
                 self._appender.append_bytes(
-                    item.payload,
-                    kind=item.kind,
+                    array.array("I", item.ids).tobytes(),
+                    kind=abi.KIND_TOKENS,
                     key=item.key,
                     incarnation=item.incarnation,
-                    token_start=item.token_start,
-                    token_end=item.token_end,
+                    token_start=item.start,
+                    token_end=item.start + len(item.ids),
+                )
+            else:
+                self._appender.append_bytes(
+                    item.payload, kind=abi.KIND_REQUEST, key=item.key, incarnation=1
                 )
         except (ConcordiaError, OSError) as error:
             self.dropped_count += 1
             if self.dropped_count == 1:
                 log.warning("the router's records are not kept from now on: %s", error)
-
-
-def request_key(name: str) -> int:
-    """The 128-bit key of a request in the journal."""
-    return xxhash.xxh3_128_intdigest(name.encode())
 
 
 def read_outcome(event: Mapping[str, Any]) -> Outcome | None:
@@ -287,25 +288,19 @@ def read_outcome(event: Mapping[str, Any]) -> Outcome | None:
     )
 
 
-def _joined(batch: list[_Record | int | None]) -> list[_Record | int | None]:
+def _joined(batch: list[_Item]) -> list[_Item]:
     """Token records of one request that follow each other become one."""
-    found: list[_Record | int | None] = []
+    found: list[_Item] = []
     places: dict[tuple[int, int], int] = {}
     for item in batch:
-        if isinstance(item, _Record) and item.kind == abi.KIND_TOKENS:
-            name = (item.key, item.incarnation)
-            at = places.get(name)
-            last = None if at is None else found[at]
-            if isinstance(last, _Record) and last.token_end == item.token_start:
-                found[places[name]] = _Record(
-                    last.kind,
-                    last.key,
-                    last.incarnation,
-                    last.token_start,
-                    item.token_end,
-                    last.payload + item.payload,
-                )
-                continue
+        if not isinstance(item, _Tokens):
+            found.append(item)
+            continue
+        name = (item.key, item.incarnation)
+        last = found[places[name]] if name in places else None
+        if isinstance(last, _Tokens) and last.start + len(last.ids) == item.start:
+            found[places[name]] = last._replace(ids=[*last.ids, *item.ids])
+        else:
             places[name] = len(found)
-        found.append(item)
+            found.append(item)
     return found

@@ -8,6 +8,8 @@ prompts are rendered by the engine. A model without a fast tokenizer has none he
 from __future__ import annotations
 
 import json
+import os
+import pathlib
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +23,7 @@ from concordia import config
 from concordia.errors import EnvironmentRefused
 
 REPLACEMENT: Final = "\ufffd"
+_ROOT: Final = str(pathlib.Path(__file__).parents[2])
 _CONTEXT_TOKENS: Final = 4  # UTF-8 spreads a character over at most four byte tokens
 
 
@@ -80,10 +83,17 @@ def load(
 
     Raises EnvironmentRefused with the loader's last line when it cannot be loaded at all.
     """
+    # The child finds this package where this process found it.
+    path = os.pathsep.join(part for part in (_ROOT, os.environ.get("PYTHONPATH")) if part)
     command = [sys.executable, "-m", __name__, model, revision or "", str(int(trusts_remote_code))]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=config.TOKENIZER_LOAD_S, check=False
+            command,
+            capture_output=True,
+            text=True,
+            timeout=config.TOKENIZER_LOAD_S,
+            check=False,
+            env={**os.environ, "PYTHONPATH": path},
         )
     except subprocess.TimeoutExpired as error:
         raise EnvironmentRefused(
