@@ -19,12 +19,12 @@ import pytest
 
 from concordia.serving.process_tree import (
     MARKER_ENV,
-    SHARED_MEMORY,
     ProcessTree,
     become_subreaper,
     read_process,
     read_thread_times,
 )
+from concordia.serving.shared_names import SHARED_MEMORY
 
 BOUND_S = 20.0
 

@@ -20,10 +20,11 @@ from concordia.errors import ReplicaError, UsageError
 from concordia.recovery.fault import Fault, FaultKind
 from concordia.serving.engine_flags import EngineFlags
 from concordia.serving.engine_spec import EngineSpec
-from concordia.serving.process_tree import SHARED_MEMORY, become_subreaper, read_process
+from concordia.serving.process_tree import become_subreaper, read_process
 from concordia.serving.replica import MOVES, Replica, State
 from concordia.serving.replica_set import ReplicaSet
 from concordia.serving.resources import Share
+from concordia.serving.shared_names import SHARED_MEMORY
 
 STAND_IN = pathlib.Path(__file__).with_name("stand_in_engine.py")
 BOUND_S = 30.0
@@ -119,6 +120,11 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
         os.sched_yield()
 
 
+def crowding() -> float:
+    """Runnable processes per core: a bound in milliseconds holds for a machine that has cores to give."""
+    return max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+
+
 def member(replica: Replica, name: str) -> int:
     return next(p.pid for p in replica.tree.refresh() if p.name.startswith(name))
 
@@ -159,8 +165,8 @@ def test_standby_serves_at_once_when_a_process_is_hit(
     assert promoted in replicas.active
     assert failed not in replicas.active
     assert (fault.kind, fault.replica, fault.pid) == (kind, failed.incarnation, pid)
-    assert (fault.detected_ns - hit_ns) / 1e6 < bound_ms
-    assert replaced_ms < 1500
+    assert (fault.detected_ns - hit_ns) / 1e6 < bound_ms * crowding()
+    assert replaced_ms < 1500 * crowding()
     wait_for(lambda: failed.state is State.DEAD, "its end")
     assert [p for p in members if is_alive(p)] == []
     wait_for(lambda: stage.journal.alive_at_release, "the release")

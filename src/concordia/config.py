@@ -61,6 +61,7 @@ RESTORE_WAIT_S: Final = (
 )
 STEP_DEADLINE_MIN_S: Final = 1.0
 STEP_DEADLINE_FACTOR: Final = 5.0
+COHORTS_REMEMBERED: Final = 64  # names of cohorts that have gone; who comes later than that was held up for minutes
 LOOKUP_WAIT_S: Final = (
     1.0  # a prefix looked up in the journal for longer than this is computed instead
 )
@@ -107,6 +108,7 @@ SHARED_PERIOD_S: Final = 5.0  # how often a replica's mappings are read for name
 
 # --- replicas
 KILL_S: Final = 5.0  # SIGKILL takes milliseconds; a process in an uninterruptible wait may never go
+FREEZE_S: Final = 0.5  # SIGSTOP takes microseconds; what does not stop is killed all the same
 HELPERS_S: Final = 1.0  # Python's resource trackers take 0.12 s to remove a dead engine's names
 START_S: Final = 1800.0  # weights of the largest models over a slow disk; a failure to start is noticed at once
 START_POLL_S: Final = 0.05

@@ -25,9 +25,9 @@ from typing import Final
 from concordia import config
 from concordia.errors import ReplicaError
 from concordia.recovery.detector import ThreadTimes
+from concordia.serving.shared_names import SharedNames
 
 MARKER_ENV: Final = "CONCORDIA_REPLICA"
-SHARED_MEMORY: Final = pathlib.Path("/dev/shm")
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _CAP_SYS_NICE: Final = 23
 _PF_EXITING: Final = 0x4  # of the kernel's task flags
@@ -117,7 +117,7 @@ class ProcessTree:
         self._known: dict[int, int] = {}  # every member that ever was: pid -> start
         self._pidfds: dict[int, int] = {}
         self._foreign: set[tuple[int, int]] = set()  # (pid, start) looked at and not ours
-        self._shared: set[int] = set()  # inodes under /dev/shm that members mapped
+        self._names = SharedNames()
         self.refresh()
 
     @property
@@ -156,9 +156,25 @@ class ProcessTree:
                 self._open(process)
 
     def record_shared_names(self) -> None:
-        """Remember which shared-memory files the members map now; a dead process no longer says."""
-        for pid in self._members:
-            self._shared |= _mapped_shared(pid)
+        """Remember which shared-memory files the members map now."""
+        self._names.note(self._members)
+
+    def freeze(self) -> None:
+        """Stop every member but the helpers and note all that they use; for trees that were still being built.
+
+        A process that is killed between making a shared-memory file and mapping it leaves a name that nobody knows.
+        """
+        deadline = time.monotonic() + config.FREEZE_S
+        helpers = {p.pid for p in self.helpers()}
+        moving = True
+        while moving and time.monotonic() < deadline:
+            targets = [p for p in self.refresh() if p.pid not in helpers]
+            moving = False
+            for process in targets:
+                if process.state != "T" and not process.is_ending:
+                    self._signal(process.pid, signal.SIGSTOP)
+                    moving = True
+        self._names.note(self._members, is_thorough=True)
 
     def kill(self, *, timeout_s: float, spare: Iterable[int] = ()) -> int:
         """SIGKILL every member except `spare` until none lives; returns how many were killed.
@@ -201,20 +217,7 @@ class ProcessTree:
         """Unlink the shared-memory files that the tree mapped and nobody living maps; returns their names."""
         if self._members:
             raise ReplicaError(f"processes still live: {[p.pid for p in self.members]}")
-        device = SHARED_MEMORY.stat().st_dev
-        found = {}
-        for entry in os.scandir(SHARED_MEMORY):
-            with contextlib.suppress(FileNotFoundError):
-                status = entry.stat(follow_symlinks=False)
-                if status.st_dev == device and status.st_ino in self._shared and entry.is_file():
-                    found[status.st_ino] = entry.name
-        if not found:
-            return []
-        in_use = set().union(*(_mapped_shared(p.pid) for p in _processes()))
-        removed = [name for inode, name in found.items() if inode not in in_use]
-        for name in removed:
-            (SHARED_MEMORY / name).unlink(missing_ok=True)
-        return removed
+        return self._names.remove(p.pid for p in _processes())
 
     def close(self) -> None:
         """Give the descriptors back."""
@@ -293,17 +296,3 @@ def _command(pid: int) -> bytes:
         return pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
-
-
-def _mapped_shared(pid: int) -> set[int]:
-    """Inodes of the files under /dev/shm that a process maps; a semaphore shows under a name it no longer has."""
-    found = set()
-    try:
-        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                fields = line.split(maxsplit=5)
-                if len(fields) == 6 and fields[5].startswith("/dev/shm/"):
-                    found.add(int(fields[4]))
-    except OSError:
-        return found
-    return found

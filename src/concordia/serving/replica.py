@@ -176,6 +176,8 @@ class Replica:
         with self._fence_lock:
             if self.state is State.DEAD:
                 return
+            if self.ready_s is None:
+                self.tree.freeze()
             self.tree.refresh()
             self.tree.record_shared_names()
             self.tree.kill(timeout_s=timeout_s, spare=[p.pid for p in self.tree.helpers()])
