@@ -81,3 +81,15 @@ def test_second_cohort_waits_when_the_first_is_not_in() -> None:
     held.end("a")
     held.settle(now=0)
     assert held.may_enter("b")
+
+
+def test_late_member_enters_alone_when_its_cohort_has_gone() -> None:
+    cohorts = Cohorts()
+    ticket = CohortTicket("c", 2, 1.0)
+    cohorts.join("a", ticket, now=0.0)
+    cohorts.decide("a")
+    cohorts.settle(now=2.0)
+    cohorts.join("b", ticket, now=3.0)
+    cohorts.settle(now=3.0)
+    assert cohorts.may_enter("b")
+    assert cohorts.may_enter("somebody else")

@@ -193,3 +193,35 @@ def test_settings_are_refused_when_a_name_or_type_is_wrong(extra: dict[str, Any]
 def test_settings_have_defaults_when_nothing_is_said() -> None:
     assert Settings.of(None).is_prefix_restored
     assert Settings.of({"replica": 5, "prefix_restore": False}).replica == 5
+
+
+def test_append_is_not_called_back_when_it_is_being_submitted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(config, "WAIT_TASK_S", 0.05)
+    entered, go_on = threading.Event(), threading.Event()
+
+    def slow() -> int:
+        entered.set()
+        assert go_on.wait(5)
+        return 0
+
+    pump = AppendPump(FakeTickets(), is_threaded=True)
+    pump.submit(Batch([Append("a", (1,), slow)]))
+    assert entered.wait(5)
+    with pytest.raises(WaitTimeout):  # the engine must not be told that the block is its own
+        pump.wait_for([1], timeout_s=0.01)
+    go_on.set()
+    pump.close()
+
+
+def test_nothing_is_submitted_any_more_when_the_pump_was_abandoned() -> None:
+    gate, submitted = Gate(), []
+    pump = AppendPump(FakeTickets(), is_threaded=True)
+    work = Append("a", (1,), lambda: submitted.append("a") or 0)
+    pump.submit(Batch([work], event=gate))
+    pump.abandon()
+    gate.open.set()
+    pump.close()
+    assert submitted == []
+    assert pump.wait_for([1], timeout_s=0.01) == []

@@ -8,8 +8,10 @@ exceeds RESTORE_WAIT_S. Called by the scheduler side. Does not know what is rest
 from __future__ import annotations
 
 import enum
+from collections import deque
 from dataclasses import dataclass, field
 
+from concordia import config
 from concordia.integrations.vllm.identity import CohortTicket
 
 
@@ -43,12 +45,15 @@ class Cohorts:
 
     def __init__(self) -> None:
         self._cohorts: dict[str, Cohort] = {}
+        self._gone: deque[str] = deque(maxlen=config.COHORTS_REMEMBERED)  # dismissed: who comes later enters alone
         self._of: dict[str, str] = {}
 
     def join(self, request: str, ticket: CohortTicket, *, now: float) -> None:
         """The request has come; the first member starts the clock."""
         cohort = self._cohorts.get(ticket.name)
         if cohort is None:
+            if ticket.name in self._gone:
+                return
             cohort = Cohort(ticket.name, ticket.size, now + ticket.deadline_s)
             self._cohorts[ticket.name] = cohort
         cohort.members.add(request)
@@ -91,6 +96,7 @@ class Cohorts:
             if is_in or now >= cohort.deadline:
                 # Past the deadline its members stand in the queue like everybody else.
                 del self._cohorts[cohort.name]
+                self._gone.append(cohort.name)
         return late
 
     @property

@@ -48,7 +48,8 @@ class ConcordiaConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._scheduler = SchedulerSide(settings, vllm_config, kv_cache_config)
             self._door.on_shut(self._scheduler.shut)
         else:
-            self._worker = WorkerSide(settings, vllm_config, kv_cache_config)
+            worker = self._worker = WorkerSide(settings, vllm_config, kv_cache_config)
+            self._door.on_shut(lambda _: worker.abandon())
 
     @property
     def requires_kv_delivery(self) -> bool:

@@ -29,3 +29,9 @@ class Load:
     blocks: tuple[int, ...]  # all blocks of the request, index 0 holds token 0
     first_block: int  # blocks before this one belong to the prefix cache and are not touched
     pieces: dict[int, tuple[PieceRef, ...]]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that come back, of the rank that has the most."""
+        return max((sum(p.token_end - p.token_start for p in found) for found in self.pieces.values()), default=0)
+

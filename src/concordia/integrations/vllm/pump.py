@@ -47,6 +47,7 @@ class Append:
     blocks: tuple[int, ...]
     submit: Callable[[], Any]
     ticket: Any = None
+    is_claimed: bool = False  # being submitted: it cannot be called back any more
     is_done: bool = False
 
 
@@ -102,10 +103,20 @@ class AppendPump:
             failed, self._failed = self._failed, {}
             return failed
 
-    def count_other(self) -> None:
-        """A record went into the same stream past the pump."""
+    def count_other(self, count: int = 1) -> None:
+        """A record goes into the same stream past the pump; told before it is submitted, and taken back (-1) when it was refused."""
         with self._lock:
-            self._submitted += 1
+            self._submitted += count
+
+    def abandon(self) -> None:
+        """Submit nothing more; what is queued is dropped."""
+        with self._lock:
+            for append in self._open:
+                if not append.is_claimed:
+                    self._free(append)
+            self._lock.notify_all()
+        if self._thread is not None:
+            self._queue.put(None)
 
     def wait_for(self, blocks: Iterable[int], *, timeout_s: float) -> list[str]:
         """Wait until no unfinished append reads these blocks; returns the requests whose appends were given up for it.
@@ -166,9 +177,10 @@ class AppendPump:
         if batch.before is not None:
             batch.before()
         for append in batch.appends:
-            if append.is_done:
-                continue
             with self._lock:
+                if append.is_done:
+                    continue
+                append.is_claimed = True
                 self._submitted += 1  # before it is: a record may be committed sooner than its ticket is known
             try:
                 ticket = self._submit_one(append)
@@ -213,7 +225,7 @@ class AppendPump:
     def _give_up(self, append: Append) -> bool:
         """True when the append was still ours to call back."""
         with self._lock:
-            if append.ticket is not None or append.is_done:
+            if append.is_claimed or append.is_done:
                 return append.is_done
             self._free(append)
             self._failed[append.request] = "its blocks were needed before they could be saved"
@@ -252,6 +264,8 @@ class AppendPump:
             self._lock.notify_all()
 
     def _free(self, append: Append) -> None:
+        if append.is_done:
+            return
         append.is_done = True
         for block in append.blocks:
             left = self._readers[block] - 1

@@ -116,7 +116,9 @@ class SchedulerSide:
         self._write_notes(result)
         tokens = output.total_num_scheduled_tokens
         waiting = sum(not track.is_started for track in self._writes.tracks.values())
-        self._scribe.announce(self._step, tokens, waiting)
+        # What is restored costs time in this step too, and the detector must allow for it.
+        restored = sum(load.tokens for load in loads.loads)
+        self._scribe.announce(self._step, tokens + restored, waiting)
         if not tokens:
             self._restorer.idle()
             self._restorer.settle()

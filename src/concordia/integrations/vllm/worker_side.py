@@ -129,6 +129,9 @@ class WorkerSide:
         failed: set[int] = set()
         if self._applier is None:
             raise RecoveryError(self._why_not or "the engine never registered its KV memory")
+        if self._is_cuda and meta.loads:
+            # The executor has a stream of its own: what earlier steps still write into these blocks must have landed before we do.
+            torch.cuda.current_stream().synchronize()
         self._refused.update(load.request for load in meta.loads)
         for load in meta.loads:
             mismatches = self._applier.apply(load)
@@ -156,6 +159,16 @@ class WorkerSide:
         """What the scheduler side must know."""
         report, self._report = self._report, WorkerReport(step=self._report.step)
         return report
+
+    def abandon(self) -> None:
+        """The guest door has shut: nothing of ours may read or write the engine's blocks from here on.
+
+        The caller is the engine's own thread, so no block changes hands while what the executor has taken runs out, within a bound.
+        """
+        if self._pump is not None:
+            self._pump.abandon()
+        if self._checkpointer is not None:
+            self._checkpointer.close()
 
     def close(self) -> None:
         """Let the appends finish, within a bound, and end the stream."""
@@ -250,15 +263,16 @@ class WorkerSide:
         """Say something in this rank's stream."""
         if self._checkpointer is None:
             return
+        if self._pump is not None:
+            self._pump.count_other()
         try:
             self._checkpointer.append_bytes(
                 json.dumps(facts).encode(), kind=abi.KIND_EVENT, key=request_key(str(facts.get("request", ""))), incarnation=0
             )
         except ConcordiaError as error:
             logger.warning("Concordia could not record %s: %s", facts, error)
-        else:
             if self._pump is not None:
-                self._pump.count_other()
+                self._pump.count_other(-1)
 
 
 def _in_words(geometry: Any) -> str:
