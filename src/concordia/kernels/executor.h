@@ -9,7 +9,8 @@
 #include "ring.h"
 
 // Tasks that are fetched together: on a GPU eight trips over the bus take as long as one. A CPU has the ring in its cache.
-constexpr uint64_t kFetchAhead = CONCORDIA_CUDA ? 8 : 1;
+constexpr uint64_t kFetchedMost = 8;  // the host's compiler makes the state that a GPU starts with: it must have the same size
+constexpr uint64_t kFetchAhead = CONCORDIA_CUDA ? kFetchedMost : 1;
 constexpr uint64_t kFetchedNs = 50000;  // fetched tasks run without a look at `stop` for so long
 constexpr uint64_t kNearIds = 8;
 constexpr uint64_t kKeptOperators = 16;
@@ -17,7 +18,7 @@ constexpr uint64_t kKeptOperators = 16;
 struct Fetched {
   Task task;
   uint64_t mark;  // position + 1 when it is there
-  uint32_t ids[kNearIds];
+  alignas(16) uint32_t ids[kNearIds];
 };
 
 struct Executor {
@@ -35,7 +36,7 @@ struct Executor {
   uint64_t kept_generation;  // of the operators kept below
   uint64_t kept_opcode[kKeptOperators];
   Operator kept[kKeptOperators];
-  alignas(16) Fetched fetched[kFetchAhead];
+  alignas(16) Fetched fetched[kFetchedMost];
   Journal journal;
   Call call;
 };
