@@ -115,6 +115,7 @@ class Flight:
         self._limit = _limit(request, len(prompt), context_tokens, defaults)
         self._is_regenerated = False
         self._resumed_at = 0  # tokens known at the last submission
+        self._bounds: dict[int, int] = {}  # incarnation -> tokens that were known when the next one was submitted
         self._echo: int | None = None  # while regenerating: ids that came again so far
         self._seat: asyncio.Future[EventStream] = asyncio.get_running_loop().create_future()
         self._text = Detokenizer(
@@ -148,6 +149,8 @@ class Flight:
         self._is_regenerated |= self.regenerates
         done = 0 if self.regenerates else len(self.ids)
         self._echo = 0 if self.regenerates else None
+        if self.incarnation > 1:
+            self._bounds[self.incarnation - 1] = len(self.prompt) + done
         request = self.request
         asked = self._asked if done == 0 and self._asked is not None else self._limit - done
         body: dict[str, Any] = {
@@ -170,6 +173,7 @@ class Flight:
                 "request": self.name,
                 "incarnation": self.incarnation,
                 "tokens": len(body["prompt"]),
+                "bounds": {str(number): tokens for number, tokens in self._bounds.items()},
                 "restore": restores and request.allows_restore and self.incarnation > 1,
                 "cohort": None if ticket is None else ticket.body(),
             },

@@ -11,7 +11,7 @@ import array
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import xxhash
@@ -46,6 +46,7 @@ class Identity:
     is_routed: bool = False  # a router of ours owns the request, and says when it has ended
     is_disabled: bool = False
     cohort: CohortTicket | None = None
+    bounds: Mapping[int, int] = field(default_factory=dict)  # earlier incarnation -> tokens of it that its client knew
 
     @property
     def key(self) -> int:
@@ -78,6 +79,7 @@ def parse_identity(params: Mapping[str, Any] | None, *, fallback: str) -> Identi
         is_routed="request" in own,
         is_disabled=_truth(own, "disabled"),
         cohort=_cohort(own.get("cohort")),
+        bounds=_bounds(own.get("bounds")),
     )
 
 
@@ -129,6 +131,20 @@ def _truth(own: Mapping[str, Any], name: str) -> bool:
     if not isinstance(value, bool):
         raise UsageError(f"concordia.{name} must be true or false, not {value!r}")
     return value
+
+
+def _bounds(value: object) -> dict[int, int]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise UsageError("concordia.bounds must be an object")
+    try:
+        found = {int(number): int(tokens) for number, tokens in value.items()}
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"concordia.bounds must map numbers to numbers: {error}") from error
+    if any(number < 0 or tokens < 0 for number, tokens in found.items()):
+        raise UsageError("concordia.bounds must not be negative")
+    return found
 
 
 def _cohort(value: object) -> CohortTicket | None:
