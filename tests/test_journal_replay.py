@@ -11,9 +11,11 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from concordia import abi
+from concordia.integrations.vllm import identity
 from concordia.journal import record
 from concordia.journal.coverage import Cut
 from concordia.journal.ledger import Source
+from concordia.journal.life import INCARNATION_STRIDE
 from concordia.journal.record import Record
 from concordia.journal.replay import ReplayIndex
 from concordia.testing.journal import key_payload
@@ -329,6 +331,56 @@ def test_tokens_written_over_are_not_restored_when_a_step_was_taken_back() -> No
     cut = bench.index.cut(1, tokens_known=10, layout_hash=LAYOUT, world=1)
     assert cut.tokens == 2
     assert [(p.token_start, p.token_end) for p in cut.pieces[0]] == [(0, 3), (1, 2)]
+
+
+def cut_tokens(bench: Bench, known: int, bounds: dict[int, int] | None = None) -> tuple[int, int]:
+    for source in bench.sources.values():
+        source.is_final = True
+    cut = bench.index.cut(1, tokens_known=known, layout_hash=LAYOUT, world=bench.world, bounds=bounds)
+    assert all(piece.token_start < cut.tokens for pieces in cut.pieces.values() for piece in pieces)
+    assert len(cut.block_keys) <= cut.tokens // BLOCK
+    return cut.tokens, cut.incarnation
+
+
+def test_tokens_that_nobody_knew_are_not_restored_when_a_newer_incarnation_branched_off() -> None:
+    bench = small()
+    bench.write(1, 1000, 0, 7, 0, 30, lost=set())  # 31 tokens, of which the router knew 21 when it was superseded
+    bench.write(1, 2000, 0, 8, 20, 24, lost=set())  # the second went on from token 20, with other tokens
+    for index in range(5):
+        bench.note_key(1, 1000, 7, index, 50 + index)
+        bench.note_key(1, 2000, 8, index, 50 + index)
+    assert cut_tokens(bench, 100, {1: 21}) == (24, 2000)
+    assert cut_tokens(bench, 100) == (24, 2000)
+    assert cut_tokens(bench, 23, {1: 21}) == (22, 2000)
+
+
+def test_older_incarnation_is_used_up_to_its_bound_when_the_newer_one_lost_its_records() -> None:
+    bench = small()
+    bench.write(1, 1000, 0, 7, 0, 30, lost=set())
+    assert cut_tokens(bench, 100) == (30, 1000)
+    assert cut_tokens(bench, 100, {1: 21}) == (21, 1000)
+    assert cut_tokens(bench, 100, {1: 21, 2: 19}) == (19, 1000)  # the smallest of its own and the later ones
+    assert cut_tokens(bench, 100, {2: 25}) == (25, 1000)
+    assert cut_tokens(bench, 100, {0: 3}) == (30, 1000)  # an earlier one's bound says nothing of it
+    assert cut_tokens(bench, 100, {1: 0}) == (0, 0)
+    bench.write(1, 2001, 0, 8, 24, 40, lost=set())  # what it wrote from token 21 on was lost, so 24 proves nothing
+    assert cut_tokens(bench, 100, {1: 21}) == (21, 1000)
+    assert cut_tokens(bench, 100) == (0, 0)
+
+
+def test_lives_of_one_router_incarnation_are_all_used_when_an_engine_preempted_it() -> None:
+    bench = small()
+    bench.write(1, 2000, 0, 7, 0, 30, lost=set())
+    bench.write(1, 2001, 0, 7, 0, 8, lost=set())
+    assert cut_tokens(bench, 100) == (30, 2000)
+    assert cut_tokens(bench, 100, {1: 5}) == (30, 2000)
+    bench.write(1, 3000, 0, 8, 0, 9, lost=set())  # it began anew: without bounds nothing of the others is proven
+    assert cut_tokens(bench, 100) == (9, 3000)
+    assert cut_tokens(bench, 100, {1: 5, 2: 28}) == (28, 2000)
+
+
+def test_incarnations_are_counted_as_the_connector_counts_them() -> None:
+    assert INCARNATION_STRIDE == identity.INCARNATION_STRIDE
 
 
 def test_older_incarnation_goes_only_when_a_newer_one_has_as_much() -> None:

@@ -11,7 +11,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -132,10 +132,31 @@ class JournalClient:
 
     # --- what is there
 
-    def cut(self, key: int, *, tokens_known: int, layout_hash: int, world: int) -> Cut:
-        """What may be restored of a request, from sealed streams; at most tokens_known - 1 tokens."""
+    def cut(
+        self,
+        key: int,
+        *,
+        tokens_known: int,
+        layout_hash: int,
+        world: int,
+        bounds: Mapping[int, int] | None = None,
+    ) -> Cut:
+        """What may be restored of a request, from sealed streams; at most tokens_known - 1 tokens.
+
+        `bounds`: router incarnation to the tokens that were known when it was superseded, that is when
+        the next router incarnation was submitted. What an incarnation computed beyond its bound, or
+        beyond that of a later one, is not used. Without them only what the records prove is used of
+        older ones; ReplayIndex.cut has the rule.
+        """
         return Cut.from_json(
-            self._ask("cut", key=key, tokens_known=tokens_known, layout_hash=layout_hash, world=world)
+            self._ask(
+                "cut",
+                key=key,
+                tokens_known=tokens_known,
+                layout_hash=layout_hash,
+                world=world,
+                bounds={str(incarnation): tokens for incarnation, tokens in (bounds or {}).items()},
+            )
         )
 
     def match_prefix(self, keys: Sequence[int], *, layout_hash: int, world: int) -> Cut:

@@ -46,6 +46,19 @@ class Cut:
         """Plain values for the owner's socket."""
         return asdict(self)
 
+    def clamped(self, limit: int | None, *, block_tokens: int) -> Cut:
+        """The part below `limit`; None for no limit."""
+        if limit is None or self.tokens <= limit:
+            return self
+        if limit <= 0:
+            return Cut()
+        pieces = {
+            rank: [piece for piece in found if piece.token_start < limit]
+            for rank, found in self.pieces.items()
+        }
+        count = limit // block_tokens if block_tokens else 0
+        return Cut(limit, self.incarnation, pieces, self.block_keys[:count])
+
     @staticmethod
     def from_json(value: dict[str, Any]) -> Cut:
         """The inverse of to_json."""
@@ -82,6 +95,10 @@ class Coverage:
         if found.kind == abi.KIND_KV_BLOCK:
             return self._add_block(Span(held))
         return self._add_tail(Span(held))
+
+    def first(self) -> int | None:
+        """The first token that a record here holds; None without any."""
+        return min([*self.blocks, *self._starts[:1]], default=None)
 
     def held(self) -> list[Held]:
         """Every record that is wanted here."""

@@ -7,11 +7,15 @@ record belongs to, nor when one ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Final
 
 from concordia.journal.coverage import Coverage, Cut, pieces_of
 from concordia.journal.keys import Group, KeyTable
 from concordia.journal.ledger import Held, Ledger
+
+# A record's incarnation is the router's times this, plus lives within the engine (integrations/vllm/identity.py).
+INCARNATION_STRIDE: Final = 1000
 
 
 class Incarnation:
@@ -39,6 +43,11 @@ class Incarnation:
             ),
             default=0,
         )
+
+    def first_own(self) -> int | None:
+        """The first token that this life wrote itself, on any rank; None when it wrote none."""
+        starts = (covered.first() for ranks in self.covered.values() for covered in ranks.values())
+        return min((start for start in starts if start is not None), default=None)
 
     def cut(self, number: int, group: Group, table: KeyTable, size: int) -> Cut:
         """What may be restored of this life: from streams that are final, and of others by key."""
@@ -125,3 +134,29 @@ class Request:
         self.finish: Held | None = None
         self.replica = 0  # the last that wrote for it
         self.segments: set[int] = set()  # where records of it lie, wanted or not
+
+    def limits(
+        self, group: Group, table: KeyTable, size: int, bounds: Mapping[int, int]
+    ) -> dict[int, int | None]:
+        """Up to where each life's tokens are the request's tokens; None for no limit. See ReplayIndex.cut."""
+        homes = {number: number // INCARNATION_STRIDE for number in self.incarnations}
+        found: dict[int, int | None] = {}
+        for number, home in homes.items():
+            told = [bound for other, bound in bounds.items() if other >= home]
+            if home not in bounds:
+                newer = (life for other, life in self.incarnations.items() if homes[other] > home)
+                told += [_resumed_at(life, group, table, size) for life in newer]
+            found[number] = min(told, default=None)
+        return found
+
+
+def _resumed_at(life: Incarnation, group: Group, table: KeyTable, size: int) -> int:
+    """Where a life went on from others' tokens, as far as its own records show it; 0 when they do not.
+
+    It computed from a token that was known. Where keys do not reach its first record, one before that
+    was lost, and the place of the first that is left proves nothing.
+    """
+    first = life.first_own()
+    if first is None or life.reach(group, table, size) < first:
+        return 0
+    return first

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _U32 = 1 << 32
 _U64 = 1 << 64
 _U128 = 1 << 128
+_BOUNDS_MAX = 65_536  # a request is resumed a few times, and never that often
 
 
 class Office:
@@ -122,6 +123,7 @@ class Office:
             tokens_known=_number(arguments, "tokens_known", _U32),
             layout_hash=_number(arguments, "layout_hash", _U64),
             world=_number(arguments, "world", 1 << 16),
+            bounds=_bounds(arguments.get("bounds", {})),
         )
         return self._pinned(cut)
 
@@ -222,3 +224,10 @@ def _number(arguments: dict[str, Any], name: str, below: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < below:
         raise JournalError(f"{name} is {value!r}, not an integer in [0, {below})")
     return value
+
+
+def _bounds(value: Any) -> dict[int, int]:
+    """Tokens by router incarnation; JSON has the incarnations as text."""
+    if not isinstance(value, dict) or len(value) > _BOUNDS_MAX:
+        raise JournalError(f"bounds must be an object of at most {_BOUNDS_MAX} entries")
+    return {int(incarnation): _number(value, incarnation, _U64) for incarnation in value}

@@ -12,7 +12,7 @@ import json
 import struct
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from concordia import abi, config
@@ -104,23 +104,38 @@ class ReplayIndex:
 
     # --- asking
 
-    def cut(self, key: int, *, tokens_known: int, layout_hash: int, world: int) -> Cut:
-        """The longest prefix that every rank of one incarnation has committed, below the last token."""
+    def cut(
+        self,
+        key: int,
+        *,
+        tokens_known: int,
+        layout_hash: int,
+        world: int,
+        bounds: Mapping[int, int] | None = None,
+    ) -> Cut:
+        """The longest prefix that every rank of one incarnation has committed, below the last token.
+
+        An incarnation that was superseded may have computed tokens that nobody received, and its
+        successor may have emitted others in their place. So `bounds` says, by router incarnation, how
+        many tokens were known when it was superseded (when the next one was submitted), and a life of
+        router incarnation i counts up to the smallest bounds[j], j >= i, before the best is chosen.
+        Where bounds[i] is not given, a life of i counts only up to where every newer router incarnation
+        in the journal wrote its first record itself, if nothing before that record was lost (else not
+        at all): it resumed there, from tokens that both have. Such a guard sees only incarnations that
+        left records; bounds see all.
+        """
         request = self.requests.get(key)
         if request is None:
             return Cut()
         self.requests.move_to_end(key)
+        group, size = (layout_hash, world), self._size(layout_hash)
+        limits = request.limits(group, self.keys, size, bounds or {})
         cuts = (
-            life.cut(number, (layout_hash, world), self.keys, self._size(layout_hash))
+            life.cut(number, group, self.keys, size).clamped(limits[number], block_tokens=size)
             for number, life in request.incarnations.items()
         )
         best = max(cuts, key=lambda cut: (cut.tokens, cut.incarnation), default=Cut())
-        tokens = min(best.tokens, max(0, tokens_known - 1))
-        pieces = {
-            rank: [piece for piece in found if piece.token_start < tokens]
-            for rank, found in best.pieces.items()
-        }
-        return Cut(tokens, best.incarnation, pieces, best.block_keys) if tokens else Cut()
+        return best.clamped(max(0, tokens_known - 1), block_tokens=size)
 
     def match_prefix(self, keys: Sequence[int], *, layout_hash: int, world: int) -> Cut:
         """The longest run of these block keys that every rank has."""
@@ -327,7 +342,6 @@ class ReplayIndex:
                 request.finish = None
         if not request.segments:
             del self.requests[key]
-
 
 
 def _neighbours(record: Record, covered: Coverage) -> list[tuple[int, int]]:
