@@ -45,7 +45,7 @@ class FakeClient:
             )
             self.pool += payload
 
-    def cut(self, key: int, *, tokens_known: int, layout_hash: int, world: int) -> Cut:
+    def cut(self, key: int, *, tokens_known: int, layout_hash: int, world: int, bounds: Any = None) -> Cut:
         assert self.gate.wait(5)
         if self.error:
             raise self.error

@@ -216,7 +216,11 @@ class Restorer:
 
         def question(deadline: float) -> RestorePlan:
             cut = source.client.cut(
-                track.identity.key, tokens_known=known, layout_hash=source.layout_hash, world=source.world
+                track.identity.key,
+                tokens_known=known,
+                layout_hash=source.layout_hash,
+                world=source.world,
+                bounds=track.identity.bounds,
             )
             if cut.tokens == 0 and keys:
                 return _match(source, keys, deadline)
