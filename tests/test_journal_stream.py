@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from concordia import abi
+from concordia import abi, config
 from concordia.errors import ConcordiaError, Corruption, JournalFull, JournalRefused
 from concordia.journal import record, segment
 from concordia.journal.control import Control, Lent
@@ -384,3 +384,57 @@ def test_record_size_is_refused_when_it_fits_no_segment() -> None:
         writer.append(Entry(abi.KIND_KV_TAIL, 1), bytes(SEGMENT))
     assert record.record_bytes(SEGMENT - 256 - 384) == SEGMENT - 256
     writer.append(Entry(abi.KIND_KV_TAIL, 1), bytes(SEGMENT - 256 - 384))
+
+
+def test_seal_reads_the_whole_backlog_when_it_takes_longer_than_a_bad_place_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "HINT_SETTLE_S", 0.0)
+    with SmallJournal(tmp_path / "journal", segments=64) as journal:
+        stream, writer = journal.open()
+        made = 0
+        for _ in range(8):
+            for _ in range(600):
+                writer.append(Entry(abi.KIND_KV_TAIL, 1, 1, made, made + 1), b"x")
+                made += 1
+            journal.streams.lend_all()
+        assert made > 2 * config.SCAN_RECORDS_MAX, "no backlog"
+        assert journal.streams.seal(stream) == made
+        assert (stream.end, journal.streams.corrupt_count) == (End.CLEAN, 0)
+
+
+def test_seal_ends_without_an_alarm_when_a_zombie_appends_after_every_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "HINT_SETTLE_S", 0.0)
+    with SmallJournal(tmp_path / "journal", segments=64) as journal:
+        stream, writer = journal.open()
+        made = itertools.count()
+        read = stream.reader.read
+
+        def append() -> None:
+            writer.append(Entry(abi.KIND_KV_TAIL, 1, 1, index := next(made), index + 1), b"x")
+
+        def read_and_append(limit: int) -> list[Record]:
+            found = read(limit)
+            append()
+            return found
+
+        for _ in range(5):
+            append()
+        monkeypatch.setattr(stream.reader, "read", read_and_append)
+        sealed = journal.streams.seal(stream)
+        assert 5 <= sealed < next(made)
+        assert (stream.end, journal.streams.corrupt_count) == (End.CLEAN, 0)
+
+
+def test_seal_reports_damage_when_what_was_counted_never_becomes_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "HINT_SETTLE_S", 0.0)
+    with SmallJournal(tmp_path / "journal") as journal:
+        stream, writer = journal.open()
+        made = [writer.append(Entry(abi.KIND_KV_TAIL, 1, 1, i, i + 1), b"x") for i in range(6)]
+        journal.pool.view[made[3].offset + 200] ^= 1
+        assert journal.streams.seal(stream) == 3
+        assert (stream.end, journal.streams.corrupt_count) == (End.CORRUPT, 1)

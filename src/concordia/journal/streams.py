@@ -179,20 +179,8 @@ class Streams:
         """The last record that will ever be read of this stream is fixed now; the number of records."""
         if stream.is_sealed:
             return stream.control.sealed_count()
-        end = stream.end
-        deadline = time.monotonic() + config.HINT_SETTLE_S
-        while end is not End.CORRUPT or time.monotonic() < deadline:
-            if stream.end is End.CORRUPT:
-                break
-            hint = stream.control.committed_count
-            while self._read(stream, config.SCAN_RECORDS_MAX) and time.monotonic() < deadline:
-                pass  # bounded, because a zombie may go on appending while we look
-            end = stream.reader.classify(hint, is_final=True)
-            if end is not End.CORRUPT:
-                break  # otherwise look again: count or search may have run ahead of what was read
-        if end is End.CORRUPT and stream.end is not End.CORRUPT:
-            self._mark_corrupt(stream)
-        stream.end = end
+        if stream.end is not End.CORRUPT:
+            stream.end = self._read_to_end(stream)
         self._finish(stream, stream.reader.sequence)
         return stream.reader.sequence
 
@@ -274,6 +262,26 @@ class Streams:
         for record in records:
             self.index.ingest(record, stream.source, self.pool.view)
         return len(records)
+
+    def _read_to_end(self, stream: Stream) -> End:
+        """Read what was committed when we began, however much it is, and say what stopped us."""
+        reader = stream.reader
+        hint = stream.control.committed_count  # loaded once: a zombie that goes on cannot hold us here
+        while reader.sequence < hint and self._read(stream, config.SCAN_RECORDS_MAX):
+            pass  # finite, because the hint is, or the pool
+        began = moved = time.monotonic()
+        while (end := reader.classify(hint, is_final=True)) is End.CORRUPT:
+            # Count and search may have run ahead of what was read, so only a place that stays bad is bad.
+            is_moving = self._read(stream, config.SCAN_RECORDS_MAX) > 0
+            now = time.monotonic()
+            if is_moving:
+                moved = now
+                if reader.sequence >= hint and now - began > config.HINT_SETTLE_S:
+                    return End.CLEAN  # a zombie appends as fast as we read: it is sealed here
+            elif now - moved > config.HINT_SETTLE_S:
+                self._mark_corrupt(stream)
+                break
+        return end
 
     def _finish(self, stream: Stream, count: int) -> None:
         stream.control.seal(count)
