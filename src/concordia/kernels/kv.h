@@ -181,6 +181,14 @@ class RegionWords {
         tokens_((uint32_t)range.tokens),
         bytes_((uint32_t)range.bytes) {}
 
+  // Rows and blocks begin and end with stretches where they are made of them; payloads of blocks are linear where leaves end with blocks.
+  static constexpr bool kIsLinear = kIsRaw && kBlockBytes % kLeafBytes == 0;
+  static constexpr bool kHasStretches =
+      kIsRaw ? kRawBytes >= 8 && kBlockBytes % kStretchBytes == 0
+             : is_row(kPlanes[0]) && kChunkBytes >= 8 && KV_KEY_DIM * kElementBytes % kStretchBytes == 0 &&
+                   (KV_VALUE_DIM == 0 || (is_row(kPlanes[1]) && KV_VALUE_DIM * kElementBytes % kStretchBytes == 0));
+
+  FUNCTION_MEMBER const uint8_t* address(uint64_t offset) const { return unit_address((uint32_t)offset); }
   FUNCTION_MEMBER uint64_t operator()(uint64_t offset) const { return gather((uint32_t)offset); }
   FUNCTION_MEMBER void scatter(uint64_t offset, uint64_t word) const { put((uint32_t)offset, word); }
 
@@ -194,7 +202,7 @@ class RegionWords {
 
   FUNCTION_MEMBER uint8_t* raw_address(uint32_t offset) const {
     const uint32_t piece = offset / (uint32_t)kBlockBytes, layer = piece % (uint32_t)kLayers;
-    return address(layer, ids_[piece / (uint32_t)kLayers]) + offset % (uint32_t)kBlockBytes;
+    return block_at(layer, ids_[piece / (uint32_t)kLayers]) + offset % (uint32_t)kBlockBytes;
   }
   // Rows are numbered ((layer * planes + plane) * heads + head) * tokens + token where all of them are equally long.
   FUNCTION_MEMBER uint8_t* tail_address(uint32_t offset) const {
@@ -223,9 +231,9 @@ class RegionWords {
     constexpr PlaneShape kShape = plane_shape<kPlane>();
     const uint32_t place = start_ + token, slot = place % (uint32_t)kBlockTokens;
     const uint64_t inside = is_row(kShape) ? in_row : in_row / (uint32_t)kElementBytes * kShape.element_stride + in_row % (uint32_t)kElementBytes;
-    return address(layer, ids_[place / (uint32_t)kBlockTokens]) + kShape.offset + head * kShape.head_stride + slot * kShape.token_stride + inside;
+    return block_at(layer, ids_[place / (uint32_t)kBlockTokens]) + kShape.offset + head * kShape.head_stride + slot * kShape.token_stride + inside;
   }
-  FUNCTION_MEMBER uint8_t* address(uint32_t layer, uint32_t block) const {
+  FUNCTION_MEMBER uint8_t* block_at(uint32_t layer, uint32_t block) const {
     return reinterpret_cast<uint8_t*>(bases_[layer]) + block * kBlockStride;
   }
 

@@ -94,6 +94,7 @@ FUNCTION void store_settled(uint64_t* word_ptr, uint64_t value) { store<kRelaxed
 FUNCTION uint64_t exchange_lanes(uint64_t value, uint32_t bit) { return __shfl_xor_sync(0xffffffffu, value, bit); }
 FUNCTION bool any_in_team(bool is_true) { return __any_sync(0xffffffffu, is_true); }
 FUNCTION uint64_t from_leader(uint64_t value) { return __shfl_sync(0xffffffffu, value, 0); }
+FUNCTION uint64_t lane_value(uint64_t value, uint32_t lane) { return __shfl_sync(0xffffffffu, value, lane); }
 FUNCTION uint64_t team_lane() { return threadIdx.x % 32; }
 
 FUNCTION void pause_lane() { asm volatile("nanosleep.u32 50;"); }
