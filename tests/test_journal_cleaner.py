@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from concordia import abi, config
-from concordia.errors import JournalFull
+from concordia.errors import JournalError, JournalFull
 from concordia.journal.coverage import Cut
 from concordia.journal.record import payload_hash
 from concordia.journal.streams import Streams
@@ -258,3 +258,68 @@ def test_adopter_finds_no_damage_and_lends_nothing_twice_when_segments_of_dead_w
             taken = [s for one in adopted.by_slot.values() for s in one.segments.values()]
             assert sorted([*taken, *adopted.free]) == list(range(12))
             assert cut_of(adopted, life).tokens == 20 * BLOCK
+
+
+def test_slots_never_run_out_when_every_replica_leaves_a_block_that_is_kept(tmp_path: Path) -> None:
+    with SmallJournal(tmp_path / "journal", segments=600, segment_bytes=1 << 14) as journal:
+        count = 150
+        for life in range(1, count + 1):
+            stream, writer = journal.open(replica=life)
+            scheduler, keys = journal.open(writer_kind=abi.WRITER_SCHEDULER, replica=life)
+            append_block(writer, life, 0)
+            keys.append(Entry(abi.KIND_BLOCK_KEY, life, 1), key_payload({0: life}))
+            journal.round()
+            journal.streams.release(stream)
+            journal.streams.release(scheduler)
+            journal.streams.index.finish(life, now=0.0)
+            journal.streams.index.settle(1e18)
+            journal.streams.give_back_empty()
+            for _ in range(3):
+                journal.round()
+        assert journal.streams.index.keys.known((1, 1)) == list(range(1, count + 1)), "a block was lost"
+        assert len(journal.streams.by_slot) <= abi.STREAM_CAPACITY * 3 // 4
+        for life in (1, count):
+            check_bytes(journal, journal.streams.index.match_prefix([life], layout_hash=1, world=1), life)
+        assert not survey(journal.pool, journal.board).damage
+
+
+def test_slot_is_free_at_once_when_a_released_stream_has_no_segment(tmp_path: Path) -> None:
+    with SmallJournal(tmp_path / "journal", segments=4, segment_bytes=1 << 14) as journal:
+        journal.streams.free.clear()
+        stream, _ = journal.open()
+        assert not stream.segments
+        journal.streams.release(stream)
+        journal.streams.release(stream)
+        assert not journal.streams.by_slot
+        assert stream.control.state == abi.STREAM_FREE
+
+
+def test_cleaner_still_gets_a_slot_when_writers_have_taken_all_of_theirs(tmp_path: Path) -> None:
+    with SmallJournal(tmp_path / "journal", segments=16, segment_bytes=1 << 14) as journal:
+        with contextlib.suppress(JournalError):
+            while True:
+                journal.open()
+        assert len(journal.streams.by_slot) == abi.STREAM_CAPACITY - config.CLEANER_SLOTS
+        assert journal.cleaner.write_finish(1)
+        adopted = journal.adopted()  # its cleaner has slots too
+        assert journal.cleaner.write_finish(2)
+        assert len(adopted.by_slot) == abi.STREAM_CAPACITY - config.CLEANER_SLOTS + 2
+
+
+def test_cleaner_goes_on_and_says_so_when_no_slot_at_all_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "CLEANER_SLOTS", 0)
+    with SmallJournal(tmp_path / "journal", segments=16, segment_bytes=1 << 14) as journal:
+        _, writer = journal.open()
+        fill(journal, writer, 1, until=7)
+        with contextlib.suppress(JournalError):
+            while True:
+                journal.open()
+        for _ in range(5):
+            journal.cleaner.step()
+        assert not journal.cleaner.write_finish(1)
+        told = [e["reason"] for _, e in journal.streams.index.events if e["event"] == "full" and e["stream"] == "cleaner"]
+        assert len(told) == 1
+        assert "slots" in told[0]
+        append_block(writer, 2, 0)
+        journal.round()
+        assert journal.streams.index.committed(2) == BLOCK, "the owner does not read any more"

@@ -28,9 +28,9 @@ from concordia.journal import fence, segment
 from concordia.journal.client import JournalClient, StreamAttachment
 from concordia.journal.folder import Folder, fit_size, free_bytes
 from concordia.journal.inspection import export, inspect, table, verify
-from concordia.journal.owner import spawn_owner
+from concordia.journal.owner import Owner, spawn_owner
 from concordia.journal.writer import Entry, StreamWriter
-from concordia.testing.journal import key_payload
+from concordia.testing.journal import SmallJournal, key_payload
 
 SEGMENT = 1 << 20
 SIZE = 32 * SEGMENT
@@ -600,3 +600,18 @@ def test_known_keys_and_finish_work_when_asked_through_the_socket(journal: Path)
         opened.close()
         scheduler.close()
         assert {s["is_sealed"] for s in client.stats()["streams"] if s["writer_kind"] != abi.WRITER_CLEANER} == {True}
+
+
+def test_owner_goes_on_and_says_so_when_its_cleaner_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with SmallJournal(tmp_path / "journal") as small:
+        owner = Owner(small.home, small.pool, small.board, linger_s=60.0)
+        owner.listen()
+
+        def refuse() -> None:
+            raise JournalError("no slot")
+
+        monkeypatch.setattr(owner.cleaner, "step", refuse)
+        for _ in range(3):
+            owner.round()
+        assert [e["reason"] for _, e in owner.streams.index.events] == ["no slot"]
+        owner.desk.close()

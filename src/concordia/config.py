@@ -52,6 +52,7 @@ CUT_PIN_S: Final = 30.0  # a place told to a restore stays for this long: three 
 CONDEMN_GRACE_S: Final = 5.0  # engines refresh what they believe of the journal's keys every second
 LOSS_EVENT_S: Final = 1.0  # one event per stream and second, with the number of records lost since
 HINT_SETTLE_S: Final = 0.1  # stores of a running writer are seen within microseconds
+CLEANER_SLOTS: Final = 16  # of the streams, for the cleaner: one per rank and layout, or nothing could ever free one
 CLEANER_SEGMENTS: Final = 2  # never lent: without room to copy to, a full journal could not be emptied
 SOCKET_MESSAGE_BYTES_MAX: Final = 64 << 20
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 
 from concordia import abi, config
+from concordia.errors import JournalError
 from concordia.journal.ledger import Held
 from concordia.journal.stream import has_sound_payload
 from concordia.journal.streams import Stream, Streams
@@ -30,6 +31,7 @@ class Cleaner:
         self.copied_count = 0
         self.evicted_blocks = 0
         self.unprotected_requests = 0
+        self.refused_count = 0  # streams of ours that no slot was left for
 
     @property
     def low(self) -> int:
@@ -40,6 +42,8 @@ class Cleaner:
     def step(self) -> None:
         """One bounded piece of work, if there is any to do."""
         streams = self._streams
+        if streams.slots_free < abi.STREAM_CAPACITY // 4:
+            self._empty_stream()
         if len(streams.free) >= self.low:
             return
         streams.index.drop_superseded()
@@ -72,12 +76,31 @@ class Cleaner:
                 return False
             if segment in self._unsound:
                 continue
-            if all(self._copy(held) for held in streams.index.ledger.live(segment)):
-                streams.give_back(stream, segment)
+            if self._empty(stream, segment):
                 return True
             if not streams.free:
                 return False
         return False
+
+    def _empty_stream(self) -> bool:
+        """Empty one segment of the ended stream that holds least: its last one frees the slot."""
+        streams = self._streams
+        found: dict[Stream, list[tuple[int, int]]] = {}
+        for live, segment, stream in streams.cleanable():
+            if stream.is_released and stream.is_sealed and segment not in self._unsound:
+                found.setdefault(stream, []).append((live, segment))
+        whole = [stream for stream, held in found.items() if len(held) == len(stream.segments)]
+        if not whole:
+            return False  # every one is being restored from, or damaged
+        stream = min(whole, key=lambda ended: sum(live for live, _ in found[ended]))
+        return self._empty(stream, found[stream][0][1])
+
+    def _empty(self, stream: Stream, segment: int) -> bool:
+        """Copy what lives in the segment elsewhere and give it back."""
+        if not all(self._copy(held) for held in self._streams.index.ledger.live(segment)):
+            return False
+        self._streams.give_back(stream, segment)
+        return True
 
     def _copy(self, held: Held) -> bool:
         """Append the record to our stream and let its users follow; False when it cannot be done."""
@@ -116,16 +139,27 @@ class Cleaner:
         if held.record.kind not in _PLACED and self._own:
             return self._any_own()
         if name not in self._own:
-            if not self._streams.free:
-                return None
             rank, world, layout = name
-            self._own[name] = self._streams.open_own(rank=rank, world=world, layout_hash=layout)
-        return self._own[name]
+            self._open_own(rank=rank, world=world, layout_hash=layout)
+        return self._own.get(name)
 
     def _any_own(self) -> Stream | None:
-        if not self._own and self._streams.free:
-            self._own[0, 1, 0] = self._streams.open_own(rank=0, world=1, layout_hash=0)
+        if not self._own:
+            self._open_own(rank=0, world=1, layout_hash=0)
         return next(iter(self._own.values()), None)
+
+    def _open_own(self, *, rank: int, world: int, layout_hash: int) -> None:
+        """One more stream of ours, if there is a segment and a slot for it."""
+        if not self._streams.free:
+            return
+        try:
+            opened = self._streams.open_own(rank=rank, world=world, layout_hash=layout_hash)
+        except JournalError as error:  # no slot: what cannot be copied stays where it is
+            self.refused_count += 1
+            if self.refused_count == 1:
+                self._streams.index.note({"event": "full", "stream": "cleaner", "reason": str(error)})
+            return
+        self._own[rank, world, layout_hash] = opened
 
     def _drop_blocks(self, *, is_urgent: bool) -> bool:
         """Name unreferenced blocks for one segment's worth, drop those named before; True if any went."""

@@ -45,6 +45,7 @@ class Owner:
         self._linger_s = linger_s
         self._idle_since = time.monotonic()
         self._slow_at = 0.0
+        self._clean_error = ""  # the last that was said, so that it is said once
         self._selector = selectors.DefaultSelector()
         self._watched: dict[tuple[int, int], int] = {}  # pid and start: pidfd
         self.streams = Streams(pool, board)
@@ -97,7 +98,7 @@ class Owner:
         self.streams.scan_all()
         self.streams.index.settle(now)
         self.streams.lend_all()
-        self.cleaner.step()
+        self._clean()
         self.replicas.step()
         if now >= self._slow_at:
             self._slow_at = now + _SLOW_ROUND_S
@@ -114,6 +115,16 @@ class Owner:
         """Remove everything; who still has the files mapped keeps only memory without a name."""
         self.desk.close()
         self._home.clear()
+
+    def _clean(self) -> None:
+        """Whatever keeps the cleaner from its work, streams must be read and lent to all the same."""
+        try:
+            self.cleaner.step()
+        except ConcordiaError as error:
+            if str(error) != self._clean_error:
+                self._clean_error = str(error)
+                _say(f"the cleaner could not go on: {error}")
+                self.streams.index.note({"event": "full", "stream": "cleaner", "reason": str(error)})
 
     def _pause_s(self) -> float:
         open_count = sum(not stream.is_sealed for stream in self.streams.by_slot.values())

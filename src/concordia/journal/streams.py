@@ -98,9 +98,11 @@ class Streams:
     def open(self, identity: Identity, label: str) -> Stream:
         """Give a slot to a new writer; raises JournalError when all are taken."""
         taken = self.by_slot.keys() | self._blocked
+        is_own = identity.writer_kind == abi.WRITER_CLEANER
+        capacity = abi.STREAM_CAPACITY - (0 if is_own else config.CLEANER_SLOTS)
         slot = next((s for s in range(abi.STREAM_CAPACITY) if s not in taken), None)
-        if slot is None:
-            raise JournalError(f"all {abi.STREAM_CAPACITY} stream slots are taken; {label} got none")
+        if slot is None or len(taken) >= capacity:
+            raise JournalError(f"all {capacity} stream slots are taken; {label} got none")
         self._next += 1
         identity = identity._replace(stream=self._next)
         control = self.board.control(slot)
@@ -190,6 +192,7 @@ class Streams:
         if not stream.is_released:
             stream.is_released = True
             stream.control.retract()
+        self._free_if_empty(stream)
 
     def of_replica(self, replica: int) -> list[Stream]:
         """The streams that a replica opened."""
@@ -218,6 +221,11 @@ class Streams:
                     found.append((self.index.ledger.live_bytes(segment), segment, stream))
         return sorted(found, key=lambda entry: entry[:2])
 
+    @property
+    def slots_free(self) -> int:
+        """Slots that writers may still get."""
+        return abi.STREAM_CAPACITY - config.CLEANER_SLOTS - len(self.by_slot) - len(self._blocked)
+
     def give_back_empty(self) -> int:
         """Take back every segment in which nothing is wanted; how many."""
         count = 0
@@ -237,9 +245,7 @@ class Streams:
         self.pool.mark_free(segment)
         self.free.append(segment)
         self.index.forget_segment(segment)
-        if stream.is_sealed and not stream.segments:
-            stream.control.free()
-            del self.by_slot[stream.control.slot]
+        self._free_if_empty(stream)
 
     def supply_own(self, stream: Stream) -> bool:
         """See that the cleaner's stream has a segment ahead; False when none is left."""
@@ -286,6 +292,13 @@ class Streams:
     def _finish(self, stream: Stream, count: int) -> None:
         stream.control.seal(count)
         stream.is_sealed = stream.source.is_final = True
+
+    def _free_if_empty(self, stream: Stream) -> None:
+        """The slot of a stream that has nothing left and gets nothing more may serve another."""
+        slot = stream.control.slot
+        if stream.is_sealed and not stream.segments and self.by_slot.get(slot) is stream:
+            stream.control.free()
+            del self.by_slot[slot]
 
     def _lend_one(self, stream: Stream, ordinal: int) -> None:
         if not self.free:
