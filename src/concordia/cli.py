@@ -243,8 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _engine_arguments(options: dict[str, Any]) -> list[str]:
-    """vLLM's flags: those that we know as options, then those after --."""
-    found = []
+    """vLLM's flags: those after --, then those that we know as options."""
+    found = list(options.pop("engine_flags"))
     for names, _ in _ENGINE_OPTIONS:
         value = options.pop(names[0].removeprefix("--").replace("-", "_"))
         if value is not None:
@@ -252,7 +252,7 @@ def _engine_arguments(options: dict[str, Any]) -> list[str]:
     for name, _ in _ENGINE_SWITCHES:
         if options.pop(name.removeprefix("--").replace("-", "_")):
             found.append(name)
-    return [*found, *options.pop("engine_flags")]
+    return found
 
 
 def _ask(

@@ -88,8 +88,12 @@ def check_file(path: Path) -> os.stat_result:
 def free_bytes(path: Path) -> int:
     """What can still be allocated under `path`: the file system, the machine and the cgroup agree."""
     found = os.statvfs(path)
-    bounds = [found.f_bavail * found.f_frsize, *_cgroup_free(), *_memory_available()]
-    return max(0, min(bounds))
+    return min(found.f_bavail * found.f_frsize, memory_free_bytes())
+
+
+def memory_free_bytes() -> int:
+    """What the machine and every cgroup above this process would still give."""
+    return max(0, min([*_cgroup_free(), *_memory_available(), _UNLIMITED]))
 
 
 def fit_size(path: Path, wanted_bytes: int | None, segment_bytes: int) -> int:

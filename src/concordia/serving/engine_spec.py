@@ -26,6 +26,12 @@ _SOCKET_NAME_BYTES: Final = 37  # what vLLM adds to TMPDIR
 _SERVER: Final = "vllm.entrypoints.openai.api_server"
 
 
+def check_socket_room(folder: pathlib.Path) -> None:
+    """Raise UsageError when vLLM's sockets would not fit into the name of this folder."""
+    if len(os.fsencode(folder / "t")) + _SOCKET_NAME_BYTES > _SOCKET_PATH_BYTES_MAX:
+        raise UsageError(f"{folder} is too long a name for vLLM's sockets; set a shorter --run-dir")
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     """What all engines of a server have in common."""
@@ -47,12 +53,8 @@ class EngineSpec:
     def make_folder(self, name: str) -> pathlib.Path:
         """The folder of one engine, with its TMPDIR in it; raises UsageError when sockets would not fit into its name."""
         folder = self.folder / name
-        temporary = folder / "t"
-        if len(os.fsencode(temporary)) + _SOCKET_NAME_BYTES > _SOCKET_PATH_BYTES_MAX:
-            raise UsageError(
-                f"{temporary} is too long a name for vLLM's sockets; set a shorter --run-dir"
-            )
-        temporary.mkdir(mode=0o700, parents=True)
+        check_socket_room(folder)
+        (folder / "t").mkdir(mode=0o700, parents=True)
         return folder
 
     def log_path(self, name: str, incarnation: int) -> pathlib.Path:

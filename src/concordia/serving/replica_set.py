@@ -205,8 +205,7 @@ class ReplicaSet:
             failover.done.set()
 
     def _end_failed(self, failover: Failover) -> None:
-        self._discard(failover.failed, is_sealed=True)
-        failover.fenced_s = failover.passed_s()
+        self._discard(failover.failed, failover)
 
     def _seal(self, replica: Replica) -> bool:
         """Nothing more will be read of the replica; False when the owner did not do it."""
@@ -364,17 +363,19 @@ class ReplicaSet:
         self._last_error = error
         pause = min(config.START_PAUSE_S * 2 ** (self._failures - 1), config.START_PAUSE_MAX_S)
         self._not_before = time.monotonic() + pause
-        if self._failures >= config.START_ATTEMPTS_MAX:
+        if self._failures >= config.START_ATTEMPTS_MAX and self.active:
             log.error("no more standbys are started after %d failures: %s", self._failures, error)
         self._changed.notify_all()
 
-    def _discard(self, replica: Replica, *, is_sealed: bool = False) -> None:
-        """End a replica, and remove what it leaves."""
+    def _discard(self, replica: Replica, failover: Failover | None = None) -> None:
+        """End a replica, and remove what it leaves; a failover has sealed it already."""
         try:
             if replica.state is not State.DEAD:
-                if not is_sealed:
+                if failover is None:
                     self._seal(replica)
                 self._confirm(replica)
+            if failover is not None:
+                failover.fenced_s = failover.passed_s()
         except ReplicaError as error:
             log.error("%s: %s", replica.name, error)
             return

@@ -110,7 +110,7 @@ def read_machine(shared: pathlib.Path = SHARED_MEMORY) -> Machine:
     status = os.statvfs(found)
     return Machine(
         cores=_physical_cores(),
-        memory_free_bytes=folder.free_bytes(SHARED_MEMORY),
+        memory_free_bytes=folder.memory_free_bytes(),
         shared_free_bytes=status.f_bavail * status.f_frsize,
         gpus=find_gpus(),
     )
@@ -202,7 +202,8 @@ def _cpu_shares(
         fixed += ["--kv-cache-memory-bytes", str(kv_bytes)]
     elif flags.value("--kv-cache-memory-bytes") is not None:
         kv_bytes = flags.number("--kv-cache-memory-bytes", 0)
-    if not flags.has("--enforce-eager", "--compilation-config", "--optimization-level", "-O"):
+    names = ("--enforce-eager", "--compilation-config", "--optimization-level")
+    if not flags.has(*names) and not any(name.startswith("-O") for name in flags.names()):
         # Compiling takes longer than all the rest of a start, and is repeated at each; it brought no tokens/s.
         fixed.append("--enforce-eager")
     shares = []

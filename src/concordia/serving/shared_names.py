@@ -64,7 +64,7 @@ def _mapped(pid: int) -> set[int]:
 
 def _opened(pid: int) -> set[int]:
     """Inodes of files under /dev/shm that a process has open."""
-    found = set()
+    found: set[int] = set()
     folder = f"/proc/{pid}/fd"
     try:
         numbers = os.listdir(folder)

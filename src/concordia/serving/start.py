@@ -22,6 +22,7 @@ from concordia.journal.folder import Folder, fit_size
 from concordia.journal.segment import Board
 from concordia.serving import resources
 from concordia.serving.engine_flags import EngineFlags
+from concordia.serving.engine_spec import check_socket_room
 from concordia.serving.run_folder import RunFolder, default_base
 
 log = logging.getLogger("concordia")
@@ -53,9 +54,11 @@ def start(options: Mapping[str, Any], engine_arguments: Sequence[str]) -> int:
         journal_bytes=plan.journal_bytes if journal else 0,
         where=journal or pathlib.Path("/"),
     )
+    base = (options["run_dir"] or default_base()).absolute()
+    check_socket_room(base / str(options["port"]) / "r10000")
     listener = _listen(options["host"], options["port"])
     try:
-        folder = RunFolder.claim(options["run_dir"] or default_base(), options["port"])
+        folder = RunFolder.claim(base, options["port"])
         try:
             return _run(
                 options, flags=flags, engine=engine, plan=plan, folder=folder, listener=listener

@@ -1,0 +1,45 @@
+"""serving/owner_keeper.py: the journal always has an owner, and everybody hears when it did not.
+
+Invariants: a dead owner is noticed and told as a fault, another answers for the same journal; after the end nothing of it is left.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import time
+
+import pytest
+
+from concordia import config
+from concordia.journal.client import JournalClient
+from concordia.recovery.fault import Fault, FaultKind
+from concordia.serving.owner_keeper import OwnerKeeper
+from concordia.serving.process_tree import become_subreaper, read_process
+
+
+def test_journal_has_another_owner_when_the_first_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    become_subreaper()
+    journal = pathlib.Path(f"/dev/shm/concordia-keeper-{os.getpid()}")
+    keeper = OwnerKeeper(journal, size_bytes=config.SEGMENT_COUNT_MIN * config.SEGMENT_BYTES)
+    faults: list[Fault] = []
+    keeper.subscribe(faults.append)
+    client = JournalClient.connect(journal)
+    first = keeper.pid
+    hit_ns = time.monotonic_ns()
+    os.kill(first, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while keeper.pid == first and time.monotonic() < deadline:
+        os.sched_yield()
+    assert client.stats() is not None
+    assert keeper.pid != first
+    assert [f.kind for f in faults] == [FaultKind.OWNER_DEATH]
+    assert faults[0].detected_ns - hit_ns < 2_000_000_000
+    keeper.stop()
+    client.shutdown()
+    client.close()
+    assert keeper.collect(timeout_s=10)
+    assert not journal.exists()
+    found = [read_process(pid) for pid in (first, keeper.pid)]
+    assert all(p is None or not p.is_alive for p in found)
