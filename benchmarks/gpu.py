@@ -114,8 +114,14 @@ class Bench:
         self.stream = stream
         stream.restart()
         self.checkpointer = Checkpointer(device, stream.target(), lanes=ctas)
-        self._layers = [device.allocate(MODEL.block_count * MODEL.stride) for _ in range(MODEL.layers)]
-        noise = np.random.default_rng(1).integers(0, 256, MODEL.block_count * MODEL.stride, dtype=np.uint8).tobytes()
+        self._layers = [
+            device.allocate(MODEL.block_count * MODEL.stride) for _ in range(MODEL.layers)
+        ]
+        noise = (
+            np.random.default_rng(1)
+            .integers(0, 256, MODEL.block_count * MODEL.stride, dtype=np.uint8)
+            .tobytes()
+        )
         for layer in self._layers:
             device.write(layer, noise)
         self.region: Region = self.checkpointer.register_kv(MODEL, self._layers)
@@ -203,7 +209,9 @@ class Bench:
         self.stream.refill()
         words = {"kind": abi.KIND_KV_BLOCK, "token_start": 0, "token_end": tokens}
         made = self.checkpointer.wait(
-            self.checkpointer.append_kv(self.region, key=1, incarnation=1, blocks=range(blocks_each), step=1, **words)
+            self.checkpointer.append_kv(
+                self.region, key=1, incarnation=1, blocks=range(blocks_each), step=1, **words
+            )
         )
         address = self._payload(made.payload_hash, size)
         found = []
@@ -231,8 +239,13 @@ class Bench:
         lines = np.flatnonzero(pool[at % 16 :: 16] == low)
         for line in lines:
             start = int(line) * abi.LINE_BYTES - (at // 16) * abi.LINE_BYTES
-            header = np.frombuffer(self.stream._file.view, abi.RECORD_HEADER.dtype, 1, abi.STREAM_CONTROL.size + start)
-            if int(header["payload_bytes"][0]) == size and int(header["magic"][0]) == abi.RECORD_MAGIC:
+            header = np.frombuffer(
+                self.stream._file.view, abi.RECORD_HEADER.dtype, 1, abi.STREAM_CONTROL.size + start
+            )
+            if (
+                int(header["payload_bytes"][0]) == size
+                and int(header["magic"][0]) == abi.RECORD_MAGIC
+            ):
                 return self.stream.pool_address + start + abi.RECORD_HEADER.size
         raise LookupError("the record that was just committed is not in the pool")
 
@@ -252,7 +265,10 @@ class Bench:
     def swap(self) -> Figures:
         """A hot swap as the tasks see it: from the last old completion to the first new one, loading and unloading included."""
         device = self.checkpointer.device
-        images = [device.build(HandlerSource.of("nothing", {"VERSION": v}, text=NOTHING)) for v in range(12)]
+        images = [
+            device.build(HandlerSource.of("nothing", {"VERSION": v}, text=NOTHING))
+            for v in range(12)
+        ]
         operator = self.runtime.adopt("nothing", images[0])
         task = Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE)
         pause = []
@@ -287,7 +303,9 @@ def launch_and_sync(device: CudaDevice) -> dict[str, Any]:
     return us(found)
 
 
-def measure(ctas: int, device: CudaDevice, stream: Stream, report: Callable[[str, dict[str, Any]], None]) -> None:
+def measure(
+    ctas: int, device: CudaDevice, stream: Stream, report: Callable[[str, dict[str, Any]], None]
+) -> None:
     bench = Bench(device, stream, ctas=ctas)
     try:
         report("ring_round_trip_us", bench.round_trip())
@@ -306,14 +324,21 @@ def measure(ctas: int, device: CudaDevice, stream: Stream, report: Callable[[str
                 ("restore", bench.restore(count, tokens=tokens, hash_only=False)),
                 ("hash", bench.restore(count, tokens=tokens, hash_only=True)),
             ):
-                report(f"{name}_{tokens}_tokens_gb_per_s", figure([size / s / 1e9 for s in found], "GB/s"))
+                report(
+                    f"{name}_{tokens}_tokens_gb_per_s",
+                    figure([size / s / 1e9 for s in found], "GB/s"),
+                )
     finally:
         bench.close()
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--ctas", type=int, nargs="*", default=[1, 2, 4], help="CTAs of the executor")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--ctas", type=int, nargs="*", default=[1, 2, 4], help="CTAs of the executor"
+    )
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args(arguments)
     figures: Figures = {}
@@ -325,14 +350,28 @@ def main(arguments: list[str]) -> int:
 
             def report(name: str, value: dict[str, Any], ctas: int = ctas) -> None:
                 figures[f"{name}.{ctas}_cta"] = value
-                print(f"{name:32} {ctas} CTA  {value['median']:10.2f} {value['unit']:10} (min {value['min']}, p95 {value['p95']}, n {value['n']})", flush=True)
+                print(
+                    f"{name:32} {ctas} CTA  {value['median']:10.2f} {value['unit']:10} (min {value['min']}, p95 {value['p95']}, n {value['n']})",
+                    flush=True,
+                )
 
             measure(ctas, device, stream, report)
     finally:
         device.close()
         stream.close()
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"machine": machine(), "model": "16 layers, 8 KV heads of 128, bf16, blocks of 16 tokens", "figures": figures}, indent=1) + "\n", encoding="utf-8")
+    options.output.write_text(
+        json.dumps(
+            {
+                "machine": machine(),
+                "model": "16 layers, 8 KV heads of 128, bf16, blocks of 16 tokens",
+                "figures": figures,
+            },
+            indent=1,
+        )
+        + "\n",
+        encoding="utf-8",
+    )
     return 0
 
 
