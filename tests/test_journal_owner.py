@@ -29,6 +29,7 @@ from concordia.journal.client import JournalClient, StreamAttachment
 from concordia.journal.folder import Folder, fit_size, free_bytes
 from concordia.journal.inspection import export, inspect, table, verify
 from concordia.journal.owner import Owner, spawn_owner
+from concordia.journal.replicas import Replicas
 from concordia.journal.writer import Entry, StreamWriter
 from concordia.testing.journal import SmallJournal, key_payload
 
@@ -368,6 +369,48 @@ def test_replicas_are_killed_when_router_and_owner_died_and_another_owner_adopts
         await_true(lambda: not fence.is_alive(int(words[1])) and not fence.is_alive(int(words[2])), "both end")
         with JournalClient.connect(journal) as client:
             assert client.match_prefix([100, 101, 102, 103], layout_hash=5, world=1).tokens == 16
+
+
+def test_sealed_replica_is_ended_and_released_when_the_owner_died_before_it_did_so(journal: Path) -> None:
+    first = start(journal)
+    with JournalClient.connect(journal) as client, Child(REPLICA, journal, 7, session=True) as child:
+        words = child.line()
+        client.register_replica(7, session_id=child.process.pid)
+        client.seal_replica(7)
+        client.finish(1)
+        os.kill(first, signal.SIGKILL)
+        await_true(lambda: not fence.is_alive(first), "the owner is dead")
+        start(journal)
+        try:
+            await_true(lambda: not fence.is_alive(int(words[1])) and not fence.is_alive(int(words[2])), "the session ends")
+        finally:  # a worker that lives would keep our pipe open
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(words[2]), signal.SIGKILL)
+        await_true(lambda: not inspect(journal)["replicas"], "the replica is released")
+        assert client.release_replica(7)
+
+
+def test_fence_is_repeated_and_told_once_when_a_session_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+
+    def step(_: fence.Fence) -> bool:
+        nonlocal looks
+        looks += 1
+        return looks > 3
+
+    monkeypatch.setattr(fence.Fence, "step", step)
+    monkeypatch.setattr(config, "FENCE_WAIT_S", 0.0)
+    with SmallJournal(tmp_path / "journal") as small:
+        replicas = Replicas(small.streams)
+        replicas.register(7, session=4711, router_pid=os.getpid())
+        assert not replicas.release(7)
+        for _ in range(2):
+            assert not replicas.release(7)
+        assert replicas.is_fencing
+        replicas.step()
+        assert not replicas.is_fencing
+        assert [e["event"] for _, e in small.streams.index.events] == ["unfenced"]
+        assert replicas.release(7)
 
 
 def test_leftovers_are_reported_and_removed_when_nobody_writes_any_more(journal: Path) -> None:

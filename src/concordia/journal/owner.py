@@ -66,6 +66,9 @@ class Owner:
                 self.watch(identity.writer_pid, identity.writer_start)
         for pid, start in self.replicas.routers():
             self.watch(pid, start)
+        released = self.replicas.release_fenced()
+        if released:
+            _say(f"goes on to end the sealed replicas {released}")
 
     def watch(self, pid: int, start: int) -> None:
         """Learn of the end of this process; at once when it is over already."""

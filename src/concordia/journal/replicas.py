@@ -8,8 +8,9 @@ dies, it is sealed first, then killed. Called by the owner. It does not watch pr
 from __future__ import annotations
 
 import os
+import time
 
-from concordia import abi
+from concordia import abi, config
 from concordia.errors import JournalError
 from concordia.journal import fence
 from concordia.journal.segment import Registration
@@ -24,6 +25,8 @@ class Replicas:
         self._entries: dict[int, tuple[int, Registration]] = {}  # by replica: index on the board
         self._fenced: set[int] = set()
         self._fences: dict[int, fence.Fence] = {}
+        self._late: dict[int, float] = {}  # fences that take long: when to look next
+        self._begun: dict[int, float] = {}
         for index, entry in streams.board.registrations().items():
             self._entries[entry.replica] = index, entry
             if entry.fenced:
@@ -82,9 +85,9 @@ class Replicas:
         self.seal(replica)
         if replica in self._entries:
             entry = self._entries[replica][1]
-            self._fences.setdefault(
-                replica, fence.Fence(entry.session, session_start=entry.session_start)
-            )
+            if replica not in self._fences:
+                self._begun[replica] = time.monotonic()
+                self._fences[replica] = fence.Fence(entry.session, session_start=entry.session_start)
             self.step()
             return replica not in self._fences
         for stream in self._streams.of_replica(replica):
@@ -93,6 +96,13 @@ class Replicas:
                 raise JournalError(f"replica {replica}: its writer {identity.writer_pid} lives")
         self._finish(replica)
         return True
+
+    def release_fenced(self) -> list[int]:
+        """Go on with what an owner before us had begun: a sealed replica never writes again, so it may end."""
+        found = [replica for replica, (_, entry) in self._entries.items() if entry.fenced]
+        for replica in found:
+            self.release(replica)
+        return found
 
     def router_died(self, router_pid: int, router_start: int, *, now: float) -> list[int]:
         """Seal and kill the replicas of this router; its requests will not be resumed."""
@@ -109,12 +119,21 @@ class Replicas:
         return orphans
 
     def step(self) -> None:
-        """Push the fences under way; release what is gone."""
+        """Push the fences under way; release what is gone. Looks rarely once one takes very long."""
+        now = time.monotonic()
         for replica, running in list(self._fences.items()):
+            if now < self._late.get(replica, 0.0):
+                continue
             if running.step():
                 running.close()
-                del self._fences[replica]
+                del self._fences[replica], self._begun[replica]
+                self._late.pop(replica, None)
                 self._finish(replica)
+            elif now - self._begun[replica] >= config.FENCE_WAIT_S:
+                if replica not in self._late:
+                    reason = f"session {running.session} lives {config.FENCE_WAIT_S} s after SIGKILL"
+                    self._streams.index.note({"event": "unfenced", "replica": replica, "reason": reason})
+                self._late[replica] = now + config.FENCE_WAIT_S / 10
 
     @property
     def is_fencing(self) -> bool:
