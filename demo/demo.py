@@ -206,12 +206,21 @@ def judge(runs: list[Run]) -> tuple[dict[str, Any], list[str]]:
 
 
 def pause_after(run: Run, injected: Hit) -> float:
-    """Seconds from the fault to the first token that a client then received."""
+    """Seconds from the fault to the first token that came after the pause it made.
+
+    Tokens that were on their way when the engine died still arrive, so the pause is each request's longest silence between this
+    fault and the next.
+    """
     at = injected.stamp_ns / 1e9
-    noticed = [f["detected_ns"] / 1e9 for f in run.faults]
-    after = min((n for n in noticed if n >= at), default=at)
-    later = [s for a in run.answers for s in a.stamps if s > after]
-    return (min(later) - at) if later else float("inf")
+    ends = [h.stamp_ns / 1e9 for h in run.hits if h.stamp_ns > injected.stamp_ns]
+    until = min(ends, default=float("inf"))
+    resumed = []
+    for answer in run.answers:
+        pairs = zip(answer.stamps, answer.stamps[1:], strict=False)
+        silences = [(b - a, b) for a, b in pairs if b > at and a < until]
+        if silences:
+            resumed.append(max(silences)[1] - at)
+    return min(resumed, default=float("inf"))
 
 
 def show(runs: list[Run], result: dict[str, Any]) -> None:
