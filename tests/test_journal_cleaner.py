@@ -188,6 +188,11 @@ def test_damaged_payload_is_reported_and_not_copied_when_the_cleaner_meets_it(tm
         cut = cut_of(journal.streams, 1)
         assert cut.pieces[0][0].pool_offset == at, "it was copied"
         assert len(journal.streams.free) > journal.cleaner.low - 2
+        segment = at // journal.pool.segment_bytes
+        assert journal.cleaner.is_unsound(segment)
+        assert journal.streams.index.finish(1, now=0.0)
+        journal.streams.index.settle(1e18)
+        assert not journal.cleaner.is_unsound(segment), "its next use would never be emptied"
 
 
 def test_places_told_to_a_restore_stay_when_room_is_needed(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from concordia import abi, config
 from concordia.errors import JournalError, JournalRefused
 from concordia.journal import fence, segment
 from concordia.journal.client import JournalClient, StreamAttachment
+from concordia.journal.desk import Peer
 from concordia.journal.folder import Folder, fit_size, free_bytes
 from concordia.journal.inspection import export, inspect, table, verify
 from concordia.journal.owner import Owner, spawn_owner
@@ -658,3 +659,40 @@ def test_owner_goes_on_and_says_so_when_its_cleaner_cannot(tmp_path: Path, monke
             owner.round()
         assert [e["reason"] for _, e in owner.streams.index.events] == ["no slot"]
         owner.desk.close()
+
+
+def is_mapped(file: Path) -> bool:
+    return str(file) in Path("/proc/self/maps").read_text()
+
+
+def test_files_are_unmapped_when_the_client_and_its_last_stream_are_closed(journal: Path) -> None:
+    start(journal)
+    with JournalClient.connect(journal) as client:
+        client.map()
+        assert is_mapped(journal / "pool")
+    assert not is_mapped(journal)
+    client = JournalClient.connect(journal)
+    opened, writer = open_rank(client)
+    client.close()
+    writer.append(Entry(abi.KIND_KV_TAIL, 1, 1, 0, 1), b"x")  # an executor may still run
+    opened.close()
+    del opened, writer
+    assert not is_mapped(journal)
+    with JournalClient.connect(journal) as other:
+        assert other.committed(1) == 1
+        assert other.stats()["peers"] == 1, "a closed client hung up for good"
+
+
+def test_owner_forgets_whom_it_answered_when_the_streams_are_gone(tmp_path: Path) -> None:
+    with SmallJournal(tmp_path / "journal") as small:
+        owner = Owner(small.home, small.pool, small.board, linger_s=60.0)
+        owner.streams.free.extend(range(4))
+        peer = Peer(socket.socket(), os.getpid())
+        asked = {"writer_kind": abi.WRITER_RANK, "rank": 0, "world": 1, "replica": 0, "layout_hash": 5, "label": "x"}
+        for turn in range(20):
+            answer = owner.office.answer(peer, "open_stream", {**asked, "nonce": str(turn)})
+            assert owner.office.answer(peer, "open_stream", {**asked, "nonce": str(turn)}) == answer
+            owner.office.answer(peer, "close_stream", answer)
+            owner.streams.give_back_empty()
+        assert len(owner.office._opened) == 1
+        peer.connection.close()

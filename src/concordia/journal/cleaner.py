@@ -26,7 +26,7 @@ class Cleaner:
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
         self._own: dict[tuple[int, int, int], Stream] = {}
-        self._unsound: set[int] = set()  # segments with a damaged payload: left as they are, and reported
+        self._unsound: dict[int, Held] = {}  # segments with a damaged payload: left as they are, and reported
         self.copied_bytes = 0
         self.copied_count = 0
         self.evicted_blocks = 0
@@ -38,6 +38,10 @@ class Cleaner:
         """Free segments below which cleaning begins."""
         tenth = self._streams.pool.segment_count // 10
         return max(config.CLEANER_SEGMENTS + 2, tenth)
+
+    def is_unsound(self, segment: int) -> bool:
+        """Whether a record that is wanted in this segment was found damaged."""
+        return segment in self._unsound and self._unsound[segment].uses > 0
 
     def step(self) -> None:
         """One bounded piece of work, if there is any to do."""
@@ -74,7 +78,7 @@ class Cleaner:
         for live, segment, stream in streams.cleanable():
             if live > live_bytes_max:
                 return False
-            if segment in self._unsound:
+            if self.is_unsound(segment):
                 continue
             if self._empty(stream, segment):
                 return True
@@ -87,7 +91,7 @@ class Cleaner:
         streams = self._streams
         found: dict[Stream, list[tuple[int, int]]] = {}
         for live, segment, stream in streams.cleanable():
-            if stream.is_released and stream.is_sealed and segment not in self._unsound:
+            if stream.is_released and stream.is_sealed and not self.is_unsound(segment):
                 found.setdefault(stream, []).append((live, segment))
         whole = [stream for stream, held in found.items() if len(held) == len(stream.segments)]
         if not whole:
@@ -108,7 +112,8 @@ class Cleaner:
         view = streams.pool.view
         old = held.record
         if not has_sound_payload(view, old):
-            self._unsound.add(old.offset // streams.pool.segment_bytes)
+            self._unsound = {segment: one for segment, one in self._unsound.items() if one.uses}
+            self._unsound[old.offset // streams.pool.segment_bytes] = held
             streams.corrupt_count += 1
             streams.index.note(
                 {

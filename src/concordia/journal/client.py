@@ -59,6 +59,8 @@ class JournalClient:
         self._lock = threading.Lock()
         self._line: Line | None = None
         self._mapped: tuple[Pool, Board] | None = None
+        self._attached: set[StreamAttachment] = set()  # their executors write through our mappings
+        self._is_closed = False
         self._pid = os.getpid()
 
     @classmethod
@@ -79,11 +81,10 @@ class JournalClient:
         self.close()
 
     def close(self) -> None:
-        """Hang up; streams that were opened stay open until closed, or until this process ends."""
+        """Hang up and unmap; streams that were opened keep the mappings and stay open until closed."""
         with self._lock:
-            if self._line is not None:
-                self._line.close()
-                self._line = None
+            self._is_closed = True
+            self._let_go()
 
     # --- writers
 
@@ -102,11 +103,20 @@ class JournalClient:
             label=label,
         )
         pool, board = self.map(writable=True)
-        return StreamAttachment(self, answer["slot"], answer["stream"], pool, board)
+        attachment = StreamAttachment(self, answer["slot"], answer["stream"], pool, board)
+        with self._lock:
+            self._attached.add(attachment)
+        return attachment
 
     def close_stream(self, attachment: StreamAttachment) -> None:
         """The writer has ended; what it committed stays."""
-        self._ask("close_stream", slot=attachment.slot, stream=attachment.stream)
+        try:
+            self._ask("close_stream", slot=attachment.slot, stream=attachment.stream)
+        finally:
+            with self._lock:
+                self._attached.discard(attachment)
+                if self._is_closed:
+                    self._let_go()
 
     def map(self, *, writable: bool = False) -> tuple[Pool, Board]:
         """Pool and board in this process: for writers, and for whoever restores from pool offsets."""
@@ -213,6 +223,13 @@ class JournalClient:
                             f"the owner of {self.journal} broke off during {operation}: {error}"
                         ) from error
         raise AssertionError("the loop returns or raises")
+
+    def _let_go(self) -> None:
+        self._hang_up()
+        if self._mapped is not None and not self._attached:
+            for mapped in self._mapped:
+                mapped.close()
+            self._mapped = None
 
     def _hang_up(self) -> None:
         if self._line is not None:

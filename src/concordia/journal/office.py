@@ -87,6 +87,12 @@ class Office:
         identity = Identity(0, kind, rank, world, peer.pid, writer.start, replica, layout)
         opened = self._owner.streams.open(identity, str(arguments["label"]))
         self._owner.watch(peer.pid, writer.start)
+        by_slot = self._owner.streams.by_slot
+        self._opened = {
+            asked: (slot, stream)
+            for asked, (slot, stream) in self._opened.items()
+            if slot in by_slot and by_slot[slot].identity.stream == stream
+        }
         self._opened[nonce] = opened.control.slot, opened.identity.stream
         return {"slot": opened.control.slot, "stream": opened.identity.stream}
 
