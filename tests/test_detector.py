@@ -245,6 +245,58 @@ def test_deadline_is_that_of_the_largest_step_when_two_are_under_way(
     assert next((f.kind for f in faults if f), None) == kind
 
 
+def test_short_steps_are_learned_when_only_some_are_seen() -> None:
+    detector = Detector(7, Threads().read)
+    step_ns = 2_000_000
+    for tick in range(1, 12):  # 25 steps between two looks, and one under way at each
+        number = 25 * tick
+        stream = replace(
+            STEP,
+            step_started=number + 1,
+            step_done=number,
+            step_started_ns=number * step_ns + 1,
+            step_done_ns=number * step_ns,
+        )
+        assert detector.observe(replace(at(TICK * tick), streams=(stream,))) is None
+    assert detector.deadline_s(STEP.label, 4) == config.STEP_DEADLINE_MIN_S
+
+
+def test_long_step_is_learned_with_its_own_size_when_the_next_has_begun() -> None:
+    detector = Detector(7, Threads(run=1.0).read)
+    for number in range(1, 13):
+        begun = replace(
+            STEP,
+            step_started=number,
+            step_done=number - 1,
+            step_tokens=2000,
+            step_started_ns=number * SECOND,
+        )
+        after = replace(
+            STEP,
+            step_started=number + 1,
+            step_done=number,
+            step_tokens=4,
+            step_started_ns=(number + 1) * SECOND - 5,
+            step_done_ns=(number + 1) * SECOND - 10,
+        )
+        for stream in (begun, after):
+            assert (
+                detector.observe(replace(at(stream.step_started_ns + 1), streams=(stream,))) is None
+            )
+    assert detector.deadline_s(STEP.label, 2000) == pytest.approx(5.0, rel=0.01)
+
+
+def test_what_was_learned_counts_for_the_next_engine_when_shared() -> None:
+    deadlines: dict[str, StepDeadline] = {}
+    first = Detector(7, Threads().read, deadlines)
+    for step in range(1, 20):
+        done = replace(
+            STEP, step_started=step, step_done=step, step_started_ns=1, step_done_ns=1 + SECOND // 2
+        )
+        first.observe(replace(at(SECOND), streams=(done,)))
+    assert Detector(8, Threads().read, deadlines).deadline_s(STEP.label, 4) == pytest.approx(2.5)
+
+
 def test_late_watcher_does_not_blame_the_engine_when_it_was_starved_itself() -> None:
     threads = Threads(now_ns=8 * SECOND)
     detector = Detector(7, threads.read)

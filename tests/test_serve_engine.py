@@ -40,6 +40,7 @@ class Scene:
     served: Served
     journal: pathlib.Path
     run: pathlib.Path
+    hang: pathlib.Path
     sessions: set[int] = field(default_factory=set)
     names: set[str] = field(default_factory=set)
 
@@ -82,14 +83,25 @@ def scene() -> Iterator[Scene]:
             *("--max-model-len", "4096", "--kv-cache-memory-bytes", str(128 << 20)),
             *("--journal-dir", str(journal), "--journal-size", "256MiB"),
             *("--run-dir", str(folder / "run")),
+            *("--", "--logits-processors", "hanging_processor:HangingProcessor"),
         ]
-        os.environ["CONCORDIA_RUN_DIR"] = str(folder / "run")  # for `concordia status`
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CONCORDIA_RUN_DIR", str(folder / "run"))  # for `concordia status`
+            patch.setenv("HANG_FILE", str(folder / "hang"))
+            paths = [str(pathlib.Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+            patch.setenv("PYTHONPATH", os.pathsep.join(p for p in paths if p))
             with Served(folder / "model", flags, log=folder / "serve.log") as served:
                 served.wait_ready(timeout_s=START_S, standbys=1)
-                yield Scene(served, journal, folder / "run")
-        finally:
-            del os.environ["CONCORDIA_RUN_DIR"]
+                yield Scene(served, journal, folder / "run", folder / "hang")
+
+
+def make_hang(trigger: pathlib.Path, session: int) -> Hit:
+    """Let the next forward of that session never end."""
+    stamp = time.monotonic_ns()
+    partial = trigger.with_suffix(".partial")
+    partial.write_text(str(session))
+    partial.rename(trigger)
+    return Hit("HANG", "forward", session, stamp)
 
 
 def crowding() -> float:
@@ -98,7 +110,7 @@ def crowding() -> float:
 
 
 def ask_and_hit(
-    scene: Scene, target: Target, number: signal.Signals
+    scene: Scene, target: Target, number: signal.Signals | None
 ) -> tuple[Hit, list[int], dict[str, Any]]:
     """Stream an answer, hit the engine in its middle; the token ids and the report at the end."""
     session = scene.session("ready")
@@ -125,18 +137,19 @@ def ask_and_hit(
             for choice in event["choices"]:
                 ids += choice.get("token_ids") or []
             if done is None and len(ids) > TOKENS // 4:
-                done = hit(session, target, number)
+                done = hit(session, target, number) if number else make_hang(scene.hang, session)
     assert done is not None
     return done, ids, report
 
 
-def test_stream_goes_on_when_the_engine_core_is_killed_and_then_a_worker_hangs(
+def test_stream_goes_on_when_a_core_is_killed_a_worker_stopped_or_a_forward_hangs(
     scene: Scene,
 ) -> None:
     reference: list[int] = []
-    for target, number, kind in (
-        (Target.ENGINE_CORE, signal.SIGKILL, "process-death"),
-        (Target.RANK_LAST, signal.SIGSTOP, "process-stopped"),
+    for target, number, kind, bound_ms in (
+        (Target.ENGINE_CORE, signal.SIGKILL, "process-death", 100),
+        (Target.RANK_LAST, signal.SIGSTOP, "process-stopped", 100),
+        (Target.RANK_LAST, None, "step-overdue", 1500),
     ):
         scene.served.wait_ready(timeout_s=START_S, standbys=1)
         seen = len(scene.status()["faults"])
@@ -145,7 +158,7 @@ def test_stream_goes_on_when_the_engine_core_is_killed_and_then_a_worker_hangs(
         detected_ms = (fault["detected_ns"] - injected.stamp_ns) / 1e6
         print(f"{kind}: detected after {detected_ms:.1f} ms, {scene.status()['failovers'][-1]}")
         assert fault["kind"] == kind
-        assert detected_ms < 100 * crowding()
+        assert detected_ms < bound_ms * crowding()
         assert len(ids) == TOKENS
         assert report["failovers"] == 1
         assert ids == (reference or ids)

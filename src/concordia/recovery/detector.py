@@ -70,12 +70,15 @@ class Sample:
 class Detector:
     """Decides for one replica; `observe` returns the first fault that a sample shows."""
 
-    def __init__(self, replica: int, read_times: ReadTimes) -> None:
+    def __init__(
+        self, replica: int, read_times: ReadTimes, deadlines: dict[str, StepDeadline] | None = None
+    ) -> None:
         self.replica = replica
         self._read_times = read_times
-        self._deadlines: dict[str, StepDeadline] = {}
+        # By writer; engines of one server may share what they learned, since they run the same model on alike parts of one machine.
+        self._deadlines = {} if deadlines is None else deadlines
         self._steps: dict[str, _Step] = {}
-        self._learned: dict[str, int] = {}
+        self._before: dict[str, StreamSample] = {}
         self._traced_since: dict[int, int] = {}
         self._api_stall: _Stall | None = None
         self._idle_stall: _Stall | None = None
@@ -92,7 +95,7 @@ class Detector:
 
     def deadline_s(self, label: str, tokens: int) -> float:
         """When a step of this writer is overdue at present."""
-        return self._deadlines.setdefault(label, StepDeadline()).deadline_s(tokens)
+        return self._deadline(label).deadline_s(tokens)
 
     def _process_fault(self, sample: Sample) -> Fault | None:
         self._traced_since = {
@@ -195,28 +198,38 @@ class Detector:
             )
         return None
 
+    def _deadline(self, label: str) -> StepDeadline:
+        return self._deadlines.setdefault(label, StepDeadline())
+
     def _deadline_of(self, stream: StreamSample) -> float:
         """With two steps under way the words name the later one only, and the earlier may be of any size."""
         if stream.step_started - stream.step_done <= 1:
             return self.deadline_s(stream.label, stream.step_tokens)
-        deadlines = self._deadlines.setdefault(stream.label, StepDeadline())
+        deadlines = self._deadline(stream.label)
         return max(deadlines.deadline_s(stream.step_tokens), deadlines.longest_s())
 
     def _learn(self, stream: StreamSample) -> None:
-        """Take a finished step into account, once.
+        """Take what steps have ended since the last sample into account.
 
-        An engine that schedules ahead announces the next step before the one under way ends: what then lies between the two stamps is the
-        time of the one that ended, whose size is taken to be the next one's. Where that is wrong, medians outvote it.
+        A step's own stamps are seen when it ends between two samples or is the last one. An engine that schedules ahead announces the next
+        step before the one under way ends: what then lies between the two stamps is the time of the one that ended. Of many short steps
+        only their mean is seen. The size is the announced one each time; where that is wrong, medians outvote it.
         """
-        ends_last = stream.step_started - 1 <= stream.step_done <= stream.step_started
-        if stream.step_done <= self._learned.get(stream.label, 0) or not ends_last:
+        before = self._before.get(stream.label)
+        self._before[stream.label] = stream
+        if before is not None and stream.step_done <= before.step_done:
             return
-        if stream.step_done_ns <= stream.step_started_ns:
-            return
-        self._learned[stream.label] = stream.step_done
-        self._deadlines.setdefault(stream.label, StepDeadline()).learn(
-            stream.step_tokens, (stream.step_done_ns - stream.step_started_ns) / 1e9
-        )
+        tokens, duration_ns = stream.step_tokens, 0
+        if before is not None and stream.step_done == before.step_started:
+            tokens, duration_ns = before.step_tokens, stream.step_done_ns - before.step_started_ns
+        elif stream.step_started - 1 <= stream.step_done <= stream.step_started:
+            duration_ns = stream.step_done_ns - stream.step_started_ns
+        if duration_ns <= 0 and before is not None and before.step_tokens == tokens:
+            span_ns = stream.step_started_ns - before.step_started_ns
+            if 0 < span_ns < config.STEP_SUSPECT_S * 1e9:  # longer ones may hold a pause
+                duration_ns = span_ns // (stream.step_started - before.step_started)
+        if duration_ns > 0:
+            self._deadline(stream.label).learn(tokens, duration_ns / 1e9)
 
     def _fault(self, sample: Sample, kind: FaultKind, detail: str, pid: int) -> Fault:
         return Fault(kind, self.replica, sample.now_ns, detail, pid)

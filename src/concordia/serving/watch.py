@@ -22,6 +22,7 @@ from concordia.errors import ConcordiaError
 from concordia.journal.control import Control
 from concordia.journal.folder import Folder
 from concordia.journal.segment import Board
+from concordia.recovery.deadline import StepDeadline
 from concordia.recovery.detector import Detector, ProcessSample, Sample, StreamSample
 from concordia.recovery.fault import Fault, FaultKind
 from concordia.serving.heartbeat import Heartbeat
@@ -47,6 +48,7 @@ class Watch:
             None  # inode, so that a new file under the name is seen
         )
         self._entries: dict[int, _Entry] = {}
+        self._deadlines: dict[str, StepDeadline] = {}
         self._lock = threading.Lock()  # held while entries are looked at
         self._selector = selectors.DefaultSelector()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -57,9 +59,8 @@ class Watch:
 
     def add(self, replica: Replica) -> None:
         """Look at this replica from now on; what it consists of is known when this returns."""
-        entry = _Entry(
-            replica, Detector(replica.incarnation, read_thread_times), Heartbeat(replica)
-        )
+        detector = Detector(replica.incarnation, read_thread_times, self._deadlines)
+        entry = _Entry(replica, detector, Heartbeat(replica))
         with self._lock:
             self._refresh(entry, time.monotonic_ns())
             self._entries[replica.incarnation] = entry
