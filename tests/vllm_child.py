@@ -15,6 +15,8 @@ from typing import Any
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# Threads of one OpenMP team spin for each other: with more of them than idle cores a step takes a hundred times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def say(**facts: Any) -> None:
