@@ -543,3 +543,20 @@ def test_answer_ends_with_its_stop_token_when_the_seam_lies_right_before_it() ->
         assert joined(text)["text"] == "abc"
 
     run(scenario)
+
+
+def test_sampled_answer_says_that_its_sampler_was_lost_when_nothing_restores_it() -> None:
+    async def scenario() -> None:
+        first, second = engines(2)
+        first.failures = [Failure(4, "kill")]
+        async with served(first, second) as bench:
+            body = completion(temperature=0.8, seed=11, concordia={"report": True})
+            _, text = await ask(bench, **body)
+            assert bench.metrics.by_label("requests") == {"sampler not restorable": 1}
+        assert len(joined(text)["ids"]) == 12
+        assert first.bodies[0]["seed"] == 11
+        assert second.bodies[0]["seed"] != 11, "the same noise again would bias what follows"
+        (report,) = [e["concordia"] for e in events(text) if "concordia" in e]
+        assert report["level"] == "re-prefilled"
+
+    run(scenario)

@@ -115,7 +115,9 @@ class Flight:
         self._limit = _limit(request, len(prompt), context_tokens, defaults)
         self._is_regenerated = False
         self._resumed_at = 0  # tokens known at the last submission
-        self._bounds: dict[int, int] = {}  # incarnation -> tokens that were known when the next one was submitted
+        self._bounds: dict[
+            int, int
+        ] = {}  # incarnation -> tokens that were known when the next one was submitted
         self._echo: int | None = None  # while regenerating: ids that came again so far
         self._seat: asyncio.Future[EventStream] = asyncio.get_running_loop().create_future()
         self._text = Detokenizer(

@@ -77,8 +77,9 @@ class Metrics:
         counts = self._counts[name]
         counts[labels] = counts.get(labels, 0) + value
 
-    def protected(self) -> None:
-        self.count("requests", 1, "protected", "")
+    def protected(self, limit: str) -> None:
+        """A request that outlives its replica; `limit` names what of it cannot be restored, if anything."""
+        self.count("requests", 1, "protected", limit)
 
     def unprotected(self, reason: str) -> None:
         self.count("requests", 1, "unprotected", reason)

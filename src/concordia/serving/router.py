@@ -181,7 +181,9 @@ class Router:
             except BaseException:
                 generation.close()
                 raise
-        self.metrics.protected()
+        self.metrics.protected(
+            "sampler not restorable" if request.draw is Sampler.GENERATOR else ""
+        )
         return generation
 
     # --- what a generation asks of its keeper
@@ -244,9 +246,10 @@ class Router:
     ) -> bool:
         """Post one flight; False when the replica broke. A refusal by vLLM ends the flight."""
         body = flight.submission(ticket, restores=self.settings.restore)
+        headers = json_headers({**flight.headers, "x-request-id": flight.name})
         try:
             stream = await self.upstream.post_stream(
-                replica.base_url + COMPLETIONS, body, headers=json_headers(flight.headers)
+                replica.base_url + COMPLETIONS, body, headers=headers
             )
         except RequestRefused as error:
             flight.fail(error)
