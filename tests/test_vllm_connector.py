@@ -205,6 +205,24 @@ def test_worker_s_loss_ends_protection_of_the_engine_when_it_is_reported(
     assert [e for e in events if e["event"] == "unprotected" and str(e["request"]).endswith(":r")]
 
 
+def test_request_is_protected_again_when_the_journal_has_room_again(
+    pair: tuple[ConcordiaConnector, ConcordiaConnector], journal: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "APPEND_RETRY_S", 0.0)
+    monkeypatch.setattr(config, "APPEND_PROVEN_S", 0.0)
+    scheduler, worker = pair
+    request = asked("r", 70)
+    scheduler.on_new_request(request)
+    run(scheduler, worker, step_of(("r", [1, 2, 3], 0, 70)))
+    report = WorkerReport(step=1, missed={"r": (40, "the journal had no room")})
+    scheduler.update_connector_output(SimpleNamespace(kv_connector_worker_meta=report))
+    meta = run(scheduler, worker, step_of(cached=(("r", [], 70, 1),)))
+    assert meta.writes[0].full == ((1, 2),)
+    assert meta.writes[0].tail == (64, 71, 3)
+    run(scheduler, worker, step_of(cached=(("r", [], 71, 1),)))
+    eventually(journal, lambda e: e["event"] == "protected" and str(e["request"]).endswith(":r"))
+
+
 def test_blocks_are_reported_failed_when_promised_tokens_cannot_be_had(
     pair: tuple[ConcordiaConnector, ConcordiaConnector],
 ) -> None:
@@ -338,6 +356,8 @@ def test_engine_says_once_why_it_is_not_protected_when_it_cannot_be(
 
 
 def test_reports_add_up_to_the_worst_rank_when_they_are_joined() -> None:
-    first = WorkerReport(step=5, lost={"a": "x"}, loaded={"r": 0})
-    second = WorkerReport(step=4, lost={"b": "y"}, loaded={"r": 2}, off="gone")
-    assert first.aggregate(second) == WorkerReport(step=4, lost={"a": "x", "b": "y"}, loaded={"r": 2}, off="gone")
+    first = WorkerReport(step=5, lost={"a": "x"}, missed={"m": (9, "x")}, loaded={"r": 0})
+    second = WorkerReport(step=4, lost={"b": "y"}, missed={"m": (4, "y")}, loaded={"r": 2}, off="gone")
+    assert first.aggregate(second) == WorkerReport(
+        step=4, lost={"a": "x", "b": "y"}, missed={"m": (4, "y")}, loaded={"r": 2}, off="gone"
+    )

@@ -15,7 +15,7 @@ import pytest
 from concordia import abi, config
 from concordia.errors import ConcordiaError, RingFull, UsageError, WaitTimeout
 from concordia.integrations.vllm.door import GuestDoor
-from concordia.integrations.vllm.pump import Append, AppendPump, Batch
+from concordia.integrations.vllm.pump import Append, AppendPump, Batch, Failure
 from concordia.integrations.vllm.settings import Settings
 
 
@@ -57,7 +57,7 @@ class Gate:
 
 
 def append(request: str, block: int, ticket: int) -> Append:
-    return Append(request, (block,), lambda: ticket)
+    return Append(request, 10 * block, (block,), lambda: ticket)
 
 
 def test_block_is_free_when_its_append_is_done() -> None:
@@ -75,7 +75,7 @@ def test_engine_s_block_wins_when_the_append_was_not_handed_in_yet() -> None:
     pump = AppendPump(tickets, is_threaded=True)
     gate = Gate()
     submitted: list[str] = []
-    late = Append("a", (1,), lambda: submitted.append("a"))
+    late = Append("a", 10, (1,), lambda: submitted.append("a"))
     pump.submit(Batch([late], event=gate))
     assert pump.wait_for([1], timeout_s=0.05) == ["a"]
     gate.open.set()
@@ -97,7 +97,7 @@ def test_nothing_is_handed_in_when_the_step_has_not_happened() -> None:
     pump = AppendPump(tickets, is_threaded=True)
     gate = Gate()
     order: list[str] = []
-    work = Append("a", (1,), lambda: order.append("append") or 0)
+    work = Append("a", 10, (1,), lambda: order.append("append") or 0)
     pump.submit(Batch([work], event=gate, before=lambda: order.append("before")))
     assert order == []
     gate.open.set()
@@ -113,8 +113,17 @@ def test_request_is_told_of_once_when_its_append_failed() -> None:
     pump.submit(Batch([append("a", 1, 0), append("a", 2, 1)]))
     tickets.finish(0, abi.STATUS_JOURNAL_FULL)
     tickets.finish(1, abi.STATUS_JOURNAL_FULL)
-    assert pump.collect() == {"a": "the journal is full"}
+    assert pump.collect() == {"a": Failure(10, "the journal had no room", True)}
     assert pump.collect() == {}
+
+
+def test_request_is_given_up_when_one_of_its_failures_never_passes() -> None:
+    tickets = FakeTickets()
+    pump = AppendPump(tickets, is_threaded=False)
+    pump.submit(Batch([append("a", 2, 0), append("a", 1, 1)]))
+    tickets.finish(0, abi.STATUS_TOO_LARGE)
+    tickets.finish(1, abi.STATUS_JOURNAL_FULL)
+    assert pump.collect() == {"a": Failure(10, "the record does not fit a segment", False)}
 
 
 def test_request_loses_protection_when_the_ring_is_full_on_the_engine_s_thread() -> None:
@@ -122,8 +131,8 @@ def test_request_loses_protection_when_the_ring_is_full_on_the_engine_s_thread()
         raise RingFull("no slot")
 
     pump = AppendPump(FakeTickets(), is_threaded=False)
-    pump.submit(Batch([Append("a", (1,), refuse)]))
-    assert pump.collect() == {"a": "no slot"}
+    pump.submit(Batch([Append("a", 10, (1,), refuse)]))
+    assert pump.collect() == {"a": Failure(10, "no slot", True)}
     assert pump.wait_for([1], timeout_s=0) == []
 
 
@@ -139,7 +148,7 @@ def test_pump_waits_when_the_ring_is_full_on_its_own_thread() -> None:
         return 1
 
     tickets.finish(1)
-    pump.submit(Batch([append("a", 1, 0), Append("b", (2,), refuse_once)]))
+    pump.submit(Batch([append("a", 1, 0), Append("b", 20, (2,), refuse_once)]))
     threading.Timer(0.05, tickets.finish, (0,)).start()
     assert pump.drain(timeout_s=5)
     assert len(tries) == 2
@@ -152,7 +161,7 @@ def test_failure_of_the_pump_reaches_the_door_when_its_thread_broke() -> None:
         raise ValueError("broken")
 
     pump = AppendPump(FakeTickets(), is_threaded=True)
-    pump.submit(Batch([Append("a", (1,), break_down)]))
+    pump.submit(Batch([Append("a", 10, (1,), break_down)]))
     pump.close()
     with pytest.raises(ConcordiaError, match="broken"):
         pump.collect()
@@ -207,7 +216,7 @@ def test_append_is_not_called_back_when_it_is_being_submitted(
         return 0
 
     pump = AppendPump(FakeTickets(), is_threaded=True)
-    pump.submit(Batch([Append("a", (1,), slow)]))
+    pump.submit(Batch([Append("a", 10, (1,), slow)]))
     assert entered.wait(5)
     with pytest.raises(WaitTimeout):  # the engine must not be told that the block is its own
         pump.wait_for([1], timeout_s=0.01)
@@ -218,7 +227,7 @@ def test_append_is_not_called_back_when_it_is_being_submitted(
 def test_nothing_is_submitted_any_more_when_the_pump_was_abandoned() -> None:
     gate, submitted = Gate(), []
     pump = AppendPump(FakeTickets(), is_threaded=True)
-    work = Append("a", (1,), lambda: submitted.append("a") or 0)
+    work = Append("a", 10, (1,), lambda: submitted.append("a") or 0)
     pump.submit(Batch([work], event=gate))
     pump.abandon()
     gate.open.set()

@@ -18,6 +18,7 @@ from concordia.integrations.vllm.identity import (
     parse_identity,
     private_key,
 )
+from concordia.integrations.vllm.retry import Retries
 from concordia.integrations.vllm.write_set import Scheduled, Track, WriteSet
 
 SIZE = 4
@@ -209,6 +210,43 @@ def test_request_stops_appending_when_the_worker_lost_it() -> None:
     assert held.step([more("a", 5, 6)], step=2).writes == []
     held.tracks["b"] = track("b", list(range(5)))
     assert held.step([new("b", [1, 3], 5, start=4, hit=4)], step=3).writes[0].full == ((0, 1),)
+
+
+def test_whoever_relied_on_a_block_names_it_anew_when_it_was_not_saved() -> None:
+    held = WriteSet(block_tokens=SIZE)
+    held.tracks["a"] = track("a", list(range(10)))
+    held.tracks["b"] = track("b", [*range(8), 50])
+    held.step([new("a", [1, 2, 3], 10), new("b", [1, 2, 4], 9, start=8, hit=8)], step=1)
+    held.rewind("a", 5)
+    done = held.step([more("a", 10, 11), more("b", 9, 10)], step=2)
+    assert [write.full for write in done.writes] == [((1, 2),), ()]
+    assert done.notes[0].entries == done.notes[1].entries
+    assert [write.tail for write in done.writes] == [(8, 11, 3), (8, 10, 4)]
+    assert [write.incarnation for write in done.writes] == [1000, 1000]
+
+
+def test_nothing_is_appended_while_a_request_rests() -> None:
+    held = WriteSet(block_tokens=SIZE)
+    held.tracks["a"] = track("a", list(range(10)))
+    held.step([new("a", [1, 2], 6)], step=1)
+    held.tracks["a"].is_resting = True
+    assert held.step([more("a", 6, 7)], step=2).writes == []
+    held.tracks["a"].is_resting = False
+    assert held.step([more("a", 7, 8)], step=3).writes[0].full == ((1, 2),)
+
+
+def test_waits_double_and_end_when_appends_fail_and_go_well_again() -> None:
+    waits = Retries()
+    waits.miss("a", now=0.0)
+    waits.miss("a", now=0.0)  # the same failure, seen twice
+    assert waits.take_due(now=0.05) == []
+    assert waits.take_due(now=0.1) == ["a"]
+    waits.miss("a", now=0.2)
+    assert waits.take_due(now=0.35) == []
+    assert waits.take_due(now=0.4) == ["a"]
+    assert waits.take_recovered(now=1.0) == []
+    assert waits.take_recovered(now=1.5) == ["a"]
+    assert waits.take_due(now=99.0) == []
 
 
 def test_request_is_lost_with_a_reason_when_its_blocks_do_not_add_up() -> None:

@@ -79,6 +79,9 @@ IDLE_STEP_WAIT_S: Final = (
     0.002  # an engine that only waits for a restore asks again this often, instead of spinning
 )
 HEARTBEAT_S: Final = 0.25
+APPEND_RETRY_S: Final = 0.1  # after an append that found no room: an owner that was starved of the processor for a moment is back by then
+APPEND_RETRY_S_MAX: Final = 10.0
+APPEND_PROVEN_S: Final = 1.0  # without a failure for this long a request counts as protected again
 PROBE_ATTEMPTS_MAX: Final = (
     64  # steps that may pass without proof before a layout stays on whole blocks
 )

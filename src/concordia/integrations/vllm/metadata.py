@@ -34,18 +34,23 @@ class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """What happened in one step, and since the report before."""
 
     step: int = 0
-    lost: dict[str, str] = field(default_factory=dict)  # request -> why its appends failed
+    lost: dict[str, str] = field(default_factory=dict)  # request -> why its appends failed for good
+    missed: dict[str, tuple[int, str]] = field(default_factory=dict)  # request -> (token from which it is not saved, why): may be tried again
     loaded: dict[str, int] = field(default_factory=dict)  # request -> pieces whose bytes were not as committed
     off: str | None = None  # why this worker protects nothing any more
 
     def aggregate(self, other: WorkerReport) -> WorkerReport:
         """Both reports as one."""
+        missed = dict(self.missed)
+        for request, found in other.missed.items():
+            missed[request] = min(found, missed.get(request, found))
         loaded = dict(self.loaded)
         for request, count in other.loaded.items():
             loaded[request] = loaded.get(request, 0) + count
         return WorkerReport(
             step=min(self.step, other.step),
             lost={**other.lost, **self.lost},
+            missed=missed,
             loaded=loaded,
             off=self.off or other.off,
         )

@@ -20,7 +20,7 @@ from concordia import abi, config
 from concordia.errors import ConcordiaError, RingFull, WaitTimeout
 
 STATUS_WORDS = {
-    abi.STATUS_JOURNAL_FULL: "the journal is full",
+    abi.STATUS_JOURNAL_FULL: "the journal had no room",
     abi.STATUS_TOO_LARGE: "the record does not fit a segment",
     abi.STATUS_BAD_TASK: "the executor refused the task",
 }
@@ -44,11 +44,21 @@ class Append:
     """One append: how to submit it, and which blocks it reads until it is done."""
 
     request: str
+    start: int  # first token that is not saved if this fails
     blocks: tuple[int, ...]
     submit: Callable[[], Any]
     ticket: Any = None
     is_claimed: bool = False  # being submitted: it cannot be called back any more
     is_done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """From which token on a request is not saved, why, and whether the same may go well later."""
+
+    start: int
+    reason: str
+    may_pass: bool
 
 
 @dataclass(slots=True)
@@ -70,7 +80,7 @@ class AppendPump:
         self._lock = threading.Condition()
         self._open: deque[Append] = deque()  # submitted or queued, oldest first
         self._readers: dict[int, int] = {}  # block -> unfinished appends that read it
-        self._failed: dict[str, str] = {}
+        self._failed: dict[str, Failure] = {}
         self._error: str | None = None
         self._queue: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -83,7 +93,7 @@ class AppendPump:
         with self._lock:
             if len(self._open) + len(batch.appends) > config.RING_SLOTS:
                 for append in batch.appends:
-                    self._failed[append.request] = f"{len(self._open)} appends are unfinished"
+                    self._note(append, f"{len(self._open)} appends are unfinished", may_pass=True)
                 return
             for append in batch.appends:
                 self._open.append(append)
@@ -94,7 +104,7 @@ class AppendPump:
         else:
             self._send(batch)
 
-    def collect(self) -> dict[str, str]:
+    def collect(self) -> dict[str, Failure]:
         """Retire finished appends; returns the requests that failed since the last call, with the reason."""
         with self._lock:
             self._retire()
@@ -228,7 +238,7 @@ class AppendPump:
             if append.is_claimed or append.is_done:
                 return append.is_done
             self._free(append)
-            self._failed[append.request] = "its blocks were needed before they could be saved"
+            self._note(append, "its blocks were needed before they could be saved", may_pass=True)
             return True
 
     def _retire(self) -> None:
@@ -254,14 +264,23 @@ class AppendPump:
             return
         self._free(append)
         if done.status != abi.STATUS_OK:
-            self._failed[append.request] = STATUS_WORDS.get(done.status, f"status {done.status}")
+            reason = STATUS_WORDS.get(done.status, f"status {done.status}")
+            self._note(append, reason, may_pass=done.status == abi.STATUS_JOURNAL_FULL)
 
     def _fail(self, append: Append, reason: str) -> None:
         with self._lock:
             self._submitted -= 1
             self._free(append)
-            self._failed[append.request] = reason
+            self._note(append, reason, may_pass=True)
             self._lock.notify_all()
+
+    def _note(self, append: Append, reason: str, *, may_pass: bool) -> None:
+        """Lock held: the earliest token rules, and what never passes."""
+        old = self._failed.get(append.request)
+        start = append.start if old is None else min(append.start, old.start)
+        if old is not None and not old.may_pass:
+            reason, may_pass = old.reason, False
+        self._failed[append.request] = Failure(start, reason, may_pass)
 
     def _free(self, append: Append) -> None:
         if append.is_done:

@@ -21,6 +21,7 @@ from concordia.integrations.vllm.door import logger
 from concordia.integrations.vllm.identity import Identity, KeyChain, parse_identity, seed_bytes
 from concordia.integrations.vllm.metadata import StepMetadata, WorkerReport
 from concordia.integrations.vllm.restorer import Restorer, Source
+from concordia.integrations.vllm.retry import Retries
 from concordia.integrations.vllm.scribe import Scribe
 from concordia.integrations.vllm.settings import Settings
 from concordia.integrations.vllm.write_set import StepWrites, Track, WriteSet
@@ -61,6 +62,7 @@ class SchedulerSide:
         self._given: list[int] = []  # blocks handed out since the last step
         self._hits: dict[str, int] = {}
         self._said: set[str] = set()  # requests whose loss of protection was said
+        self._retries = Retries()
         self._learn_at_start()
 
     # --- what the scheduler tells us, in the order of a request's life
@@ -105,6 +107,7 @@ class SchedulerSide:
         learned = self._scribe.take_known()
         if learned is not None:
             self._writes.learn(learned[0], before_step=learned[1])
+        self._try_again()
         given, self._given = self._given + compat.overwritten_blocks(output), []
         result = self._writes.step(
             compat.scheduled_requests(output, hits=self._hits, loaded=loads.keys), step=self._step, given=given
@@ -134,6 +137,8 @@ class SchedulerSide:
                 self._lose(name, f"{mismatches} restored pieces were not as committed")
         for name, reason in report.lost.items():
             self._lose(name, reason)
+        for name, (token, reason) in report.missed.items():
+            self._miss(name, token, reason)
         if report.step:
             self._scribe.done(report.step)
         if report.off is not None:
@@ -145,6 +150,7 @@ class SchedulerSide:
         self._restorer.leave(name)
         self._hits.pop(name, None)
         self._said.discard(name)
+        self._retries.forget(name)
         track = self._writes.tracks.get(name)
         self._write_notes(self._writes.finish(name, step=self._step))
         if track is not None and track.is_started and not track.identity.is_routed:
@@ -185,10 +191,31 @@ class SchedulerSide:
         for name, reason in result.lost:
             self._lose(name, reason)
 
+    def _miss(self, name: str, token: int, reason: str) -> None:
+        """From this token on it is not saved; nothing is lost of it yet, so it is appended again a little later."""
+        track = self._writes.tracks.get(name)
+        if track is None or not track.is_protected:
+            return
+        self._writes.rewind(name, token)
+        track.is_resting = True
+        self._retries.miss(name, now=time.monotonic())
+        self._unprotect(name, track.identity, reason)
+
+    def _try_again(self) -> None:
+        now = time.monotonic()
+        for name in self._retries.take_recovered(now=now):
+            self._said.discard(name)
+            identity = self._writes.tracks[name].identity
+            logger.info("Concordia: %s is protected again", identity.name)
+            self._scribe.event({"event": "protected", "request": identity.name})
+        for name in self._retries.take_due(now=now):
+            self._writes.tracks[name].is_resting = False
+
     def _lose(self, name: str, reason: str) -> None:
         track = self._writes.tracks.get(name)
         if track is not None:
             self._writes.lose(name)
+            self._retries.forget(name)
             self._unprotect(name, track.identity, reason)
 
     def _unprotect(self, name: str, identity: Identity, reason: str) -> None:

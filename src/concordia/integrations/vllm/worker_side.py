@@ -116,8 +116,7 @@ class WorkerSide:
         pump, probe = self._live_pump(), self._probe
         assert probe is not None
         self._collect()  # by now the step before is saved, and one look tells so
-        for request in pump.wait_for(meta.reused, timeout_s=config.BLOCK_REUSE_WAIT_S):
-            self._lose(request, "its blocks were needed before they were saved")
+        pump.wait_for(meta.reused, timeout_s=config.BLOCK_REUSE_WAIT_S)  # whom it gave up for that is collected
         if probe.proof is Proof.UNKNOWN and not meta.loads:
             for write in meta.writes:
                 if write.tail is not None and write.tail[1] - write.tail[0] == 1:
@@ -241,14 +240,14 @@ class WorkerSide:
                 step=step,
             )
 
-        batch.appends.append(Append(write.request, (piece.block,), submit))
+        batch.appends.append(Append(write.request, piece.start, (piece.block,), submit))
 
     def _collect(self) -> None:
-        for request, reason in self._live_pump().collect().items():
-            self._lose(request, reason)
-
-    def _lose(self, request: str, reason: str) -> None:
-        self._report.lost.setdefault(request, reason)
+        for request, failure in self._live_pump().collect().items():
+            if failure.may_pass:
+                self._report.missed[request] = failure.start, failure.reason
+            else:
+                self._report.lost.setdefault(request, failure.reason)
 
     def _say_blocks(self) -> None:
         """Loud, because whole blocks cost more than rows."""

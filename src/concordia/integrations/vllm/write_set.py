@@ -82,6 +82,7 @@ class Track:
     named: int = 0  # blocks whose key has been noted
     is_started: bool = False
     is_protected: bool = True
+    is_resting: bool = False  # its appends failed a moment ago: try again a little later
 
     @property
     def incarnation(self) -> int:
@@ -115,7 +116,7 @@ class WriteSet:
                 self._release(item.blocks[item.hit // self._block_tokens :], result)
                 continue
             self._take_blocks(track, item, step, result)
-            if not track.is_protected:
+            if not track.is_protected or track.is_resting:
                 continue
             if len(track.blocks) * self._block_tokens < item.end - item.drafts:
                 self.lose(item.request)
@@ -134,14 +135,37 @@ class WriteSet:
         return result
 
     def lose(self, request: str) -> None:
-        """The worker could not append for this request: what its blocks hold is not (all) in the journal."""
+        """The worker cannot append for this request: what its blocks hold is not (all) in the journal."""
         track = self.tracks.get(request)
-        if track is None:
+        if track is not None:
+            track.is_protected = False
+            self._unname(track.blocks)
+
+    def rewind(self, request: str, token: int) -> None:
+        """From this token on the request's KV is not in the journal; it lies in the cache as before and is appended again."""
+        track = self.tracks.get(request)
+        if track is None or token >= track.covered:
             return
-        track.is_protected = False
-        for block in track.blocks:
+        first = token // self._block_tokens
+        track.covered = first * self._block_tokens
+        track.named = min(track.named, first)
+        self._unname(track.blocks[first:])
+
+    def _unname(self, blocks: Sequence[int]) -> None:
+        """No record has these blocks' bytes; whoever relied on their keys must append them too."""
+        gone = set()
+        for block in blocks:
             key, _ = self._resident.pop(block, (0, 0))
-            self.authored.pop(key, None)
+            if key:
+                gone.add(block)
+                self.authored.pop(key, None)
+        if not gone:
+            return
+        for track in self.tracks.values():
+            first = next((i for i, block in enumerate(track.blocks[: track.named]) if block in gone), None)
+            if first is not None:
+                track.covered = min(track.covered, first * self._block_tokens)
+                track.named = first
 
     def learn(self, known: set[int], *, before_step: int) -> None:
         """Take the journal's own list of keys; what is missing there, and not new, has been cleaned away."""
