@@ -92,6 +92,7 @@ class FakeEngine:
     failures: list[Failure | None] = field(default_factory=list)
     segment: int = 0  # cut what is sent into TCP segments of this many bytes
     merge: int = 1  # tokens per event
+    pace: float = 0.0  # seconds between events
     gate: asyncio.Event | None = None  # streams wait here before their first event
     pause: asyncio.Event | None = None  # streams wait here before every event after the first
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -205,6 +206,7 @@ class FakeEngine:
                 if count and self.pause is not None:
                     await self.pause.wait()
                 await self._send(writer, event)
+                await asyncio.sleep(self.pace)
             await self._send(writer, b"data: [DONE]\n\n")
         finally:
             leaving.cancel()

@@ -229,9 +229,12 @@ class Flight:
 
     async def next_stream(self) -> EventStream:
         """The stream to read; waits for it. The router's clock ends the wait at the deadline that a fault set."""
-        # Not awaited directly: a reader that is cancelled must not cancel the seat with it.
-        await asyncio.wait({self._seat})
-        return self._seat.result()
+        while True:
+            seat = self._seat
+            # Not awaited directly: a reader that is cancelled must not cancel the seat with it.
+            await asyncio.wait({seat})
+            if seat is self._seat:  # else it was taken away again before this reader ran
+                return seat.result()
 
     def absorb(self, event: Mapping[str, Any]) -> Piece | None:
         """Take one upstream event; None when it adds nothing that the client has not got."""
