@@ -142,6 +142,13 @@ class Router:
             for f in self._flights.values()
         )
 
+    @property
+    def chat_blocker(self) -> str | None:
+        """Why no chat can be continued here, if so."""
+        if self.tokenizer is not None and self.tokenizer.model_type == "gpt_oss":
+            return "harmony"  # vLLM renders and parses its chats by a protocol of their own
+        return self.settings.chat_blocker
+
     def status(self) -> dict[str, Any]:
         """Counts and faults, for `concordia status`."""
         return {

@@ -140,7 +140,7 @@ class _Generating:
             _load(data, headers),
             defaults=router.settings.defaults,
             sampler=router.settings.sampler,
-            chat_blocker=router.settings.chat_blocker,
+            chat_blocker=router.chat_blocker,
         )
         if request.need is Level.REFUSE:
             raise RequestRefused(f"{request.reason} cannot be served", param=request.reason)

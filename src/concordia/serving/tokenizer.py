@@ -39,6 +39,7 @@ class Tokenizer:
         default_factory=dict
     )  # of the model's generation_config.json
     added: Mapping[int, str] = field(default_factory=dict)
+    model_type: str = ""
 
     def stream(self, prompt: Sequence[int], *, skips_special: bool) -> DecodeStream:
         """An incremental decoder that has seen the prompt."""
@@ -105,14 +106,18 @@ def load(
     found = json.loads(done.stdout.splitlines()[-1])
     if found["backend"] is None:
         return None
-    return from_json(found["backend"], generation=found["generation"])
+    return from_json(
+        found["backend"], generation=found["generation"], model_type=found["model_type"]
+    )
 
 
-def from_json(text: str, *, generation: Mapping[str, Any] | None = None) -> Tokenizer:
+def from_json(
+    text: str, *, generation: Mapping[str, Any] | None = None, model_type: str = ""
+) -> Tokenizer:
     """A tokenizer from the `tokenizers` library's own JSON."""
     backend = tokenizers.Tokenizer.from_str(text)
     added = {token: str(one) for token, one in _added(backend).items()}
-    return Tokenizer(backend, _marker(json.loads(text)), generation or {}, added)
+    return Tokenizer(backend, _marker(json.loads(text)), generation or {}, added, model_type)
 
 
 def _added(backend: tokenizers.Tokenizer) -> dict[int, str]:
@@ -144,20 +149,31 @@ def _export(model: str, revision: str | None, trusts_remote_code: bool) -> dict[
     find = importlib.util.find_spec
     # Torch takes five seconds and 300 MB to import, and no tokenizer needs it.
     importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find(name, *rest)
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
     found = AutoTokenizer.from_pretrained(
         model, revision=revision, trust_remote_code=trusts_remote_code
     )
     backend = getattr(found, "backend_tokenizer", None)
+    if _is_mistrals_own(pathlib.Path(model)):
+        backend = None  # vLLM prefers Mistral's own tokenizer there, which is not this library's
+    config_type = PreTrainedConfig.get_config_dict(model, revision=revision)[0].get("model_type")
     try:
         generation = GenerationConfig.from_pretrained(model, revision=revision).to_diff_dict()
     except OSError:
         generation = {}
     return {
         "backend": backend.to_str() if isinstance(backend, tokenizers.Tokenizer) else None,
+        "model_type": str(config_type or ""),
         "generation": {k: v for k, v in generation.items() if isinstance(v, int | float)},
     }
+
+
+def _is_mistrals_own(folder: pathlib.Path) -> bool:
+    has_weights = any(folder.glob("consolidated*.safetensors"))
+    return has_weights and any(
+        found for name in ("tekken.json", "tokenizer.model.v*") for found in folder.glob(name)
+    )
 
 
 if __name__ == "__main__":
