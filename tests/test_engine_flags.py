@@ -12,6 +12,7 @@ import pytest
 
 from concordia.errors import UsageError
 from concordia.serving.engine_flags import COUNTER_SAMPLER, EngineFlags, connector_config
+from concordia.serving.need import Defaults
 
 OURS = connector_config(journal="/j", replica=5, device="auto")
 
@@ -136,11 +137,11 @@ def test_logits_processors_are_joined_when_the_user_has_some() -> None:
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
-        ([], {"temperature": 0.6, "max_tokens_cap": 99}),
-        (["--generation-config", "vllm"], {"max_tokens_cap": None}),
+        ([], {"temperature": 0.6, "max_tokens": 99}),
+        (["--generation-config", "vllm"], {}),
         (
             ["--override-generation-config", '{"top_k": 5}'],
-            {"temperature": 0.6, "top_k": 5, "max_tokens_cap": 99},
+            {"temperature": 0.6, "top_k": 5, "max_tokens": 99},
         ),
     ],
 )
@@ -148,4 +149,5 @@ def test_defaults_follow_the_generation_config_when_a_client_is_silent(
     given: list[str], wanted: dict[str, object]
 ) -> None:
     generation = {"temperature": 0.6, "max_new_tokens": 99, "eos_token_id": 1}
-    assert EngineFlags.parse(given).generation_defaults(generation) == wanted
+    found = Defaults(**EngineFlags.parse(given).generation_defaults(generation))
+    assert found == Defaults(**wanted)  # type: ignore[arg-type]

@@ -8,12 +8,15 @@ Replica. It does not know vLLM's whole list: vLLM itself judges the rest.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from concordia.errors import UsageError
+from concordia.serving.need import Defaults
 
 CONNECTOR: Final = "ConcordiaConnector"
 CONNECTOR_MODULE: Final = "concordia.integrations.vllm.connector"
@@ -169,17 +172,19 @@ class EngineFlags:
 
     def generation_defaults(self, generation: Mapping[str, Any]) -> dict[str, Any]:
         """What vLLM fills in for parameters that a client leaves out, from the model's generation config and these flags."""
-        found = dict(generation) if self.value("--generation-config") in (None, "auto") else {}
-        override = self.value("--override-generation-config")
-        if override is not None:
+        source = self.value("--generation-config")
+        if source not in (None, "auto", "vllm"):
             try:
-                found |= json.loads(override)
-            except (ValueError, TypeError):
-                raise UsageError("--override-generation-config must be a JSON object") from None
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        values = {name: found[name] for name in names if found.get(name) is not None}
-        cap = found.get("max_new_tokens")
-        return {**values, "max_tokens_cap": int(cap) if cap else None}
+                text = (pathlib.Path(source) / "generation_config.json").read_text("utf-8")
+                generation = json.loads(text)
+            except (OSError, ValueError) as error:
+                raise UsageError(f"--generation-config {source}: {error}") from error
+        override = self.value("--override-generation-config")
+        try:
+            found = {} if override is None else dict(json.loads(override))
+        except (ValueError, TypeError):
+            raise UsageError("--override-generation-config must be a JSON object") from None
+        return dataclasses.asdict(Defaults.of(generation, source=source, override=found))
 
     def command(self, *, connector: dict[str, Any] | None, processors: Sequence[str]) -> list[str]:
         """The flags with our connector and logits processors joined in."""
