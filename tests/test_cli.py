@@ -46,6 +46,7 @@ class Ground:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
+        self.children = set(psutil.Process().children(recursive=True))
         self.model = folder / "model"
         self.model.mkdir()
         (self.model / "config.json").write_text("{}")
@@ -84,7 +85,8 @@ class Ground:
 
     def leftovers(self) -> list[str]:
         left = [str(p) for p in (self.journal, *(self.folder / "run").glob("*")) if p.exists()]
-        return left + [str(p) for p in psutil.Process().children(recursive=True)]
+        now = set(psutil.Process().children(recursive=True))
+        return left + [str(p) for p in now - self.children]
 
 
 @pytest.fixture

@@ -7,16 +7,19 @@ command is answered; nobody else may enter.
 from __future__ import annotations
 
 import asyncio
+import os
 import pathlib
 import stat
 from collections.abc import Mapping
+from multiprocessing import resource_tracker, shared_memory
 from typing import Any
 
 import pytest
 
 from concordia.errors import ConcordiaError, UsageError
 from concordia.serving.control import ControlServer, ask
-from concordia.serving.run_folder import RunFolder, find_control
+from concordia.serving.run_folder import NAMES_FILE, RunFolder, find_control
+from concordia.serving.shared_names import SHARED_MEMORY, SharedNames
 
 
 def test_server_is_found_by_its_port_when_it_lives(tmp_path: pathlib.Path) -> None:
@@ -43,8 +46,20 @@ def test_leftovers_go_when_a_dead_servers_port_is_claimed(tmp_path: pathlib.Path
     (tmp_path / "base").chmod(0o700)
     with pytest.raises(UsageError, match="port 8000"):
         find_control(tmp_path / "base", 8000)
+    (left / "lock").touch()
+    block = shared_memory.SharedMemory(create=True, size=4096)
+    name = SHARED_MEMORY / block.name.lstrip("/")
+    names = SharedNames(left / "r1" / NAMES_FILE)
+    names.note([os.getpid()])
+    other = RunFolder.claim(tmp_path / "base", 8001)
+    assert left.exists()  # somebody living maps what its engine used
+    assert name.exists()
+    other.release()
+    block.close()
     folder = RunFolder.claim(tmp_path / "base", 8000)
     assert [p.name for p in folder.path.iterdir()] == ["lock"]
+    assert not name.exists()
+    resource_tracker.unregister(block._name, "shared_memory")  # type: ignore[attr-defined]
     folder.release()
 
 

@@ -10,6 +10,8 @@ import json
 import os
 import pathlib
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -180,6 +182,17 @@ def test_healthy_engine_is_left_alone_when_it_prefills_beside_a_start(scene: Sce
 
 def test_nothing_is_left_when_the_server_is_told_to_end(scene: Scene) -> None:
     scene.status()
+    drained = subprocess.run(
+        [sys.executable, "-m", "concordia.cli", "drain", "--port", str(scene.served.port)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (drained.returncode, drained.stdout) == (0, "drained\n"), drained.stderr
+    body = {"model": "m", "prompt": "x", "max_tokens": 1}
+    refused = httpx.post(f"{scene.served.url}/completions", json=body, timeout=60)
+    assert refused.status_code == 503
     assert scene.served.close() == 0, scene.served.tail()
     left = [p.pid for session in scene.sessions for p in session_processes(session)]
     assert left == []

@@ -154,7 +154,7 @@ def drain(port: int | None, run_dir: pathlib.Path | None, timeout: float, stop: 
         port,
         run_dir,
         timeout_s=timeout + config.STATUS_S,
-        arguments={"timeout_s": timeout, "stop": stop},
+        arguments={"bound_s": timeout, "stop": stop},
     )
     left = int(found["left"])
     click.echo(f"{left} requests still run" if left else "drained")

@@ -25,7 +25,7 @@ from typing import Final
 from concordia import config
 from concordia.errors import ReplicaError
 from concordia.recovery.detector import ThreadTimes
-from concordia.serving.shared_names import SharedNames
+from concordia.serving.shared_names import SharedNames, living_pids
 
 MARKER_ENV: Final = "CONCORDIA_REPLICA"
 _PR_SET_CHILD_SUBREAPER: Final = 36
@@ -109,7 +109,7 @@ def read_thread_times(pid: int) -> ThreadTimes:
 class ProcessTree:
     """A replica's processes; `refresh` finds them, `kill` ends them. Finding may be done from several threads, killing from one."""
 
-    def __init__(self, leader: int, marker: str) -> None:
+    def __init__(self, leader: int, marker: str, names: SharedNames | None = None) -> None:
         self.leader = leader
         self._lock = threading.Lock()
         self._marker = f"{MARKER_ENV}={marker}".encode()
@@ -117,7 +117,7 @@ class ProcessTree:
         self._known: dict[int, int] = {}  # every member that ever was: pid -> start
         self._pidfds: dict[int, int] = {}
         self._foreign: set[tuple[int, int]] = set()  # (pid, start) looked at and not ours
-        self._names = SharedNames()
+        self._names = names or SharedNames()
         self.refresh()
 
     @property
@@ -217,7 +217,7 @@ class ProcessTree:
         """Unlink the shared-memory files that the tree mapped and nobody living maps; returns their names."""
         if self._members:
             raise ReplicaError(f"processes still live: {[p.pid for p in self.members]}")
-        return self._names.remove(p.pid for p in _processes())
+        return self._names.remove(living_pids())
 
     def close(self) -> None:
         """Give the descriptors back."""

@@ -29,6 +29,8 @@ from concordia.errors import ReplicaError, UsageError
 from concordia.serving.engine_spec import LOOPBACK, EngineSpec
 from concordia.serving.process_tree import ProcessTree
 from concordia.serving.resources import Share
+from concordia.serving.run_folder import NAMES_FILE
+from concordia.serving.shared_names import SharedNames
 
 # Runs before vLLM: the engine dies when we do (the owner ends the rest of its session), and may start at low priority.
 _LAUNCHER: Final = """
@@ -100,7 +102,8 @@ class Replica:
                 env=spec.variables(name, incarnation=self.incarnation, share=share),
                 start_new_session=True,
             )
-        self.tree = ProcessTree(self.process.pid, str(self.incarnation))
+        names = SharedNames(self.folder / NAMES_FILE)
+        self.tree = ProcessTree(self.process.pid, str(self.incarnation), names)
 
     @property
     def state(self) -> State:
@@ -126,6 +129,7 @@ class Replica:
     def wait_ready(self, *, timeout_s: float) -> None:
         """Return once the engine answers and has run once; raises ReplicaError with its own words when it ends or is late."""
         deadline = time.monotonic() + timeout_s
+        look_at = 0.0
         ended = select.poll()
         descriptor = os.pidfd_open(self.process.pid)
         ended.register(descriptor, select.POLLIN)
@@ -133,6 +137,10 @@ class Replica:
             while time.monotonic() < deadline:
                 if ended.poll(1000 * config.START_POLL_S):
                     raise self._start_error()
+                if time.monotonic() >= look_at:
+                    look_at = time.monotonic() + config.TREE_PERIOD_S
+                    self.tree.refresh()
+                    self.tree.record_shared_names()
                 if self.state is not State.STARTING:
                     raise ReplicaError(f"{self.name} was ended while it started")
                 if self.health(timeout_s=config.API_PERIOD_S) == 200:

@@ -16,7 +16,9 @@ import stat
 from dataclasses import dataclass
 
 from concordia.errors import UsageError
+from concordia.serving.shared_names import SharedNames, living_pids
 
+NAMES_FILE = "names"  # in an engine's folder: the shared memory that it used
 _LOCK = "lock"
 _CONTROL = "control.sock"
 
@@ -36,19 +38,14 @@ class RunFolder:
     def claim(cls, base: pathlib.Path, port: int) -> RunFolder:
         """The folder of the server on this port; raises UsageError when another lives or the base is not ours alone."""
         _make_private(base)
+        _bury_dead(base)
         path = base / str(port)
         path.mkdir(mode=0o700, exist_ok=True)
-        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
+        lock = _lock(path)
+        if lock is None:
             raise UsageError(
                 f"a Concordia server for port {port} runs already (concordia status --port {port})"
-            ) from None
-        for left in path.iterdir():
-            if left.name != _LOCK:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            )
         return cls(path, lock)
 
     def release(self) -> None:
@@ -86,6 +83,38 @@ def find_control(base: pathlib.Path, port: int | None) -> pathlib.Path:
             else "no Concordia server of this user runs"
         )
     return next(iter(living.values()))
+
+
+def _bury_dead(base: pathlib.Path) -> None:
+    """Remove what killed servers left; what still has living processes is left for the next time."""
+    for path in base.iterdir():
+        if not path.name.isdecimal() or not (path / _LOCK).exists():
+            continue
+        lock = _lock(path)
+        if lock is None:
+            continue
+        files = list(path.glob(f"*/{NAMES_FILE}"))
+        for file in files:
+            SharedNames.load(file).remove(living_pids())
+        if not any(SharedNames.load(file).exist() for file in files):
+            shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(path: pathlib.Path) -> int | None:
+    """The lock of a server's folder, or None while its server lives."""
+    try:
+        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError:
+        return None  # somebody is removing the folder
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock).st_ino == (path / _LOCK).stat().st_ino:
+            return lock
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(lock)
+    return None
 
 
 def _is_locked(path: pathlib.Path) -> bool:

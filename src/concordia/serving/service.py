@@ -324,8 +324,8 @@ class Service:
 
     async def _on_drain(self, request: Mapping[str, Any]) -> dict[str, Any]:
         assert self._router is not None
-        timeout_s = float(request.get("timeout_s", self.settings.drain_timeout_s))
-        left = await self._router.drain(min(timeout_s, config.DRAIN_WAIT_MAX_S))
+        bound_s = float(request.get("bound_s", self.settings.drain_timeout_s))
+        left = await self._router.drain(min(bound_s, config.DRAIN_WAIT_MAX_S))
         if request.get("stop"):
             self._stop.set()
         return {"left": left}
