@@ -321,7 +321,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--seed", type=int, default=1000)
-    parser.add_argument("--tokens", type=int, default=300)
+    parser.add_argument("--tokens", type=int, default=1500)
     parser.add_argument("--shape", default="tiny")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("soak-output"))
