@@ -208,6 +208,8 @@ class FakeEngine:
                 await self._send(writer, event)
                 await asyncio.sleep(self.pace)
             await self._send(writer, b"data: [DONE]\n\n")
+        except ConnectionError:
+            await leaving  # noticed at a write, before the reader was looked at
         finally:
             leaving.cancel()
 
