@@ -235,6 +235,18 @@ def test_nothing_is_appended_while_a_request_rests() -> None:
     assert held.step([more("a", 7, 8)], step=3).writes[0].full == ((1, 2),)
 
 
+def test_shared_key_never_names_other_bytes_when_its_block_was_perhaps_not_saved() -> None:
+    held = WriteSet(block_tokens=SIZE)
+    held.tracks["a"] = track("a", list(range(6)))
+    shared = held.step([new("a", [1, 2], 6)], step=1).notes[0].entries[0][1]
+    held.rewind("a", 0)
+    held.tracks["b"] = track("b", list(range(6)))
+    done = held.step([new("b", [3, 4], 6), more("a", 6, 7)], step=2)
+    named = [note.entries[0][1] for note in done.notes]
+    assert shared not in named
+    assert len(set(named)) == 2
+
+
 def test_waits_double_and_end_when_appends_fail_and_go_well_again() -> None:
     waits = Retries()
     waits.miss("a", now=0.0)

@@ -190,6 +190,8 @@ class Scribe:
 
     def _refresh(self, before_step: int) -> None:
         """All keys are read when some were cleaned away, and else now and then, for those that others wrote."""
+        with self._lock:
+            before_step = min([before_step, *(noted.step for noted in self._notes)])
         evicted = int(self._client.stats()["evicted_blocks"])
         is_due = time.monotonic() >= self._known_at + config.KNOWN_KEYS_ALL_S
         if evicted != self._evicted or is_due:

@@ -152,13 +152,11 @@ class WriteSet:
         self._unname(track.blocks[first:])
 
     def _unname(self, blocks: Sequence[int]) -> None:
-        """No record has these blocks' bytes; whoever relied on their keys must append them too."""
-        gone = set()
-        for block in blocks:
-            key, _ = self._resident.pop(block, (0, 0))
-            if key:
-                gone.add(block)
-                self.authored.pop(key, None)
+        """Perhaps no record has these blocks' bytes; whoever relied on their keys must append them too.
+
+        Perhaps one has: so a shared key stays taken, and never gets to name other bytes.
+        """
+        gone = {block for block in blocks if self._resident.pop(block, None) is not None}
         if not gone:
             return
         for track in self.tracks.values():
