@@ -49,7 +49,20 @@ def packed_gpu(
     )  # fmt: skip
 
 
+def tiled_cpu(*, layers: int, heads: int, tokens: int, dim: int, size: int) -> KvGeometry:
+    """vLLM on a CPU with AMX: per (block, head) K in tiles of 16 tokens by 2 elements, then V in tiles of 16 elements by 2 tokens."""
+    half, pair = tokens * dim * size, 32 * size
+    return KvGeometry(
+        layers, BLOCKS, tokens, heads * 2 * half, heads, dim, dim, size,
+        key=Plane(0, 2 * half, 2 * size, size, 16, 16 * dim * size, 2, pair),
+        value=Plane(half, 2 * half, size, 2 * size, 2, pair, 16, 16 * tokens * size),
+        dtype="bfloat16", instruction_set="amx",
+    )  # fmt: skip
+
+
 GEOMETRIES = {
+    "amx-bf16": tiled_cpu(layers=2, heads=2, tokens=64, dim=32, size=2),
+    "amx-fp8": tiled_cpu(layers=2, heads=1, tokens=32, dim=64, size=1),
     "cpu-bf16": packed_cpu(layers=2, heads=2, tokens=128, dim=64, size=2),
     "cpu-fp8": packed_cpu(layers=3, heads=1, tokens=32, dim=80, size=1),
     "gpu-bf16": packed_gpu(layers=3, heads=4, tokens=16, key=64, value=64, size=2),
@@ -64,6 +77,19 @@ def planes(name: str, layer: Bytes) -> list[Bytes]:
     """K and V of one layer as [block, head, token, byte], by reshaping alone."""
     g = GEOMETRIES[name]
     blocks = layer.reshape(BLOCKS, g.stride)[:, : g.block_bytes]
+    if name.startswith("amx"):
+        halves = blocks.reshape(BLOCKS, g.heads, 2, -1)
+        keys = halves[:, :, 0].reshape(
+            BLOCKS, g.heads, g.block_tokens // 16, g.head_dim_key // 2, 16, 2, g.element_bytes
+        )
+        values = halves[:, :, 1].reshape(
+            BLOCKS, g.heads, g.head_dim_value // 16, g.block_tokens // 2, 16, 2, g.element_bytes
+        )
+        shape = (BLOCKS, g.heads, g.block_tokens, -1)
+        return [
+            keys.transpose(0, 1, 2, 4, 3, 5, 6).reshape(shape),
+            values.transpose(0, 1, 3, 5, 2, 4, 6).reshape(shape),
+        ]
     if name.startswith("cpu"):
         heads = blocks.reshape(BLOCKS, g.heads, 2, g.block_tokens * g.head_dim_key, g.element_bytes)
         key = heads[:, :, 0].reshape(
@@ -258,12 +284,16 @@ def clear_tail(name: str, layer: Bytes, start: int, end: int, blocks: list[int])
         for plane, dim in ((g.key, g.head_dim_key), (g.value, g.head_dim_value)):
             for head in range(g.heads):
                 for element in range(dim):
+                    row, rest = divmod(slot, plane.token_tile or g.block_tokens)
+                    column, inner = divmod(element, plane.element_tile or dim)
                     at = (
                         base
                         + plane.offset
                         + head * plane.head_stride
-                        + slot * plane.token_stride
-                        + element * plane.element_stride
+                        + row * plane.token_tile_stride
+                        + rest * plane.token_stride
+                        + column * plane.element_tile_stride
+                        + inner * plane.element_stride
                     )
                     layer[at : at + g.element_bytes] ^= 0xFF
 

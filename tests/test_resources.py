@@ -117,6 +117,22 @@ def test_flag_of_the_user_is_kept_when_it_says_the_same(given: list[str], flag: 
     assert all(flag not in share.flags for share in plan.shares)
 
 
+def test_nothing_is_compiled_when_an_engine_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    def settings(*given: str) -> set[str | None]:
+        flags = EngineFlags.parse(list(given))
+        plan = divide(
+            MACHINE, CPU, flags, replicas=1, standbys=1, weights_bytes=0, journal_bytes=None
+        )
+        return {share.environment.get("TORCH_COMPILE_DISABLE") for share in plan.shares}
+
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
+    assert settings() == {"1"}
+    assert settings("--enforce-eager") == {"1"}
+    assert settings("-O3") == {None}
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "0")
+    assert settings() == {None}
+
+
 def test_binding_of_the_user_is_kept_when_it_is_in_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -92,12 +92,54 @@ def test_descriptor_stays_unknown_when_nothing_changes_and_is_given_up_at_the_bo
     assert probe.proof is Proof.GIVEN_UP
 
 
-def test_blocks_are_all_that_is_known_when_tiles_belong_to_amx() -> None:
+def test_blocks_are_all_that_is_known_when_elements_do_not_fill_amx_tiles() -> None:
     layout = described(cpu_tensors(), instruction_set="x86_64-amx")
     layout.geometry.check()
     assert not layout.has_planes
     assert Probe(layout).proof is Proof.GIVEN_UP
     assert layout.geometry.layout_hash() != described(cpu_tensors()).geometry.layout_hash()
+
+
+@pytest.mark.parametrize("slot", [0, 1, 17, 63])
+@pytest.mark.parametrize(
+    ("isa", "dtype", "kv_dtype", "dim"),
+    [
+        ("amx", "bfloat16", "auto", 64),
+        ("amx", "bfloat16", "fp8_e4m3", 64),
+        ("vec", "bfloat16", "auto", 64),
+        ("vec", "float32", "auto", 32),
+        ("vec", "bfloat16", "fp8_e4m3", 64),
+        ("vec16", "bfloat16", "auto", 80),
+    ],
+)
+def test_descriptor_names_what_the_kernel_of_vllm_writes(isa: str, dtype: str, kv_dtype: str, dim: int, slot: int) -> None:
+    ops = pytest.importorskip("vllm._custom_ops", reason="vLLM is not installed")
+    platform = pytest.importorskip("vllm.platforms").current_platform
+    if not platform.is_cpu():
+        pytest.skip("this vLLM has no kernels for a CPU")
+    if isa == "amx" and not torch.cpu._is_amx_tile_supported():
+        pytest.skip("this CPU has no AMX")
+    if kv_dtype != "auto" and not torch.cpu._is_avx512_supported():
+        pytest.skip("this CPU has no AVX-512, which vLLM's fp8 cache needs")
+    platform.import_kernels()
+    tokens, element = 64, getattr(torch, dtype)
+    cache = torch.zeros(BLOCKS, HEADS, tokens, 2 * dim, dtype=element if kv_dtype == "auto" else torch.uint8)
+    layout = describe(
+        {"l0": cache}, block_count=BLOCKS, block_tokens=tokens, head_dim_key=dim, instruction_set=f"x86_64-{isa}"
+    )
+    layout.geometry.check()
+    key, value = torch.rand(2, 1, HEADS, dim).to(element) + 1
+    halves = cache.view(BLOCKS, HEADS, 2 * tokens, -1).chunk(2, dim=2)
+    place = torch.tensor([3 * tokens + slot])
+    ops.cpu_attn_reshape_and_cache(key, value, *halves, place, isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype=kv_dtype)
+    block = layout.rows[0][3].numpy()
+    mask = predicted_bytes(layout.geometry, slot)
+    assert not block[~mask].any()
+    assert block[mask].reshape(-1, layout.geometry.element_bytes).any(axis=1).all()
+    if kv_dtype == "auto":  # and each element in its place, not only among its token's
+        places = layout.geometry.offsets(layout.geometry.key, dim)[:, slot]
+        found = torch.from_numpy(block.copy()).view(element)[torch.from_numpy(places // layout.geometry.element_bytes)]
+        assert torch.equal(found, key[0])
 
 
 def test_strides_are_followed_when_tokens_lie_outside_heads() -> None:
@@ -122,7 +164,7 @@ def test_planes_are_apart_when_the_shape_has_k_and_v_in_front() -> None:
 def _shape_of(tensor: Any) -> Any:
     from concordia.integrations.vllm import layout
 
-    return layout._shape(tensor, BLOCKS, TOKENS, DIM, is_cpu=False)
+    return layout._shape(tensor, BLOCKS, TOKENS, DIM, isa="")
 
 
 @pytest.mark.parametrize(

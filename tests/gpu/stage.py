@@ -96,6 +96,8 @@ def geometry(name: str, **changes: Any) -> KvGeometry:
         "interleaved": {"key": Plane(0, 256, 2 * token, 2), "value": Plane(128, 256, 2 * token, 2), "block_bytes": 32 * token},
         # vLLM's CPU shape: K as [head][element][token], V as [head][token][element]
         "transposed": {"key": Plane(0, 2048, 2, 32), "value": Plane(16 * token, 2048, 128, 2), "block_bytes": 32 * token},
+        # vLLM's CPU shape with AMX: K in tiles of 16 tokens by 2 elements, V in tiles of 16 elements by 2 tokens
+        "tiled": {"key": Plane(0, 4096, 4, 2, 16, 2048, 2, 64), "value": Plane(2048, 4096, 2, 4, 2, 64, 16, 512), "block_bytes": 32 * token},
         # MLA: one latent per token, no V; a stride between blocks
         "latent": {"heads": 1, "head_dim_key": 576, "head_dim_value": 0, "key": Plane(0, 1152, 1152, 2), "value": Plane(0, 0, 0, 2), "block_bytes": 16 * 1152, "block_stride": 16 * 1152 + 256},
         "fp8": {"element_bytes": 1, "key": Plane(0, 64, 256, 1), "value": Plane(16 * 256, 64, 256, 1), "block_bytes": 32 * 256},

@@ -15,7 +15,7 @@ from child import end, kill, run, start
 from stage import JournalFile
 
 DEVICE = "cuda:0"
-SHAPES = ("flash", "interleaved", "transposed", "latent", "fp8", "odd")
+SHAPES = ("flash", "interleaved", "transposed", "tiled", "latent", "fp8", "odd")
 
 
 @pytest.fixture

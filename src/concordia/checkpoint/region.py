@@ -26,12 +26,36 @@ BASE_ALIGNMENT = 16  # the widest access of a lane
 
 @dataclass(frozen=True, slots=True)
 class Plane:
-    """K or V of one block: byte strides from the block's start."""
+    """K or V of one block: byte strides from the block's start.
+
+    Kernels that multiply tiles keep K and V in tiles: `token_tile` tokens lie `token_stride` apart and tiles `token_tile_stride`; elements
+    alike. A tile of 0 is none.
+    """
 
     offset: int
     head_stride: int
     token_stride: int
     element_stride: int
+    token_tile: int = 0
+    token_tile_stride: int = 0
+    element_tile: int = 0
+    element_tile_stride: int = 0
+
+    def place(
+        self, heads: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64], elements: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Byte offset in the block of the first byte of each element; the arguments are broadcast."""
+        found: npt.NDArray[np.int64] = (
+            self.offset
+            + heads * self.head_stride
+            + _tiled(tokens, self.token_stride, self.token_tile, self.token_tile_stride)
+            + _tiled(elements, self.element_stride, self.element_tile, self.element_tile_stride)
+        )
+        return found
+
+
+def _tiled(index: npt.NDArray[np.int64], stride: int, tile: int, tile_stride: int) -> npt.NDArray[np.int64]:
+    return index * stride if tile == 0 else index // tile * tile_stride + index % tile * stride
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +103,7 @@ class KvGeometry:
 
     def offsets(self, plane: Plane, dim: int) -> npt.NDArray[np.int64]:
         """Byte offset in a block of every element: [head, token, element]."""
-        heads, tokens, elements = np.ogrid[: self.heads, : self.block_tokens, :dim]
-        found: npt.NDArray[np.int64] = (
-            plane.offset
-            + heads * plane.head_stride
-            + tokens * plane.token_stride
-            + elements * plane.element_stride
-        )
-        return found
+        return plane.place(*np.ogrid[: self.heads, : self.block_tokens, :dim])
 
     def check(self) -> None:
         """Raise UsageError unless every element lies inside the block and on its own bytes."""

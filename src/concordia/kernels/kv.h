@@ -12,10 +12,13 @@ constexpr uint64_t kBlockTokens = KV_BLOCK_TOKENS, kBlockBytes = KV_BLOCK_BYTES,
 
 struct PlaneShape {
   uint64_t dim, offset, head_stride, token_stride, element_stride;
+  uint64_t token_tile, token_tile_stride, element_tile, element_tile_stride;  // a tile of 0 is none
 };
 constexpr PlaneShape kPlanes[2] = {
-    {KV_KEY_DIM, KV_KEY_OFFSET, KV_KEY_HEAD_STRIDE, KV_KEY_TOKEN_STRIDE, KV_KEY_ELEMENT_STRIDE},
-    {KV_VALUE_DIM, KV_VALUE_OFFSET, KV_VALUE_HEAD_STRIDE, KV_VALUE_TOKEN_STRIDE, KV_VALUE_ELEMENT_STRIDE},
+    {KV_KEY_DIM, KV_KEY_OFFSET, KV_KEY_HEAD_STRIDE, KV_KEY_TOKEN_STRIDE, KV_KEY_ELEMENT_STRIDE, KV_KEY_TOKEN_TILE,
+     KV_KEY_TOKEN_TILE_STRIDE, KV_KEY_ELEMENT_TILE, KV_KEY_ELEMENT_TILE_STRIDE},
+    {KV_VALUE_DIM, KV_VALUE_OFFSET, KV_VALUE_HEAD_STRIDE, KV_VALUE_TOKEN_STRIDE, KV_VALUE_ELEMENT_STRIDE, KV_VALUE_TOKEN_TILE,
+     KV_VALUE_TOKEN_TILE_STRIDE, KV_VALUE_ELEMENT_TILE, KV_VALUE_ELEMENT_TILE_STRIDE},
 };
 template <int kPlane>
 CONSTANT PlaneShape plane_shape() {
@@ -26,13 +29,22 @@ constexpr uint64_t kTokenBytes = kHeads * (KV_KEY_DIM + KV_VALUE_DIM) * kElement
 
 // The widest access that every row and stride is a multiple of; bases are multiples of 16 (checked when a region is registered).
 CONSTANT uint64_t width_of(uint64_t bits) { return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : bits % 2 == 0 ? 2 : 1; }
-CONSTANT bool is_row(const PlaneShape& shape) { return shape.element_stride == kElementBytes; }
+CONSTANT bool is_tiled(const PlaneShape& shape) { return shape.token_tile != 0 || shape.element_tile != 0; }
+CONSTANT bool is_row(const PlaneShape& shape) { return shape.element_stride == kElementBytes && !is_tiled(shape); }
+CONSTANT uint64_t token_offset(const PlaneShape& shape, uint32_t slot) {
+  if (shape.token_tile == 0) return slot * shape.token_stride;
+  const uint32_t tile = (uint32_t)shape.token_tile;
+  return slot / tile * shape.token_tile_stride + slot % tile * shape.token_stride;
+}
+CONSTANT uint64_t element_offset(const PlaneShape& shape, uint32_t element) {
+  if (shape.element_tile == 0) return element * shape.element_stride;
+  const uint32_t tile = (uint32_t)shape.element_tile;
+  return element / tile * shape.element_tile_stride + element % tile * shape.element_stride;
+}
 CONSTANT uint64_t bits_of(const PlaneShape& shape) {
   return shape.dim * kElementBytes | shape.offset | shape.head_stride | (is_row(shape) ? shape.token_stride : kElementBytes);
 }
-constexpr uint64_t kChunkBytes = width_of(bits_of({KV_KEY_DIM, KV_KEY_OFFSET, KV_KEY_HEAD_STRIDE, KV_KEY_TOKEN_STRIDE, KV_KEY_ELEMENT_STRIDE}) |
-                                          bits_of({KV_VALUE_DIM, KV_VALUE_OFFSET, KV_VALUE_HEAD_STRIDE, KV_VALUE_TOKEN_STRIDE, KV_VALUE_ELEMENT_STRIDE}) |
-                                          kBlockStride);
+constexpr uint64_t kChunkBytes = width_of(bits_of(kPlanes[0]) | bits_of(kPlanes[1]) | kBlockStride);
 constexpr uint64_t kRawBytes = width_of(kBlockBytes | kBlockStride);
 
 template <uint64_t kBytes>
@@ -110,12 +122,22 @@ FUNCTION void move_bytes(uint8_t* region_ptr, uint8_t* payload_ptr, uint64_t byt
   else copy_bytes(region_ptr, payload_ptr, bytes);
 }
 
-// One head's tokens that lie in one block, by one CPU lane. Rows are copied whole. Where elements of a token lie apart (K of vLLM's CPU
-// backend: [element][token]), the loop runs along whichever side is contiguous for more than one token.
+// One head's tokens that lie in one block, from `slot` on, by one CPU lane. Rows are copied whole. Where elements of a token lie apart
+// (K of vLLM's CPU backend: [element][token]), the loop runs along whichever side is contiguous for more than one token.
 template <bool kGather, int kPlane>
-FUNCTION void move_head(uint8_t* region_ptr, uint8_t* payload_ptr, uint64_t tokens) {
+FUNCTION void move_head(uint8_t* head_ptr, uint8_t* payload_ptr, uint64_t slot, uint64_t tokens) {
   constexpr PlaneShape kShape = plane_shape<kPlane>();
   constexpr uint64_t kRow = kShape.dim * kElementBytes;
+  if constexpr (is_tiled(kShape)) {
+    constexpr uint64_t kRun = kShape.element_stride == kElementBytes && kShape.element_tile != 0 ? kShape.element_tile : 1;
+    for (uint64_t t = 0; t < tokens; ++t) {
+      uint8_t* token_ptr = head_ptr + token_offset(kShape, (uint32_t)(slot + t));
+      for (uint64_t e = 0; e < kShape.dim; e += kRun)
+        move_unit<kGather, kRun * kElementBytes>(token_ptr + element_offset(kShape, (uint32_t)e), payload_ptr + t * kRow + e * kElementBytes);
+    }
+    return;
+  }
+  uint8_t* region_ptr = head_ptr + slot * kShape.token_stride;
   if constexpr (is_row(kShape) && kShape.token_stride == kRow) {
     move_bytes<kGather>(region_ptr, payload_ptr, tokens * kRow);
   } else if constexpr (is_row(kShape)) {
@@ -143,8 +165,8 @@ FUNCTION void move_plane_rows(const Call* call, uint64_t lane, const Range& rang
     for (uint64_t b = 0; b < range.id_count; ++b) {
       const uint64_t slot = b == 0 ? range.start : 0;
       const uint64_t tokens = smaller(kBlockTokens - slot, range.tokens - token);
-      uint8_t* region_ptr = block_address(call, layer, range.ids[b]) + kShape.offset + head * kShape.head_stride + slot * kShape.token_stride;
-      move_head<kGather, kPlane>(region_ptr, head_ptr + token * kRow, tokens);
+      uint8_t* region_ptr = block_address(call, layer, range.ids[b]) + kShape.offset + head * kShape.head_stride;
+      move_head<kGather, kPlane>(region_ptr, head_ptr + token * kRow, slot, tokens);
       token += tokens;
     }
   });
@@ -230,8 +252,8 @@ class RegionWords {
   FUNCTION_MEMBER uint8_t* row_address(uint32_t layer, uint32_t head, uint32_t token, uint32_t in_row) const {
     constexpr PlaneShape kShape = plane_shape<kPlane>();
     const uint32_t place = start_ + token, slot = place % (uint32_t)kBlockTokens;
-    const uint64_t inside = is_row(kShape) ? in_row : in_row / (uint32_t)kElementBytes * kShape.element_stride + in_row % (uint32_t)kElementBytes;
-    return block_at(layer, ids_[place / (uint32_t)kBlockTokens]) + kShape.offset + head * kShape.head_stride + slot * kShape.token_stride + inside;
+    const uint64_t inside = is_row(kShape) ? in_row : element_offset(kShape, in_row / (uint32_t)kElementBytes) + in_row % (uint32_t)kElementBytes;
+    return block_at(layer, ids_[place / (uint32_t)kBlockTokens]) + kShape.offset + head * kShape.head_stride + token_offset(kShape, slot) + inside;
   }
   FUNCTION_MEMBER uint8_t* block_at(uint32_t layer, uint32_t block) const {
     return reinterpret_cast<uint8_t*>(bases_[layer]) + block * kBlockStride;

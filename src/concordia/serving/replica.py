@@ -252,7 +252,7 @@ class Replica:
 
     def _run_once(self, deadline: float) -> None:
         """A first request, so that whatever is done lazily is done before somebody waits for it."""
-        # With log-probabilities: vLLM compiles what ranks them at the first request that wants some (3 to 11 s on two cores).
+        # With log-probabilities: an engine that compiles does so for what ranks them at the first request that wants some.
         body = {
             "prompt": [1] * config.WARM_UP_TOKENS,
             "max_tokens": 2,

@@ -206,14 +206,22 @@ def _cpu_shares(
     if not flags.has(*names) and not any(name.startswith("-O") for name in flags.names()):
         # Compiling takes longer than all the rest of a start, and is repeated at each; it brought no tokens/s.
         fixed.append("--enforce-eager")
+    is_eager = "--enforce-eager" in fixed or flags.has("--enforce-eager")
     shares = []
     for ranks in groups:
         environment = {}
+        if is_eager and "TORCH_COMPILE_DISABLE" not in os.environ:
+            # Else vLLM compiles what ranks log-probabilities when the first request wants some: 20 s, and 11 s from its cache.
+            environment["TORCH_COMPILE_DISABLE"] = "1"
         if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
                 ",".join(str(core) for core in rank) for rank in ranks
             )
-        cores = tuple(tuple(rank) for rank in ranks) if environment else ()
+        cores = (
+            tuple(tuple(rank) for rank in ranks)
+            if "VLLM_CPU_OMP_THREADS_BIND" in environment
+            else ()
+        )
         shares.append(Share(environment, tuple(fixed), cores))
     if "VLLM_CPU_OMP_THREADS_BIND" in os.environ:
         notes.append("cores as VLLM_CPU_OMP_THREADS_BIND says")

@@ -60,8 +60,8 @@ def describe(
         ):  # fmt: skip
             raise LayoutMismatch("KV tensors of different layers have different shapes")
     rows = tuple(_rows(layer, block_count) for layer in layers)
-    shape = _shape(first, block_count, block_tokens, head_dim_key, is_cpu=first.device.type == "cpu")
-    planes = shape if shape is not None and "amx" not in instruction_set else None
+    isa = instruction_set if first.device.type == "cpu" else ""
+    planes = _shape(first, block_count, block_tokens, head_dim_key, isa=isa)
     heads, key_dim, value_dim, key, value = planes or _no_planes(rows[0], block_tokens, first)
     geometry = KvGeometry(
         layers=len(layers),
@@ -76,7 +76,7 @@ def describe(
         key=key,
         value=value,
         dtype=str(first.dtype).removeprefix("torch."),
-        instruction_set=instruction_set if first.device.type == "cpu" else "any",
+        instruction_set=isa or "any",
     )
     return Layout(geometry, tuple(row.data_ptr() for row in rows), rows, planes is not None)
 
@@ -144,10 +144,8 @@ def predicted_bytes(geometry: KvGeometry, slot: int) -> npt.NDArray[np.bool_]:
     """Which bytes of one layer's block belong to the token in this slot; one row per (plane, head, element) in order."""
     mask = np.zeros(geometry.block_bytes, dtype=bool)
     for plane, dim in ((geometry.key, geometry.head_dim_key), (geometry.value, geometry.head_dim_value)):
-        heads = np.arange(geometry.heads)[:, None, None] * plane.head_stride
-        elements = np.arange(dim)[None, :, None] * plane.element_stride
-        inner = np.arange(geometry.element_bytes)[None, None, :]
-        mask[(plane.offset + slot * plane.token_stride + heads + elements + inner).ravel()] = True
+        places = plane.place(*np.ogrid[: geometry.heads, slot : slot + 1, :dim])
+        mask[(places[..., None] + np.arange(geometry.element_bytes)).ravel()] = True
     return mask
 
 
@@ -188,9 +186,9 @@ _Shape = tuple[int, int, int, Plane, Plane]
 
 
 def _shape(
-    tensor: torch.Tensor, block_count: int, block_tokens: int, head_dim_key: int | None, *, is_cpu: bool
+    tensor: torch.Tensor, block_count: int, block_tokens: int, head_dim_key: int | None, *, isa: str
 ) -> _Shape | None:
-    """Heads, dims and planes where the shape tells them: [B, H, N, K|V], or the older [B, 2, N, H, D]."""
+    """Heads, dims and planes where the shape tells them: [B, H, N, K|V], or the older [B, 2, N, H, D]. No `isa`: not on a CPU."""
     size = tensor.element_size()
     if tensor.shape[0] != block_count:
         return None
@@ -199,12 +197,13 @@ def _shape(
         heads, content = int(tensor.shape[1]), int(tensor.shape[3])
         key_dim = head_dim_key if head_dim_key and head_dim_key < content else content // 2
         value_dim = content - key_dim
-        if is_cpu:
-            return _cpu_shape(tensor, heads=heads, dim=key_dim) if key_dim == value_dim else None
+        if isa:
+            of_cpu = _amx_shape if isa.endswith("amx") else _cpu_shape
+            return of_cpu(tensor, heads=heads, dim=key_dim) if key_dim == value_dim else None
         key = Plane(0, stride[1], stride[2], size)
         value = Plane(key_dim * size, stride[1], stride[2], size)
         return heads, key_dim, value_dim, key, value
-    if tensor.dim() == 5 and tensor.shape[1] == 2 and tensor.shape[2] == block_tokens and not is_cpu:
+    if tensor.dim() == 5 and tensor.shape[1] == 2 and tensor.shape[2] == block_tokens and not isa:
         dim = int(tensor.shape[4])
         key = Plane(0, stride[3], stride[2], stride[4])
         value = Plane(stride[1], stride[3], stride[2], stride[4])
@@ -220,6 +219,21 @@ def _cpu_shape(tensor: torch.Tensor, *, heads: int, dim: int) -> _Shape | None:
     head_stride = 2 * tokens * dim * size
     key = Plane(0, head_stride, size, tokens * size)
     value = Plane(tokens * dim * size, head_stride, dim * size, size)
+    return heads, dim, dim, key, value
+
+
+def _amx_shape(tensor: torch.Tensor, *, heads: int, dim: int) -> _Shape | None:
+    """The same, where a CPU multiplies tiles (AMX): tiles of 16 columns by rows of two, which lie side by side.
+
+    K is [token / 16][element / 2][16 tokens][2 elements], V is [element / 16][token / 2][16 elements][2 tokens].
+    """
+    tokens = int(tensor.shape[2])
+    if not tensor.is_contiguous() or tokens % 16 or dim % 16:
+        return None
+    size = tensor.element_size()
+    head_stride, row = 2 * tokens * dim * size, 32 * size
+    key = Plane(0, head_stride, 2 * size, size, 16, 16 * dim * size, 2, row)
+    value = Plane(tokens * dim * size, head_stride, size, 2 * size, 2, row, 16, 16 * tokens * size)
     return heads, dim, dim, key, value
 
 
