@@ -33,10 +33,10 @@ from concordia.testing.served import Served
 START_TIMEOUT_S: Final = 240.0
 WARM_TOKENS: Final = 8
 RUN_TIMEOUT_S: Final = 300.0
-KILL_AT: Final = 0.1  # share of the answer after which the first engine dies
+KILL_AT: Final = 0.08  # share of the answer after which the first engine dies
 STOP_AT: Final = 0.6  # earliest share at which its successor freezes
 STOP_AT_LATEST: Final = 0.95  # freeze it here even when no standby is ready yet
-AGAIN: Final = 0.4  # share of the answer that is repeated to know whether unfailed runs agree, and that the control runs for
+AGAIN: Final = 0.3  # share of the answer that is repeated to know whether unfailed runs agree, and that the control runs for
 ON_THEIR_WAY_S: Final = 1.0  # tokens of a dead engine reach its clients within this
 
 console = Console(stderr=True)
@@ -233,7 +233,8 @@ def show(runs: list[Run], result: dict[str, Any]) -> None:
     for run in runs:
         for index, answer in enumerate(run.answers):
             gaps = [b - a for a, b in zip(answer.stamps, answer.stamps[1:], strict=False)]
-            difference = first_difference(reference.answers[index].tokens, answer.tokens)
+            wanted = reference.answers[index].tokens[: answer.question.max_tokens]
+            difference = first_difference(wanted, answer.tokens)
             table.add_row(
                 run.name if index == 0 else "",
                 str(index),
@@ -298,7 +299,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--model-seed", type=int, default=3, help="seed of the weights")
     parser.add_argument("--seed", type=int, default=1, help="seed of the questions")
     parser.add_argument("--requests", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=1500, help="length of each answer")
+    parser.add_argument("--tokens", type=int, default=2000, help="length of each answer")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--kv-mib", type=int, default=512, help="KV cache of each engine in MiB")
