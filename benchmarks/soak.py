@@ -37,6 +37,7 @@ from concordia.testing.served import Served
 
 START_TIMEOUT_S: Final = 240.0
 ROUND_TIMEOUT_S: Final = 240.0
+PAUSE_MAX_S: Final = 10.0  # a hang is noticed after its learned deadline, two seconds at most for this model, on loaded cores later
 QUESTIONS: Final = 12
 AT_ONCE: Final = 4
 
@@ -89,13 +90,15 @@ class Soak:
 
     def start(self) -> Served:
         flags = [
-            *("--replicas", "1", "--standby", "1", "--served-model-name", "soak"),
+            *("--replicas", "1", "--standby", str(self.options.standby)),
+            *("--served-model-name", "soak"),
             *("--dtype", "float32", "--max-model-len", "2048"),
             *("--kv-cache-memory-bytes", str(256 << 20)),
             *("--journal-dir", str(self.journal), "--journal-size", "512MiB"),
             *("--tensor-parallel-size", str(self.options.tensor_parallel_size)),
             "--",
             *("--logits-processors", "concordia.testing.raising:RaisingProcessor"),
+            *self.options.engine,
         ]
         served = Served(self.model, flags, log=self.folder / "serve.log")
         served.wait_ready(timeout_s=START_TIMEOUT_S)
@@ -153,6 +156,7 @@ class Soak:
             seen += 1
 
         before = self.status()
+        standbys = sum(r["state"] == "standby" for r in before["replicas"])
         started = time.monotonic()
         hits: list[str] = []
         if plan.moment == "idle":
@@ -169,7 +173,8 @@ class Soak:
         asking.cancel() if not asking.done() else None
         answers = await asyncio.gather(asking, return_exceptions=True)
         row = {"seed": plan.seed, "target": plan.target, "way": plan.way, "moment": plan.moment}
-        row |= {"hits": hits, "seconds": round(time.monotonic() - started, 2)}
+        row |= {"standbys": standbys, "hits": hits}
+        row |= {"seconds": round(time.monotonic() - started, 2)}
         if plan.target == "router":
             row |= await self.after_router(questions, chosen)
         elif isinstance(answers[0], BaseException):
@@ -177,6 +182,8 @@ class Soak:
         else:
             row |= self.compare(answers[0], chosen)
             row |= counted(before, self.status())
+            if len(hits) <= standbys and row["longest_pause_s"] > self.options.pause_max:
+                row["wrong"].append(f"a pause of {row['longest_pause_s']} s beside a ready standby")
         return row
 
     async def after_router(self, questions: list[Question], chosen: list[int]) -> dict[str, Any]:
@@ -290,22 +297,29 @@ def summarise(
 ) -> dict[str, Any]:
     hits = [h for row in rows for h in row["hits"]]
     pauses = sorted(
-        row["longest_pause_s"] for row in rows if row.get("longest_pause_s") is not None
+        row["longest_pause_s"]
+        for row in rows
+        if row.get("longest_pause_s") is not None and 0 < len(row["hits"]) <= row["standbys"]
     )
     return {
         "machine": machine(),
         "first_seed": options.seed,
         "tensor_parallel_size": options.tensor_parallel_size,
+        "standbys": options.standby,
         "rounds": len(rows),
         "faults_injected": len(hits),
         "by_target": {t: hits.count(t) for t in sorted(set(hits))},
+        "by_way": {w: sum(r["way"] == w for r in rows) for w in sorted({r["way"] for r in rows})},
+        "by_moment": {
+            m: sum(r["moment"] == m for r in rows) for m in sorted({r["moment"] for r in rows})
+        },
         "tokens_lost": sum(row.get("lost", 0) for row in rows),
         "tokens_doubled": sum(row.get("doubled", 0) for row in rows),
         "answers_changed": sum(row.get("changed", 0) for row in rows),
         "hash_mismatches": sum(row.get("hash_mismatches", 0) for row in rows),
         "restored_tokens": sum(row.get("restored_tokens", 0) for row in rows),
         "recomputed_tokens": sum(row.get("recomputed_tokens", 0) for row in rows),
-        "pause_s": {
+        "pause_beside_ready_standby_s": {
             "median": pauses[len(pauses) // 2] if pauses else None,
             "max": pauses[-1] if pauses else None,
         },
@@ -323,9 +337,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--tokens", type=int, default=1500)
     parser.add_argument("--shape", default="tiny")
+    parser.add_argument("--standby", type=int, default=1)
+    parser.add_argument(
+        "--pause-max",
+        type=float,
+        default=PAUSE_MAX_S,
+        help="longest pause where a standby was ready, in seconds",
+    )
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("soak-output"))
     parser.add_argument("--result", type=pathlib.Path, default=None)
+    parser.add_argument("engine", nargs="*", help="more flags for vLLM, after --")
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     names_before = set(os.listdir("/dev/shm"))

@@ -7,10 +7,12 @@ whatever could read or write the executor's own memory by mistake is refused wit
 from __future__ import annotations
 
 import pathlib
+from dataclasses import replace
 
 import pytest
 
 from concordia import abi
+from concordia.checkpoint.region import KvGeometry, Plane
 from concordia.device import nvrtc
 from concordia.device.compiler import KERNELS, HandlerSource, KernelCache
 from concordia.device.cubin import initial_word, read_facts
@@ -20,25 +22,13 @@ from concordia.errors import CompileError, HandlerRefused
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings are not installed")
 
-ROWS = {
-    "KV_LAYERS": 16,
-    "KV_HEADS": 8,
-    "KV_ELEMENT_BYTES": 2,
-    "KV_BLOCK_TOKENS": 16,
-    "KV_BLOCK_BYTES": 65536,
-    "KV_BLOCK_STRIDE": 65536,
-    "KV_KEY_DIM": 128,
-    "KV_KEY_OFFSET": 0,
-    "KV_KEY_HEAD_STRIDE": 512,
-    "KV_KEY_TOKEN_STRIDE": 4096,
-    "KV_KEY_ELEMENT_STRIDE": 2,
-    "KV_VALUE_DIM": 128,
-    "KV_VALUE_OFFSET": 256,
-    "KV_VALUE_HEAD_STRIDE": 512,
-    "KV_VALUE_TOKEN_STRIDE": 4096,
-    "KV_VALUE_ELEMENT_STRIDE": 2,
-}
+PACKED = KvGeometry(
+    layers=16, block_count=64, block_tokens=16, block_bytes=65536, heads=8, head_dim_key=128, head_dim_value=128, element_bytes=2,
+    key=Plane(0, 512, 4096, 2), value=Plane(256, 512, 4096, 2), dtype="bfloat16", instruction_set="any",
+)  # fmt: skip
+ROWS = PACKED.constants()
 COLUMNS = ROWS | {"KV_KEY_TOKEN_STRIDE": 2, "KV_KEY_ELEMENT_STRIDE": 64, "KV_BLOCK_TOKENS": 32}
+TILES = replace(PACKED, key=Plane(0, 8192, 4, 2, 16, 4096, 2, 64)).constants()
 LATENT = ROWS | {"KV_HEADS": 1, "KV_KEY_DIM": 576, "KV_VALUE_DIM": 0, "KV_KEY_TOKEN_STRIDE": 1152}
 FP8 = ROWS | {"KV_ELEMENT_BYTES": 1, "KV_KEY_ELEMENT_STRIDE": 1, "KV_VALUE_ELEMENT_STRIDE": 1}
 
@@ -48,7 +38,7 @@ HANDLERS = [
     *(
         HandlerSource.of(file, shape)
         for file in ("kv_append.cu", "kv_apply.cu", "kv_hash.cu")
-        for shape in (ROWS, COLUMNS, LATENT, FP8)
+        for shape in (ROWS, COLUMNS, TILES, LATENT, FP8)
     ),
 ]
 

@@ -22,7 +22,7 @@ from concordia.serving.process_tree import become_subreaper, read_process
 def test_journal_has_another_owner_when_the_first_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     become_subreaper()
     journal = pathlib.Path(f"/dev/shm/concordia-keeper-{os.getpid()}")
-    keeper = OwnerKeeper(journal, size_bytes=config.SEGMENT_COUNT_MIN * config.SEGMENT_BYTES)
+    keeper = OwnerKeeper(journal, size_bytes=config.JOURNAL_BYTES_MIN)
     faults: list[Fault] = []
     keeper.subscribe(faults.append)
     client = JournalClient.connect(journal)

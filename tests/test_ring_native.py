@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from concordia.checkpoint.region import KvGeometry, Plane
 from concordia.device.compiler import FLAGS, KERNELS
 
 SOURCE = Path(__file__).parent / "native" / "ring_stress.cpp"
@@ -85,11 +86,10 @@ def test_no_task_waits_alone_when_the_executor_leaves_at_that_moment(
     assert 0 < figures["launches"] <= tasks + 1
 
 
-KV = {
-    "LAYERS": 2, "HEADS": 2, "ELEMENT_BYTES": 2, "BLOCK_TOKENS": 16, "BLOCK_BYTES": 4096, "BLOCK_STRIDE": 4096,
-    "KEY_DIM": 32, "KEY_OFFSET": 0, "KEY_HEAD_STRIDE": 2048, "KEY_TOKEN_STRIDE": 2, "KEY_ELEMENT_STRIDE": 32,
-    "VALUE_DIM": 32, "VALUE_OFFSET": 1024, "VALUE_HEAD_STRIDE": 2048, "VALUE_TOKEN_STRIDE": 64, "VALUE_ELEMENT_STRIDE": 2,
-}  # fmt: skip
+GEOMETRY = KvGeometry(
+    layers=2, block_count=8, block_tokens=16, block_bytes=4096, heads=2, head_dim_key=32, head_dim_value=32, element_bytes=2,
+    key=Plane(0, 2048, 2, 32), value=Plane(1024, 2048, 64, 2), dtype="bfloat16", instruction_set="vec",
+)  # fmt: skip
 HANDLERS = ("kv_append", "kv_apply", "kv_hash", "bytes_append", "page_scan")
 
 
@@ -106,7 +106,7 @@ def test_lanes_do_not_race_when_four_run_a_handler(
         f"-DCONCORDIA_DEVICE_SHAPE={is_device}",
         "-DPAGE_BYTES=8192",
     ]
-    flags += [f"-DKV_{key}={value}" for key, value in KV.items()]
+    flags += [f"-D{name}={value}" for name, value in GEOMETRY.constants().items()]
     objects = []
     for handler in HANDLERS:
         objects.append(str(tmp_path / f"{handler}.o"))

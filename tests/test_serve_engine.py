@@ -31,7 +31,7 @@ pytestmark = [
 ]
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-TOKENS = 2500  # long enough that a quick engine is still at it when the hit lands
+TOKENS = 3600  # long enough that a quick engine is still at it when the hit lands
 START_S = 400.0
 
 

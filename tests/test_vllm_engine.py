@@ -74,7 +74,7 @@ class Bench:
         )
         said = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("CHILD ")]
         log = done.stdout + done.stderr
-        assert [line for line in said if "ended" in line], log[-4000:]
+        assert [line for line in said if "ended" in line], f"ended with {done.returncode}: {log[-4000:]}"
         assert "protection is OFF" not in log, log[-4000:]
         return [step["answers"] for step in said if "answers" in step]
 

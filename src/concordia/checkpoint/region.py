@@ -42,7 +42,10 @@ class Plane:
     element_tile_stride: int = 0
 
     def place(
-        self, heads: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64], elements: npt.NDArray[np.int64]
+        self,
+        heads: npt.NDArray[np.int64],
+        tokens: npt.NDArray[np.int64],
+        elements: npt.NDArray[np.int64],
     ) -> npt.NDArray[np.int64]:
         """Byte offset in the block of the first byte of each element; the arguments are broadcast."""
         found: npt.NDArray[np.int64] = (
@@ -54,7 +57,9 @@ class Plane:
         return found
 
 
-def _tiled(index: npt.NDArray[np.int64], stride: int, tile: int, tile_stride: int) -> npt.NDArray[np.int64]:
+def _tiled(
+    index: npt.NDArray[np.int64], stride: int, tile: int, tile_stride: int
+) -> npt.NDArray[np.int64]:
     return index * stride if tile == 0 else index // tile * tile_stride + index % tile * stride
 
 

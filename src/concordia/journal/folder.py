@@ -96,6 +96,12 @@ def memory_free_bytes() -> int:
     return max(0, min([*_cgroup_free(), *_memory_available(), _UNLIMITED]))
 
 
+def choose_segment_bytes(size_bytes: int) -> int:
+    """A segment of a journal of that size: a power of two, SEGMENTS_WANTED of them where the limits allow."""
+    fitting = 1 << max(0, size_bytes // config.SEGMENTS_WANTED).bit_length() - 1 if size_bytes else 0
+    return max(config.SEGMENT_BYTES_MIN, min(fitting, config.SEGMENT_BYTES_MAX))
+
+
 def fit_size(path: Path, wanted_bytes: int | None, segment_bytes: int) -> int:
     """Bytes of the pool: min(wanted, half of what is free), whole segments; raises when too few fit."""
     if segment_bytes < config.SEGMENT_BYTES_MIN or segment_bytes % 4096:

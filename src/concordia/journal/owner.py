@@ -23,7 +23,7 @@ from concordia.errors import ConcordiaError, JournalError
 from concordia.journal import fence, segment
 from concordia.journal.cleaner import Cleaner
 from concordia.journal.desk import Desk
-from concordia.journal.folder import Folder, fit_size
+from concordia.journal.folder import Folder, choose_segment_bytes, fit_size, free_bytes
 from concordia.journal.office import Office
 from concordia.journal.replicas import Replicas
 from concordia.journal.segment import Board, Pool
@@ -219,7 +219,9 @@ def _make(home: Folder, settings: dict[str, Any], *, linger_s: float) -> Owner:
     """A new journal."""
     if settings["pool"]:
         home.pool.symlink_to(settings["pool"])
-    segment_bytes = int(settings["segment_bytes"])
+    wanted = settings["size_bytes"] or config.JOURNAL_BYTES_DEFAULT
+    fitting = choose_segment_bytes(min(wanted, free_bytes(home.path) // 2))
+    segment_bytes = int(settings["segment_bytes"] or fitting)
     size = fit_size(home.path, settings["size_bytes"], segment_bytes)
     try:
         pool = Pool.create(home.pool, size=size, segment_bytes=segment_bytes)

@@ -26,7 +26,7 @@ def spawn_owner(
     journal: Path,
     *,
     size_bytes: int | None,
-    segment_bytes: int = config.SEGMENT_BYTES,
+    segment_bytes: int | None = None,
     linger_s: float = config.OWNER_LINGER_S,
     pool: Path | None = None,
 ) -> int:

@@ -168,7 +168,7 @@ def _shared_memory() -> Finding:
         return Finding("/dev/shm", Grade.MISSING, "not there", "mount a tmpfs on /dev/shm")
     usage = shutil.disk_usage(resources.SHARED_MEMORY)
     found = f"{usage.free // _MIB} of {usage.total // _MIB} MiB free"
-    least = config.ENGINE_SHARED_BYTES + 2 * config.SEGMENT_COUNT_MIN * config.SEGMENT_BYTES
+    least = config.ENGINE_SHARED_BYTES + 2 * config.JOURNAL_BYTES_MIN
     if usage.free < least:
         advice = f"needs {least // _MIB} MiB at least: docker run --shm-size=8g, or mount -o remount,size=8g /dev/shm"
         return Finding("/dev/shm", Grade.MISSING, found, advice)

@@ -214,6 +214,8 @@ class Recorder:
             return {}
 
     def _note(self, event: Mapping[str, Any]) -> None:
+        if (loss := describe_loss(event)) is not None:
+            log.warning("%s", loss)
         outcome = read_outcome(event)
         if outcome is None:
             return
@@ -286,6 +288,20 @@ def read_outcome(event: Mapping[str, Any]) -> Outcome | None:
         int(event.get("recomputed_tokens", 0)),
         int(event.get("hash_mismatches", 0)),
     )
+
+
+def describe_loss(event: Mapping[str, Any]) -> str | None:
+    """One line for an event by which somebody has less than they may believe; None for any other."""
+    name, request = event.get("event"), event.get("request")
+    reason = event.get("reason") or "no reason given"
+    if name == "unprotected":
+        return f"unprotected: {request}: {reason}"
+    if name in ("restored", "restore-failed") and event.get("level") != "state-exact":
+        restored, recomputed = event.get("restored_tokens", 0), event.get("recomputed_tokens", 0)
+        return f"not restored whole: {request}: {restored} tokens restored, {recomputed} recomputed: {reason}"
+    if name == "corruption":
+        return f"corruption in the journal: {dict(event)}"
+    return None
 
 
 def _joined(batch: list[_Item]) -> list[_Item]:

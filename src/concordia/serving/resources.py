@@ -149,7 +149,7 @@ def divide(
         if kv_bytes is not None:
             wanted = int(config.JOURNAL_PER_KV * kv_bytes * replicas)
         journal_bytes = min(wanted, machine.shared_free_bytes // 2)
-        journal_bytes = max(journal_bytes, config.SEGMENT_COUNT_MIN * config.SEGMENT_BYTES)
+        journal_bytes = max(journal_bytes, config.JOURNAL_BYTES_MIN)
     return Plan(shares, journal_bytes, kv_bytes, notes)
 
 

@@ -127,6 +127,13 @@ def overwritten_blocks(output: Any) -> list[int]:
     return blocks
 
 
+def allow_tiles() -> None:
+    """Ask the kernel for AMX. vLLM 0.32's attention uses it unasked, and oneDNN asks only for large matrices: a small model would die of SIGILL."""
+    import torch
+
+    torch.cpu._init_amx()
+
+
 def cpu_instruction_set(vllm_config: Any, kv_cache_config: Any) -> str:
     """Which tiling vLLM's CPU backend uses for this cache: the tensor's shape does not tell."""
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec

@@ -250,10 +250,13 @@ def describe_kv(vllm_config: Any, kv_cache_config: Any, tensors: Mapping[str, to
     from concordia.integrations.vllm import compat
 
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    instruction_set = compat.cpu_instruction_set(vllm_config, kv_cache_config)
+    if instruction_set.endswith("amx"):
+        compat.allow_tiles()
     return describe(
         tensors,
         block_count=int(kv_cache_config.num_blocks),
         block_tokens=compat.block_tokens(kv_cache_config),
         head_dim_key=getattr(spec, "head_size", None),
-        instruction_set=compat.cpu_instruction_set(vllm_config, kv_cache_config),
+        instruction_set=instruction_set,
     )
