@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import os
 import pathlib
@@ -87,17 +88,21 @@ class Soak:
         self.references: list[Answer] = []
         self.served: Served | None = None
         self.sessions: set[int] = set()
+        processor = ["--logits-processors", "concordia.testing.raising:RaisingProcessor"]
+        self.raising = [] if options.without_raise else processor
+        # In float32 tokens agree in every batch; else the same questions are asked together, as a closed cohort.
+        self.is_closed = options.dtype != "float32"
 
     def start(self) -> Served:
         flags = [
             *("--replicas", "1", "--standby", str(self.options.standby)),
             *("--served-model-name", "soak"),
-            *("--dtype", "float32", "--max-model-len", "2048"),
+            *("--dtype", self.options.dtype, "--max-model-len", "2048"),
             *("--kv-cache-memory-bytes", str(256 << 20)),
             *("--journal-dir", str(self.journal), "--journal-size", "512MiB"),
             *("--tensor-parallel-size", str(self.options.tensor_parallel_size)),
             "--",
-            *("--logits-processors", "concordia.testing.raising:RaisingProcessor"),
+            *self.raising,
             *self.options.engine,
         ]
         served = Served(self.model, flags, log=self.folder / "serve.log")
@@ -109,7 +114,8 @@ class Soak:
         client = AsyncOpenAI(
             base_url=self.served.url, api_key="soak", max_retries=0, timeout=ROUND_TIMEOUT_S
         )
-        answers = await ask_all(client, "soak", questions, on_token=on_token)
+        cohort = f"soak-{time.monotonic_ns()}" if self.is_closed else None
+        answers = await ask_all(client, "soak", questions, cohort=cohort, on_token=on_token)
         await client.close()
         return answers
 
@@ -137,7 +143,7 @@ class Soak:
         session = states.get("standby" if plan.target == "standby" else "ready")
         if session is None:
             return []
-        if plan.way == "RAISE":
+        if plan.way == "RAISE" and self.raising:
             make_forward_raise(self.trigger, session)
             return ["forward"]
         place = Target.ENGINE_CORE if plan.target == "standby" else Target(plan.target)
@@ -146,7 +152,9 @@ class Soak:
     async def play(self, plan: Round) -> dict[str, Any]:
         """One round: ask, hit, wait for every answer, compare with the unfailed ones."""
         rng = random.Random(plan.seed + 1)
-        chosen = rng.sample(range(QUESTIONS), AT_ONCE)
+        first = AT_ONCE * rng.randrange(QUESTIONS // AT_ONCE)
+        together = list(range(first, first + AT_ONCE))
+        chosen = together if self.is_closed else rng.sample(range(QUESTIONS), AT_ONCE)
         questions = [self.questions[i] for i in chosen]
         total = sum(q.max_tokens for q in questions)
         seen = 0
@@ -259,10 +267,16 @@ class Soak:
 
     async def first_answers(self) -> list[Answer]:
         """Unfailed answers, twice: tokens are only compared where the engine repeats itself."""
-        first = [(await self.ask([q]))[0] for q in self.questions]
-        second: list[Answer] = []
-        for at in range(0, QUESTIONS, AT_ONCE):
-            second += await self.ask(self.questions[at : at + AT_ONCE])
+        groups = [self.questions[at : at + AT_ONCE] for at in range(0, QUESTIONS, AT_ONCE)]
+        for (
+            group
+        ) in groups:  # fills the prefix cache: from here on every prefill has the same shape
+            await self.ask([dataclasses.replace(q, max_tokens=2) for q in group])
+        alone = [[question] for question in self.questions]
+        first = [
+            a for asked in (groups if self.is_closed else alone) for a in await self.ask(asked)
+        ]
+        second = [a for asked in groups for a in await self.ask(asked)]
         for a, b in zip(first, second, strict=True):
             if a.error or b.error or a.tokens != b.tokens:
                 raise ConcordiaError(
@@ -306,6 +320,7 @@ def summarise(
         "first_seed": options.seed,
         "tensor_parallel_size": options.tensor_parallel_size,
         "standbys": options.standby,
+        "dtype": options.dtype,
         "rounds": len(rows),
         "faults_injected": len(hits),
         "by_target": {t: hits.count(t) for t in sorted(set(hits))},
@@ -337,6 +352,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--tokens", type=int, default=1500)
     parser.add_argument("--shape", default="tiny")
+    parser.add_argument(
+        "--dtype", default="float32", help="others than float32 are asked as closed cohorts"
+    )
+    parser.add_argument(
+        "--without-raise",
+        action="store_true",
+        help="kill where a forward was to raise: for engines that take no logits processor",
+    )
     parser.add_argument("--standby", type=int, default=1)
     parser.add_argument(
         "--pause-max",
