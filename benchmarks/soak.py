@@ -97,7 +97,7 @@ class Soak:
         flags = [
             *("--replicas", "1", "--standby", str(self.options.standby)),
             *("--served-model-name", "soak"),
-            *("--dtype", self.options.dtype, "--max-model-len", "2048"),
+            *("--dtype", self.options.dtype, "--max-model-len", "4096"),
             *("--kv-cache-memory-bytes", str(256 << 20)),
             *("--journal-dir", str(self.journal), "--journal-size", "512MiB"),
             *("--tensor-parallel-size", str(self.options.tensor_parallel_size)),
