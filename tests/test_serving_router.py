@@ -196,6 +196,29 @@ def test_cohort_keeps_its_order_and_size_when_its_replica_fails() -> None:
     run(scenario)
 
 
+def test_client_cohort_gathers_on_the_next_replica_when_the_first_fails_before_all_have_come() -> (
+    None
+):
+    async def scenario() -> None:
+        first, second = engines(2)
+        first.failures = [Failure(0, "hang"), Failure(0, "hang")]
+        body = completion(prompt=[5, 6], max_tokens=4)
+        body["concordia"] = {"cohort": {"id": "c", "size": 3}}
+        async with served(first, second) as bench:
+            tasks = []
+            for n in range(2):
+                tasks.append(asyncio.create_task(ask(bench, **body)))
+                await until(lambda n=n: len(first.bodies) == n + 1)
+            bench.replicas.notice(first)
+            await until(lambda: len(second.bodies) == 2)
+            tasks.append(asyncio.create_task(ask(bench, **body)))
+            await asyncio.gather(*tasks)
+        cohorts = [b["kv_transfer_params"]["concordia"]["cohort"] for b in second.bodies]
+        assert [(c["id"], c["size"]) for c in cohorts] == [("client-c", 3)] * 3
+
+    run(scenario)
+
+
 def test_new_requests_wait_behind_the_cohort_when_a_failover_runs() -> None:
     async def scenario() -> None:
         first, second = engines(2)

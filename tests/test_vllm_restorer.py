@@ -209,6 +209,19 @@ def test_fresh_cohort_starts_in_one_pass_when_nothing_is_restored(world: World) 
     assert world.restorer.match("b", second, 0) == 0
 
 
+def test_fresh_cohort_is_offered_its_prefixes_in_one_pass_when_answers_come_one_by_one() -> None:
+    world = World(10, known=lambda _: True)
+    ticket = CohortTicket("c", 2, 5.0)
+    world.client.gate.clear()
+    first, second = world.arrive("a", 10, cohort=ticket), world.arrive("b", 10, cohort=ticket)
+    world.restorer.settle()
+    assert world.restorer.match("a", first, 0) is None
+    world.client.gate.set()
+    assert world.until("a", first) == 8
+    assert world.restorer.match("b", second, 0) == 8
+    world.restorer.close()
+
+
 def test_late_cohort_is_told_of_when_a_member_never_comes(world: World) -> None:
     track = world.arrive("a", 11, is_restore=True, cohort=CohortTicket("c", 2, 0.05))
     assert world.until("a", track) == 10

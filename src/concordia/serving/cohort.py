@@ -58,9 +58,11 @@ class Cohort:
         await router.count_uncommitted(members)
         # Counting took a moment, and the size that members name must be that of those who come.
         members = self.living
-        ticket = CohortTicket(self.name, len(members), config.RESTORE_WAIT_S)
+        forming = [flight for flight in members if _is_forming(flight, members)]
+        ticket = CohortTicket(self.name, len(members) - len(forming), config.RESTORE_WAIT_S)
         for index, flight in enumerate(members):
-            if not await router.submit(flight, self.replica, ticket):
+            wished = flight.wished_ticket if flight in forming else ticket
+            if not await router.submit(flight, self.replica, wished):
                 for other in members[index + 1 :]:
                     router.suspect(other, self.replica, "its cohort could not be submitted")
                 break
@@ -93,3 +95,14 @@ class Cohort:
         for flight in members:
             if flight.is_left and flight.stream is not None:
                 flight.stream.close()
+
+
+def _is_forming(flight: Flight, members: Sequence[Flight]) -> bool:
+    """Whether others of its client's own cohort are still to come: it cannot have begun, and waits for them on the new replica."""
+    wish = flight.request.cohort
+    if wish is None or flight.ids:
+        return False
+    same = [
+        f for f in members if f.request.cohort is not None and f.request.cohort.name == wish.name
+    ]
+    return len(same) < wish.size and not any(f.ids for f in same)

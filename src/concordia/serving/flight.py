@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 
 import xxhash
 
+from concordia import config
 from concordia.errors import RequestRefused, UpstreamBroken
 from concordia.serving.detokenizer import Detokenizer
 from concordia.serving.need import Defaults, Level
@@ -181,6 +182,14 @@ class Flight:
             },
         }
         return body
+
+    @property
+    def wished_ticket(self) -> CohortTicket | None:
+        """The cohort that the client asked for, if any."""
+        wish = self.request.cohort
+        if wish is None:
+            return None
+        return CohortTicket(f"client-{wish.name}", wish.size, config.RESTORE_WAIT_S)
 
     def seat(self, stream: EventStream) -> None:
         """Give the answer the stream that its ids come from."""

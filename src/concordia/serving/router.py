@@ -279,10 +279,7 @@ class Router:
 
     async def submit_alone(self, flight: Flight) -> None:
         """The first submission, or that of a flight that was cut off without a fault of its replica."""
-        wish = flight.request.cohort if flight.incarnation == 0 else None
-        ticket = None
-        if wish is not None:
-            ticket = CohortTicket(f"client-{wish.name}", wish.size, config.RESTORE_WAIT_S)
+        ticket = flight.wished_ticket if flight.incarnation == 0 else None
         try:
             flight.replica = await self.admission.acquire()
         except RequestRefused as error:

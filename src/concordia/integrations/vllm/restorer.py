@@ -81,9 +81,13 @@ class Restorer:
         if identity.is_restore:
             known = min(identity.tokens_known or len(track.tokens), len(track.tokens))
             self._lookups.ask(request, self._cut_question(track, known), wait_s=config.RESTORE_WAIT_S)
+        elif identity.cohort is not None:
+            # Asked now, not when the cohort opens: the answers come one by one, and its members must start in one step.
+            self._ask_prefix(request, track, 0)
+            waiting.is_undecided = self._lookups.is_asked(request)
         if identity.cohort is not None:
             self._cohorts.join(request, identity.cohort, now=now)
-            if not identity.is_restore:
+            if not waiting.is_undecided:
                 self._cohorts.decide(request)
         self.settle()
 
