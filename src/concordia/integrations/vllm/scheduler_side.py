@@ -84,6 +84,7 @@ class SchedulerSide:
         track = Track(identity, chain, request.all_token_ids)
         track.is_protected = not identity.is_disabled
         self._writes.tracks[name] = track
+        self._learn()  # an idle engine makes no steps, and knows only what was there when it started
         self._restorer.arrive(name, track)
 
     def match(self, request: Any, hit: int) -> tuple[int | None, bool]:
@@ -104,9 +105,7 @@ class SchedulerSide:
         self._step += 1
         scheduled = list(output.num_scheduled_tokens)
         loads = self._restorer.take_step(scheduled)
-        learned = self._scribe.take_known()
-        if learned is not None:
-            self._writes.learn(learned[0], before_step=learned[1])
+        self._learn()
         self._try_again()
         given, self._given = self._given + compat.overwritten_blocks(output), []
         result = self._writes.step(
@@ -128,6 +127,11 @@ class SchedulerSide:
         return StepMetadata(
             step=self._step, tokens=tokens, writes=result.writes, reused=result.reused, loads=loads.loads
         )
+
+    def _learn(self) -> None:
+        learned = self._scribe.take_known()
+        if learned is not None:
+            self._writes.learn(learned[0], before_step=learned[1])
 
     def report(self, report: WorkerReport) -> None:
         """What the workers did."""
