@@ -99,7 +99,7 @@ class Soak:
             *("--served-model-name", "soak"),
             *("--dtype", self.options.dtype, "--max-model-len", "4096"),
             *("--kv-cache-memory-bytes", str(256 << 20)),
-            *("--journal-dir", str(self.journal), "--journal-size", "512MiB"),
+            *("--journal-dir", str(self.journal), "--journal-size", "2GiB"),
             *("--tensor-parallel-size", str(self.options.tensor_parallel_size)),
             "--",
             *self.raising,

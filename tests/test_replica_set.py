@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -188,6 +189,26 @@ def test_standby_is_replaced_when_it_dies(stage: Stage) -> None:
     wait_for(lambda: replicas.standbys and replicas.standbys[0] is not standby, "another standby")
     assert replicas.active == [active]
     assert [f.replica for f in stage.faults] == [standby.incarnation]
+
+
+def test_standby_is_replaced_when_it_takes_long_to_die(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replicas = stage.make(1, 1)
+    replicas.start(timeout_s=BOUND_S)
+    wait_for(lambda: replicas.standbys, "a standby")
+    standby, fence, attempts = replicas.standbys[0], Replica.fence, []
+
+    def slow(self: Replica, **how: Any) -> None:
+        attempts.append(self)
+        if len(attempts) <= 2:
+            raise ReplicaError("still alive")
+        fence(self, **how)
+
+    monkeypatch.setattr(Replica, "fence", slow)
+    os.kill(member(standby, "VLLM::EngineCor"), signal.SIGKILL)
+    wait_for(lambda: replicas.standbys and replicas.standbys[0] is not standby, "another standby")
+    assert attempts[:3] == [standby] * 3
 
 
 def test_new_engine_serves_when_there_is_no_standby(stage: Stage) -> None:

@@ -251,7 +251,7 @@ def test_step_writes_are_built_from_vllm_s_own_output_when_requests_start_and_go
     pair: tuple[ConcordiaConnector, ConcordiaConnector],
 ) -> None:
     scheduler, worker = pair
-    request = asked("r", 70)
+    request = asked("r", 70, cache_salt="met by nobody before")
     scheduler.on_new_request(request)
     assert scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
     scheduler.update_state_after_alloc(request, blocks_of(1, 2, 3), 0)

@@ -369,16 +369,18 @@ class ReplicaSet:
 
     def _discard(self, replica: Replica, failover: Failover | None = None) -> None:
         """End a replica, and remove what it leaves; a failover has sealed it already."""
-        try:
-            if replica.state is not State.DEAD:
-                if failover is None:
-                    self._seal(replica)
+        if failover is None and replica.state is not State.DEAD:
+            self._seal(replica)
+        while replica.state is not State.DEAD:
+            try:
                 self._confirm(replica)
-            if failover is not None:
-                failover.fenced_s = failover.passed_s()
-        except ReplicaError as error:
-            log.error("%s: %s", replica.name, error)
-            return
+            except ReplicaError as error:
+                # On starved cores a killed process takes its time to give gigabytes back. Until then its place is taken.
+                log.error("%s: %s", replica.name, error)
+                if self._is_stopping:
+                    return
+        if failover is not None:
+            failover.fenced_s = failover.passed_s()
         self._bury(replica)
 
     def _bury(self, replica: Replica) -> None:
