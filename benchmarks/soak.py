@@ -310,6 +310,11 @@ def summarise(
     rows: list[dict[str, Any]], left: list[str], options: argparse.Namespace
 ) -> dict[str, Any]:
     hits = [h for row in rows for h in row["hits"]]
+    # A raise that the engine could not be told of was a SIGKILL to its core.
+    ways = [
+        "SIGKILL" if row["way"] == "RAISE" and "forward" not in row["hits"] else row["way"]
+        for row in rows
+    ]
     pauses = sorted(
         row["longest_pause_s"]
         for row in rows
@@ -324,7 +329,7 @@ def summarise(
         "rounds": len(rows),
         "faults_injected": len(hits),
         "by_target": {t: hits.count(t) for t in sorted(set(hits))},
-        "by_way": {w: sum(r["way"] == w for r in rows) for w in sorted({r["way"] for r in rows})},
+        "by_way": {w: ways.count(w) for w in sorted(set(ways))},
         "by_moment": {
             m: sum(r["moment"] == m for r in rows) for m in sorted({r["moment"] for r in rows})
         },
