@@ -21,7 +21,7 @@ from concordia import abi, config
 from concordia.errors import JournalError, RingFull
 from concordia.serving.flight import request_key
 from concordia.serving.need import Level
-from concordia.serving.recorder import Recorder, read_outcome
+from concordia.serving.recorder import Recorder, describe_loss, read_outcome
 from concordia.serving.router import RouterSettings
 from fake_engine import Failure, served
 
@@ -189,6 +189,44 @@ def test_outcome_is_read_as_the_connector_means_it(event: dict[str, Any], expect
 
 def test_other_events_are_no_outcome() -> None:
     assert read_outcome({"event": "unprotected", "request": "a", "reason": "x"}) is None
+
+
+@pytest.mark.parametrize(
+    ("event", "words"),
+    [
+        (
+            {"event": "unprotected", "request": "a", "reason": "the journal is full"},
+            "a: the journal is full",
+        ),
+        (
+            {
+                "event": "restored",
+                "request": "a",
+                "level": "partial",
+                "restored_tokens": 3,
+                "recomputed_tokens": 2,
+                "reason": "r",
+            },
+            "a: 3 tokens restored, 2 recomputed: r",
+        ),
+        (
+            {"event": "restore-failed", "request": "a", "level": "none", "hash_mismatches": 1},
+            "not restored whole: a",
+        ),
+        ({"event": "corruption", "stream": 4}, "corruption in the journal"),
+    ],
+)
+def test_loss_is_said_in_one_line_when_an_event_tells_of_one(
+    event: dict[str, Any], words: str
+) -> None:
+    assert words in str(describe_loss(event))
+
+
+@pytest.mark.parametrize(
+    "event", [{"event": "restored", "level": "state-exact"}, {"event": "prefix-restored"}]
+)
+def test_nothing_is_said_when_nothing_was_lost(event: dict[str, Any]) -> None:
+    assert describe_loss(event) is None
 
 
 def test_token_waits_for_its_commit_when_that_mode_is_on() -> None:

@@ -254,8 +254,8 @@ class Restorer:
             "cohort": identity.cohort.name if identity.cohort else None,
             "waited_ms": round(1000 * (time.monotonic() - waiting.came), 1),
         }
-        if waiting.reason:
-            facts["reason"] = waiting.reason
+        if waiting.reason or level != "state-exact":
+            facts["reason"] = waiting.reason or "no more was committed"
         if is_loaded:
             self._unsaid[request] = facts
         else:
