@@ -10,6 +10,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -297,6 +298,18 @@ def test_standby_is_given_up_when_it_fails_again_and_again(
     os.kill(active.session_id, signal.SIGKILL)
     wait_for(lambda: replicas.active and replicas.active[0] is not active, "a successor")
     assert replicas._launched > launched
+
+
+def test_start_ends_at_once_when_it_is_stopped(stage: Stage) -> None:
+    (stage.folder / "mute").touch()
+    replicas = stage.make(1, 0)
+    stopper = threading.Timer(0.5, replicas.stop)
+    stopper.start()
+    began = time.monotonic()
+    with pytest.raises(ReplicaError, match="stopped while it started"):
+        replicas.start(timeout_s=BOUND_S)
+    assert time.monotonic() - began < BOUND_S / 2
+    stopper.join()
 
 
 def test_nothing_is_left_when_stopped_while_engines_start(stage: Stage) -> None:

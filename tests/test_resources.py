@@ -117,6 +117,19 @@ def test_flag_of_the_user_is_kept_when_it_says_the_same(given: list[str], flag: 
     assert all(flag not in share.flags for share in plan.shares)
 
 
+def test_cache_of_the_user_is_refused_when_it_does_not_fit() -> None:
+    with pytest.raises(UsageError, match="lower --kv-cache-memory-bytes"):
+        divide(
+            MACHINE,
+            CPU,
+            EngineFlags.parse(["--kv-cache-memory-bytes", str(MACHINE.memory_free_bytes // 2 + 1)]),
+            replicas=1,
+            standbys=1,
+            weights_bytes=0,
+            journal_bytes=None,
+        )
+
+
 def test_nothing_is_compiled_when_an_engine_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     def settings(*given: str) -> set[str | None]:
         flags = EngineFlags.parse(list(given))

@@ -93,6 +93,8 @@ class ReplicaSet:
         deadline = time.monotonic() + timeout_s
         with self._changed:
             while len(self.active) < self._replica_count:
+                if self._is_stopping:
+                    raise ReplicaError("stopped while it started")
                 if self._last_error is not None:
                     raise self._last_error
                 if self._promote() is None and not self._changed.wait(deadline - time.monotonic()):

@@ -202,6 +202,11 @@ def _cpu_shares(
         fixed += ["--kv-cache-memory-bytes", str(kv_bytes)]
     elif flags.value("--kv-cache-memory-bytes") is not None:
         kv_bytes = flags.number("--kv-cache-memory-bytes", 0)
+        if count * (kv_bytes + weights_bytes) > machine.memory_free_bytes:
+            raise UsageError(
+                f"{count} engines with {kv_bytes >> 20} MiB of KV cache and {weights_bytes >> 20} MiB of weights each do not fit into "
+                f"{machine.memory_free_bytes >> 20} MiB of free memory: lower --kv-cache-memory-bytes, --replicas or --standby"
+            )
     names = ("--enforce-eager", "--compilation-config", "--optimization-level")
     if not flags.has(*names) and not any(name.startswith("-O") for name in flags.names()):
         # Compiling takes longer than all the rest of a start, and is repeated at each; it brought no tokens/s.
