@@ -81,7 +81,9 @@ class Watch:
             entry.heartbeat.hurry()
 
     def stop(self) -> None:
-        """End the thread."""
+        """End the thread; may be repeated."""
+        if self._is_stopping:
+            return
         self._is_stopping = True
         os.eventfd_write(self._wake, 1)
         self._thread.join(config.KILL_S)
