@@ -125,7 +125,7 @@ def refused(done: subprocess.CompletedProcess[str], words: str, ground: Ground) 
         (["."], "no config.json"),
         (["MODEL", "--host", "no.such.host.invalid"], "--host"),
         (["MODEL", "--journal-size", "big"], "no size"),
-        (["MODEL", "--journal-size", "1MiB"], "needs at least 128 MiB"),
+        (["MODEL", "--journal-size", "1MiB"], "needs at least 8 MiB"),
         (["MODEL", "--journal-dir", "/proc/journal"], "name another --journal-dir"),
         (["MODEL", "--replicas", "64", "--standby", "64"], "fewer --replicas"),
         (["MODEL", "--run-dir", "/tmp/" + "long" * 20], "shorter --run-dir"),
