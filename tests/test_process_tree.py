@@ -82,6 +82,7 @@ def tree(tmp_path: pathlib.Path) -> Iterator[tuple[ProcessTree, dict[str, int]]]
     yield found, {role: int((tmp_path / role).read_text()) for role in ROLES}
     found.kill(timeout_s=BOUND_S)
     found.close()
+    (SHARED_MEMORY / (tmp_path / "name").read_text().lstrip("/")).unlink(missing_ok=True)
     leader.wait(BOUND_S)
 
 

@@ -94,6 +94,9 @@ def engine(model: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         asyncio.run(_ready(f"http://127.0.0.1:{port}", process, log))
         yield f"http://127.0.0.1:{port}"
     finally:
+        process.terminate()  # it removes its shared memory itself when it is asked
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(10)
