@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
@@ -19,7 +20,7 @@ from asking import PROMPT, ask, chat, completion, engines, events, health, joine
 from concordia.serving.need import Defaults
 from concordia.serving.request import Sampler
 from concordia.serving.router import RouterSettings
-from fake_engine import EOS, Failure, encode, scripted, served
+from fake_engine import EOS, Failure, FakeEngine, encode, free_token, scripted, served
 
 TEXT = "Grüße: 漢字 und 🎉 am Ende"
 
@@ -215,6 +216,88 @@ def test_client_cohort_gathers_on_the_next_replica_when_the_first_fails_before_a
             await asyncio.gather(*tasks)
         cohorts = [b["kv_transfer_params"]["concordia"]["cohort"] for b in second.bodies]
         assert [(c["id"], c["size"]) for c in cohorts] == [("client-c", 3)] * 3
+
+    run(scenario)
+
+
+def torn_cohort(first: FakeEngine, bench: Any, body: dict[str, Any]) -> Any:
+    """Two answers of one client's cohort, of which the second has one token more when the engine dies."""
+
+    async def asking() -> list[asyncio.Task[tuple[int, str]]]:
+        tasks = []
+        for n in range(2):
+            asked = {**body, "prompt": [n + 1, 5, 6]}
+            tasks.append(asyncio.create_task(ask(bench, **asked)))
+            await until(lambda n=n: len(first.bodies) == n + 1)
+        await until(lambda: bench.metrics.totals()["tokens"] == 4 + 5)
+        bench.replicas.notice(first)
+        return tasks
+
+    return asking()
+
+
+def test_members_go_on_after_the_same_token_when_a_step_was_handed_out_to_some_only() -> None:
+    async def scenario() -> None:
+        body = completion(max_tokens=12, logprobs=1, concordia={"cohort": {"id": "c", "size": 2}})
+        wholes = [await unfailed("/v1/completions", {**body, "prompt": [n + 1, 5, 6], "concordia": {}}) for n in range(2)]
+        first, second = engines(2)
+        first.failures = [Failure(4, "hang"), Failure(5, "hang")]
+        async with served(first, second) as bench:
+            answers = await asyncio.gather(*await torn_cohort(first, bench, body))
+            assert bench.metrics.totals()["stepped_back_tokens"] == 1
+            assert bench.metrics.totals()["tokens"] == 2 * 12
+        assert [joined(text) for _, text in answers] == [joined(text) for _, text in wholes]
+        assert [len(b["prompt"]) for b in second.bodies] == [3 + 4, 3 + 4]
+        assert [b["max_tokens"] for b in second.bodies] == [8, 8]
+        own = [b["kv_transfer_params"]["concordia"] for b in second.bodies]
+        assert [o["bounds"] for o in own] == [{"1": 7}, {"1": 7}]
+        assert all(o["restore"] and o["tokens"] == 7 for o in own)
+
+    run(scenario)
+
+
+def test_member_goes_on_from_all_its_tokens_when_the_one_that_comes_again_differs() -> None:
+    async def scenario() -> None:
+        body = completion(max_tokens=12, concordia={"cohort": {"id": "c", "size": 2}})
+        wholes = [await unfailed("/v1/completions", {**body, "prompt": [n + 1, 5, 6], "concordia": {}}) for n in range(2)]
+        first, second = engines(2)
+        first.failures = [Failure(4, "hang"), Failure(5, "hang")]
+
+        def rounded_differently(ids: Sequence[int], generated: int, asked: dict[str, Any]) -> int:
+            is_again = asked["kv_transfer_params"]["concordia"]["incarnation"] == 2 and ids[0] == 2 and len(ids) == 3 + 4
+            return 251 if is_again else free_token(ids, generated, asked)
+
+        second.token = rounded_differently
+        async with served(first, second) as bench:
+            bench.replicas.confirms = False
+            answers = await asyncio.gather(*await torn_cohort(first, bench, body))
+        assert [joined(text) for _, text in answers] == [joined(text) for _, text in wholes]
+        assert len(second.bodies) == 3
+        assert second.bodies[2]["prompt"] == [2, 5, 6, *joined(wholes[1][1])["ids"][:5]]
+        # What the second incarnation wrote after the token that differs is of another answer: only 3 + 4 tokens of it count.
+        assert second.bodies[2]["kv_transfer_params"]["concordia"]["bounds"] == {"1": 7, "2": 7}
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("own", "why"),
+    [
+        ({"temperature": 0.8, "seed": 3}, "its draws would be others"),
+        ({"concordia": {}}, "its members never shared their steps"),
+        ({"presence_penalty": 0.5}, "it is generated from the prompt anyway"),
+    ],
+)
+def test_members_go_on_where_they_are_when_they_cannot_step_back(own: dict[str, Any], why: str) -> None:
+    async def scenario() -> None:
+        body = {**completion(max_tokens=12, concordia={"cohort": {"id": "c", "size": 2}}), **own}
+        first, second = engines(2)
+        first.failures = [Failure(4, "hang"), Failure(5, "hang")]
+        async with served(first, second) as bench:
+            await asyncio.gather(*await torn_cohort(first, bench, body))
+            assert bench.metrics.totals()["stepped_back_tokens"] == 0, why
+        expected = [3, 3] if "presence_penalty" in own else [3 + 4, 3 + 5]
+        assert [len(b["prompt"]) for b in second.bodies] == expected
 
     run(scenario)
 

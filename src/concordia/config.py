@@ -218,6 +218,7 @@ REPLACE_RETRY_S: Final = 1.0
 REPLACE_POLL_S: Final = 0.02
 ADMISSION_POLL_S: Final = 0.1
 DEADLINE_POLL_S: Final = 0.25  # how exactly the recovery timeout is kept
+TORN_STEP_TOKENS_MAX: Final = 4  # tokens by which members of one cohort may lie apart for a step that was handed out to some
 RETRY_AFTER_S: Final = 5  # told to a client that is refused for want of an engine
 RECORD_PERIOD_S: Final = 0.01  # the router's records of this long are written together
 OUTCOMES_KEPT_MAX: Final = 65536

@@ -17,7 +17,8 @@ from typing import Protocol
 from concordia import config
 from concordia.errors import ConcordiaError
 from concordia.recovery.fault import Fault
-from concordia.serving.flight import CohortTicket, Flight, ReplicaLike
+from concordia.serving.flight import Flight, ReplicaLike
+from concordia.serving.submission import CohortTicket
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class Submitter(Protocol):
         self, flight: Flight, replica: ReplicaLike, ticket: CohortTicket | None
     ) -> bool: ...
     async def count_uncommitted(self, flights: Sequence[Flight]) -> None: ...
+    def count_again(self, tokens: int) -> None: ...
     def suspect(self, flight: Flight, replica: ReplicaLike, detail: str) -> None: ...
 
 
@@ -59,6 +61,7 @@ class Cohort:
         # Counting took a moment, and the size that members name must be that of those who come.
         members = self.living
         forming = [flight for flight in members if _is_forming(flight, members)]
+        router.count_again(_align(members))
         ticket = CohortTicket(self.name, len(members) - len(forming), config.RESTORE_WAIT_S)
         for index, flight in enumerate(members):
             wished = flight.wished_ticket if flight in forming else ticket
@@ -100,9 +103,35 @@ class Cohort:
 def _is_forming(flight: Flight, members: Sequence[Flight]) -> bool:
     """Whether others of its client's own cohort are still to come: it cannot have begun, and waits for them on the new replica."""
     wish = flight.request.cohort
-    if wish is None or flight.ids:
+    if wish is None:
         return False
-    same = [
-        f for f in members if f.request.cohort is not None and f.request.cohort.name == wish.name
-    ]
-    return len(same) < wish.size and not any(f.ids for f in same)
+    same = _companions(flight, members)
+    return len(same) < wish.size and not any(other.ids for other in same)
+
+
+def _align(members: Sequence[Flight]) -> int:
+    """Let the members of each client's cohort go on after the same number of tokens; returns how many tokens come again.
+
+    They took every step together. Where the engine died while it handed out a step's tokens, some clients have theirs and some do not; going on
+    from there would leave the members a step apart, and the batches of an unfailed run, which decide how sums are rounded, never form again.
+    """
+    again = 0
+    for flight in members:
+        if flight.request.cohort is None:
+            continue
+        same = _companions(flight, members)
+        common = min(len(other.ids) for other in same)
+        is_torn = 0 < len(flight.ids) - common <= config.TORN_STEP_TOKENS_MAX
+        if is_torn and all(other.can_step_back for other in same):
+            again += len(flight.ids) - common
+            flight.step_back(common)
+        else:
+            flight.step_back(len(flight.ids))
+    return again
+
+
+def _companions(flight: Flight, members: Sequence[Flight]) -> list[Flight]:
+    """Those of the same client's cohort, itself among them; it names one."""
+    assert flight.request.cohort is not None
+    name = flight.request.cohort.name
+    return [f for f in members if f.request.cohort is not None and f.request.cohort.name == name]

@@ -19,8 +19,9 @@ from concordia.errors import RequestRefused
 from concordia.recovery.fault import Fault, FaultKind
 from concordia.serving.admission import Admission, unavailable
 from concordia.serving.cohort import Cohort
-from concordia.serving.flight import CohortTicket, Flight, ReplicaLike
+from concordia.serving.flight import Flight, ReplicaLike
 from concordia.serving.metrics import Metrics
+from concordia.serving.submission import CohortTicket
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +144,9 @@ class FaultDesk:
 
     async def count_uncommitted(self, flights: Sequence[Flight]) -> None:
         await self._router.count_uncommitted(flights)
+
+    def count_again(self, tokens: int) -> None:
+        self._metrics.count("stepped_back_tokens", tokens)
 
     async def _run_cohort(self, cohort: Cohort) -> None:
         replica: ReplicaLike | None = None

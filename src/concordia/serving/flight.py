@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import xxhash
 
@@ -21,12 +20,10 @@ from concordia.serving.detokenizer import Detokenizer
 from concordia.serving.need import Defaults, Level
 from concordia.serving.openai_format import Piece, TokenLogprobs, read_logprobs
 from concordia.serving.request import GenerationRequest, Sampler
+from concordia.serving.seam import EchoDiffers, Seam
+from concordia.serving.submission import Asking, CohortTicket, token_limit
 from concordia.serving.tokenizer import Tokenizer
 from concordia.serving.upstream import EventStream
-
-COMPLETION_TOKENS_DEFAULT: Final = 16  # OpenAI's, for completions that name none
-_GOLDEN: Final = 0x9E3779B97F4A7C15  # odd: every incarnation gets another seed
-_SEED_MASK: Final = 2**62 - 1
 
 
 class ReplicaLike(Protocol):
@@ -49,18 +46,6 @@ class OutcomeLike(Protocol):
     def restored_tokens(self) -> int: ...
     @property
     def recomputed_tokens(self) -> int: ...
-
-
-@dataclass(frozen=True, slots=True)
-class CohortTicket:
-    """Which cohort a submission belongs to; `deadline_s` bounds how long its members wait for each other."""
-
-    name: str
-    size: int
-    deadline_s: float
-
-    def body(self) -> dict[str, Any]:
-        return {"id": self.name, "size": self.size, "deadline_s": self.deadline_s}
 
 
 class Flight:
@@ -88,7 +73,6 @@ class Flight:
         self.prompt = prompt
         self.headers = headers
         self.ids: list[int] = []
-        self.incarnation = 0
         self.replica: ReplicaLike | None = None
         self.stream: EventStream | None = None
         self.posting: asyncio.Task[None] | None = None
@@ -97,9 +81,7 @@ class Flight:
         self.is_left = False  # the client has gone
         self.attempts = 0  # submissions since the last token
         self.failovers = 0
-        self.deadline: float | None = (
-            None  # by when the next token must have come, once something broke
-        )
+        self.deadline: float | None = None  # by when the next token must have come, once something broke
         self.broken_at: float | None = None
         self.model = ""
         self.fingerprint: str | None = None
@@ -110,16 +92,12 @@ class Flight:
         self.level = Level.STATE_EXACT
         self.restored_tokens = 0
         self.recomputed_tokens = 0
-        self._seed = seed
-        self._defaults = defaults
-        self._asked = request.max_tokens
-        self._limit = _limit(request, len(prompt), context_tokens, defaults)
+        limit = token_limit(request, len(prompt), context_tokens, defaults)
+        self._asking = Asking(request, prompt, seed, limit, defaults)
+        self._seam = Seam(len(prompt))
+        self._step_back: int | None = None  # ids after which the next submission goes on, if fewer than there are
         self._is_regenerated = False
         self._resumed_at = 0  # tokens known at the last submission
-        self._bounds: dict[
-            int, int
-        ] = {}  # incarnation -> tokens that were known when the next one was submitted
-        self._echo: int | None = None  # while regenerating: ids that came again so far
         self._seat: asyncio.Future[EventStream] = asyncio.get_running_loop().create_future()
         self._text = Detokenizer(
             tokenizer,
@@ -139,6 +117,15 @@ class Flight:
     def regenerates(self) -> bool:
         return self.request.need is Level.REGENERATE and bool(self.ids)
 
+    @property
+    def can_step_back(self) -> bool:
+        """Whether its next tokens can be generated once more and come out the same: no draw, or draws by position alone."""
+        return not self.regenerates and self.request.draw is not Sampler.GENERATOR
+
+    @property
+    def incarnation(self) -> int:
+        return self._seam.incarnation
+
     def sits_on(self, incarnation: int) -> bool:
         return self.replica is not None and self.replica.incarnation == incarnation
 
@@ -146,42 +133,30 @@ class Flight:
 
     def submission(self, ticket: CohortTicket | None, *, restores: bool) -> dict[str, Any]:
         """The body of the next upstream request; raises the incarnation."""
-        self.incarnation += 1
         self.attempts += 1
         self._resumed_at = self.tokens_known
         self._is_regenerated |= self.regenerates
-        done = 0 if self.regenerates else len(self.ids)
-        self._echo = 0 if self.regenerates else None
-        if self.incarnation > 1:
-            self._bounds[self.incarnation - 1] = len(self.prompt) + done
-        request = self.request
-        asked = self._asked if done == 0 and self._asked is not None else self._limit - done
-        body: dict[str, Any] = {
-            **request.upstream,
-            "prompt": [*self.prompt, *self.ids[:done]],
-            "stream": True,
-            "max_tokens": asked,
-            "return_token_ids": True,
-        }
-        if request.has_usage or not request.is_stream:
-            body["stream_options"] = {"include_usage": True}
-        if request.min_tokens:
-            body["min_tokens"] = max(0, request.min_tokens - done)
-        if request.logprobs is not None:
-            body |= {"logprobs": request.logprobs, "return_tokens_as_token_ids": True}
-        body |= self._drawing(body)
+        done, self._step_back = 0 if self.regenerates else self._step_back, None
+        done = len(self.ids) if done is None else done
+        self._seam.go_on(after=done, known=len(self.ids))
+        body = self._asking.body(self.ids[:done])
         body["kv_transfer_params"] = {
-            **(request.upstream.get("kv_transfer_params") or {}),
+            **(self.request.upstream.get("kv_transfer_params") or {}),
             "concordia": {
                 "request": self.name,
                 "incarnation": self.incarnation,
                 "tokens": len(body["prompt"]),
-                "bounds": {str(number): tokens for number, tokens in self._bounds.items()},
-                "restore": restores and request.allows_restore and self.incarnation > 1,
+                "bounds": {str(number): tokens for number, tokens in self._seam.bounds.items()},
+                "restore": restores and self.request.allows_restore and self.incarnation > 1,
                 "cohort": None if ticket is None else ticket.body(),
             },
         }
         return body
+
+    def step_back(self, tokens: int) -> None:
+        """Let the next submission go on after this many tokens of the answer; those that come again are compared, not sent."""
+        assert self.can_step_back or tokens == len(self.ids)
+        self._step_back = tokens
 
     @property
     def wished_ticket(self) -> CohortTicket | None:
@@ -258,14 +233,9 @@ class Flight:
             raise UpstreamBroken("the engine aborted the request")
         found = choice.get("logprobs")
         rows = None if found is None else read_logprobs(found)
-        if self._echo is not None:
-            again = self._compare(ids)
-            ids = ids[again:]
-            rows = None if rows is None else rows[again:]
-            if self._echo == len(self.ids):
-                self._echo = None  # from here on everything is new
-            elif finish is not None:
-                raise _differs(self._echo)
+        again = self._again(ids, is_end=finish is not None)
+        ids = ids[again:]
+        rows = None if rows is None else rows[again:]
         if not ids and finish is None:
             return None
         return self._take(ids, rows, finish, choice.get("stop_reason"))
@@ -276,7 +246,7 @@ class Flight:
 
     def last_piece(self) -> Piece | None:
         """The end of an answer that had all its tokens before its replica died; None while it lacks some."""
-        if len(self.ids) < self._limit or self.is_done:
+        if len(self.ids) < self._asking.limit or self.is_done:
             return None
         return self._take([], None if self.request.logprobs is None else [], "length", None)
 
@@ -319,18 +289,15 @@ class Flight:
         text = self._text.take(is_finished=self.is_done)
         return Piece(self.index, text, start, ids, rows, finish, stop_reason, start == 0)
 
-    def _compare(self, ids: Sequence[int]) -> int:
-        """How many of `ids` the client already has; raises when one is another."""
-        assert self._echo is not None
-        again = 0
-        for token in ids:
-            if self._echo >= len(self.ids):
-                break
-            if token != self.ids[self._echo]:
-                raise _differs(self._echo)
-            self._echo += 1
-            again += 1
-        return again
+    def _again(self, ids: Sequence[int], *, is_end: bool) -> int:
+        """How many of these ids the client already has."""
+        try:
+            return self._seam.take(ids, self.ids, is_end=is_end)
+        except EchoDiffers as error:
+            if self.regenerates:
+                raise _differs(error.index) from error
+            # It was stepped back so that its cohort goes on in one step; it can as well go on by itself, from all its ids.
+            raise UpstreamBroken(str(error)) from error
 
     def _learn(self, event: Mapping[str, Any]) -> None:
         self.model = self.model or event.get("model", "")
@@ -339,41 +306,9 @@ class Flight:
         if usage and self.failovers == 0:
             self.usage_details = usage.get("prompt_tokens_details")
 
-    def _drawing(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """How the engine is asked to draw."""
-        draw = self.request.draw
-        if draw is None:
-            return {}
-        if draw is Sampler.POSITION:
-            return {"seed": self._seed}
-        if draw is Sampler.GENERATOR:
-            # Its generator starts anew after the seam: with the same seed it would repeat the noise of the answer's beginning.
-            done = len(body["prompt"]) - len(self.prompt)
-            return {"seed": (self._seed + done * _GOLDEN) & _SEED_MASK if done else self._seed}
-        given, defaults = self.request.body, self._defaults
-        values = {
-            name: getattr(defaults, name) if given.get(name) is None else given[name]
-            for name in ("temperature", "top_p", "top_k", "min_p")
-        }
-        arguments = {f"concordia_{name}": value for name, value in values.items()}
-        arguments["concordia_seed"] = self._seed
-        return {"temperature": 0, "vllm_xargs": {**(body.get("vllm_xargs") or {}), **arguments}}
-
-
 def request_key(name: str) -> int:
     """The 128-bit key of a request in the journal."""
     return xxhash.xxh3_128_intdigest(name.encode())
-
-
-def _limit(
-    request: GenerationRequest, prompt_tokens: int, context_tokens: int, defaults: Defaults
-) -> int:
-    """Tokens after which the answer ends for its length, as vLLM counts it."""
-    asked = request.max_tokens
-    if asked is None:
-        asked = defaults.max_tokens if request.is_chat else COMPLETION_TOKENS_DEFAULT
-    bounds = (asked, defaults.max_tokens_cap, context_tokens - prompt_tokens)
-    return max(1, min(bound for bound in bounds if bound is not None))
 
 
 def _differs(index: int) -> RequestRefused:

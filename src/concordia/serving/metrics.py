@@ -24,6 +24,7 @@ _HELP: Final = {
     "prefix_restored_tokens": "tokens of new requests whose state came back from the journal",
     "recomputed_tokens": "tokens of resumed answers that were computed again",
     "uncommitted_tokens": "tokens of resumed answers that the journal did not have yet, the last one apart",
+    "stepped_back_tokens": "tokens generated once more, and compared, so that a client's cohort goes on in one step",
     "hash_mismatches": "restored bytes that differed from what was committed",
     "journal_bytes": "payload bytes committed to the journal",
     "dropped_records": "records lost for want of a segment",

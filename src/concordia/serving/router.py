@@ -21,7 +21,7 @@ from concordia import config
 from concordia.errors import RequestRefused, UpstreamBroken
 from concordia.serving.admission import Admission, Turnstile, unavailable
 from concordia.serving.fault_desk import FaultDesk, ReplicaSet
-from concordia.serving.flight import CohortTicket, Flight, ReplicaLike
+from concordia.serving.flight import Flight, ReplicaLike
 from concordia.serving.generation import Generation
 from concordia.serving.metrics import Metrics
 from concordia.serving.need import Defaults
@@ -29,6 +29,7 @@ from concordia.serving.openai_format import Piece, Writer
 from concordia.serving.recorder import Recorder
 from concordia.serving.renderer import Renderer
 from concordia.serving.request import Endpoint, GenerationRequest, Sampler
+from concordia.serving.submission import CohortTicket
 from concordia.serving.tokenizer import Tokenizer
 from concordia.serving.upstream import EventStream, Upstream, json_headers
 
