@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ import random
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,13 +27,8 @@ from openai import AsyncOpenAI
 from rich.console import Console
 
 from concordia.errors import ConcordiaError
-from concordia.testing.fault_plan import (
-    RAISE_FILE_ENV,
-    Target,
-    hit,
-    make_forward_raise,
-)
-from concordia.testing.load import Answer, Question, ask_all, make_questions
+from concordia.testing.fault_plan import RAISE_FILE_ENV, Target, hit, make_forward_raise
+from concordia.testing.load import Answer, Question, ask_all, first_difference, make_questions
 from concordia.testing.machine import machine
 from concordia.testing.model import make_model
 from concordia.testing.served import Served
@@ -61,7 +58,8 @@ class Round:
     share: float
 
     @staticmethod
-    def from_seed(seed: int) -> Round:
+    def from_seed(seed: int, *, may_raise: bool) -> Round:
+        """`may_raise`: whether the engine can be told to raise in a forward; else that round kills its core."""
         rng = random.Random(seed)
         target = rng.choices(TARGETS, TARGET_WEIGHTS)[0]
         ways = ["SIGKILL", "SIGKILL", "SIGSTOP"]
@@ -71,6 +69,7 @@ class Round:
         moment = rng.choices(MOMENTS, MOMENT_WEIGHTS)[0]
         if way == "RAISE":
             moment = "decode"  # a raise needs a forward to happen in
+            way = "RAISE" if may_raise else "SIGKILL"
         return Round(seed, target, way, moment, rng.uniform(0.1, 0.8))
 
 
@@ -143,7 +142,7 @@ class Soak:
         session = states.get("standby" if plan.target == "standby" else "ready")
         if session is None:
             return []
-        if plan.way == "RAISE" and self.raising:
+        if plan.way == "RAISE":
             make_forward_raise(self.trigger, session)
             return ["forward"]
         place = Target.ENGINE_CORE if plan.target == "standby" else Target(plan.target)
@@ -157,31 +156,32 @@ class Soak:
         chosen = together if self.is_closed else rng.sample(range(QUESTIONS), AT_ONCE)
         questions = [self.questions[i] for i in chosen]
         total = sum(q.max_tokens for q in questions)
-        seen = 0
+        seen: Counter[str] = Counter()  # tokens by question
 
-        def on_token(_: Answer) -> None:
-            nonlocal seen
-            seen += 1
+        def on_token(answer: Answer) -> None:
+            seen[answer.question.text] = len(answer.tokens)
 
         before = self.status()
         standbys = sum(r["state"] == "standby" for r in before["replicas"])
         started = time.monotonic()
         hits: list[str] = []
+        at_hit: list[int] = []
         if plan.moment == "idle":
             hits += self.inject(plan)
         asking = asyncio.create_task(self.ask(questions, on_token))
         wanted = {"prefill": 0.0, "idle": 2.0}.get(plan.moment, plan.share) * total
         while not asking.done() and time.monotonic() - started < ROUND_TIMEOUT_S:
             await asyncio.wait({asking}, timeout=0.02)
-            if not hits and seen >= wanted:
+            if not hits and seen.total() >= wanted:
                 hits += await asyncio.to_thread(self.inject, plan)
+                at_hit = [seen[question.text] for question in questions]
                 if plan.moment == "recovery" and plan.target not in ("owner", "router", "standby"):
                     await asyncio.sleep(rng.uniform(0.0, 1.0))
                     hits += await asyncio.to_thread(self.inject, plan)
         asking.cancel() if not asking.done() else None
         answers = await asyncio.gather(asking, return_exceptions=True)
         row = {"seed": plan.seed, "target": plan.target, "way": plan.way, "moment": plan.moment}
-        row |= {"standbys": standbys, "hits": hits}
+        row |= {"standbys": standbys, "hits": hits, "tokens_at_hit": at_hit}
         row |= {"seconds": round(time.monotonic() - started, 2)}
         if plan.target == "router":
             row |= await self.after_router(questions, chosen)
@@ -223,22 +223,23 @@ class Soak:
 
     def compare(self, answers: list[Answer], chosen: list[int]) -> dict[str, Any]:
         lost = doubled = changed = 0
+        differs = []  # where each answer leaves the unfailed one
         wrong = [a.error for a in answers if a.error]
         for answer, index in zip(answers, chosen, strict=True):
             reference = self.references[index]
             lost += max(0, len(reference.tokens) - len(answer.tokens))
             doubled += max(0, len(answer.tokens) - len(reference.tokens))
             changed += answer.tokens != reference.tokens or answer.text != reference.text
+            differs.append(first_difference(answer.tokens, reference.tokens))
         if lost or doubled or changed:
             wrong.append(f"lost {lost}, doubled {doubled}, answers changed {changed}")
-        gaps = [b - a for x in answers for a, b in zip(x.stamps, x.stamps[1:], strict=False)] or [
-            0.0
-        ]
+        gaps = [b - a for x in answers for a, b in itertools.pairwise(x.stamps)]
         return {
             "lost": lost,
             "doubled": doubled,
             "changed": changed,
-            "longest_pause_s": round(max(gaps), 2),
+            "differs_at": differs,
+            "longest_pause_s": round(max(gaps, default=0.0), 2),
             "levels": sorted({str(a.report.get("level")) for a in answers}),
             "wrong": wrong,
         }
@@ -251,7 +252,7 @@ class Soak:
         self.served = self.start()
         self.references = asyncio.run(self.first_answers())
         while len(rows) < self.options.faults and time.monotonic() < deadline:
-            plan = Round.from_seed(self.options.seed + len(rows))
+            plan = Round.from_seed(self.options.seed + len(rows), may_raise=bool(self.raising))
             if plan.moment != "recovery":
                 self.served.wait_ready(timeout_s=START_TIMEOUT_S, standbys=1)
             row = asyncio.run(self.play(plan))
@@ -268,9 +269,8 @@ class Soak:
     async def first_answers(self) -> list[Answer]:
         """Unfailed answers, twice: tokens are only compared where the engine repeats itself."""
         groups = [self.questions[at : at + AT_ONCE] for at in range(0, QUESTIONS, AT_ONCE)]
-        for (
-            group
-        ) in groups:  # fills the prefix cache: from here on every prefill has the same shape
+        # Fills the prefix cache: from here on every prefill has the same shape.
+        for group in groups:
             await self.ask([dataclasses.replace(q, max_tokens=2) for q in group])
         alone = [[question] for question in self.questions]
         first = [
@@ -310,11 +310,6 @@ def summarise(
     rows: list[dict[str, Any]], left: list[str], options: argparse.Namespace
 ) -> dict[str, Any]:
     hits = [h for row in rows for h in row["hits"]]
-    # A raise that the engine could not be told of was a SIGKILL to its core.
-    ways = [
-        "SIGKILL" if row["way"] == "RAISE" and "forward" not in row["hits"] else row["way"]
-        for row in rows
-    ]
     pauses = sorted(
         row["longest_pause_s"]
         for row in rows
@@ -328,11 +323,9 @@ def summarise(
         "dtype": options.dtype,
         "rounds": len(rows),
         "faults_injected": len(hits),
-        "by_target": {t: hits.count(t) for t in sorted(set(hits))},
-        "by_way": {w: ways.count(w) for w in sorted(set(ways))},
-        "by_moment": {
-            m: sum(r["moment"] == m for r in rows) for m in sorted({r["moment"] for r in rows})
-        },
+        "by_target": Counter(hits),
+        "by_way": Counter(row["way"] for row in rows),
+        "by_moment": Counter(row["moment"] for row in rows),
         "tokens_lost": sum(row.get("lost", 0) for row in rows),
         "tokens_doubled": sum(row.get("doubled", 0) for row in rows),
         "answers_changed": sum(row.get("changed", 0) for row in rows),
