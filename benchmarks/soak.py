@@ -298,7 +298,7 @@ class Soak:
 
 def counted(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """Growth of the server's counters over a round, and the faults it noticed."""
-    names = ("restored_tokens", "recomputed_tokens", "hash_mismatches")
+    names = ("restored_tokens", "recomputed_tokens", "prefix_restored_tokens", "prefixes_missed", "stepped_back_tokens", "hash_mismatches")
     row: dict[str, Any] = {
         name: after["counters"][name] - before["counters"].get(name, 0) for name in names
     }

@@ -213,6 +213,7 @@ def test_other_events_are_no_outcome() -> None:
             {"event": "restore-failed", "request": "a", "level": "none", "hash_mismatches": 1},
             "not restored whole: a",
         ),
+        ({"event": "prefix-missed", "request": "a", "reason": "r"}, "prefix computed anew: a: r"),
         ({"event": "corruption", "stream": 4}, "corruption in the journal"),
     ],
 )

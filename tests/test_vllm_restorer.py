@@ -55,6 +55,8 @@ class FakeClient:
 
     def match_prefix(self, keys: list[int], *, layout_hash: int, world: int) -> Cut:
         assert self.gate.wait(5)
+        if self.error:
+            raise self.error
         count = min(len(keys), self.held // SIZE)
         return Cut(count * SIZE, 0, {0: self.pieces[:count]}, list(keys[:count])) if count else Cut()
 
@@ -239,6 +241,16 @@ def test_prefix_is_restored_for_anybody_when_the_journal_is_known_to_have_it() -
     assert step.keys["plain"] == dict(enumerate(track.chain.keys[:2]))
     world.restorer.confirm("plain", 0)
     assert world.said[0]["level"] == "prefix"
+    world.restorer.close()
+
+
+def test_prefix_that_the_journal_did_not_give_is_told_of_when_it_was_known_to_have_it() -> None:
+    world = World(10, known=lambda _: True)
+    world.client.error = JournalError("no answer")
+    track = world.arrive("plain", 10)
+    assert world.until("plain", track) == 0
+    world.restorer.take_step(["plain"])
+    assert world.said == [{"event": "prefix-missed", "request": "plain", "reason": "no answer"}]
     world.restorer.close()
 
 

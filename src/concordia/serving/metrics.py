@@ -22,6 +22,7 @@ _HELP: Final = {
     "faults": "faults noticed, by kind",
     "restored_tokens": "tokens whose state came back from the journal",
     "prefix_restored_tokens": "tokens of new requests whose state came back from the journal",
+    "prefixes_missed": "prefixes of new requests that the journal was known to have and could not give in time",
     "recomputed_tokens": "tokens of resumed answers that were computed again",
     "uncommitted_tokens": "tokens of resumed answers that the journal did not have yet, the last one apart",
     "stepped_back_tokens": "tokens generated once more, and compared, so that a client's cohort goes on in one step",
@@ -116,6 +117,8 @@ class Metrics:
             self.count("restore_seconds", float(event.get("waited_ms", 0.0)) / 1e3)
         elif name == "prefix-restored":
             self.count("prefix_restored_tokens", int(event.get("restored_tokens", 0)))
+        elif name == "prefix-missed":
+            self.count("prefixes_missed")
         elif name == "unprotected":
             self.count("requests", 1, "unprotected", str(event.get("reason", "unknown"))[:80])
         elif name == "corruption":

@@ -236,6 +236,8 @@ class Restorer:
         identity = waiting.track.identity
         plan = waiting.offered
         if not identity.is_restore and not is_loaded:
+            if waiting.reason:
+                self._say({"event": "prefix-missed", "request": identity.name, "reason": waiting.reason})
             return
         known = len(waiting.track.tokens)
         restored = min(plan.tokens, known - 1) if plan is not None and is_loaded else waiting.hit
