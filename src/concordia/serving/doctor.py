@@ -18,7 +18,8 @@ from typing import Any, Final
 from concordia import __version__, config
 from concordia.errors import ConcordiaError
 from concordia.journal.folder import Folder, fit_size, free_bytes
-from concordia.serving import resources
+from concordia.serving.machine import find_engine, find_gpus, read_machine
+from concordia.serving.shared_names import SHARED_MEMORY
 
 _MIB: Final = 1 << 20
 
@@ -99,7 +100,7 @@ def _system() -> Finding:
 
 
 def _device() -> Finding:
-    gpus = resources.find_gpus()
+    gpus = find_gpus()
     if gpus:
         return Finding("device", Grade.GOOD, f"{len(gpus)} GPU ({', '.join(gpus)})")
     return Finding("device", Grade.GOOD, f"CPU: {_processor()}")
@@ -107,7 +108,7 @@ def _device() -> Finding:
 
 def _vllm() -> Finding:
     try:
-        engine = resources.find_engine()
+        engine = find_engine()
     except ConcordiaError as error:
         return Finding("vLLM", Grade.MISSING, "not installed", str(error))
     found = f"{engine.distribution} {engine.version} for {engine.device}"
@@ -136,7 +137,7 @@ def _compiler() -> Finding:
 
 
 def _cores() -> Finding:
-    cores = resources.read_machine().cores
+    cores = read_machine().cores
     found = f"{len(cores)} cores for engines"
     if len(cores) < 2:
         return Finding(
@@ -149,7 +150,7 @@ def _cores() -> Finding:
 
 
 def _memory() -> Finding:
-    machine = resources.read_machine()
+    machine = read_machine()
     found = (
         f"{machine.memory_free_bytes // _MIB} MiB free under the machine's and the cgroup's limit"
     )
@@ -164,9 +165,9 @@ def _memory() -> Finding:
 
 
 def _shared_memory() -> Finding:
-    if not resources.SHARED_MEMORY.is_dir():
+    if not SHARED_MEMORY.is_dir():
         return Finding("/dev/shm", Grade.MISSING, "not there", "mount a tmpfs on /dev/shm")
-    usage = shutil.disk_usage(resources.SHARED_MEMORY)
+    usage = shutil.disk_usage(SHARED_MEMORY)
     found = f"{usage.free // _MIB} of {usage.total // _MIB} MiB free"
     least = config.ENGINE_SHARED_BYTES + 2 * config.JOURNAL_BYTES_MIN
     if usage.free < least:
@@ -181,10 +182,10 @@ def _journal() -> Finding:
         if path.exists():
             Folder(path).check()
             return Finding("journal", Grade.GOOD, f"{path} is there already")
-        size = fit_size(resources.SHARED_MEMORY, None, config.SEGMENT_BYTES)
+        size = fit_size(SHARED_MEMORY, None, config.SEGMENT_BYTES)
     except ConcordiaError as error:
         return Finding("journal", Grade.MISSING, str(path), str(error))
-    room = free_bytes(resources.SHARED_MEMORY) // 2 // _MIB
+    room = free_bytes(SHARED_MEMORY) // 2 // _MIB
     return Finding(
         "journal", Grade.GOOD, f"{path}: {size // _MIB} MiB by default, up to {room} MiB"
     )

