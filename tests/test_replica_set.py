@@ -22,7 +22,7 @@ from concordia.errors import ReplicaError, UsageError
 from concordia.recovery.fault import Fault, FaultKind
 from concordia.serving.engine_flags import EngineFlags
 from concordia.serving.engine_spec import EngineSpec
-from concordia.serving.process_tree import become_subreaper, read_process
+from concordia.serving.process_tree import become_subreaper, can_raise_priority, read_process
 from concordia.serving.replica import MOVES, Replica, State
 from concordia.serving.replica_set import ReplicaSet
 from concordia.serving.resources import Share
@@ -210,6 +210,18 @@ def test_standby_is_replaced_when_it_takes_long_to_die(
     os.kill(member(standby, "VLLM::EngineCor"), signal.SIGKILL)
     wait_for(lambda: replicas.standbys and replicas.standbys[0] is not standby, "another standby")
     assert attempts[:3] == [standby] * 3
+
+
+@pytest.mark.skipif(not can_raise_priority(), reason="the right to raise a priority is missing")
+def test_standby_has_full_priority_when_it_is_loaded(stage: Stage) -> None:
+    replicas = stage.make(1, 1)
+    replicas.start(timeout_s=BOUND_S)
+    wait_for(lambda: replicas.standbys, "a standby")
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    members = replicas.standbys[0].tree.refresh()
+    assert {p.name: os.getpriority(os.PRIO_PROCESS, p.pid) - own for p in members} == {
+        p.name: 0 for p in members
+    }
 
 
 def test_new_engine_serves_when_there_is_no_standby(stage: Stage) -> None:

@@ -176,7 +176,6 @@ class Replica:
         """Send SIGKILL to every process of the engine; `fence` sees them dead."""
         self.move(State.FENCING)
         self.tree.refresh()
-        self.set_priority(0)  # to die takes processor time, too
         self.tree.strike(spare=[p.pid for p in self.tree.helpers()])
 
     def fence(self, *, timeout_s: float = config.KILL_S) -> None:
@@ -188,7 +187,7 @@ class Replica:
             if self.ready_s is None:
                 self.tree.freeze()
             self.tree.refresh()
-            self.set_priority(0)
+            self.set_priority(0)  # to die takes processor time, too
             self.tree.record_shared_names()
             self.tree.kill(timeout_s=timeout_s, spare=[p.pid for p in self.tree.helpers()])
             self.move(State.DEAD)

@@ -340,8 +340,8 @@ class ReplicaSet:
                 self._note_failure(error)
             self._discard(replica)
             return
-        replica.set_priority(0)
         self._watch.add(replica)
+        replica.set_priority(0)  # here, not when it is promoted; after `add`, which finds its last processes
         with self._changed:
             if replica.move(State.STANDBY):
                 self._failures, self._last_error = 0, None
