@@ -57,12 +57,12 @@ def generate(llm: Any, step: dict[str, Any]) -> None:
 def main() -> None:
     with open(sys.argv[1], encoding="utf-8") as file:
         script = json.load(file)
-    import torch
     from vllm import LLM
     from vllm.config import KVTransferConfig
 
-    torch.cpu._init_amx()  # vLLM's attention uses it unasked: a small model would die of SIGILL
+    from concordia.integrations.vllm.compat import allow_tiles
 
+    allow_tiles()  # the connector asks where there is one; here there need not be
     transfer = script.pop("transfer", None)
     llm = LLM(
         **script["engine"],
