@@ -1,4 +1,4 @@
-"""serving/replica.py, replica_set.py, watch.py with real processes that look like vLLM from outside.
+"""serving/replica.py, replica_set.py and what it consists of, watch.py, with real processes that look like vLLM from outside.
 
 Invariants: a death is noticed within 100 ms and a stop within 150 ms; a failed engine is sealed, then dead with all its processes, before
 another serves; a standby takes over at once and is itself replaced; what cannot start is given up loudly; nothing is left behind.
@@ -74,9 +74,7 @@ class Stage:
             stand_in=(sys.executable, str(STAND_IN), str(self.folder)),
         )
         shares = [Share({}, ()) for _ in range(replicas + standbys)]
-        self.set = ReplicaSet(
-            spec, shares, replicas=replicas, standbys=standbys, journal=self.journal
-        )
+        self.set = ReplicaSet(spec, shares, replicas=replicas, journal=self.journal)
         self.set.subscribe(self.faults.append)
         return self.set
 
@@ -302,14 +300,14 @@ def test_standby_is_given_up_when_it_fails_again_and_again(
     active = replicas.active[0]
     (stage.folder / "refuse").touch()
     os.kill(replicas.standbys[0].session_id, signal.SIGKILL)
-    wait_for(lambda: replicas._failures >= 3, "three failures")
-    launched = replicas._launched
+    wait_for(lambda: replicas._keeper.failed_count >= 3, "three failures")
+    launched = replicas._keeper.launched_count
     wait_for(lambda: len(replicas.replicas) == 1, "only the active one")
     assert replicas.active == [active]
     (stage.folder / "refuse").unlink()
     os.kill(active.session_id, signal.SIGKILL)
     wait_for(lambda: replicas.active and replicas.active[0] is not active, "a successor")
-    assert replicas._launched > launched
+    assert replicas._keeper.launched_count > launched
 
 
 def test_start_ends_at_once_when_it_is_stopped(stage: Stage) -> None:

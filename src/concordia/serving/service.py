@@ -158,7 +158,6 @@ class Service:
             spec,
             settings.plan.shares,
             replicas=settings.replicas,
-            standbys=settings.standbys,
             journal=self._client,
         )
         await self._unless_stopped(self._replicas.start)
