@@ -13,6 +13,7 @@ import pytest
 from concordia import config
 from concordia.errors import RequestRefused
 from concordia.serving.need import Defaults, Level
+from concordia.serving.renderer import chat_body
 from concordia.serving.request import Endpoint, GenerationRequest, Sampler, parse
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -187,7 +188,7 @@ def test_rendering_asks_for_what_the_chat_endpoint_would_render() -> None:
         add_generation_prompt=False,
         temperature=1,
     )
-    assert request.rendering() == {
+    assert chat_body(request.body) == {
         "model": "m",
         "messages": MESSAGES,
         "add_generation_prompt": False,

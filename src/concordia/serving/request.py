@@ -2,7 +2,7 @@
 
 Owns: parsing of completion and chat requests. Promises: a parsed request is a frozen value; what the router must understand has been checked,
 everything else goes to vLLM as the client wrote it, and vLLM judges it. Called by the server. Does no input or output; what a parameter
-needs to go on after a fault is said in `need`.
+needs to go on after a fault is said in `need`, how a chat becomes token ids in `renderer`.
 """
 
 from __future__ import annotations
@@ -40,14 +40,6 @@ _OWN_NAMES: Final = (
     "include_reasoning request_id concordia kv_transfer_params echo tools tool_choice parallel_tool_calls"
 )
 _OWN_FIELDS: Final = frozenset(_OWN_NAMES.split())
-_RENDER_FIELDS: Final = (
-    "messages",
-    "add_generation_prompt",
-    "continue_final_message",
-    "add_special_tokens",
-    "chat_template",
-    "chat_template_kwargs",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,23 +90,6 @@ class GenerationRequest:
         if self.body.get("add_generation_prompt", True):
             return "assistant"
         return str(self.body["messages"][-1].get("role", "assistant"))
-
-    def rendering(self) -> dict[str, Any]:
-        """The body of the upstream `/tokenize` that renders this chat's prompt."""
-        found = {
-            name: self.body[name] for name in _RENDER_FIELDS if self.body.get(name) is not None
-        }
-        effort = self.body.get("reasoning_effort")
-        extra = {"documents": self.body.get("documents"), "reasoning_effort": effort}
-        kwargs = dict(found.get("chat_template_kwargs", {}))
-        kwargs.update({name: value for name, value in extra.items() if value is not None})
-        if effort is not None:
-            kwargs.setdefault("enable_thinking", effort != "none")
-        if kwargs:
-            found["chat_template_kwargs"] = kwargs
-        if "model" in self.body:
-            found["model"] = self.body["model"]
-        return found
 
 
 def parse(
