@@ -1,4 +1,4 @@
-"""What the router writes to the journal and reads from it.
+"""serving/recorder.py, journal_events.py: what the router writes to the journal and reads from it.
 
 Invariants: ids are written once, in order, joined where they follow each other; an event counts once even when a new owner tells it again;
 a journal that is full or gone costs no token; in the mode that asks for it no token leaves before what it depends on is committed, within
@@ -20,8 +20,9 @@ from asking import ask, completion, engines, events, joined, run, until
 from concordia import abi, config
 from concordia.errors import JournalError, RingFull
 from concordia.serving.flight import request_key
+from concordia.serving.journal_events import JournalEvents, describe_loss, read_outcome
 from concordia.serving.need import Level
-from concordia.serving.recorder import Recorder, describe_loss, read_outcome
+from concordia.serving.recorder import Recorder
 from concordia.serving.router import RouterSettings
 from fake_engine import Failure, served
 
@@ -159,16 +160,16 @@ def test_event_counts_once_when_a_new_owner_tells_it_again() -> None:
     taken: list[str] = []
 
     async def scenario() -> None:
-        recorder.on_event = lambda event: taken.append(event["record"])
+        said = JournalEvents(journal)
+        said.on_event = lambda event: taken.append(event["record"])
         journal.said += [restored("a", 2, 0), restored("b", 2, 1)]
-        await recorder.poll()
+        await said.poll()
         journal.said.append(restored("c", 2, 2))
-        await recorder.poll()
-        await recorder.poll()
+        await said.poll()
+        await said.poll()
         assert taken == ["1:0", "1:1", "1:2"]
 
-    with Recorder(journal, None) as recorder:
-        run(scenario)
+    run(scenario)
 
 
 @pytest.mark.parametrize(

@@ -1,47 +1,38 @@
 """What the router writes into the journal, and what it reads from it.
 
-Owns: the router's own stream (request parameters, token ids received) and its questions to the owner (committed so far, events). Promises:
-the event loop never waits for the journal: records are queued and written by one thread, questions are asked on others; a journal that is
-full or gone costs protection and is counted, never a token. Called by the router. Does not restore anything: connectors do.
+Owns: the router's own stream (request parameters, token ids received) and its questions to the owner (what is committed). Promises: the
+event loop never waits for the journal: records are queued and written by one thread, questions are asked on others; a journal that is
+full or gone costs protection and is counted, never a token. Called by the router. Does not restore anything (connectors do) and does not
+read events (journal_events does).
 """
 
 from __future__ import annotations
 
 import array
 import asyncio
-import contextlib
 import json
 import logging
 import queue
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from concordia import abi, config
 from concordia.errors import ConcordiaError
 from concordia.serving.flight import Flight
+from concordia.serving.journal_events import EventSource, JournalEvents, Outcome
 from concordia.serving.metrics import Metrics
-from concordia.serving.need import Level
 from concordia.serving.openai_format import Piece
 
-# What connectors call it. "prefix": blocks that other requests with the same tokens had written.
-_LEVELS: Final = {
-    "state-exact": Level.STATE_EXACT,
-    "partial": Level.PARTLY_RESTORED,
-    "prefix": Level.PARTLY_RESTORED,
-}
 log = logging.getLogger(__name__)
 
 
-class JournalLike(Protocol):
+class JournalLike(EventSource, Protocol):
     """The owner's answers, as journal.client gives them; calls block for at most a second or so."""
 
     def committed(self, key: int) -> int: ...
     def finish(self, key: int) -> None: ...
-    def events(self, after: int = 0) -> tuple[int, list[dict[str, Any]]]: ...
     def stats(self) -> dict[str, Any]: ...
 
 
@@ -59,16 +50,6 @@ class AppenderLike(Protocol):
         token_end: int = 0,
         step: int = 0,
     ) -> Any: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a connector says of one resumed request."""
-
-    level: Level
-    restored_tokens: int
-    recomputed_tokens: int
-    hash_mismatches: int
 
 
 class _Parameters(NamedTuple):
@@ -91,19 +72,15 @@ _Item = _Parameters | _Tokens | _Finish | None  # None ends the thread
 
 
 class Recorder:
-    """Use as a context manager; `on_event` is called on the event loop with each event of the journal."""
+    """Use as a context manager."""
 
     def __init__(self, journal: JournalLike, appender: AppenderLike | None) -> None:
         self.dropped_count = 0
-        self.on_event: Callable[[Mapping[str, Any]], None] | None = None
         self._journal = journal
         self._appender = appender
         self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
-        self._cursor = 0
-        self._polling = asyncio.Lock()
-        self._outcomes: OrderedDict[tuple[str, int], Outcome] = OrderedDict()
-        self._seen: OrderedDict[str, None] = OrderedDict()  # records of events that were taken
+        self._events = JournalEvents(journal)
         self._waiting: dict[int, list[tuple[int, asyncio.Future[bool]]]] = {}
         self._watch: asyncio.Task[None] | None = None
 
@@ -161,44 +138,13 @@ class Recorder:
 
     async def outcome(self, flight: Flight) -> Outcome | None:
         """What the connector says of the flight's present incarnation; None when it says nothing."""
-        name = (flight.name, flight.incarnation)
-        bound = time.monotonic() + config.OUTCOME_WAIT_S
-        while (found := self._outcomes.get(name)) is None and time.monotonic() < bound:
-            # What the connector said may still be on its way through the journal.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(
-                    asyncio.get_running_loop().time() + config.OUTCOME_WAIT_S
-                ):
-                    await self.poll()
-            if name not in self._outcomes:
-                await asyncio.sleep(config.RECORD_PERIOD_S)
-        return found
-
-    async def poll(self) -> None:
-        """Take the events that are new since the last poll."""
-        async with self._polling:
-            try:
-                cursor, events = await asyncio.to_thread(self._journal.events, self._cursor)
-            except (ConcordiaError, OSError) as error:
-                log.warning("the journal's events cannot be read: %s", error)
-                return
-            self._cursor = cursor
-        for event in events:
-            record = str(event.get("record", ""))
-            if record and record in self._seen:
-                continue  # an owner that was started anew tells everything again
-            self._seen[record] = None
-            self._note(event)
-            if self.on_event is not None:
-                self.on_event(event)
-        while len(self._seen) > config.OUTCOMES_KEPT_MAX:
-            self._seen.popitem(last=False)
+        return await self._events.outcome(flight.name, flight.incarnation)
 
     async def follow(self, metrics: Metrics, flights: Callable[[], Sequence[Flight]]) -> None:
         """Keep the metrics up to date with the journal; runs until it is cancelled."""
-        self.on_event = metrics.event
+        self._events.on_event = metrics.event
         while True:
-            await self.poll()
+            await self._events.poll()
             metrics.journal(await self.stats())
             lag = 0
             for flight in list(flights())[: config.LAG_SAMPLE]:
@@ -212,17 +158,6 @@ class Recorder:
             return await asyncio.to_thread(self._journal.stats)
         except (ConcordiaError, OSError):
             return {}
-
-    def _note(self, event: Mapping[str, Any]) -> None:
-        if (loss := describe_loss(event)) is not None:
-            log.warning("%s", loss)
-        outcome = read_outcome(event)
-        if outcome is None:
-            return
-        name = (str(event.get("request")), int(event.get("incarnation", 0)))
-        self._outcomes[name] = outcome
-        while len(self._outcomes) > config.OUTCOMES_KEPT_MAX:
-            self._outcomes.popitem(last=False)
 
     def _ask_committed(self, key: int) -> int:
         try:
@@ -275,35 +210,6 @@ class Recorder:
             self.dropped_count += 1
             if self.dropped_count == 1:
                 log.warning("the router's records are not kept from now on: %s", error)
-
-
-def read_outcome(event: Mapping[str, Any]) -> Outcome | None:
-    """The outcome that an event of a resumed request states; None for any other event."""
-    if event.get("event") not in ("restored", "restore-failed"):
-        return None
-    level = _LEVELS.get(str(event.get("level")), Level.RE_PREFILL)
-    return Outcome(
-        level,
-        0 if level is Level.RE_PREFILL else int(event.get("restored_tokens", 0)),
-        int(event.get("recomputed_tokens", 0)),
-        int(event.get("hash_mismatches", 0)),
-    )
-
-
-def describe_loss(event: Mapping[str, Any]) -> str | None:
-    """One line for an event by which somebody has less than they may believe; None for any other."""
-    name, request = event.get("event"), event.get("request")
-    reason = event.get("reason") or "no reason given"
-    if name == "unprotected":
-        return f"unprotected: {request}: {reason}"
-    if name in ("restored", "restore-failed") and event.get("level") != "state-exact":
-        restored, recomputed = event.get("restored_tokens", 0), event.get("recomputed_tokens", 0)
-        return f"not restored whole: {request}: {restored} tokens restored, {recomputed} recomputed: {reason}"
-    if name == "prefix-missed":
-        return f"prefix computed anew: {request}: {reason}"
-    if name == "corruption":
-        return f"corruption in the journal: {dict(event)}"
-    return None
 
 
 def _joined(batch: list[_Item]) -> list[_Item]:
