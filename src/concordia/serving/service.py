@@ -1,8 +1,8 @@
-"""A whole server, from the checks before its start to the last file after its end, floor 6.
+"""A whole server, from its first process to its last file, floor 6.
 
-Owns: the order in which journal, engines, router and HTTP are started and ended, and the signals in between. Promises: what a person can be
-told before anything is started is checked before; whatever ends it, everything that was started is ended, and the exit code says whether
-a request was lost. Called by the command line. It decides nothing about requests or faults.
+Owns: the order in which journal, engines, router and HTTP are started and ended, and the signals and commands in between. Promises: whatever
+ends it, everything that was started is ended, in the opposite order; the exit code says whether a request was lost. Called by `start`, which
+has checked what can be checked before. It decides nothing about requests or faults.
 """
 
 from __future__ import annotations
@@ -15,27 +15,21 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import uvicorn
-
-from concordia import abi, config
-from concordia.checkpoint.checkpointer import Checkpointer
-from concordia.errors import ConcordiaError, UsageError
-from concordia.journal.client import JournalClient
-from concordia.recovery.fault import Fault
+from concordia import config
 from concordia.serving import tokenizer as tokenizers
 from concordia.serving.control import ControlServer
 from concordia.serving.engine_flags import COUNTER_SAMPLER, EngineFlags
 from concordia.serving.engine_spec import EngineSpec
+from concordia.serving.http_server import listening
 from concordia.serving.machine import Engine
 from concordia.serving.metrics import Metrics
 from concordia.serving.need import Defaults
-from concordia.serving.owner_keeper import OwnerKeeper
 from concordia.serving.process_tree import become_subreaper
-from concordia.serving.recorder import Recorder
+from concordia.serving.protection import Protection
 from concordia.serving.replica_set import ReplicaSet
 from concordia.serving.request import Sampler
 from concordia.serving.resources import Plan
@@ -60,7 +54,6 @@ class ServiceSettings:
     engine: Engine
     plan: Plan
     replicas: int = 1
-    standbys: int = 1
     api_keys: tuple[str, ...] = ()
     served_names: tuple[str, ...] = ()
     journal: pathlib.Path | None = None
@@ -89,8 +82,7 @@ class Service:
         self._metrics = Metrics()
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._keeper: OwnerKeeper | None = None
-        self._client: JournalClient | None = None
+        self._protection: Protection | None = None
         self._replicas: ReplicaSet | None = None
         self._router: Router | None = None
         self._started = time.time()
@@ -102,8 +94,15 @@ class Service:
             loop.add_signal_handler(number, self._on_signal)
         become_subreaper()
         try:
-            with self._journal():
-                await self._start_engines()
+            with contextlib.ExitStack() as stack:
+                settings = self.settings
+                if settings.journal is not None:
+                    size_bytes = settings.plan.journal_bytes
+                    opened = Protection.open(settings.journal, size_bytes=size_bytes)
+                    self._protection = stack.enter_context(opened)
+                self._replicas = self._make_replicas()
+                stack.callback(self._replicas.stop)
+                await self._unless_stopped(self._replicas.start)
                 if self._stop.is_set():
                     return 0
                 return await self._serve()
@@ -113,37 +112,8 @@ class Service:
 
     # --- start
 
-    @contextlib.contextmanager
-    def _journal(self) -> Iterator[None]:
-        """The owner and the line to it, for as long as engines may live; engines are ended here whatever happened."""
-        path = self.settings.journal
-        if path is not None:
-            self._keeper = OwnerKeeper(path, size_bytes=self.settings.plan.journal_bytes)
-            self._client = JournalClient.connect(path)
-        try:
-            yield
-        finally:
-            try:
-                if self._replicas is not None:
-                    self._replicas.stop()
-            finally:
-                self._end_journal()
-
-    def _end_journal(self) -> None:
-        if self._keeper is None or self._client is None:
-            return
-        self._keeper.stop()
-        try:
-            self._client.shutdown()
-        except ConcordiaError as error:
-            log.error("the journal's owner did not end: %s", error)
-        self._client.close()
-        if not self._keeper.collect(timeout_s=config.KILL_S):
-            log.error("the journal's owner (%d) still runs", self._keeper.pid)
-
-    async def _start_engines(self) -> None:
+    def _make_replicas(self) -> ReplicaSet:
         settings = self.settings
-        sampler = (COUNTER_SAMPLER,) if self._sampler is Sampler.COUNTER else ()
         spec = EngineSpec(
             model=settings.model,
             flags=settings.flags,
@@ -151,16 +121,11 @@ class Service:
             api_key=secrets.token_urlsafe(24),
             journal=settings.journal,
             served_names=settings.served_names,
-            processors=sampler,
+            processors=(COUNTER_SAMPLER,) if self._sampler is Sampler.COUNTER else (),
             log_folder=settings.log_folder,
         )
-        self._replicas = ReplicaSet(
-            spec,
-            settings.plan.shares,
-            replicas=settings.replicas,
-            journal=self._client,
-        )
-        await self._unless_stopped(self._replicas.start)
+        journal = self._protection.client if self._protection else None
+        return ReplicaSet(spec, settings.plan.shares, replicas=settings.replicas, journal=journal)
 
     async def _unless_stopped(self, work: Callable[[], None]) -> None:
         """Run blocking work on a thread; return early when the server is told to stop."""
@@ -189,74 +154,41 @@ class Service:
 
     async def _serve(self) -> int:
         assert self._replicas is not None
-        settings = self.settings
-        flags = settings.flags
-        name = flags.value("--tokenizer") or settings.model
+        settings, flags = self.settings, self.settings.flags
         tokenizer = await asyncio.to_thread(
             tokenizers.load,
-            name,
+            flags.value("--tokenizer") or settings.model,
             revision=flags.value("--tokenizer-revision") or flags.value("--revision"),
             trusts_remote_code=flags.has("--trust-remote-code"),
         )
-        router_settings = RouterSettings(
-            recovery_timeout_s=settings.recovery_timeout_s,
-            restore=settings.restores,
-            commits_before_emit=settings.commits_before_emit,
-            sampler=self._sampler,
-            defaults=Defaults(
-                **flags.generation_defaults(tokenizer.generation if tokenizer else {})
-            ),
-            chat_blocker=next((n for n in ("--reasoning-parser",) if flags.has(n)), None),
-            upstream_headers={"Authorization": f"Bearer {self._replicas.spec.api_key}"},
-        )
         with contextlib.ExitStack() as stack:
-            recorder = await asyncio.to_thread(self._open_recorder, stack)
+            recorder = None
+            if self._protection is not None:
+                opened = self._protection.recorder()
+                recorder = await asyncio.to_thread(stack.enter_context, opened)
+                self._protection.subscribe(self._metrics.fault)
             self._router = Router(
-                self._replicas, recorder, tokenizer, router_settings, self._metrics
+                self._replicas, recorder, tokenizer, self._router_settings(tokenizer), self._metrics
             )
             app = make_app(self._router, api_keys=settings.api_keys, describe=self.describe)
-            server = _Server(
-                uvicorn.Config(
-                    app, log_level="warning", access_log=False, timeout_graceful_shutdown=5
-                )
-            )
-            async with self._listening(server), self._controlled(), self._loads():
+            async with listening(app, self._listener), self._controlled():
                 self._say_ready()
                 await self._stop.wait()
                 return await self._drain_out()
 
-    def _open_recorder(self, stack: contextlib.ExitStack) -> Recorder | None:
-        """The router's own stream; without it the server serves, and says what is missing."""
-        if self._client is None:
-            return None
-        appender = None
-        try:
-            attachment = self._client.open_stream(
-                writer_kind=abi.WRITER_ROUTER,
-                rank=0,
-                world=1,
-                replica=0,
-                layout_hash=0,
-                label="router",
-            )
-            stack.callback(attachment.close)
-            appender = stack.enter_context(Checkpointer.open("host", attachment.target))
-        except ConcordiaError as error:
-            log.error("the router's own records are not kept: %s", error)
-        return stack.enter_context(Recorder(self._client, appender))
-
-    @contextlib.asynccontextmanager
-    async def _listening(self, server: uvicorn.Server) -> AsyncIterator[None]:
-        serving = asyncio.create_task(server.serve(sockets=[self._listener]))
-        try:
-            while not server.started:
-                if serving.done():
-                    raise UsageError("the HTTP server ended while it started")
-                await asyncio.sleep(config.REPLACE_POLL_S)
-            yield
-        finally:
-            server.should_exit = True
-            await serving
+    def _router_settings(self, tokenizer: tokenizers.Tokenizer | None) -> RouterSettings:
+        assert self._replicas is not None
+        settings, flags = self.settings, self.settings.flags
+        defaults = flags.generation_defaults(tokenizer.generation if tokenizer else {})
+        return RouterSettings(
+            recovery_timeout_s=settings.recovery_timeout_s,
+            restore=settings.restores,
+            commits_before_emit=settings.commits_before_emit,
+            sampler=self._sampler,
+            defaults=Defaults(**defaults),
+            chat_blocker="--reasoning-parser" if flags.has("--reasoning-parser") else None,
+            upstream_headers={"Authorization": f"Bearer {self._replicas.spec.api_key}"},
+        )
 
     @contextlib.asynccontextmanager
     async def _controlled(self) -> AsyncIterator[None]:
@@ -268,27 +200,6 @@ class Service:
             yield
         finally:
             await control.close()
-
-    @contextlib.asynccontextmanager
-    async def _loads(self) -> AsyncIterator[None]:
-        """Tell replicas how much they have to do, so that one that does nothing about it is noticed."""
-
-        async def keep() -> None:
-            assert self._router is not None
-            assert self._replicas is not None
-            while True:
-                for replica in self._replicas.active:
-                    replica.requests_in_flight = self._router.load(replica)
-                await asyncio.sleep(config.LOAD_PERIOD_S)
-
-        assert self._router is not None
-        if self._keeper is not None:
-            self._keeper.subscribe(self._count_owner_death)
-        task = asyncio.create_task(keep())
-        try:
-            yield
-        finally:
-            task.cancel()
 
     async def _drain_out(self) -> int:
         """No new requests, a bounded wait for the running ones; 1 when some were cut off."""
@@ -316,7 +227,7 @@ class Service:
             "port": settings.port,
             "uptime_s": round(time.time() - self._started, 1),
             "journal": str(settings.journal) if settings.journal else None,
-            "owner_pid": self._keeper.pid if self._keeper else None,
+            "owner_pid": self._protection.owner_pid if self._protection else None,
         }
 
     async def _on_status(self, _: Mapping[str, Any]) -> dict[str, Any]:
@@ -333,9 +244,6 @@ class Service:
     def _on_signal(self) -> None:
         """The first asks for an orderly end, the second does not wait for requests."""
         (self._hurry if self._stop.is_set() else self._stop).set()
-
-    def _count_owner_death(self, fault: Fault) -> None:
-        self._metrics.fault(fault)
 
     def _show_progress(self) -> None:
         if self._progress is not None and self._replicas is not None:
@@ -358,16 +266,8 @@ class Service:
             settings.host,
             settings.port,
             len(self._replicas.active),
-            settings.replicas + settings.standbys,
+            len(settings.plan.shares),
             f"journal {settings.journal} of {settings.plan.journal_bytes >> 20} MiB"
             if settings.journal
             else "UNPROTECTED",
         )
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its own signal handlers: ours drain first."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield

@@ -103,7 +103,6 @@ def _run(
         engine=engine,
         plan=plan,
         replicas=options["replicas"],
-        standbys=options["standby"],
         api_keys=tuple(options["api_key"]),
         served_names=tuple(options["served_model_name"]),
         journal=_journal_path(options),
