@@ -123,6 +123,8 @@ def describe_loss(event: Mapping[str, Any]) -> str | None:
     if name in ("restored", "restore-failed") and event.get("level") != "state-exact":
         restored, recomputed = event.get("restored_tokens", 0), event.get("recomputed_tokens", 0)
         return f"not restored whole: {request}: {restored} tokens restored, {recomputed} recomputed: {reason}"
+    if name == "prefix-missed":
+        return f"prefix computed anew: {request}: {reason}"
     if name == "corruption":
         return f"corruption in the journal: {dict(event)}"
     return None
