@@ -208,7 +208,9 @@ class Restorer:
         def question(deadline: float) -> RestorePlan:
             return _match(source, keys, deadline)
 
-        self._lookups.ask(request, _twice(question), wait_s=config.LOOKUP_WAIT_S)
+        # A closed cohort is asked for to get the same tokens again, and a prefix that is computed instead may round differently.
+        wait_s = config.LOOKUP_WAIT_S if identity.cohort is None else config.RESTORE_WAIT_S
+        self._lookups.ask(request, _twice(question), wait_s=wait_s)
 
     def _cut_question(self, track: Track, known: int) -> Callable[[float], RestorePlan]:
         source = self._source
