@@ -71,10 +71,10 @@ def test_numpy_sees_the_same_bytes_when_it_reads_a_structure(struct: abi.Struct)
 
 
 def test_slot_is_a_task_when_ring_packs_it() -> None:
-    values = list(range(1, 20))
+    values = list(range(1, 21))
     packed = np.frombuffer(ring._TASK.pack(*values), abi.TASK.dtype)[0]
     names = ["publish", "opcode", "kind", "region", "record_kind", "key", "incarnation", "token_start", "token_end", "blocks",
-             "block_count", "flags", "source", "source_bytes", "step", "stamp_ns", "arg", "span"]  # fmt: skip
+             "block_count", "flags", "source", "source_bytes", "step", "stamp_ns", "arg", "span", "model_hash"]  # fmt: skip
     found = [int(word) for name in names for word in np.atleast_1d(packed[name])]
     assert found == values
     answer = np.zeros(1, abi.COMPLETION.dtype)

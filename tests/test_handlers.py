@@ -184,6 +184,7 @@ def append(setup: Setup, kind: int, start: int, end: int, blocks: list[int]) -> 
         token_end=end,
         blocks=blocks,
         step=12,
+        model_hash=(1 << 64) - 21,
     )
 
 
@@ -222,6 +223,7 @@ def test_records_hold_the_bytes_of_their_range_when_appended(setup: Setup) -> No
             setup.region.append.digest,
         )
         assert header["stamp_ns"] > 0
+        assert header["model_hash"] == (1 << 64) - 21
 
 
 def test_hash_is_that_of_an_append_when_nothing_changed(setup: Setup) -> None:

@@ -29,7 +29,7 @@ def content(key: int, start: int) -> bytes:
 
 def append_block(writer: StreamWriter, key: int, index: int, *, incarnation: int = 1) -> None:
     start = index * BLOCK
-    entry = Entry(abi.KIND_KV_BLOCK, key, incarnation, start, start + BLOCK, flags=BLOCK, layout_hash=1)
+    entry = Entry(abi.KIND_KV_BLOCK, key, incarnation, start, start + BLOCK, flags=BLOCK, layout_hash=1, model_hash=key)
     writer.append(entry, content(key, start))
 
 
@@ -44,6 +44,7 @@ def check_bytes(journal: SmallJournal, cut: Cut, key: int) -> None:
         got = bytes(journal.pool.view[piece.pool_offset : piece.pool_offset + piece.payload_bytes])
         assert got == content(key, piece.token_start)
         assert payload_hash(got) == piece.payload_hash
+        assert piece.model_hash == key, "a copy says who computed it, too"
 
 
 @pytest.mark.parametrize("seed", range(6))

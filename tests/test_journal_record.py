@@ -18,7 +18,7 @@ RECORD = Record(
     kind=abi.KIND_KV_BLOCK, salt=SALT, sequence=7, previous_hash=(3 << 64) | 5, key=(11 << 64) | 13,
     incarnation=17, region=19, flags=16, token_start=32, token_end=48, payload_bytes=300,
     payload_hash=(23 << 64) | 29, handler_hash=31, layout_hash=37, step=41, stamp_ns=43, origin=47,
-    offset=128, header_hash=0,
+    model_hash=53, offset=128, header_hash=0,
 )  # fmt: skip
 
 
@@ -32,7 +32,8 @@ def test_record_header_has_the_layout_of_the_abi_when_packed() -> None:
     assert found["magic"] == abi.RECORD_MAGIC
     assert found["version"] == abi.ABI_VERSION
     for name in ("kind", "salt", "sequence", "incarnation", "region", "flags", "token_start", "token_end",
-                 "payload_bytes", "handler_hash", "layout_hash", "step", "stamp_ns", "origin"):  # fmt: skip
+                 "payload_bytes", "handler_hash", "layout_hash", "step", "stamp_ns", "origin",
+                 "model_hash"):  # fmt: skip
         assert found[name] == getattr(RECORD, name), name
     for name in ("previous_hash", "key", "payload_hash"):
         low, high = (int(half) for half in found[name])

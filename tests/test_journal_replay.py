@@ -64,7 +64,7 @@ class Bench:
         sequence = next(self.sequence)
         made = Record(
             kind, 1, sequence, 0, key, incarnation, 0, BLOCK, start, end, len(payload),
-            record.payload_hash(payload), 0, LAYOUT, 0, sequence, 0, self.at, 0,
+            record.payload_hash(payload), 0, LAYOUT, 0, sequence, 0, 0, self.at, 0,
         )  # fmt: skip
         self.view[made.payload_offset : made.payload_offset + len(payload)] = payload
         self.at = made.end_offset
@@ -304,7 +304,7 @@ def test_block_length_is_proven_by_its_neighbour_when_the_writer_does_not_say() 
         sequence = next(bench.sequence)
         made = Record(
             abi.KIND_KV_BLOCK, 1, sequence, 0, key, 1, 0, 0, start, end, 1, 0, 0, LAYOUT, 0, sequence,
-            0, bench.at, 0,
+            0, 0, bench.at, 0,
         )  # fmt: skip
         bench.at = made.end_offset
         index.ingest(made, source, memoryview(bench.view))

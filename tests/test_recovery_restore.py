@@ -1,6 +1,6 @@
 """recovery/restore.py.
 
-Invariants: a plan exists only for contiguous pieces of every rank, of this layout, within the pool; one flipped bit anywhere is found, and
+Invariants: a plan exists only for contiguous pieces of every rank, of this layout and model, within the pool; one flipped bit anywhere is found, and
 named, before a token is promised; verification ends at its deadline.
 """
 
@@ -20,6 +20,7 @@ from concordia.journal.coverage import Cut, Piece
 from concordia.recovery.restore import plan_restore, verify
 
 LAYOUT = 0xABC
+MODEL = 0xDEF
 
 
 def pieces(pool: bytearray, spans: list[tuple[int, int]], *, rank: int, seed: int) -> list[Piece]:
@@ -32,7 +33,7 @@ def pieces(pool: bytearray, spans: list[tuple[int, int]], *, rank: int, seed: in
         found.append(
             Piece(
                 rank, kind, start, end, len(pool), len(payload), record.payload_hash(payload),
-                number, 7 + rank, LAYOUT,
+                number, 7 + rank, LAYOUT, 0, MODEL,
             )
         )  # fmt: skip
         pool += payload
@@ -47,7 +48,7 @@ def cut_of(pool: bytearray, world: int = 2) -> Cut:
 
 def test_plan_holds_every_rank_when_the_cut_is_whole() -> None:
     pool = bytearray()
-    plan = plan_restore(cut_of(pool), world=2, layout_hash=LAYOUT, pool=memoryview(pool), segment_bytes=1 << 20)
+    plan = plan_restore(cut_of(pool), world=2, layout_hash=LAYOUT, pool=memoryview(pool), segment_bytes=1 << 20, model_hash=MODEL)
     assert plan.tokens == 10
     assert plan.payload_bytes == len(pool)
     verify(plan, memoryview(pool), deadline=time.monotonic() + 5)
@@ -59,6 +60,8 @@ def test_plan_holds_every_rank_when_the_cut_is_whole() -> None:
         (lambda p: [*p[:1], *p[2:]], "needed from 4"),
         (lambda p: p[:3], "has 9 of 10"),
         (lambda p: [replace(p[0], layout_hash=1), *p[1:]], "has layout 1"),
+        (lambda p: [*p[:3], replace(p[3], model_hash=1)], "another model"),
+        (lambda p: [replace(p[0], model_hash=0), *p[1:]], "another model"),
         (lambda p: [replace(p[0], kind=abi.KIND_EVENT), *p[1:]], "of kind 6"),
         (lambda p: [replace(p[0], pool_offset=1 << 40), *p[1:]], "outside the pool"),
         (lambda p: [replace(p[0], payload_bytes=-1), *p[1:]], "outside the pool"),
@@ -72,12 +75,12 @@ def test_plan_is_refused_when_one_rank_lacks_something(
     cut = cut_of(pool)
     cut.pieces[1] = spoil(cut.pieces[1])
     with pytest.raises(RecoveryError, match=words):
-        plan_restore(cut, world=2, layout_hash=LAYOUT, pool=memoryview(pool), segment_bytes=1 << 20)
+        plan_restore(cut, world=2, layout_hash=LAYOUT, pool=memoryview(pool), segment_bytes=1 << 20, model_hash=MODEL)
 
 
 def test_plan_is_refused_when_the_journal_has_nothing() -> None:
     with pytest.raises(RecoveryError, match="nothing"):
-        plan_restore(Cut(), world=1, layout_hash=LAYOUT, pool=memoryview(b""), segment_bytes=1 << 20)
+        plan_restore(Cut(), world=1, layout_hash=LAYOUT, pool=memoryview(b""), segment_bytes=1 << 20, model_hash=MODEL)
 
 
 def test_flipped_bit_is_named_when_any_byte_differs() -> None:
@@ -85,7 +88,7 @@ def test_flipped_bit_is_named_when_any_byte_differs() -> None:
     print("seed", seed)
     rng = random.Random(seed)
     pool = bytearray()
-    plan = plan_restore(cut_of(pool), world=2, layout_hash=LAYOUT, pool=memoryview(pool), segment_bytes=1 << 20)
+    plan = plan_restore(cut_of(pool), world=2, layout_hash=LAYOUT, pool=memoryview(pool), segment_bytes=1 << 20, model_hash=MODEL)
     for _ in range(20):
         at, bit = rng.randrange(len(pool)), 1 << rng.randrange(8)
         pool[at] ^= bit
@@ -99,7 +102,7 @@ def test_plan_is_no_longer_current_when_its_segment_has_another_salt() -> None:
     pool = bytearray()
     cut = cut_of(pool)
     view = memoryview(pool)
-    plan = plan_restore(cut, world=2, layout_hash=LAYOUT, pool=view, segment_bytes=1 << 20)
+    plan = plan_restore(cut, world=2, layout_hash=LAYOUT, pool=view, segment_bytes=1 << 20, model_hash=MODEL)
     assert plan.is_current(view)
     view[16] ^= 1
     assert not plan.is_current(view)
@@ -107,6 +110,6 @@ def test_plan_is_no_longer_current_when_its_segment_has_another_salt() -> None:
 
 def test_verification_ends_when_its_deadline_has_passed() -> None:
     pool = bytearray()
-    plan = plan_restore(cut_of(pool), world=2, layout_hash=LAYOUT, pool=memoryview(pool), segment_bytes=1 << 20)
+    plan = plan_restore(cut_of(pool), world=2, layout_hash=LAYOUT, pool=memoryview(pool), segment_bytes=1 << 20, model_hash=MODEL)
     with pytest.raises(WaitTimeout, match="0 of 4"):
         verify(plan, memoryview(pool), deadline=time.monotonic() - 1)

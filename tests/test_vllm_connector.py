@@ -13,6 +13,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,6 +35,7 @@ from vllm.v1.kv_cache_interface import (
 from concordia import config
 from concordia.integrations.vllm import compat, plugin
 from concordia.integrations.vllm.connector import ConcordiaConnector
+from concordia.integrations.vllm.identity import seed_bytes
 from concordia.integrations.vllm.load import Load
 from concordia.integrations.vllm.metadata import StepMetadata, WorkerReport
 from concordia.journal.client import JournalClient
@@ -52,8 +54,8 @@ def vllm_config(journal: pathlib.Path, **more: Any) -> Any:
         parallel_config=SimpleNamespace(**parallel),
         scheduler_config=SimpleNamespace(async_scheduling=more.pop("is_async", False)),
         speculative_config=more.pop("speculative", None),
-        cache_config=SimpleNamespace(cache_dtype="auto"),
-        model_config=SimpleNamespace(model="m", dtype=torch.bfloat16, hf_config=None),
+        cache_config=SimpleNamespace(cache_dtype=more.pop("cache_dtype", "auto"), **more.pop("cache", {})),
+        model_config=SimpleNamespace(**{"model": "m", "dtype": torch.bfloat16, "hf_config": None} | more),
     )
 
 
@@ -112,19 +114,31 @@ def journal() -> Iterator[pathlib.Path]:
     JournalClient.connect(path).shutdown()
 
 
-@pytest.fixture
-def pair(journal: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ConcordiaConnector, ConcordiaConnector]]:
+@contextmanager
+def engine(journal: pathlib.Path, **more: Any) -> Iterator[tuple[ConcordiaConnector, ConcordiaConnector]]:
     """Both sides of one engine."""
-    monkeypatch.setattr(compat, "worker_rank", lambda *_: 0)
-    facts = vllm_config(journal), cache_config()
+    facts = vllm_config(journal, **more), cache_config()
     worker = ConcordiaConnector(facts[0], KVConnectorRole.WORKER, facts[1])
     worker.register_kv_caches(tensors())
     scheduler = ConcordiaConnector(facts[0], KVConnectorRole.SCHEDULER, facts[1])
     assert worker._door.is_open
     assert scheduler._door.is_open
-    yield scheduler, worker
-    scheduler.shutdown()
-    worker.shutdown()
+    try:
+        yield scheduler, worker
+    finally:
+        scheduler.shutdown()
+        worker.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def lone_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "worker_rank", lambda *_: 0)
+
+
+@pytest.fixture
+def pair(journal: pathlib.Path) -> Iterator[tuple[ConcordiaConnector, ConcordiaConnector]]:
+    with engine(journal) as sides:
+        yield sides
 
 
 def run(scheduler: ConcordiaConnector, worker: ConcordiaConnector, output: Any) -> StepMetadata:
@@ -152,6 +166,18 @@ def eventually(journal: pathlib.Path, wanted: Any) -> list[dict[str, Any]]:
             return events
         time.sleep(0.01)
     raise AssertionError(f"not among {events}")
+
+
+def offered(scheduler: ConcordiaConnector, request: Any) -> int:
+    """What a request is offered from the journal, asked again as vLLM does."""
+    scheduler.on_new_request(request)
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        found, _ = scheduler.get_num_new_matched_tokens(request, 0)
+        if found is not None:
+            return found
+        time.sleep(0.005)
+    raise AssertionError("no answer")
 
 
 def test_signatures_are_those_of_the_installed_vllm_when_a_method_is_ours() -> None:
@@ -318,14 +344,14 @@ def test_only_requests_that_no_router_owns_are_ended_by_us(
 
 
 def test_old_keys_are_never_met_again_when_the_cache_was_reset(
-    pair: tuple[ConcordiaConnector, ConcordiaConnector],
+    pair: tuple[ConcordiaConnector, ConcordiaConnector], journal: pathlib.Path
 ) -> None:
     scheduler, worker = pair
     scheduler.on_new_request(asked("a", 70))
     run(scheduler, worker, step_of(("a", [1, 2, 3], 0, 70)))
     side = scheduler._scheduler
     assert side is not None
-    before = side._writes.tracks["a"].chain
+    before, made = side._writes.tracks["a"].chain, side._writes.tracks["a"].model_hash
     assert before is not None
     assert scheduler.reset_cache()
     scheduler.on_new_request(asked("b", 70))
@@ -333,6 +359,99 @@ def test_old_keys_are_never_met_again_when_the_cache_was_reset(
     assert after is not None
     after.extend(list(range(70)), limit=70)
     assert not set(after.keys) & set(before.keys)
+    assert side._writes.tracks["a"].model_hash != made, "nor is what runs on restored by another engine, which has other weights"
+    eventually(journal, lambda e: e["event"] == "unprotected" and "was reset" in e["reason"])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model": "another"},
+        {"revision": "2"},
+        {"quantization": "fp8"},
+        {"hf_config": {"rope_theta": 10000}},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_request_is_not_restored_when_another_model_of_that_geometry_computed_it(
+    journal: pathlib.Path, other: dict[str, Any]
+) -> None:
+    name = f"made by m, not {other}"
+    own = {"request": name, "incarnation": 1}
+    with engine(journal) as (scheduler, worker):
+        scheduler.on_new_request(asked("a", 70, kv_transfer_params={"concordia": own}))
+        run(scheduler, worker, step_of(("a", [1, 2, 3], 0, 70)))
+        run(scheduler, worker, step_of())
+    back = asked("b", 70, kv_transfer_params={"concordia": own | {"incarnation": 2, "restore": True, "tokens": 70}})
+    with engine(journal) as (scheduler, _):
+        assert offered(scheduler, back) == 69
+    with engine(journal, **other) as (scheduler, worker):
+        assert offered(scheduler, back) == 0
+        run(scheduler, worker, step_of(("b", [1, 2, 3], 0, 70)))
+        events = eventually(journal, lambda e: e["event"] == "restored" and e["request"] == name)
+    told = next(e for e in events if e["event"] == "restored" and e["request"] == name)
+    assert told["level"] == "cold"
+    assert "another model" in told["reason"]
+    client = JournalClient.connect(journal)
+    client.finish(request_key(name))
+    client.close()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model": "another"},
+        {"model_weights": "s3://bucket/another"},
+        {"revision": "2"},
+        {"code_revision": "2"},
+        {"dtype": torch.float16},
+        {"quantization": "fp8"},
+        {"quantization_config": {"linear": "fp8"}},
+        {"model_impl": "transformers"},
+        {"hf_config": {"rope_theta": 10000}},
+        {"hf_config": SimpleNamespace(_commit_hash="2")},
+        {"hf_text_config": SimpleNamespace(original_max_position_embeddings=4096), "max_model_len": 8192},
+        {"cache_dtype": "fp8"},
+        {"cache": {"kv_cache_dtype_skip_layers": ["0"]}},
+        {"parallel": {"world_size": 2}},
+        {"speculative": SimpleNamespace(method="ngram")},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_identity_differs_when_what_computes_the_kv_does(other: dict[str, Any]) -> None:
+    path = pathlib.Path("/nowhere")
+    plain, repeated = (seed_bytes(compat.model_identity(vllm_config(path))) for _ in range(2))
+    assert plain == repeated
+    assert seed_bytes(compat.model_identity(vllm_config(path, **other))) != plain
+
+
+def test_longer_context_is_another_model_only_when_it_passes_the_trained_length() -> None:
+    def identity(length: int) -> Any:
+        text = SimpleNamespace(rope_parameters={"original_max_position_embeddings": 4096})
+        return compat.model_identity(vllm_config(pathlib.Path("/nowhere"), hf_text_config=text, max_model_len=length))
+
+    assert identity(2048) == identity(4096)
+    assert identity(4097) != identity(4096)
+
+
+def test_request_is_named_and_served_when_its_adapter_changed_under_the_engine(
+    pair: tuple[ConcordiaConnector, ConcordiaConnector], journal: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    scheduler, worker = pair
+    assert scheduler._scheduler is not None
+    tracks = scheduler._scheduler._writes.tracks
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(b"first")
+    adapter = SimpleNamespace(lora_name="poet", lora_int_id=1, lora_path=str(tmp_path))
+    scheduler.on_new_request(asked("base", 40))
+    scheduler.on_new_request(asked("a", 40, lora_request=adapter))
+    assert tracks["a"].is_protected
+    assert tracks["a"].model_hash != tracks["base"].model_hash
+    file.write_bytes(b"other")
+    scheduler.on_new_request(asked("b", 40, lora_request=adapter, kv_transfer_params={"concordia": {"request": "routed-b"}}))
+    assert run(scheduler, worker, step_of(("b", [1, 2], 0, 40))).writes == []
+    eventually(journal, lambda e: e["event"] == "unprotected" and e["request"] == "routed-b" and "have changed" in e["reason"])
+    assert scheduler._door.is_open
 
 
 @pytest.mark.parametrize(
@@ -343,6 +462,7 @@ def test_old_keys_are_never_met_again_when_the_cache_was_reset(
         ((), {"parallel": {"decode_context_parallel_size": 2}}, "decode_context_parallel_size"),
         ((), {"parallel": {"pipeline_parallel_size": 2}}, "pipeline"),
         ((), {"speculative": object(), "is_async": True}, "speculative"),
+        ((), {"cache": {"calculate_kv_scales": True}}, "calculate_kv_scales"),
     ],
 )
 def test_engine_says_once_why_it_is_not_protected_when_it_cannot_be(

@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-ABI_VERSION: Final = 1
+ABI_VERSION: Final = 2
 
 LINE_BYTES: Final = (
     128  # one cache line pair: what one side polls never shares it with what the other writes
@@ -166,7 +166,12 @@ RECORD_HEADER = Struct(
         Field("step", "u64", note="engine step that wrote these bytes"),
         Field("stamp_ns", "u64", note="writer's monotonic clock when the task was submitted"),
         Field("origin", "u64", note="copies only: replica in whose stream the original was"),
-        _pad(108, "reserved"),
+        Field(
+            "model_hash",
+            "u64",
+            note="KV records: model, adapter and salt that computed the bytes, 0 if the writer does not say",
+        ),
+        _pad(100, "reserved"),
         Field("header_crc", "u32", note="CRC32C of the 252 bytes before it"),
     ),
 )
@@ -332,7 +337,8 @@ TASK = Struct(
             "u32",
             note="positions that the task occupies: one, or more when its arguments need more arena",
         ),
-        _pad(12, "reserved"),
+        _pad(4, "reserved"),
+        Field("model_hash", "u64", note="for the record"),
     ),
 )
 

@@ -140,8 +140,12 @@ class Checkpointer(StreamWords):
         token_end: int,
         blocks: Sequence[int],
         step: int,
+        model_hash: int = 0,
     ) -> Ticket:
-        """Append [token_start, token_end) as one record; the first block holds token_start. Only enqueues."""
+        """Append [token_start, token_end) as one record; the first block holds token_start. Only enqueues.
+
+        `model_hash` names what computed the bytes; who restores them must name the same.
+        """
         return self.runtime.submit(
             Task(
                 opcode=region.append.opcode,
@@ -155,6 +159,7 @@ class Checkpointer(StreamWords):
                 blocks=blocks,
                 flags=region.geometry.block_tokens,
                 step=step,
+                model_hash=model_hash,
             )
         )
 

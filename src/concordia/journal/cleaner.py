@@ -128,6 +128,7 @@ class Cleaner:
         entry = Entry(
             old.kind, old.key, old.incarnation, old.token_start, old.token_end, old.step, old.region,
             old.flags, old.layout_hash, old.handler_hash, old.stamp_ns, held.replica,
+            old.model_hash,
         )  # fmt: skip
         payload = view[old.payload_offset : old.payload_offset + old.payload_bytes]
         made = own.writer.append(entry, payload, payload_hash=old.payload_hash)

@@ -31,6 +31,7 @@ class Piece:
     stream: int
     layout_hash: int = 0  # as the record's header says
     step: int = 0
+    model_hash: int = 0  # likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +197,7 @@ def pieces_of(helds: Sequence[Held], *, rank: int, tokens: int) -> list[Piece]:
             found.append(
                 Piece(
                     rank, r.kind, r.token_start, r.token_end, r.payload_offset, r.payload_bytes,
-                    r.payload_hash, r.sequence, held.source.stream, r.layout_hash, r.step,
+                    r.payload_hash, r.sequence, held.source.stream, r.layout_hash, r.step, r.model_hash,
                 )
             )  # fmt: skip
     return found

@@ -183,6 +183,7 @@ def _export(pool: Pool, stream: Found, record: Record, *, payloads: bool) -> dic
         "payload_bytes": record.payload_bytes,
         "payload_hash": f"{record.payload_hash:032x}",
         "layout_hash": f"{record.layout_hash:016x}",
+        "model_hash": f"{record.model_hash:016x}",
         "handler_hash": f"{record.handler_hash:016x}",
         "step": record.step,
         "stamp_ns": record.stamp_ns,

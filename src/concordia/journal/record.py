@@ -21,8 +21,8 @@ RECORD_BYTES_MIN: Final = HEADER_BYTES + abi.LINE_BYTES  # a record without payl
 _LOW: Final = 0xFFFFFFFFFFFFFFFF
 _CRC_AT: Final = 252
 
-# magic version kind | salt sequence previous(2) key(2) incarnation | region flags start end | bytes hash(2) handler layout step stamp origin
-_RECORD: Final = struct.Struct("<IHHQQQQQQQIIIIQQQQQQQQ108xI")
+# magic version kind | salt sequence previous(2) key(2) incarnation | region flags start end | bytes hash(2) handler layout step stamp origin model
+_RECORD: Final = struct.Struct("<IHHQQQQQQQIIIIQQQQQQQQQ100xI")
 # magic | version segment | stream ordinal salt first_sequence predecessor(2) segment_bytes
 _SEGMENT: Final = struct.Struct("<QIIQQQQQQQ180xI")
 _WORD: Final = struct.Struct("<Q")
@@ -51,6 +51,7 @@ class Record(NamedTuple):
     step: int
     stamp_ns: int
     origin: int  # of a copy: the replica whose stream had the original
+    model_hash: int  # of what computed the bytes: model, adapter, salt
     offset: int  # of the header, in the pool
     header_hash: int
 
@@ -130,6 +131,7 @@ def pack_record(record: Record) -> bytes:
         record.step,
         record.stamp_ns,
         record.origin,
+        record.model_hash,
         0,
     )
     return _with_crc(body)
@@ -162,7 +164,7 @@ def parse_record(
     (
         magic, version, kind, salt_found, sequence_found, previous_low, previous_high, key_low, key_high,
         incarnation, region, flags, token_start, token_end, size, hash_low, hash_high, handler, layout,
-        step, stamp, origin, crc,
+        step, stamp, origin, model, crc,
     ) = _RECORD.unpack(raw)  # fmt: skip
     if (
         magic != abi.RECORD_MAGIC
@@ -177,7 +179,7 @@ def parse_record(
     return Record(
         kind, salt, sequence, previous_hash, key_high << 64 | key_low, incarnation, region, flags,
         token_start, token_end, size, hash_high << 64 | hash_low, handler, layout, step, stamp,
-        origin, offset, xxhash.xxh3_128_intdigest(raw),
+        origin, model, offset, xxhash.xxh3_128_intdigest(raw),
     )  # fmt: skip
 
 

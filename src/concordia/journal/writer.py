@@ -33,6 +33,7 @@ class Entry(NamedTuple):
     handler_hash: int = 0
     stamp_ns: int = 0  # 0 for now; a copy keeps its original's
     origin: int = 0
+    model_hash: int = 0
 
 
 class StreamWriter:
@@ -64,7 +65,7 @@ class StreamWriter:
             entry.kind, self._salt, self._sequence, self._chain, entry.key, entry.incarnation,
             entry.region, entry.flags, entry.token_start, entry.token_end, len(payload), hashed,
             entry.handler_hash, entry.layout_hash, entry.step,
-            entry.stamp_ns or time.monotonic_ns(), entry.origin, self._offset, 0,
+            entry.stamp_ns or time.monotonic_ns(), entry.origin, entry.model_hash, self._offset, 0,
         )  # fmt: skip
         header = record.pack_record(made)
         self.store(made.payload_offset, payload)

@@ -2,7 +2,7 @@
 #pragma once
 #include "types.h"
 
-constexpr uint32_t kAbiVersion = 0x1u;
+constexpr uint32_t kAbiVersion = 0x2u;
 constexpr uint32_t kLineBytes = 0x80u;
 constexpr uint32_t kLeafBytes = 0x1000u;
 constexpr uint32_t kIdsPerLeaf = 0x10u;
@@ -64,7 +64,8 @@ struct RecordHeader {
   uint64_t step;  // engine step that wrote these bytes
   uint64_t stamp_ns;  // writer's monotonic clock when the task was submitted
   uint64_t origin;  // copies only: replica in whose stream the original was
-  uint8_t reserved[108];
+  uint64_t model_hash;  // KV records: model, adapter and salt that computed the bytes, 0 if the writer does not say
+  uint8_t reserved[100];
   uint32_t header_crc;  // CRC32C of the 252 bytes before it
 };
 static_assert(sizeof(RecordHeader) == 256, "RecordHeader");
@@ -88,7 +89,8 @@ static_assert(__builtin_offsetof(RecordHeader, layout_hash) == 112, "layout_hash
 static_assert(__builtin_offsetof(RecordHeader, step) == 120, "step");
 static_assert(__builtin_offsetof(RecordHeader, stamp_ns) == 128, "stamp_ns");
 static_assert(__builtin_offsetof(RecordHeader, origin) == 136, "origin");
-static_assert(__builtin_offsetof(RecordHeader, reserved) == 144, "reserved");
+static_assert(__builtin_offsetof(RecordHeader, model_hash) == 144, "model_hash");
+static_assert(__builtin_offsetof(RecordHeader, reserved) == 152, "reserved");
 static_assert(__builtin_offsetof(RecordHeader, header_crc) == 252, "header_crc");
 #endif
 
@@ -271,7 +273,8 @@ struct Task {
   uint64_t stamp_ns;
   uint64_t arg;  // opcode's own
   uint32_t span;  // positions that the task occupies: one, or more when its arguments need more arena
-  uint8_t reserved[12];
+  uint8_t reserved[4];
+  uint64_t model_hash;  // for the record
 };
 static_assert(sizeof(Task) == 128, "Task");
 #if !defined(__CUDACC_RTC__)  // run-time compilation of device code has no offsetof
@@ -294,6 +297,7 @@ static_assert(__builtin_offsetof(Task, stamp_ns) == 96, "stamp_ns");
 static_assert(__builtin_offsetof(Task, arg) == 104, "arg");
 static_assert(__builtin_offsetof(Task, span) == 112, "span");
 static_assert(__builtin_offsetof(Task, reserved) == 116, "reserved");
+static_assert(__builtin_offsetof(Task, model_hash) == 120, "model_hash");
 #endif
 
 struct Completion {

@@ -108,6 +108,7 @@ FUNCTION uint64_t record_word(const Call* call, const RecordNames& names, uint64
   const Task* task = &call->task;
 #if !CONCORDIA_CUDA
   static_assert(__builtin_offsetof(RecordHeader, stamp_ns) == 16 * 8, "the words below are those of RecordHeader");
+  static_assert(__builtin_offsetof(RecordHeader, model_hash) == 18 * 8, "the words below are those of RecordHeader");
 #endif
   switch (t) {
     case 0: return kRecordMagic | (uint64_t)kAbiVersion << 32 | names.kind << 48;
@@ -127,6 +128,7 @@ FUNCTION uint64_t record_word(const Call* call, const RecordNames& names, uint64
     case 14: return call->region != nullptr ? call->region->layout_hash : journal->layout_hash;
     case 15: return task->step;
     case 16: return task->stamp_ns;
+    case 18: return task->model_hash;
     default: return 0;
   }
 }

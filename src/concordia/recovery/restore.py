@@ -1,7 +1,7 @@
 """The way back: which records make up a request's KV, and whether their bytes are what was committed.
 
 Owns: RestorePlan, and checking it. Promises: a plan exists only if for every rank its pieces are contiguous from token 0, lie within the pool
-and have the reader's layout; `verify` has hashed every byte with the xxhash library, independent of the code that wrote it, before anybody
+and have the reader's layout and model; `verify` has hashed every byte with the xxhash library, independent of the code that wrote it, before anybody
 is promised a token; what does not fit is a RecoveryError with its reason, which means a cold start for that request and nothing else.
 Called by integrations from a thread of their own. It writes nothing: the applier does that, on the device.
 """
@@ -43,13 +43,18 @@ class RestorePlan:
 
 
 def plan_restore(
-    cut: Cut, *, world: int, layout_hash: int, pool: memoryview, segment_bytes: int
+    cut: Cut, *, world: int, layout_hash: int, pool: memoryview, segment_bytes: int, model_hash: int = 0
 ) -> RestorePlan:
-    """The plan that this cut allows; raises RecoveryError when it allows none."""
+    """The plan that this cut allows; raises RecoveryError when it allows none.
+
+    `model_hash` is what would compute the KV here. Even records that name no model (0) serve only a reader who names none.
+    """
     if cut.tokens <= 0:
         raise RecoveryError("the journal has nothing of it")
     for rank in range(world):
-        _check_rank(cut.pieces.get(rank, []), cut.tokens, rank=rank, layout_hash=layout_hash, pool_bytes=len(pool))
+        found = cut.pieces.get(rank, [])
+        _check_rank(found, cut.tokens, rank=rank, layout_hash=layout_hash, pool_bytes=len(pool))
+        _check_model(found, model_hash)
     pieces = {rank: tuple(cut.pieces[rank]) for rank in range(world)}
     starts = {p.pool_offset // segment_bytes * segment_bytes for found in pieces.values() for p in found}
     stamps = {at: _stamp(pool, at) for at in starts}
@@ -74,6 +79,15 @@ def verify(plan: RestorePlan, pool: memoryview, *, deadline: float) -> None:
 
 def _stamp(pool: memoryview, at: int) -> bytes:
     return bytes(pool[at : at + record.HEADER_BYTES])
+
+
+def _check_model(pieces: Sequence[Piece], model_hash: int) -> None:
+    for piece in pieces:
+        if piece.model_hash != model_hash:
+            raise RecoveryError(
+                f"record {piece.sequence} of stream {piece.stream:x} was computed by another model, adapter or cache salt "
+                f"({piece.model_hash:016x}, here {model_hash:016x})"
+            )
 
 
 def _check_rank(

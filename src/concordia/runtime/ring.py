@@ -24,7 +24,7 @@ Ticket = NewType("Ticket", int)  # position of a task in its ring
 WORD_MASK: Final = (1 << 64) - 1
 
 # abi.TASK from its second word on is what a caller fills; publish, span and stamp are the compiled code's.
-_TASK: Final = struct.Struct("<QIIIIQQQIIQIIQQQQQI12x")
+_TASK: Final = struct.Struct("<QIIIIQQQIIQIIQQQQQI4xQ")
 _COMPLETION: Final = struct.Struct("<QIIQQQQ16x")
 
 _SUBMITTED, _NEEDS_LAUNCH, _FULL, _TOO_LARGE = range(4)
@@ -49,6 +49,7 @@ class Task(NamedTuple):
     flags: int = 0
     step: int = 0
     arg: int = 0
+    model_hash: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ class Ring:
                 *(0, task.opcode, task.kind, task.region, task.record_kind),
                 *(task.key & WORD_MASK, task.key >> 64, task.incarnation),
                 *(task.token_start, task.token_end, 0, 0, task.flags),
-                *(task.source, task.source_bytes, task.step, 0, task.arg, 0),
+                *(task.source, task.source_bytes, task.step, 0, task.arg, 0, task.model_hash),
             )
         except (struct.error, OverflowError, TypeError) as error:
             raise UsageError(

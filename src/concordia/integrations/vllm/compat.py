@@ -1,20 +1,19 @@
 """What differs between vLLM versions, and how its objects read.
 
-Owns: every access to a vLLM structure that is not a connector method: scheduler output, KV cache configuration, parallel sizes, instruction set.
+Owns: every access to a vLLM structure that is not a connector method: scheduler output, KV cache configuration, what the model is, instruction set.
 Promises: features are detected, not guessed from a version number; what cannot be understood becomes a reason not to protect, in words.
 Read against the sources of 0.26.0 and 0.32.0; run on 0.32.0 (CPU). Called by connector, scheduler side and worker side.
 """
 
 from __future__ import annotations
 
-import pathlib
 import platform
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from concordia.integrations.vllm import weights
+from concordia.integrations.vllm.door import logger
 from concordia.integrations.vllm.write_set import Scheduled
-
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 
 
 def why_unprotected(vllm_config: Any, kv_cache_config: Any) -> str | None:
@@ -36,6 +35,8 @@ def why_unprotected(vllm_config: Any, kv_cache_config: Any) -> str | None:
         return "pipeline parallelism: stages hold different layers, which one cut cannot join yet"
     if getattr(spec, "prefix_replay_tokens", 0):
         return "the KV cache replays part of every prefix hit"
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        return "calculate_kv_scales: every engine scales its KV by what it saw first, so no other can read it"
     if vllm_config.speculative_config is not None and is_async(vllm_config):
         return "speculative decoding with asynchronous scheduling: which tokens are sure is known too late"
     return None
@@ -66,31 +67,43 @@ def worker_rank(vllm_config: Any) -> int:
 
 def model_identity(vllm_config: Any) -> dict[str, Any]:
     """What must be equal for two engines to compute the same KV from the same tokens."""
-    model = vllm_config.model_config
+    model, cache = vllm_config.model_config, vllm_config.cache_config
     hf_config: Any = getattr(model, "hf_config", None)
+    load = getattr(vllm_config, "load_config", None)
     return {
         "model": str(model.model),
-        "revision": str(getattr(model, "revision", None)),
+        "source": str(getattr(model, "model_weights", "")),
+        "revision": [str(getattr(model, name, None)) for name in ("revision", "code_revision")],
+        "commit": str(getattr(hf_config, "_commit_hash", None)),
         "dtype": str(model.dtype),
-        "quantization": str(getattr(model, "quantization", None)),
+        "quantization": [str(getattr(model, name, None)) for name in ("quantization", "quantization_config")],
+        "code": [str(getattr(model, name, None)) for name in ("model_impl", "model_class_overrides")],
         "config": hf_config.to_json_string() if hasattr(hf_config, "to_json_string") else str(hf_config),
-        "cache_dtype": str(vllm_config.cache_config.cache_dtype),
+        "is_stretched": _is_stretched(model),
+        "cache_dtype": [str(cache.cache_dtype), str(getattr(cache, "kv_cache_dtype_skip_layers", None))],
+        "attention": str(getattr(getattr(vllm_config, "attention_config", None), "backend", None)),
+        "load_format": str(getattr(load, "load_format", None)),
         "world": world_size(vllm_config),
-        "weights": _weight_files(pathlib.Path(str(model.model))),
+        "weights": _weights(model, load),
+        "drafter": _drafter(vllm_config.speculative_config, load),
     }
 
 
-def request_seed_parts(request: Any) -> dict[str, Any] | None:
-    """What else, beside its tokens, determines a request's KV; None when that cannot be told."""
-    if getattr(request, "mm_features", None) or getattr(request, "prompt_embeds", None) is not None:
-        return None
-    if getattr(request, "prompt_token_ids", None) is None:
-        return None
+def request_seed_parts(request: Any, adapters: weights.Adapters) -> dict[str, Any]:
+    """What else, beside its tokens and the engine's model, determines a request's KV; RecoveryError when that cannot be told."""
     lora = getattr(request, "lora_request", None)
     adapter = None
     if lora is not None:
-        adapter = [lora.lora_name, lora.lora_int_id, str(getattr(lora, "lora_path", ""))]
-    return {"adapter": adapter, "salt": getattr(request, "cache_salt", None)}
+        adapter = adapters.identify(lora.lora_name, lora.lora_int_id, str(getattr(lora, "lora_path", "")))
+    media = [str(getattr(feature, "identifier", "")) for feature in getattr(request, "mm_features", None) or ()]
+    return {"adapter": adapter, "salt": getattr(request, "cache_salt", None), "media": media}
+
+
+def is_told_by_tokens(request: Any) -> bool:
+    """Whether the request's token ids say all of its input, so that others with these tokens may share its blocks."""
+    if getattr(request, "mm_features", None) or getattr(request, "prompt_embeds", None) is not None:
+        return False
+    return getattr(request, "prompt_token_ids", None) is not None
 
 
 def scheduled_requests(
@@ -147,8 +160,29 @@ def cpu_instruction_set(vllm_config: Any, kv_cache_config: Any) -> str:
     return f"{platform.machine()}-{name}"
 
 
-def _weight_files(folder: pathlib.Path) -> list[list[Any]]:
-    if not folder.is_dir():
-        return []
-    files = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
-    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+def _weights(model: Any, load: Any) -> weights.Fingerprint | None:
+    """The model's files; where they are not to be found, models are told apart by name, revision and settings, and that is said."""
+    revision, cache = getattr(model, "revision", None), getattr(load, "download_dir", None)
+    folder = weights.locate(str(model.model), revision=revision, cache=cache)
+    found = None if folder is None else weights.fingerprint(folder)
+    if found is None and getattr(load, "load_format", None) != "dummy":
+        logger.warning("Concordia finds no weight files of %s: it knows the model by its name and revision only", model.model)
+    return found
+
+
+def _drafter(speculative: Any, load: Any) -> list[Any] | None:
+    """What drafts: its layers may have KV of their own."""
+    if speculative is None:
+        return None
+    draft = getattr(speculative, "draft_model_config", None)
+    return [str(getattr(speculative, "method", None)), None if draft is None else [str(draft.model), _weights(draft, load)]]
+
+
+def _is_stretched(model: Any) -> bool | None:
+    """Whether positions may pass the length that the model was trained for: LongRoPE rotates every token otherwise then."""
+    text: Any = getattr(model, "hf_text_config", None) or getattr(model, "hf_config", None)
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
+    trained = getattr(text, "original_max_position_embeddings", None)
+    if trained is None and isinstance(rope, Mapping):
+        trained = rope.get("original_max_position_embeddings")
+    return None if trained is None else int(model.max_model_len) > int(trained)

@@ -88,6 +88,11 @@ def seed_bytes(parts: Mapping[str, Any]) -> bytes:
     return json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str).encode("utf-8")
 
 
+def model_hash(seed: bytes) -> int:
+    """What a record of KV says of its maker: 64 bits of the seed that its keys start from; never 0, which says nothing."""
+    return xxhash.xxh3_64_intdigest(seed) or 1
+
+
 class KeyChain:
     """Chained keys of the full blocks of one request, computed as its token ids become known."""
 

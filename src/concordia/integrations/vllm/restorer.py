@@ -203,17 +203,17 @@ class Restorer:
         if count * size <= hit:
             return
         keys = track.chain.keys[:count]
-        source = self._source
+        source, made_by = self._source, track.model_hash
 
         def question(deadline: float) -> RestorePlan:
-            return _match(source, keys, deadline)
+            return _match(source, keys, made_by, deadline)
 
         # A closed cohort is asked for to get the same tokens again, and a prefix that is computed instead may round differently.
         wait_s = config.LOOKUP_WAIT_S if identity.cohort is None else config.RESTORE_WAIT_S
         self._lookups.ask(request, _twice(question), wait_s=wait_s)
 
     def _cut_question(self, track: Track, known: int) -> Callable[[float], RestorePlan]:
-        source = self._source
+        source, made_by = self._source, track.model_hash
         size = source.block_tokens
         keys: list[int] = []
         if track.chain is not None:
@@ -229,8 +229,8 @@ class Restorer:
                 bounds=track.identity.bounds,
             )
             if cut.tokens == 0 and keys:
-                return _match(source, keys, deadline)
-            return _verified(source, cut, deadline)
+                return _match(source, keys, made_by, deadline)
+            return _verified(source, cut, made_by, deadline)
 
         return _twice(question)
 
@@ -267,15 +267,16 @@ class Restorer:
             self._say(facts)
 
 
-def _match(source: Source, keys: list[int], deadline: float) -> RestorePlan:
+def _match(source: Source, keys: list[int], made_by: int, deadline: float) -> RestorePlan:
     cut = source.client.match_prefix(keys, layout_hash=source.layout_hash, world=source.world)
-    return _verified(source, cut, deadline)
+    return _verified(source, cut, made_by, deadline)
 
 
-def _verified(source: Source, cut: Any, deadline: float) -> RestorePlan:
+def _verified(source: Source, cut: Any, made_by: int, deadline: float) -> RestorePlan:
     plan = plan_restore(
-        cut, world=source.world, layout_hash=source.layout_hash, pool=source.pool, segment_bytes=source.segment_bytes
-    )
+        cut, world=source.world, layout_hash=source.layout_hash, pool=source.pool, segment_bytes=source.segment_bytes,
+        model_hash=made_by,
+    )  # fmt: skip
     verify(plan, source.pool, deadline=deadline)
     return plan
 

@@ -1,7 +1,7 @@
 """The connector in the scheduler: who is protected, what each step writes, what may be restored.
 
-Owns: the tracks of the engine's requests, the step number and the scheduler's stream. Promises: nothing here waits for a socket, a disk or
-another process; a request that cannot be protected is named once, with the reason, and the engine serves it all the same; every step is
+Owns: the tracks of the engine's requests, the step number and the scheduler's stream. Promises: nothing here waits for a socket or another
+process, nor for a disk but to look at the files of an adapter; a request that cannot be protected is named once, with the reason, and the engine serves it all the same; every step is
 announced before it runs and reported done after. Called by connector.py behind the guest door.
 It moves no KV: the workers do.
 """
@@ -12,18 +12,26 @@ import os
 import pathlib
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from concordia import abi
 from concordia.errors import ConcordiaError, RecoveryError, UsageError
 from concordia.integrations.vllm import compat
 from concordia.integrations.vllm.door import logger
-from concordia.integrations.vllm.identity import Identity, KeyChain, parse_identity, seed_bytes
+from concordia.integrations.vllm.identity import (
+    Identity,
+    KeyChain,
+    model_hash,
+    parse_identity,
+    seed_bytes,
+)
 from concordia.integrations.vllm.metadata import StepMetadata, WorkerReport
 from concordia.integrations.vllm.restorer import Restorer, Source
 from concordia.integrations.vllm.retry import Retries
 from concordia.integrations.vllm.scribe import Scribe
 from concordia.integrations.vllm.settings import Settings
+from concordia.integrations.vllm.weights import Adapters
 from concordia.integrations.vllm.write_set import StepWrites, Track, WriteSet
 from concordia.journal import folder, segment
 from concordia.journal.client import JournalClient
@@ -63,6 +71,7 @@ class SchedulerSide:
         self._hits: dict[str, int] = {}
         self._said: set[str] = set()  # requests whose loss of protection was said
         self._retries = Retries()
+        self._adapters = Adapters()
         self._learn_at_start()
 
     # --- what the scheduler tells us, in the order of a request's life
@@ -72,16 +81,10 @@ class SchedulerSide:
         name = request.request_id
         if name in self._writes.tracks:
             return
-        try:
-            identity = parse_identity(request.kv_transfer_params, fallback=self._own_name(name))
-        except UsageError as error:
-            identity = Identity(name=self._own_name(name), is_disabled=True)
-            self._unprotect(name, identity, str(error))
-        parts = compat.request_seed_parts(request)
-        chain = None
-        if parts is not None:
-            chain = KeyChain(seed_bytes({**self._seed, **parts}), block_tokens=self._block_tokens)
-        track = Track(identity, chain, request.all_token_ids)
+        identity, parts = self._identify(request)
+        seed = seed_bytes({**self._seed, **parts})
+        chain = KeyChain(seed, block_tokens=self._block_tokens) if compat.is_told_by_tokens(request) else None
+        track = Track(identity, chain, request.all_token_ids, model_hash(seed))
         track.is_protected = not identity.is_disabled
         self._writes.tracks[name] = track
         self._learn()  # an idle engine makes no steps, and knows only what was there when it started
@@ -163,7 +166,10 @@ class SchedulerSide:
     def forget_cache(self) -> None:
         """The engine's cache was emptied, perhaps for other weights under the same name: nothing from before may be met again."""
         self._seed["epoch"] = f"{os.getpid()}-{time.monotonic_ns()}"
-        self._writes.forget_blocks()
+        self._writes.forget_blocks(model_hash(seed_bytes(self._seed)))
+        reason = "the engine's cache was reset, perhaps for other weights: no other engine can go on with what it computes from here"
+        logger.warning("Concordia: %s", reason)
+        self._scribe.event({"event": "unprotected", "request": "*", "reason": reason})
 
     def shut(self, reason: str) -> None:
         """The guest door has shut: everybody here is unprotected, and no step that was announced may look unfinished for ever."""
@@ -177,6 +183,18 @@ class SchedulerSide:
         self._opened.close()
 
     # --- leaves
+
+    def _identify(self, request: Any) -> tuple[Identity, dict[str, Any]]:
+        """Who the request is, and what beside the model determines its KV; who has no name that can be used is served without protection."""
+        own = self._own_name(request.request_id)
+        identity = Identity(name=own, is_disabled=True)
+        try:
+            identity = parse_identity(request.kv_transfer_params, fallback=own)
+            return identity, compat.request_seed_parts(request, self._adapters)
+        except (UsageError, RecoveryError) as error:
+            identity = replace(identity, is_disabled=True)
+            self._unprotect(request.request_id, identity, str(error))
+            return identity, {"only": own}
 
     def _own_name(self, request: str) -> str:
         """A name that no other engine gives: clients number their requests from 0."""

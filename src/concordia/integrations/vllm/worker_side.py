@@ -238,6 +238,7 @@ class WorkerSide:
                 token_end=piece.end,
                 blocks=(piece.block,),
                 step=step,
+                model_hash=write.model_hash,
             )
 
         batch.appends.append(Append(write.request, piece.start, (piece.block,), submit))

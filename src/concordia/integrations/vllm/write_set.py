@@ -47,6 +47,7 @@ class Write:
     incarnation: int
     full: tuple[tuple[int, int], ...]
     tail: tuple[int, int, int] | None  # (first token, end, block id)
+    model_hash: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ class Track:
     identity: Identity
     chain: KeyChain | None  # None: its tokens alone do not determine its KV, so its blocks are nobody else's
     tokens: Sequence[int]  # the engine's own list: grows as ids become known
+    model_hash: int = 0  # what computes its KV, for its records and for whoever restores them
     lives: int = 0
     blocks: list[int] = field(default_factory=list)
     covered: int = 0
@@ -174,13 +176,14 @@ class WriteSet:
                 del self._resident[block]
         self.foreign = known.difference(self.authored)
 
-    def forget_blocks(self) -> None:
-        """Name nothing by what was computed so far; requests that run go on under names of their own."""
+    def forget_blocks(self, model_hash: int) -> None:
+        """Name nothing by what was computed so far; requests that run go on under names of their own, and as another model's."""
         self._resident.clear()
         self.authored.clear()
         self.foreign.clear()
         for track in self.tracks.values():
             track.chain = None
+            track.model_hash = model_hash
 
     def is_journaled(self, key: int) -> bool:
         return key in self.authored or key in self.foreign
@@ -223,7 +226,7 @@ class WriteSet:
             tail = (tail_start, sure_end, track.blocks[tail_start // size])
         if full or tail:
             result.writes.append(
-                Write(item.request, track.identity.key, track.incarnation, tuple(full), tail)
+                Write(item.request, track.identity.key, track.incarnation, tuple(full), tail, track.model_hash)
             )
         track.covered = sure_end
         if track.chain is not None:
