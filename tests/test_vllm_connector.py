@@ -308,6 +308,37 @@ def test_request_is_named_and_served_when_its_parameters_are_nonsense(
     eventually(journal, lambda e: e["event"] == "unprotected" and "incarnation" in e["reason"])
 
 
+def test_second_request_is_unprotected_when_one_of_its_name_and_incarnation_was_here(
+    pair: tuple[ConcordiaConnector, ConcordiaConnector], journal: pathlib.Path
+) -> None:
+    scheduler, worker = pair
+    own = {"concordia": {"request": "twice", "incarnation": 4}}
+    first = asked("a", 40, kv_transfer_params=own, cache_salt="first")
+    scheduler.on_new_request(first)
+    run(scheduler, worker, step_of(("a", [1, 2], 0, 40)))
+    second = asked("b", 33, kv_transfer_params={"concordia": own["concordia"] | {"restore": True}}, cache_salt="second")
+    assert offered(scheduler, second) == 0, "nor does it get what the first has"
+    assert run(scheduler, worker, step_of(("b", [3, 4], 0, 33))).writes == []
+    events = eventually(journal, lambda e: e["event"] == "unprotected" and "incarnation was here" in e["reason"])
+    assert not [e for e in events if e["event"] == "unprotected" and e["request"] == "twice"], "the first is protected as before"
+    scheduler.request_finished(second, [3])
+    meta = run(scheduler, worker, step_of(cached=(("a", [], 40, 1),)))
+    assert [write.key for write in meta.writes] == [request_key("twice")]
+    scheduler.request_finished(first, [1])
+    scheduler.on_new_request(asked("c", 40, kv_transfer_params=own))
+    assert run(scheduler, worker, step_of(("c", [5, 6], 0, 40))).writes == [], "what the first wrote is still there"
+    fresh = {"concordia": own["concordia"] | {"incarnation": 5}}
+    scheduler.on_new_request(asked("d", 40, kv_transfer_params=fresh))
+    assert len(run(scheduler, worker, step_of(("d", [7, 8], 0, 40))).writes) == 1
+    client = JournalClient.connect(journal)
+    until = time.monotonic() + 5
+    while client.committed(request_key("twice")) < 40 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert client.committed(request_key("twice")) == 40
+    client.finish(request_key("twice"))
+    client.close()
+
+
 def test_blocks_are_nobody_else_s_when_a_request_brings_an_image(
     pair: tuple[ConcordiaConnector, ConcordiaConnector],
 ) -> None:

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from concordia import config
 from concordia.errors import UsageError
 from concordia.integrations.vllm.identity import (
     Identity,
     KeyChain,
+    Roll,
     parse_identity,
     private_key,
 )
@@ -322,6 +324,17 @@ def test_every_token_is_covered_once_when_engines_do_random_things() -> None:
 def test_identity_is_refused_when_no_router_would_send_it(own: object) -> None:
     with pytest.raises(UsageError):
         parse_identity({"concordia": own}, fallback="f")
+
+
+def test_name_is_taken_once_when_many_requests_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "NAMES_REMEMBERED", 2)
+    roll = Roll()
+    roll.enter(Identity(name="a"))
+    roll.enter(Identity(name="a", incarnation=2))
+    with pytest.raises(UsageError, match="was here"):
+        roll.enter(Identity(name="a"))
+    roll.enter(Identity(name="b"))
+    roll.enter(Identity(name="a"))  # the oldest is forgotten, so that memory has a bound
 
 
 def test_identity_is_the_fallback_when_a_client_sends_none() -> None:

@@ -88,6 +88,7 @@ PROBE_ATTEMPTS_MAX: Final = (
 )
 PROBE_PROOFS: Final = 2  # single tokens whose bytes must change exactly as predicted
 REQUEST_NAME_BYTES_MAX: Final = 256  # longer names come from no router of ours
+NAMES_REMEMBERED: Final = 65_536  # of requests that an engine has had; a name used again after so many others is hours old
 WEIGHT_SAMPLES: Final = 16  # places of a weight file that are read to tell it from another of its size and time
 WEIGHT_SAMPLE_BYTES: Final = 4096
 ADAPTERS_KNOWN_MAX: Final = 4096  # whose files are remembered; a kilobyte each

@@ -1,6 +1,6 @@
 """Who a request is, and which chained hash each of its blocks has.
 
-Owns: reading `kv_transfer_params["concordia"]`, and the chain of block keys. Promises: what a client sends is checked before use; two requests
+Owns: reading `kv_transfer_params["concordia"]`, which names were used, and the chain of block keys. Promises: what a client sends is checked before use; two requests
 get the same key for a block only when model, layout, adapter, salt and every token up to the block's end are the same; a private key is
 met by nobody but the request that made it. Called by the scheduler side. Knows no vLLM type.
 """
@@ -91,6 +91,22 @@ def seed_bytes(parts: Mapping[str, Any]) -> bytes:
 def model_hash(seed: bytes) -> int:
     """What a record of KV says of its maker: 64 bits of the seed that its keys start from; never 0, which says nothing."""
     return xxhash.xxh3_64_intdigest(seed) or 1
+
+
+class Roll:
+    """Every name and incarnation that an engine has had: two requests under one would mix their records, even one after the other."""
+
+    def __init__(self) -> None:
+        self._names: dict[tuple[int, int], None] = {}  # in order of arrival
+
+    def enter(self, identity: Identity) -> None:
+        """Raises UsageError for all but the first of its name and incarnation; the oldest of very many are forgotten."""
+        name = identity.key, identity.incarnation
+        if name in self._names:
+            raise UsageError("a request of its name and incarnation was here before")
+        self._names[name] = None
+        if len(self._names) > config.NAMES_REMEMBERED:
+            del self._names[next(iter(self._names))]
 
 
 class KeyChain:

@@ -22,6 +22,7 @@ from concordia.integrations.vllm.door import logger
 from concordia.integrations.vllm.identity import (
     Identity,
     KeyChain,
+    Roll,
     model_hash,
     parse_identity,
     seed_bytes,
@@ -72,6 +73,7 @@ class SchedulerSide:
         self._said: set[str] = set()  # requests whose loss of protection was said
         self._retries = Retries()
         self._adapters = Adapters()
+        self._roll = Roll()
         self._learn_at_start()
 
     # --- what the scheduler tells us, in the order of a request's life
@@ -187,14 +189,17 @@ class SchedulerSide:
     def _identify(self, request: Any) -> tuple[Identity, dict[str, Any]]:
         """Who the request is, and what beside the model determines its KV; who has no name that can be used is served without protection."""
         own = self._own_name(request.request_id)
-        identity = Identity(name=own, is_disabled=True)
+        identity = nobody = Identity(name=own, is_disabled=True)
         try:
             identity = parse_identity(request.kv_transfer_params, fallback=own)
+            self._roll.enter(identity)
             return identity, compat.request_seed_parts(request, self._adapters)
-        except (UsageError, RecoveryError) as error:
-            identity = replace(identity, is_disabled=True)
-            self._unprotect(request.request_id, identity, str(error))
-            return identity, {"only": own}
+        except UsageError as error:
+            identity, reason = nobody, str(error)  # not the name that it gave: that is another's, or none
+        except RecoveryError as error:
+            identity, reason = replace(identity, is_disabled=True), str(error)
+        self._unprotect(request.request_id, identity, reason)
+        return identity, {"only": own}
 
     def _own_name(self, request: str) -> str:
         """A name that no other engine gives: clients number their requests from 0."""
