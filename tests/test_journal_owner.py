@@ -24,7 +24,7 @@ import pytest
 import concordia
 from concordia import abi, config
 from concordia.errors import JournalError, JournalRefused
-from concordia.journal import fence, segment
+from concordia.journal import fence, folder, segment
 from concordia.journal.client import JournalClient, StreamAttachment
 from concordia.journal.desk import Peer
 from concordia.journal.folder import Folder, fit_size, free_bytes
@@ -487,6 +487,21 @@ def test_journal_is_refused_with_the_cure_when_it_does_not_fit(journal: Path) ->
         spawn_owner(journal, size_bytes=SIZE, segment_bytes=SEGMENT + 1)
     assert fit_size(journal, 1 << 60, SEGMENT) <= free_bytes(journal) // 2 + SEGMENT
     assert fit_size(journal, None, SEGMENT) <= config.JOURNAL_BYTES_DEFAULT
+
+
+def test_size_is_whole_segments_of_its_own_choice_when_none_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    for _ in range(2000):
+        free, wanted = int(2 ** rng.uniform(24, 42)), int(2 ** rng.uniform(23, 40))
+        monkeypatch.setattr(folder, "free_bytes", lambda _, free=free: free)
+        room = min(wanted, free // 2)
+        size = fit_size(tmp_path, wanted, None)
+        segment_bytes = folder.choose_segment_bytes(size)
+        assert segment_bytes == folder.choose_segment_bytes(room), (free, wanted)
+        assert size % segment_bytes == 0, (free, wanted)
+        assert room - segment_bytes < size <= room, (free, wanted)
 
 
 def test_client_is_refused_in_time_when_there_is_no_owner(journal: Path) -> None:

@@ -102,23 +102,26 @@ def choose_segment_bytes(size_bytes: int) -> int:
     return max(config.SEGMENT_BYTES_MIN, min(fitting, config.SEGMENT_BYTES_MAX))
 
 
-def fit_size(path: Path, wanted_bytes: int | None, segment_bytes: int) -> int:
-    """Bytes of the pool: min(wanted, half of what is free), whole segments; raises when too few fit."""
-    if segment_bytes < config.SEGMENT_BYTES_MIN or segment_bytes % 4096:
-        raise JournalRefused(
-            f"segment size {segment_bytes} must be a multiple of 4096 and at least {config.SEGMENT_BYTES_MIN}"
-        )
+def fit_size(path: Path, wanted_bytes: int | None, segment_bytes: int | None) -> int:
+    """Bytes of the pool: min(wanted, half of what is free), whole segments; raises when too few fit.
+
+    Without `segment_bytes` they are those that choose_segment_bytes gives for what fits, and for the size that comes back, too.
+    """
     free = free_bytes(path)
     wanted = config.JOURNAL_BYTES_DEFAULT if wanted_bytes is None else wanted_bytes
-    count = min(wanted, free // 2) // segment_bytes
+    room = min(wanted, free // 2)
+    size = choose_segment_bytes(room) if segment_bytes is None else segment_bytes
+    if size < config.SEGMENT_BYTES_MIN or size % 4096:
+        raise JournalRefused(f"segment size {size} must be a multiple of 4096 and at least {config.SEGMENT_BYTES_MIN}")
+    count = room // size
     if count < config.SEGMENT_COUNT_MIN:
-        least = config.SEGMENT_COUNT_MIN * segment_bytes
+        least = config.SEGMENT_COUNT_MIN * size
         raise JournalRefused(
             f"a journal in {path} needs at least {least >> 20} MiB, and may take half of the "
             f"{free >> 20} MiB that are free; wanted were {wanted >> 20} MiB. Give /dev/shm more room "
             f"(docker run --shm-size), raise --journal-size or name another --journal-dir"
         )
-    return count * segment_bytes
+    return count * size
 
 
 def _private_stat(path: Path) -> os.stat_result:

@@ -23,7 +23,7 @@ from concordia.errors import ConcordiaError, JournalError
 from concordia.journal import fence, segment
 from concordia.journal.cleaner import Cleaner
 from concordia.journal.desk import Desk
-from concordia.journal.folder import Folder, choose_segment_bytes, fit_size, free_bytes
+from concordia.journal.folder import Folder, choose_segment_bytes, fit_size
 from concordia.journal.office import Office
 from concordia.journal.replicas import Replicas
 from concordia.journal.segment import Board, Pool
@@ -219,10 +219,8 @@ def _make(home: Folder, settings: dict[str, Any], *, linger_s: float) -> Owner:
     """A new journal."""
     if settings["pool"]:
         home.pool.symlink_to(settings["pool"])
-    wanted = settings["size_bytes"] or config.JOURNAL_BYTES_DEFAULT
-    fitting = choose_segment_bytes(min(wanted, free_bytes(home.path) // 2))
-    segment_bytes = int(settings["segment_bytes"] or fitting)
-    size = fit_size(home.path, settings["size_bytes"], segment_bytes)
+    size = fit_size(home.path, settings["size_bytes"], settings["segment_bytes"])
+    segment_bytes = settings["segment_bytes"] or choose_segment_bytes(size)
     try:
         pool = Pool.create(home.pool, size=size, segment_bytes=segment_bytes)
         board = Board.create(home.board, segment_bytes=segment_bytes, segment_count=pool.segment_count)

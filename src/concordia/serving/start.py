@@ -18,7 +18,7 @@ from concordia import config
 from concordia.device.compiler import HostCompiler
 from concordia.errors import ConcordiaError, EnvironmentRefused, UsageError
 from concordia.journal import fence
-from concordia.journal.folder import Folder, choose_segment_bytes, fit_size
+from concordia.journal.folder import Folder, fit_size
 from concordia.journal.segment import Board
 from concordia.serving import resources
 from concordia.serving.engine_flags import EngineFlags
@@ -169,7 +169,7 @@ def _check_journal(journal: pathlib.Path, size_bytes: int) -> None:
         parent = parent.parent
     if not os.access(parent, os.W_OK):
         raise EnvironmentRefused(f"cannot write to {parent}: name another --journal-dir")
-    fit_size(parent, size_bytes, choose_segment_bytes(size_bytes))
+    fit_size(parent, size_bytes, None)
 
 
 def _living_user(home: Folder) -> int | None:
