@@ -1,6 +1,6 @@
 """Layouts: Python and C mean the same bytes.
 
-Invariants: the committed kernels/abi.h is what abi.py generates; a C++ compiler finds every member where Python does; the slots that ring.py
+Invariants: the committed kernels/abi.h is what abi generates; a C++ compiler finds every member where Python does; the slots that ring.py
 packs are the Task and Completion of the table; commit words are the same on both sides.
 """
 

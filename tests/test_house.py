@@ -1,6 +1,6 @@
 """The law of the house.
 
-Invariants: `import concordia` is light; public names are the ones listed here; every room has a header; the committed abi.h is what abi.py
+Invariants: `import concordia` is light; public names are the ones listed here; every room has a header; the committed abi.h is what abi
 generates; prose that states a limit matches config.py. The floors themselves are kept by import-linter (`make check`).
 """
 

@@ -1,4 +1,4 @@
-"""Invariants: headers have exactly the layout of abi.py; what was packed is parsed; what is not expected, is damaged or does not fit
+"""Invariants: headers have exactly the layout of the ABI; what was packed is parsed; what is not expected, is damaged or does not fit
 its segment is not a record; the tree hash is the documented one for every length."""
 
 from __future__ import annotations

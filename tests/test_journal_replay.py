@@ -242,7 +242,7 @@ def test_nothing_is_held_when_all_requests_have_finished_and_blocks_were_let_go(
     index.keys.drop_condemned(0.0, is_urgent=True)
     assert index.ledger.live_bytes() == 0 <= held
     for segment in range(bench.at // SEGMENT + 1):
-        index.forget_segment(segment)
+        index.roster.forget_segment(segment)
     assert not index.requests
 
 
@@ -312,11 +312,11 @@ def test_block_length_is_proven_by_its_neighbour_when_the_writer_does_not_say() 
     bench.note_key(1, 1, 7, 0, 50)
     bench.note_key(1, 1, 7, 1, 51)
     block(1, 0, 2)  # part of a block, raw, as an unproven layout writes it
-    assert index.block_tokens == {}
+    assert index.sizes.known == {}
     block(1, 4, 6)
-    assert index.block_tokens == {}
+    assert index.sizes.known == {}
     block(1, 0, 4)
-    assert index.block_tokens == {LAYOUT: 4}
+    assert index.sizes.known == {LAYOUT: 4}
     assert index.keys.known((LAYOUT, 1)) == [50]
     block(1, 4, 8)
     assert index.match_prefix([50, 51], layout_hash=LAYOUT, world=1).tokens == 8

@@ -400,7 +400,7 @@ def test_seal_reads_the_whole_backlog_when_it_takes_longer_than_a_bad_place_is_g
             journal.streams.lend_all()
         assert made > 2 * config.SCAN_RECORDS_MAX, "no backlog"
         assert journal.streams.seal(stream) == made
-        assert (stream.end, journal.streams.corrupt_count) == (End.CLEAN, 0)
+        assert (stream.end, journal.streams.intake.corrupt_count) == (End.CLEAN, 0)
 
 
 def test_seal_ends_without_an_alarm_when_a_zombie_appends_after_every_read(
@@ -425,7 +425,7 @@ def test_seal_ends_without_an_alarm_when_a_zombie_appends_after_every_read(
         monkeypatch.setattr(stream.reader, "read", read_and_append)
         sealed = journal.streams.seal(stream)
         assert 5 <= sealed < next(made)
-        assert (stream.end, journal.streams.corrupt_count) == (End.CLEAN, 0)
+        assert (stream.end, journal.streams.intake.corrupt_count) == (End.CLEAN, 0)
 
 
 def test_seal_reports_damage_when_what_was_counted_never_becomes_readable(
@@ -437,4 +437,4 @@ def test_seal_reports_damage_when_what_was_counted_never_becomes_readable(
         made = [writer.append(Entry(abi.KIND_KV_TAIL, 1, 1, i, i + 1), b"x") for i in range(6)]
         journal.pool.view[made[3].offset + 200] ^= 1
         assert journal.streams.seal(stream) == 3
-        assert (stream.end, journal.streams.corrupt_count) == (End.CORRUPT, 1)
+        assert (stream.end, journal.streams.intake.corrupt_count) == (End.CORRUPT, 1)

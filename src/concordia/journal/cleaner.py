@@ -14,7 +14,8 @@ from concordia import abi, config
 from concordia.errors import JournalError
 from concordia.journal.ledger import Held
 from concordia.journal.stream import has_sound_payload
-from concordia.journal.streams import Stream, Streams
+from concordia.journal.stream_state import Stream
+from concordia.journal.streams import Streams
 from concordia.journal.writer import Entry
 
 _PLACED = (abi.KIND_KV_TAIL, abi.KIND_KV_BLOCK, abi.KIND_PAGE)  # kinds for which rank and layout matter
@@ -65,10 +66,10 @@ class Cleaner:
         """Make the end of a request known to an owner after us; False when there is no room for it."""
         streams = self._streams
         own = self._any_own()
-        if own is None or own.writer is None or not streams.supply_own(own):
+        if own is None or own.writer is None or not streams.lending.supply_own(own):
             return False
         made = own.writer.append(Entry(abi.KIND_FINISH, key), b"")
-        streams.read_own(own)
+        streams.intake.read_own(own)
         streams.index.ingest(made, own.source, streams.pool.view)
         return True
 
@@ -114,16 +115,10 @@ class Cleaner:
         if not has_sound_payload(view, old):
             self._unsound = {segment: one for segment, one in self._unsound.items() if one.uses}
             self._unsound[old.offset // streams.pool.segment_bytes] = held
-            streams.corrupt_count += 1
-            streams.index.note(
-                {
-                    "event": "corruption",
-                    "reason": f"payload of record {old.sequence} of stream {held.source.stream:#x} is damaged",
-                }
-            )
+            streams.intake.report_damage(f"payload of record {old.sequence} of stream {held.source.stream:#x} is damaged")
             return False
         own = self._stream_for(held)
-        if own is None or own.writer is None or not streams.supply_own(own):
+        if own is None or own.writer is None or not streams.lending.supply_own(own):
             return False
         entry = Entry(
             old.kind, old.key, old.incarnation, old.token_start, old.token_end, old.step, old.region,
@@ -132,7 +127,7 @@ class Cleaner:
         )  # fmt: skip
         payload = view[old.payload_offset : old.payload_offset + old.payload_bytes]
         made = own.writer.append(entry, payload, payload_hash=old.payload_hash)
-        streams.read_own(own)
+        streams.intake.read_own(own)
         streams.index.moved(held, made, own.source)
         self.copied_bytes += old.payload_bytes
         self.copied_count += 1
@@ -163,7 +158,7 @@ class Cleaner:
         except JournalError as error:  # no slot: what cannot be copied stays where it is
             self.refused_count += 1
             if self.refused_count == 1:
-                self._streams.index.note({"event": "full", "stream": "cleaner", "reason": str(error)})
+                self._streams.index.events.note({"event": "full", "stream": "cleaner", "reason": str(error)})
             return
         self._own[rank, world, layout_hash] = opened
 

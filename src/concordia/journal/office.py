@@ -21,7 +21,7 @@ from concordia.journal.coverage import Cut
 if TYPE_CHECKING:
     from concordia.journal.desk import Peer
     from concordia.journal.owner import Owner
-    from concordia.journal.streams import Stream
+    from concordia.journal.stream_state import Stream
 
 _U32 = 1 << 32
 _U64 = 1 << 64
@@ -165,7 +165,7 @@ class Office:
         if after >> 32 != epoch >> 32:
             after = epoch  # of an owner before: everything again, rather than anything never
         return [
-            epoch + index.event_count,
+            epoch + index.events.count,
             [event for number, event in index.events if epoch + number > after],
         ]
 
@@ -182,12 +182,12 @@ class Office:
             "live_bytes": streams.index.ledger.live_bytes(),
             "requests": len(streams.index.requests),
             "peers": len(owner.desk.peers),
-            "corruptions": streams.corrupt_count,
+            "corruptions": streams.intake.corrupt_count,
             "copied_records": cleaner.copied_count,
             "copied_bytes": cleaner.copied_bytes,
             "evicted_blocks": cleaner.evicted_blocks,
             "unprotected_requests": cleaner.unprotected_requests,
-            "events": streams.index.event_count,
+            "events": streams.index.events.count,
             "streams": [_describe(stream) for stream in streams.by_slot.values()],
             **streams.index.keys.counts(),
         }

@@ -127,7 +127,7 @@ class Owner:
             if str(error) != self._clean_error:
                 self._clean_error = str(error)
                 _say(f"the cleaner could not go on: {error}")
-                self.streams.index.note({"event": "full", "stream": "cleaner", "reason": str(error)})
+                self.streams.index.events.note({"event": "full", "stream": "cleaner", "reason": str(error)})
 
     def _pause_s(self) -> float:
         open_count = sum(not stream.is_sealed for stream in self.streams.by_slot.values())
@@ -210,7 +210,7 @@ def _take(home: Folder, settings: dict[str, Any]) -> Owner:
     owner = _make(home, settings, linger_s=linger_s)
     if left:
         event = {"event": "reclaimed", "files": left, "reason": reason}
-        owner.streams.index.note(event)
+        owner.streams.index.events.note(event)
         _say(f"removed leftovers: {json.dumps(event)}")
     return owner
 

@@ -28,7 +28,7 @@ _SEGMENT: Final = struct.Struct("<QIIQQQQQQQ180xI")
 _WORD: Final = struct.Struct("<Q")
 
 if _RECORD.size != HEADER_BYTES or _SEGMENT.size != HEADER_BYTES:
-    raise RuntimeError("record.py and abi.py disagree about the size of a header")
+    raise RuntimeError("record.py and the ABI disagree about the size of a header")
 
 
 class Record(NamedTuple):
@@ -90,7 +90,7 @@ def record_bytes(payload_bytes: int) -> int:
 
 
 def payload_hash(payload: bytes | memoryview) -> int:
-    """XXH3-128 per 4 KiB leaf and over the digests of the leaves, as abi.py lays down."""
+    """XXH3-128 per 4 KiB leaf and over the digests of the leaves, as the ABI lays down."""
     view = memoryview(payload).cast("B")
     digests = bytearray()
     whole = len(view) // abi.LEAF_BYTES * abi.LEAF_BYTES

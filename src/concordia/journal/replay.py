@@ -3,24 +3,26 @@
 Owns: `ReplayIndex`. Promises: it grows record by record, so that a failover never waits for a scan; a cut never mixes incarnations except
 through block keys, which name bytes by their tokens; a request that is not finished keeps its records until it loses protection by
 name. Called by the owner's only thread; the cleaner asks it what to drop. It does not read streams or check payloads of KV: who
-restores checks those. Tokens per block come from the records' flags, or from two blocks that follow each other; never from a guess.
+restores checks those.
 """
 
 from __future__ import annotations
 
-import json
 import struct
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 from concordia import abi, config
-from concordia.journal.coverage import Coverage, Cut, Piece, pieces_of
+from concordia.journal.block_sizes import BlockSizes
+from concordia.journal.coverage import Cut, Piece, pieces_of
+from concordia.journal.events import Events
 from concordia.journal.keys import Group, KeyTable
 from concordia.journal.ledger import Held, Ledger, Source
 from concordia.journal.life import Incarnation, Request
 from concordia.journal.record import Record
+from concordia.journal.roster import Roster
 
 __all__ = ["Cut", "Piece", "ReplayIndex"]
 
@@ -34,12 +36,10 @@ class ReplayIndex:
     def __init__(self, segment_bytes: int) -> None:
         self.ledger = Ledger(segment_bytes)
         self.keys = KeyTable(self.ledger)
-        self.requests: OrderedDict[int, Request] = OrderedDict()  # the coldest first
-        self.events: deque[tuple[int, dict[str, Any]]] = deque(maxlen=config.JOURNAL_EVENTS_MAX)
-        self.event_count = 0
-        self.block_tokens: dict[int, int] = {}  # by layout
-        self._segment_bytes = segment_bytes
-        self._present: dict[int, set[int]] = {}  # request keys by segment
+        self.events = Events()
+        self.sizes = BlockSizes()
+        self.roster = Roster(self.ledger, segment_bytes)
+        self.requests = self.roster.requests  # the coldest first
         self._latest: dict[tuple[int, ...], Held] = {}  # pages and memberships
         self._reborn: set[int] = set()  # requests with more than one incarnation
         self._finishing: deque[tuple[float, int]] = deque()
@@ -50,13 +50,14 @@ class ReplayIndex:
         """Take in the next record of a stream."""
         held = Held(record, source)
         if record.kind == abi.KIND_EVENT:
-            self._ingest_event(record, source, view)
+            self.events.take(record, source, view)
             return
         if record.kind in (abi.KIND_PAGE, abi.KIND_MEMBERSHIP):
             self._ingest_latest(held)
             return
-        request = self._touch(record, source)
+        request = self.roster.touch(record)
         if record.kind in _KV:
+            request.replica = source.replica
             self._ingest_kv(request, held)
         elif record.kind == abi.KIND_BLOCK_KEY:
             self._ingest_keys(request, held, view)
@@ -95,12 +96,7 @@ class ReplayIndex:
                 for held in request.others:
                     self.ledger.release(held)
                 request.others.clear()
-                self._forget_if_gone(key, request)
-
-    def note(self, event: dict[str, Any]) -> None:
-        """Something that the owner itself has to say."""
-        self.event_count += 1
-        self.events.append((self.event_count, event))
+                self.roster.forget_if_gone(key, request)
 
     # --- asking
 
@@ -128,7 +124,7 @@ class ReplayIndex:
         if request is None:
             return Cut()
         self.requests.move_to_end(key)
-        group, size = (layout_hash, world), self._size(layout_hash)
+        group, size = (layout_hash, world), self.sizes.of(layout_hash)
         limits = request.limits(group, self.keys, size, bounds or {})
         cuts = (
             life.cut(number, group, self.keys, size).clamped(limits[number], block_tokens=size)
@@ -174,7 +170,7 @@ class ReplayIndex:
             if not request.is_finished and request.incarnations:
                 self._drop_incarnations(request, list(request.incarnations))
                 self.requests.move_to_end(key)
-                self.note({"event": "unprotected", "key": f"{key:032x}", "reason": reason})
+                self.events.note({"event": "unprotected", "key": f"{key:032x}", "reason": reason})
                 return key
         return None
 
@@ -193,33 +189,12 @@ class ReplayIndex:
                 if all(self._reach(life, g) >= self._reach(older, g) for g in groups):
                     self._drop_incarnations(request, [number])
 
-    def forget_segment(self, segment: int) -> None:
-        """The segment was given back: requests of which nothing is left are forgotten."""
-        for key in self._present.pop(segment, ()):
-            request = self.requests.get(key)
-            if request is not None:
-                request.segments.discard(segment)
-                self._forget_if_gone(key, request)
-
     def moved(self, held: Held, record: Record, source: Source) -> None:
         """The cleaner has copied a live record."""
         self.ledger.move(held, record, source)
-        request = self.requests.get(record.key)
-        if request is not None:
-            self._mark_present(record, request)
+        self.roster.moved(record)
 
     # --- helpers
-
-    def _touch(self, record: Record, source: Source) -> Request:
-        request = self.requests.get(record.key)
-        if request is None:
-            request = self.requests[record.key] = Request()
-        else:
-            self.requests.move_to_end(record.key)
-        if record.kind in _KV:
-            request.replica = source.replica
-        self._mark_present(record, request)
-        return request
 
     def _life(self, request: Request, held: Held) -> Incarnation:
         record = held.record
@@ -229,23 +204,6 @@ class ReplayIndex:
             if len(request.incarnations) > 1:
                 self._reborn.add(record.key)
         return life
-
-    def _mark_present(self, record: Record, request: Request) -> None:
-        segment = record.offset // self._segment_bytes
-        if segment not in request.segments:
-            request.segments.add(segment)
-            self._present.setdefault(segment, set()).add(record.key)
-
-    def _ingest_event(self, record: Record, source: Source, view: memoryview) -> None:
-        raw = bytes(view[record.payload_offset : record.payload_offset + record.payload_bytes])
-        try:
-            event = json.loads(raw)
-            if not isinstance(event, dict):
-                raise ValueError("not an object")
-        except ValueError as error:
-            event = {"event": "malformed", "reason": str(error)}
-        event["record"] = f"{source.stream:x}:{record.sequence}"
-        self.note(event)
 
     def _ingest_latest(self, held: Held) -> None:
         r = held.record
@@ -273,26 +231,14 @@ class ReplayIndex:
             self.keys.replace(dropped, held)
             self.ledger.release(dropped)
         if record.kind == abi.KIND_KV_BLOCK:
-            if self._learn(record, covered, held.group):
+            layout_hash = held.group[0]
+            if self.sizes.learn(layout_hash, record, covered):
                 self._name_all(held.group)
             else:
-                size = self._size(held.group[0])
-                life.name(held.group, covered, record.token_start, self.keys, size)
-
-    def _learn(self, record: Record, covered: Coverage, group: Group) -> bool:
-        """Whether tokens per block of a layout have just become known."""
-        if group[0] in self.block_tokens:
-            return False
-        size = record.flags
-        for start, end in ((record.token_start, record.token_end), *_neighbours(record, covered)):
-            if not size and end in covered.blocks:
-                size = end - start  # a block begins where this one ends, so this one is whole
-        if size:
-            self.block_tokens[group[0]] = size
-        return bool(size)
+                life.name(held.group, covered, record.token_start, self.keys, self.sizes.of(layout_hash))
 
     def _name_all(self, group: Group) -> None:
-        size = self._size(group[0])
+        size = self.sizes.of(group[0])
         for request in self.requests.values():
             for life in request.incarnations.values():
                 for covered in life.covered.get(group, {}).values():
@@ -311,12 +257,12 @@ class ReplayIndex:
             key = high << 64 | low
             old = life.keys.get(index)
             if old is not None:
-                life.unname(index, self.keys, self.block_tokens)
+                life.unname(index, self.keys, self.sizes.known)
                 self.keys.unrefer(old[0])
             life.keys[index] = key, held
             self.keys.refer(key)
             for group, ranks in life.covered.items():
-                size = self._size(group[0])
+                size = self.sizes.of(group[0])
                 for covered in ranks.values():
                     life.name(group, covered, index * size, self.keys, size)
 
@@ -324,28 +270,5 @@ class ReplayIndex:
         for number in numbers:
             request.incarnations.pop(number).drop(self.ledger, self.keys)
 
-    def _size(self, layout_hash: int) -> int:
-        """Tokens per block of a layout, 0 while nobody has said or shown it."""
-        return self.block_tokens.get(layout_hash, 0)
-
     def _reach(self, life: Incarnation, group: Group) -> int:
-        return life.reach(group, self.keys, self._size(group[0]))
-
-    def _forget_if_gone(self, key: int, request: Request) -> None:
-        if not request.is_finished:
-            return
-        finish = request.finish
-        if finish is not None:
-            home = finish.record.offset // self._segment_bytes
-            if request.segments <= {home}:
-                self.ledger.release(finish)  # nothing is left that it would have to explain
-                request.finish = None
-        if not request.segments:
-            del self.requests[key]
-
-
-def _neighbours(record: Record, covered: Coverage) -> list[tuple[int, int]]:
-    """Blocks that end where this one starts."""
-    return [
-        (span.start, span.end) for span in covered.blocks.values() if span.end == record.token_start
-    ]
+        return life.reach(group, self.keys, self.sizes.of(group[0]))

@@ -132,7 +132,7 @@ class Replicas:
             elif now - self._begun[replica] >= config.FENCE_WAIT_S:
                 if replica not in self._late:
                     reason = f"session {running.session} lives {config.FENCE_WAIT_S} s after SIGKILL"
-                    self._streams.index.note({"event": "unfenced", "replica": replica, "reason": reason})
+                    self._streams.index.events.note({"event": "unfenced", "replica": replica, "reason": reason})
                 self._late[replica] = now + config.FENCE_WAIT_S / 10
 
     @property

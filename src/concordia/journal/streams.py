@@ -1,53 +1,29 @@
-"""Every stream of a journal as its owner keeps it: lending, reading, sealing, giving back, floor 3.
+"""Every stream of a journal as its owner keeps it: opening, sealing, giving back, floor 3.
 
-Owns: which segment belongs to whom, and the index that grows from what is read. Promises: a segment is lent only when it was marked
-free; it is given back only when nothing in it is wanted, no restore was just told of it, and its writer has moved past it or is known
-to be dead; nothing beyond a seal is ever read. Called by the owner's only thread, by the cleaner, and by desk for requests.
-It does not know sockets or processes: the owner tells it which writers are gone.
+Owns: which writer has which slot, and when a segment is free again. Promises: a segment is given back only when nothing in it is wanted, no
+restore was just told of it, and its writer has moved past it or is known to be dead; nothing beyond a seal is ever read. Called by the
+owner's only thread, by the cleaner, and by desk for requests. It does not know sockets or processes: the owner tells it which writers
+are gone. What is lent is lending's to decide, what was read is intake's.
 """
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections import deque
 
 from concordia import abi, config
-from concordia.errors import JournalError, JournalFull
-from concordia.journal.control import Control, Identity, Lent
+from concordia.errors import JournalError
+from concordia.journal.control import Identity
 from concordia.journal.coverage import Cut
+from concordia.journal.intake import Intake
 from concordia.journal.ledger import Source
+from concordia.journal.lending import Lending
 from concordia.journal.record import Record
 from concordia.journal.replay import ReplayIndex
 from concordia.journal.segment import Board, Pool
 from concordia.journal.stream import End, StreamReader
+from concordia.journal.stream_state import Stream
 from concordia.journal.survey import Survey, source_of
 from concordia.journal.writer import StreamWriter
-
-
-class Stream:
-    """One writer's stream."""
-
-    def __init__(self, control: Control, identity: Identity, reader: StreamReader, source: Source) -> None:
-        self.control = control
-        self.identity = identity
-        self.reader = reader
-        self.source = source
-        self.segments: dict[int, int] = {entry.ordinal: entry.segment for entry in reader.lent.values()}
-        self.is_sealed = False
-        self.is_released = False  # its writer is known to be dead, or is this process
-        self.end = End.OPEN
-        self.ahead = 1  # segments to keep lent beyond what was taken
-        self.dropped_seen = 0
-        self.dropped_told = 0.0  # when
-        self.hint_seen = -1
-        self.late_since = 0.0  # since when the count is ahead of what can be read
-        self.writer: StreamWriter | None = None  # the cleaner's own streams
-
-    @property
-    def is_read(self) -> bool:
-        """Whether records may still come."""
-        return not self.is_sealed and self.end is not End.CORRUPT and self.writer is None
 
 
 class Streams:
@@ -57,9 +33,10 @@ class Streams:
         self.pool = pool
         self.board = board
         self.index = ReplayIndex(pool.segment_bytes)
+        self.lending = Lending()
+        self.intake = Intake(self.index, pool.view)
         self.by_slot: dict[int, Stream] = {}
-        self.free: deque[int] = deque()
-        self.corrupt_count = 0
+        self.free = self.lending.free
         self._blocked: set[int] = set()  # slots that were found damaged
         self._pinned: dict[int, float] = {}  # segment: until when
         self._next = board.take() << 32  # stream ids of this owner; the epoch makes them unique
@@ -69,13 +46,13 @@ class Streams:
         self.free.extend(found.free)
         self._blocked = found.blocked_slots
         for message in found.damage:
-            self._report_damage(message)
+            self.intake.report_damage(message)
         arrivals: list[tuple[int, Record, Source]] = []
         for old in found.streams:
             stream = Stream(old.control, old.identity, old.reader, old.source)
             self.by_slot[old.control.slot] = stream
             for message in old.damage:
-                self._report_damage(message)
+                self.intake.report_damage(message)
             stream.end = End.CORRUPT if old.end is End.CORRUPT else End.OPEN
             stream.dropped_seen = old.control.dropped_count
             if old.sealed_count != abi.NOT_SEALED:
@@ -130,24 +107,9 @@ class Streams:
                 self._note_losses(stream)
 
     def lend(self, stream: Stream) -> None:
-        """Lend ahead: much to ranks while there is much, one to everybody before two to anybody."""
-        lent = stream.control.lent_count
-        taken = min(stream.control.taken_count, lent)
-        if taken == lent and taken > 0:
-            stream.ahead *= 2  # it took faster than we looked
+        """Keep one stream supplied."""
         open_count = sum(not other.is_sealed for other in self.by_slot.values())
-        generous = len(self.free) // (8 * max(1, open_count))
-        wanted = config.SEGMENTS_LENT if taken or stream.identity.writer_kind == abi.WRITER_RANK else 1
-        if stream.identity.writer_kind == abi.WRITER_RANK:
-            wanted = max(wanted, generous)
-        stream.ahead = min(max(stream.ahead, wanted), abi.LENT_CAPACITY - 1)
-        reserve = 0 if stream.identity.writer_kind == abi.WRITER_CLEANER else config.CLEANER_SEGMENTS
-        while lent - taken < stream.ahead:
-            spare = len(self.free) - reserve
-            if spare <= 0 or (lent > taken and spare <= open_count):
-                return
-            self._lend_one(stream, lent)
-            lent += 1
+        self.lending.supply(stream, open_count=open_count)
 
     def calm(self) -> None:
         """Half of what a hasty writer was lent ahead is enough once it is calm again."""
@@ -156,33 +118,14 @@ class Streams:
 
     def scan_all(self) -> int:
         """Read what every stream has committed since; the number of records."""
-        return sum(self.scan(stream) for stream in list(self.by_slot.values()) if stream.is_read)
-
-    def scan(self, stream: Stream) -> int:
-        """Read one stream; cheap when its writer did nothing."""
-        hint = stream.control.committed_count
-        if hint == stream.hint_seen and not stream.late_since:
-            return 0
-        count = self._read(stream, config.SCAN_RECORDS_MAX)
-        if count == config.SCAN_RECORDS_MAX:
-            return count
-        stream.hint_seen = hint
-        if stream.reader.classify(hint, is_final=False) is not End.CORRUPT:
-            stream.late_since = 0.0
-            return count
-        # The count is stored without order, so for a moment it may run ahead of the record it counts.
-        now = time.monotonic()
-        stream.late_since = stream.late_since or now
-        if now - stream.late_since > config.HINT_SETTLE_S:
-            self._mark_corrupt(stream)
-        return count
+        return sum(self.intake.scan(stream) for stream in list(self.by_slot.values()) if stream.is_read)
 
     def seal(self, stream: Stream) -> int:
         """The last record that will ever be read of this stream is fixed now; the number of records."""
         if stream.is_sealed:
             return stream.control.sealed_count()
         if stream.end is not End.CORRUPT:
-            stream.end = self._read_to_end(stream)
+            stream.end = self.intake.read_to_end(stream)
         self._finish(stream, stream.reader.sequence)
         return stream.reader.sequence
 
@@ -244,50 +187,10 @@ class Streams:
         stream.reader.lent.pop(ordinal, None)
         self.pool.mark_free(segment)
         self.free.append(segment)
-        self.index.forget_segment(segment)
+        self.index.roster.forget_segment(segment)
         self._free_if_empty(stream)
 
-    def supply_own(self, stream: Stream) -> bool:
-        """See that the cleaner's stream has a segment ahead; False when none is left."""
-        control = stream.control
-        if control.lent_count == control.taken_count:
-            if not self.free:
-                return False
-            self._lend_one(stream, control.lent_count)
-        return True
-
-    def read_own(self, stream: Stream) -> None:
-        """Follow our own writer, so that passed segments count as passed; the index knows already."""
-        while stream.reader.read(config.SCAN_RECORDS_MAX):
-            pass
-
     # --- helpers
-
-    def _read(self, stream: Stream, limit: int) -> int:
-        records = stream.reader.read(limit)
-        for record in records:
-            self.index.ingest(record, stream.source, self.pool.view)
-        return len(records)
-
-    def _read_to_end(self, stream: Stream) -> End:
-        """Read what was committed when we began, however much it is, and say what stopped us."""
-        reader = stream.reader
-        hint = stream.control.committed_count  # loaded once: a zombie that goes on cannot hold us here
-        while reader.sequence < hint and self._read(stream, config.SCAN_RECORDS_MAX):
-            pass  # finite, because the hint is, or the pool
-        began = moved = time.monotonic()
-        while (end := reader.classify(hint, is_final=True)) is End.CORRUPT:
-            # Count and search may have run ahead of what was read, so only a place that stays bad is bad.
-            is_moving = self._read(stream, config.SCAN_RECORDS_MAX) > 0
-            now = time.monotonic()
-            if is_moving:
-                moved = now
-                if reader.sequence >= hint and now - began > config.HINT_SETTLE_S:
-                    return End.CLEAN  # a zombie appends as fast as we read: it is sealed here
-            elif now - moved > config.HINT_SETTLE_S:
-                self._mark_corrupt(stream)
-                break
-        return end
 
     def _finish(self, stream: Stream, count: int) -> None:
         stream.control.seal(count)
@@ -300,20 +203,12 @@ class Streams:
             stream.control.free()
             del self.by_slot[slot]
 
-    def _lend_one(self, stream: Stream, ordinal: int) -> None:
-        if not self.free:
-            raise JournalFull("no segment is free")
-        lent = Lent(ordinal, self.free.popleft(), secrets.randbits(64) | 1)
-        stream.segments[ordinal] = lent.segment
-        stream.reader.lend(lent)
-        stream.control.lend(lent)
-
     def _note_losses(self, stream: Stream) -> None:
         dropped = stream.control.dropped_count
         now = time.monotonic()
         if dropped > stream.dropped_seen and now - stream.dropped_told >= config.LOSS_EVENT_S:
             stream.dropped_told = now
-            self.index.note(
+            self.index.events.note(
                 {
                     "event": "full",
                     "stream": stream.control.label,
@@ -323,14 +218,3 @@ class Streams:
                 }
             )
             stream.dropped_seen = dropped
-
-    def _mark_corrupt(self, stream: Stream) -> None:
-        stream.end = End.CORRUPT
-        self._report_damage(
-            f"stream {stream.identity.stream:#x} ({stream.control.label}): record "
-            f"{stream.reader.sequence} was committed and cannot be read"
-        )
-
-    def _report_damage(self, message: str) -> None:
-        self.corrupt_count += 1
-        self.index.note({"event": "corruption", "reason": message})

@@ -18,7 +18,8 @@ from concordia.journal.cleaner import Cleaner
 from concordia.journal.control import Identity
 from concordia.journal.folder import Folder
 from concordia.journal.segment import Board, Pool
-from concordia.journal.streams import Stream, Streams
+from concordia.journal.stream_state import Stream
+from concordia.journal.streams import Streams
 from concordia.journal.survey import survey
 from concordia.journal.writer import StreamWriter
 

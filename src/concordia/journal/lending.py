@@ -1,0 +1,60 @@
+"""Which segments are free, and how many each writer has ahead of it, floor 3.
+
+Owns: the free segments of a pool. Promises: a segment is lent only when it is free, and with a salt of its own; one is lent to everybody before
+two to anybody, and the last CLEANER_SEGMENTS to the cleaner alone; nobody is waited for: who finds none counts a loss.
+Called by streams. It does not know what lies in a segment, nor when one is free again.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+
+from concordia import abi, config
+from concordia.errors import JournalFull
+from concordia.journal.control import Lent
+from concordia.journal.stream_state import Stream
+
+
+class Lending:
+    """The free segments."""
+
+    def __init__(self) -> None:
+        self.free: deque[int] = deque()
+
+    def supply(self, stream: Stream, *, open_count: int) -> None:
+        """Lend ahead: much to ranks while there is much, one to each of `open_count` streams before two to anybody."""
+        lent = stream.control.lent_count
+        taken = min(stream.control.taken_count, lent)
+        if taken == lent and taken > 0:
+            stream.ahead *= 2  # it took faster than we looked
+        generous = len(self.free) // (8 * max(1, open_count))
+        wanted = config.SEGMENTS_LENT if taken or stream.identity.writer_kind == abi.WRITER_RANK else 1
+        if stream.identity.writer_kind == abi.WRITER_RANK:
+            wanted = max(wanted, generous)
+        stream.ahead = min(max(stream.ahead, wanted), abi.LENT_CAPACITY - 1)
+        reserve = 0 if stream.identity.writer_kind == abi.WRITER_CLEANER else config.CLEANER_SEGMENTS
+        while lent - taken < stream.ahead:
+            spare = len(self.free) - reserve
+            if spare <= 0 or (lent > taken and spare <= open_count):
+                return
+            self.lend(stream, lent)
+            lent += 1
+
+    def supply_own(self, stream: Stream) -> bool:
+        """See that the cleaner's stream has a segment ahead; False when none is left."""
+        control = stream.control
+        if control.lent_count == control.taken_count:
+            if not self.free:
+                return False
+            self.lend(stream, control.lent_count)
+        return True
+
+    def lend(self, stream: Stream, ordinal: int) -> None:
+        """One more; raises JournalFull."""
+        if not self.free:
+            raise JournalFull("no segment is free")
+        lent = Lent(ordinal, self.free.popleft(), secrets.randbits(64) | 1)
+        stream.segments[ordinal] = lent.segment
+        stream.reader.lend(lent)
+        stream.control.lend(lent)
