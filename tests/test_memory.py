@@ -1,17 +1,19 @@
 """Mappings: files and anonymous memory.
 
 Invariants: bytes written through one mapping are read through another; a file has all its blocks and is private; a size that is not there is
-refused; memory goes with `close` and never before.
+refused; memory goes with `close` and never before; no mapping is in a core dump, and a locked one is locked, or says that it is not.
 """
 
 import ctypes
 import gc
+import os
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from concordia.device.memory import Buffer, SharedFile
+from concordia.device.memory import Buffer, Mapping, SharedFile
 from concordia.errors import EnvironmentRefused
 
 
@@ -59,3 +61,44 @@ def test_memory_stays_while_a_view_of_it_lives() -> None:
     array = np.frombuffer(buffer.view, np.uint8)
     buffer.close()
     assert not array.any()
+
+
+def flags_of(mapping: Mapping) -> set[str]:
+    """What the kernel says of the mapping, in the two letters of /proc/self/smaps."""
+    is_ours = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()[0]
+        if "-" in head and not head.endswith(":"):
+            first, last = (int(word, 16) for word in head.split("-"))
+            is_ours = first <= mapping.address < last
+        elif is_ours and head == "VmFlags:":
+            return set(line.split()[1:])
+    raise AssertionError("the kernel does not know the mapping")
+
+
+def test_mapping_is_in_no_core_dump_when_it_is_made(tmp_path: Path) -> None:
+    made = [Buffer(8192), SharedFile.create(tmp_path / "pool", 8192), SharedFile.open(tmp_path / "pool")]
+    for mapping in made:
+        assert "dd" in flags_of(mapping)
+        mapping.close()
+
+
+def test_mapping_is_locked_when_the_limit_allows_it(tmp_path: Path) -> None:
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] < 8192:
+        pytest.skip("RLIMIT_MEMLOCK is below 8 KiB")
+    mapping = SharedFile.create(tmp_path / "pool", 8192)
+    assert mapping.lock()
+    assert "lo" in flags_of(mapping)
+    mapping.close()
+
+
+def test_mapping_says_that_it_is_not_locked_when_nothing_may_be() -> None:
+    mapping = Buffer(1 << 20)
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
+        if os.getuid() == 0:
+            os.setuid(65534)  # root may lock without a limit
+        os._exit(int(mapping.lock()))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    mapping.close()

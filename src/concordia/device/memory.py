@@ -1,7 +1,7 @@
 """Memory that outlives a process or that two sides see, floor 2.
 
-Owns: mapped files and anonymous buffers, with addresses. Promises: a mapping has all its pages from the start and keeps out of core
-dumps; nothing is unmapped but by `close`, so that a thread or a kernel that still runs never loses its memory to garbage collection.
+Owns: mapped files and anonymous buffers, with addresses. Promises: a mapping of a file has all its pages from the start; every mapping keeps
+out of core dumps, and out of swap where `lock` says so; nothing is unmapped but by `close`, so that a thread or a kernel that still runs never loses its memory to garbage collection.
 Called by runtime/, checkpoint/, journal/. Does not know what lies in the bytes.
 """
 
@@ -36,6 +36,7 @@ class Mapping:
     """Bytes with an address, mapped until `close`."""
 
     def __init__(self, mapped: mmap.mmap, size: int) -> None:
+        mapped.madvise(mmap.MADV_DONTDUMP)  # contents are users' prompts, and what was computed of them
         self._mapped = mapped
         self.size = size
         self.view = memoryview(mapped)[:size]
@@ -43,6 +44,11 @@ class Mapping:
         # Without this, unreachable would mean unmapped, under a thread that Python does not know.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(mapped))
         self._is_open = True
+
+    def lock(self) -> bool:
+        """Keep every page out of swap for as long as this process has the mapping; False where that is not allowed."""
+        done: int = ctypes.CDLL(None).mlock(ctypes.c_void_p(self.address), ctypes.c_size_t(self.size))
+        return done == 0
 
     def close(self) -> None:
         """Unmap; where somebody still holds a view of it, the mapping goes with the last view."""
@@ -100,7 +106,6 @@ class SharedFile(Mapping):
     def _of(cls, descriptor: int, size: int, *, is_writable: bool) -> SharedFile:
         rights = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
         mapped = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=rights)
-        mapped.madvise(mmap.MADV_DONTDUMP)  # contents are users' prompts
         return cls(mapped, size)
 
 

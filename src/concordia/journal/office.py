@@ -179,6 +179,7 @@ class Office:
             "segment_bytes": streams.pool.segment_bytes,
             "segments": streams.pool.segment_count,
             "segments_free": len(streams.free),
+            "is_locked": owner.is_locked,
             "live_bytes": streams.index.ledger.live_bytes(),
             "requests": len(streams.index.requests),
             "peers": len(owner.desk.peers),

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from concordia import config
 from concordia.errors import ConcordiaError, JournalError
-from concordia.journal import fence, segment
+from concordia.journal import fence, privacy, segment
 from concordia.journal.cleaner import Cleaner
 from concordia.journal.desk import Desk
 from concordia.journal.folder import Folder, choose_segment_bytes, fit_size
@@ -41,6 +41,7 @@ class Owner:
 
     def __init__(self, home: Folder, pool: Pool, board: Board, *, linger_s: float) -> None:
         self.is_stopping = False
+        self.is_locked = privacy.lock(pool.mapping)
         self._home = home
         self._linger_s = linger_s
         self._idle_since = time.monotonic()
@@ -173,6 +174,8 @@ def main(arguments: list[str]) -> int:
         lock = _lock(home)
         _log_to(home)
         owner = _take(home, settings)
+        if not owner.is_locked and privacy.has_swap():
+            _say("the journal cannot be locked and may be swapped to disk: raise the memlock limit (ulimit -l)")
         owner.listen()
     except ConcordiaError as error:
         _answer(ready, {"error": type(error).__name__, "message": str(error)})

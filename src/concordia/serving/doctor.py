@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from concordia import __version__, config
 from concordia.errors import ConcordiaError
+from concordia.journal import privacy
 from concordia.journal.folder import Folder, fit_size, free_bytes
 from concordia.serving.machine import find_engine, find_gpus, read_machine
 from concordia.serving.shared_names import SHARED_MEMORY
@@ -87,7 +88,7 @@ class Examination:
 def examine() -> Examination:
     """Look at everything."""
     looks: tuple[Callable[[], Finding], ...] = (
-        _system, _device, _vllm, _compiler, _cores, _memory, _shared_memory, _journal, _priority,
+        _system, _device, _vllm, _compiler, _cores, _memory, _shared_memory, _journal, _privacy, _priority,
     )  # fmt: skip
     return Examination(tuple(look() for look in looks))
 
@@ -189,6 +190,18 @@ def _journal() -> Finding:
     return Finding(
         "journal", Grade.GOOD, f"{path}: {size // _MIB} MiB by default, up to {room} MiB"
     )
+
+
+def _privacy() -> Finding:
+    """Prompts lie in the journal: whether they can get to a disk."""
+    if not privacy.has_swap():
+        return Finding("privacy", Grade.GOOD, "there is no swap, and the journal stays out of core dumps")
+    most, size = privacy.lockable_bytes(), config.JOURNAL_BYTES_DEFAULT
+    if most is None or most >= size:
+        found = "all" if most is None else f"{most // _MIB} MiB"
+        return Finding("privacy", Grade.GOOD, f"the journal is locked in memory (up to {found}), and stays out of core dumps")
+    found = f"{most // _MIB} MiB may be locked of a journal of {size // _MIB}: prompts in it may be swapped to disk"
+    return Finding("privacy", Grade.LIMITED, found, "docker run --ulimit memlock=-1, LimitMEMLOCK=infinity, or no swap")
 
 
 def _priority() -> Finding:
