@@ -19,7 +19,7 @@ import pytest
 from asking import ask, completion, engines, events, joined, run, until
 from concordia import abi, config
 from concordia.errors import JournalError, RingFull
-from concordia.serving.flight import request_key
+from concordia.journal.record import request_key
 from concordia.serving.journal_events import JournalEvents, describe_loss, read_outcome
 from concordia.serving.need import Level
 from concordia.serving.recorder import Recorder

@@ -21,6 +21,7 @@ from concordia.serving.admission import Admission, unavailable
 from concordia.serving.cohort import Cohort
 from concordia.serving.flight import Flight, ReplicaLike
 from concordia.serving.metrics import Metrics
+from concordia.serving.settlement import Settlement
 from concordia.serving.submission import CohortTicket
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ class Desk(Protocol):
         self, flight: Flight, replica: ReplicaLike, ticket: CohortTicket | None
     ) -> bool: ...
     async def submit_alone(self, flight: Flight) -> None: ...
-    async def count_uncommitted(self, flights: Sequence[Flight]) -> None: ...
+    @property
+    def settlement(self) -> Settlement: ...
 
 
 class FaultDesk:
@@ -143,7 +145,7 @@ class FaultDesk:
         return await self._router.submit(flight, replica, ticket)
 
     async def count_uncommitted(self, flights: Sequence[Flight]) -> None:
-        await self._router.count_uncommitted(flights)
+        await self._router.settlement.count_uncommitted(flights)
 
     def count_again(self, tokens: int) -> None:
         self._metrics.count("stepped_back_tokens", tokens)

@@ -12,15 +12,15 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import xxhash
-
 from concordia import config
 from concordia.errors import RequestRefused, UpstreamBroken
+from concordia.journal.record import request_key
 from concordia.serving.detokenizer import Detokenizer
 from concordia.serving.need import Defaults, Level
 from concordia.serving.openai_format import Piece, TokenLogprobs, read_logprobs
 from concordia.serving.request import GenerationRequest, Sampler
 from concordia.serving.seam import EchoDiffers, Seam
+from concordia.serving.seat import Seat
 from concordia.serving.submission import Asking, CohortTicket, token_limit
 from concordia.serving.tokenizer import Tokenizer
 from concordia.serving.upstream import EventStream
@@ -74,7 +74,6 @@ class Flight:
         self.headers = headers
         self.ids: list[int] = []
         self.replica: ReplicaLike | None = None
-        self.stream: EventStream | None = None
         self.posting: asyncio.Task[None] | None = None
         self.is_done = False
         self.is_cut = False  # ended by a stop string, which the engine does not know of
@@ -98,7 +97,7 @@ class Flight:
         self._step_back: int | None = None  # ids after which the next submission goes on, if fewer than there are
         self._is_regenerated = False
         self._resumed_at = 0  # tokens known at the last submission
-        self._seat: asyncio.Future[EventStream] = asyncio.get_running_loop().create_future()
+        self._seat = Seat()
         self._text = Detokenizer(
             tokenizer,
             prompt,
@@ -166,23 +165,21 @@ class Flight:
             return None
         return CohortTicket(f"client-{wish.name}", wish.size, config.RESTORE_WAIT_S)
 
+    @property
+    def stream(self) -> EventStream | None:
+        """The stream that its ids come from; None while it has none."""
+        return self._seat.stream
+
     def seat(self, stream: EventStream) -> None:
         """Give the answer the stream that its ids come from."""
-        self.stream = stream
-        if self._seat.done():
-            self._seat = asyncio.get_running_loop().create_future()
-        self._seat.set_result(stream)
+        self._seat.give(stream)
 
     def unseat(self, reason: str, *, deadline: float) -> None:
         """Take the stream away after a fault; the reader waits for the next seat."""
         if self.posting is not None:
             self.posting.cancel()
             self.posting = None
-        if self._seat.done():
-            self._seat = asyncio.get_running_loop().create_future()
-        if self.stream is not None:
-            stream, self.stream = self.stream, None
-            stream.break_off(reason)
+        self._seat.clear(reason)
         if self.deadline is None:
             self.deadline = deadline
         if self.broken_at is None:
@@ -190,13 +187,7 @@ class Flight:
 
     def fail(self, error: Exception) -> None:
         """End the answer with an error at the reader's next look."""
-        if self._seat.done():
-            self._seat = asyncio.get_running_loop().create_future()
-        self._seat.set_exception(error)
-        self._seat.exception()  # marks it as seen: a reader that has gone never looks
-        if self.stream is not None:
-            stream, self.stream = self.stream, None
-            stream.break_off(str(error))
+        self._seat.fail(error)
 
     def settle(self, outcome: OutcomeLike | None) -> None:
         """Note which level the resumed answer reached; without an outcome everything known was computed again."""
@@ -213,12 +204,7 @@ class Flight:
 
     async def next_stream(self) -> EventStream:
         """The stream to read; waits for it. The router's clock ends the wait at the deadline that a fault set."""
-        while True:
-            seat = self._seat
-            # Not awaited directly: a reader that is cancelled must not cancel the seat with it.
-            await asyncio.wait({seat})
-            if seat is self._seat:  # else it was taken away again before this reader ran
-                return seat.result()
+        return await self._seat.next()
 
     def absorb(self, event: Mapping[str, Any]) -> Piece | None:
         """Take one upstream event; None when it adds nothing that the client has not got."""
@@ -305,10 +291,6 @@ class Flight:
         usage = event.get("usage")
         if usage and self.failovers == 0:
             self.usage_details = usage.get("prompt_tokens_details")
-
-def request_key(name: str) -> int:
-    """The 128-bit key of a request in the journal."""
-    return xxhash.xxh3_128_intdigest(name.encode())
 
 
 def _differs(index: int) -> RequestRefused:

@@ -16,6 +16,7 @@ from concordia.errors import RequestRefused, UpstreamBroken
 from concordia.serving.flight import Flight
 from concordia.serving.need import Level
 from concordia.serving.openai_format import DONE, Piece, Usage, Writer, error_event
+from concordia.serving.settlement import Settlement
 from concordia.serving.upstream import EventStream
 
 
@@ -25,7 +26,8 @@ class FlightKeeper(Protocol):
     def suspect_stream(self, flight: Flight, stream: EventStream, detail: str) -> None: ...
     async def may_emit(self, flight: Flight, piece: Piece) -> None: ...
     def landed(self, flight: Flight) -> None: ...
-    async def settle(self, flights: Sequence[Flight]) -> None: ...
+    @property
+    def settlement(self) -> Settlement: ...
 
 
 class Generation:
@@ -155,7 +157,7 @@ class Generation:
     async def _report(self) -> dict[str, Any] | None:
         if not self.writer.request.wants_report:
             return None
-        await self._keeper.settle(self.flights)
+        await self._keeper.settlement.settle(self.flights)
         worst = max((flight.level for flight in self.flights), default=Level.STATE_EXACT)
         return {
             "level": worst.label,

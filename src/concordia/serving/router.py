@@ -29,6 +29,7 @@ from concordia.serving.openai_format import Piece, Writer
 from concordia.serving.recorder import Recorder
 from concordia.serving.renderer import Renderer
 from concordia.serving.request import Endpoint, GenerationRequest, Sampler
+from concordia.serving.settlement import Settlement
 from concordia.serving.submission import CohortTicket
 from concordia.serving.tokenizer import Tokenizer
 from concordia.serving.upstream import EventStream, Upstream, json_headers
@@ -73,6 +74,7 @@ class Router:
             held_max=settings.requests_held_max,
         )
         self._recorder = recorder
+        self.settlement = Settlement(recorder, metrics, restores=settings.restore)
         self.faults = FaultDesk(
             self,
             replica_set,
@@ -229,20 +231,7 @@ class Router:
         if self._recorder is not None:
             self._recorder.finish(flight)
         if flight.failovers and flight.is_done:
-            self.spawn(self._count_outcome(flight))
-
-    async def settle(self, flights: Sequence[Flight]) -> None:
-        """Find out which level each resumed flight reached."""
-        for flight in flights:
-            if not flight.failovers or flight.is_settled:
-                continue
-            restores = self.settings.restore and flight.request.allows_restore
-            outcome = None
-            if self._recorder is not None and restores:
-                outcome = await self._recorder.outcome(flight)
-            flight.settle(outcome)
-            if outcome is None:  # no connector speaks of it, so nobody else counts it
-                self.metrics.count("recomputed_tokens", flight.recomputed_tokens)
+            self.spawn(self.settlement.close(flight))
 
     # --- what the fault desk asks
 
@@ -267,16 +256,6 @@ class Router:
             return False
         flight.seat(stream)
         return True
-
-    async def count_uncommitted(self, flights: Sequence[Flight]) -> None:
-        """Count what the journal cannot give back: tokens known, minus the last, minus what was committed."""
-        if self._recorder is None or not self.settings.restore:
-            return
-        counts = await asyncio.gather(*(self._recorder.committed(flight) for flight in flights))
-        for flight, committed in zip(flights, counts, strict=True):
-            if flight.request.allows_restore:
-                missing = flight.tokens_known - 1 - committed
-                self.metrics.count("uncommitted_tokens", max(0, missing))
 
     async def submit_alone(self, flight: Flight) -> None:
         """The first submission, or that of a flight that was cut off without a fault of its replica."""
@@ -328,10 +307,6 @@ class Router:
         )
         said = found.get("system_fingerprint")
         return said if isinstance(said, str) else None
-
-    async def _count_outcome(self, flight: Flight) -> None:
-        await self.settle([flight])
-        self.metrics.level(flight.level)
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)

@@ -18,6 +18,7 @@ import xxhash
 
 from concordia import config
 from concordia.errors import UsageError
+from concordia.journal.record import request_key
 
 PARAMS_NAME: Final = "concordia"
 INCARNATION_STRIDE: Final = 1000  # record incarnation = router's incarnation x this + lives within the engine
@@ -52,11 +53,6 @@ class Identity:
     def key(self) -> int:
         """The 128-bit request key."""
         return request_key(self.name)
-
-
-def request_key(name: str) -> int:
-    """XXH3-128 of the request's name."""
-    return xxhash.xxh3_128_intdigest(name.encode("utf-8"))
 
 
 def parse_identity(params: Mapping[str, Any] | None, *, fallback: str) -> Identity:

@@ -20,11 +20,11 @@ from concordia.errors import ConcordiaError, RecoveryError
 from concordia.integrations.vllm import compat
 from concordia.integrations.vllm.applier import Applier
 from concordia.integrations.vllm.door import logger
-from concordia.integrations.vllm.identity import request_key
 from concordia.integrations.vllm.layout import Layout, Probe, Proof, describe_kv
 from concordia.integrations.vllm.metadata import StepMetadata, WorkerReport
 from concordia.integrations.vllm.pump import Append, AppendPump, Batch, Event
 from concordia.journal.client import JournalClient
+from concordia.journal.record import request_key
 
 if TYPE_CHECKING:
     from concordia.integrations.vllm.settings import Settings
