@@ -63,6 +63,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--requests", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--shape", default="140m")
+    parser.add_argument("--commit", choices=["release", "before-emit"], default="release", help="as of concordia serve")
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("demo-output"))
     parser.add_argument(
         "--result", type=pathlib.Path, default=pathlib.Path("benchmarks/results/cost_cpu.json")
@@ -70,6 +71,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     model = options.folder / f"model-{options.shape}-3"
     make_model(model, shape=options.shape)
+    protection = ["--commit", options.commit]
     common = [
         *("--replicas", "1", "--standby", "0", "--served-model-name", "bench"),
         *("--dtype", "bfloat16", "--max-model-len", "4096"),
@@ -79,7 +81,7 @@ def main(arguments: list[str]) -> int:
     with (
         Served(
             model,
-            [*common, "--journal-dir", f"/dev/shm/concordia-bench-{stamp}"],
+            [*common, *protection, "--journal-dir", f"/dev/shm/concordia-bench-{stamp}"],
             log=options.folder / "bench-protected.log",
         ) as protected,
         Served(model, [*common, "--no-protect"], log=options.folder / "bench-plain.log") as plain,
@@ -124,6 +126,7 @@ def report(rows: list[dict[str, float]], options: argparse.Namespace) -> int:
         "requests": options.requests,
         "tokens_per_request": options.tokens,
         "shape": options.shape,
+        "commit": options.commit,
         "ratio_median": round(statistics.median(ratios), 4),
         "ratio_interval_95": [round(low, 4), round(high, 4)],
         "protected_tokens_per_s_median": round(statistics.median(r["protected"] for r in rows), 1),
