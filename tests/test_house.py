@@ -14,7 +14,7 @@ import sys
 import pytest
 
 import concordia
-from concordia import abi
+from concordia import abi, config
 
 SOURCE = pathlib.Path(concordia.__file__).parent
 ROOMS = sorted(p for p in SOURCE.rglob("*.py") if p.name != "__init__.py")
@@ -81,3 +81,10 @@ def test_every_parameter_with_a_need_is_documented_when_the_table_changes() -> N
     text = (SOURCE.parents[1] / "docs" / "parameters.md").read_text(encoding="utf-8")
     for need in NEEDS:
         assert f"| `{need.parameter}` | {need.level.label} | {need.why} |" in text
+
+
+def test_prose_states_the_limits_of_the_audit_when_they_change() -> None:
+    text = (SOURCE.parents[1] / "docs" / "journal.md").read_text(encoding="utf-8")
+    assert (config.AUDIT_IDLE_S, config.AUDIT_PERIOD_S) == (1.0, 1.0)
+    assert "without a step for a second hashes a block a second" in text
+    assert f"a sample of {config.AUDIT_BLOCKS_MAX} full blocks" in text

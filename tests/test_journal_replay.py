@@ -5,6 +5,7 @@ committed and match_prefix agree with it; finished, superseded and dropped reque
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass, field
 
 from hypothesis import HealthCheck, event, given, settings
@@ -423,3 +424,22 @@ def test_malformed_event_is_reported_when_it_is_no_json() -> None:
     for payload in (b"{", b"[1]", b"\xff", b'{"event":"x"}'):
         bench.put(abi.KIND_EVENT, source, 1, 0, 0, 0, payload)
     assert [e["event"] for _, e in bench.index.events] == ["malformed", "malformed", "malformed", "x"]
+
+
+def test_block_and_life_are_promised_to_nobody_when_an_engine_found_a_difference() -> None:
+    bench = Bench(1)
+    for key in (1, 2):
+        bench.write(key, 1000, 0, 7, 0, 6, lost=set())
+        bench.note_key(key, 1000, 7, 0, 50 + key)
+    bench.note_key(3, 1000, 7, 0, 51)
+    for source in bench.sources.values():
+        source.is_final = True
+    assert bench.index.committed(1) == 6
+    assert set(bench.index.keys.known((LAYOUT, 1))) == {51, 52}
+    events = [{"event": "differs", "key": f"{1:032x}", "incarnation": 1000, "token_start": 0}, {"event": "differs", "key": "?"}]
+    for told in events:
+        bench.put(abi.KIND_EVENT, bench.source(abi.WRITER_RANK, 0, 7), 0, 0, 0, 0, json.dumps(told).encode())
+    assert bench.index.cut(1, tokens_known=99, layout_hash=LAYOUT, world=1).tokens == 0
+    assert bench.index.cut(2, tokens_known=99, layout_hash=LAYOUT, world=1).tokens == 6
+    assert bench.index.keys.known((LAYOUT, 1)) == [52]
+    assert [e["event"] for _, e in bench.index.events] == ["differs", "unprotected", "differs", "malformed"]

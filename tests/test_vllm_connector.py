@@ -506,9 +506,15 @@ def test_engine_says_once_why_it_is_not_protected_when_it_cannot_be(
     scheduler.shutdown()
 
 
+def test_blocks_are_looked_at_in_steps_only_when_the_engine_may_give_its_memory_away() -> None:
+    path = pathlib.Path("/nowhere")
+    assert compat.may_sleep(vllm_config(path, enable_sleep_mode=True))
+    assert not compat.may_sleep(vllm_config(path))
+
+
 def test_reports_add_up_to_the_worst_rank_when_they_are_joined() -> None:
     first = WorkerReport(step=5, lost={"a": "x"}, missed={"m": (9, "x")}, loaded={"r": 0})
-    second = WorkerReport(step=4, lost={"b": "y"}, missed={"m": (4, "y")}, loaded={"r": 2}, off="gone")
+    second = WorkerReport(step=4, lost={"b": "y"}, missed={"m": (4, "y")}, loaded={"r": 2}, differing=[7], off="gone")
     assert first.aggregate(second) == WorkerReport(
-        step=4, lost={"a": "x", "b": "y"}, missed={"m": (4, "y")}, loaded={"r": 2}, off="gone"
+        step=4, lost={"a": "x", "b": "y"}, missed={"m": (4, "y")}, loaded={"r": 2}, differing=[7], off="gone"
     )

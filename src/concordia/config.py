@@ -88,6 +88,10 @@ PROBE_ATTEMPTS_MAX: Final = (
 )
 PROBE_PROOFS: Final = 2  # single tokens whose bytes must change exactly as predicted
 REQUEST_NAME_BYTES_MAX: Final = 256  # longer names come from no router of ours
+AUDIT_IDLE_S: Final = 1.0  # without a step for this long an engine is idle, and a block of it may be hashed
+AUDIT_PERIOD_S: Final = 1.0  # one block each: some milliseconds of a core, or a launch
+AUDIT_PENDING_MAX: Final = 64  # of as many steps; an append is done within a few
+AUDIT_BLOCKS_MAX: Final = 256  # looked at in turn: each every four minutes of silence
 NAMES_REMEMBERED: Final = 65_536  # of requests that an engine has had; a name used again after so many others is hours old
 WEIGHT_SAMPLES: Final = 16  # places of a weight file that are read to tell it from another of its size and time
 WEIGHT_SAMPLE_BYTES: Final = 4096

@@ -32,8 +32,8 @@ class Events:
         self.count += 1
         self._kept.append((self.count, event))
 
-    def take(self, record: Record, source: Source, view: memoryview) -> None:
-        """An event that a stream has."""
+    def take(self, record: Record, source: Source, view: memoryview) -> dict[str, Any]:
+        """An event that a stream has; returns it as it is kept."""
         raw = bytes(view[record.payload_offset : record.payload_offset + record.payload_bytes])
         try:
             event = json.loads(raw)
@@ -43,3 +43,4 @@ class Events:
             event = {"event": "malformed", "reason": str(error)}
         event["record"] = f"{source.stream:x}:{record.sequence}"
         self.note(event)
+        return event

@@ -85,6 +85,13 @@ class KeyTable:
         if place is not None:
             self.drop(*place)
 
+    def withdraw_of(self, key: int, *, incarnation: int, token_start: int) -> None:
+        """The same for every record of a request's life that holds the block at this token. Looks at all blocks: it is for what never happens."""
+        for block in list(self._places):
+            r = block.record
+            if (r.key, r.incarnation, r.token_start) == (key, incarnation, token_start):
+                self.withdraw(block)
+
     def piece(self, group: Group, key: int, *, rank: int, replica: int) -> Held | None:
         """The record of one rank, as that replica had it: its own bytes, or those that all were given."""
         keyed = self._blocks.get(group, {}).get(key)

@@ -12,7 +12,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 from concordia import abi, config
 from concordia.journal.block_sizes import BlockSizes
@@ -50,7 +50,9 @@ class ReplayIndex:
         """Take in the next record of a stream."""
         held = Held(record, source)
         if record.kind == abi.KIND_EVENT:
-            self.events.take(record, source, view)
+            event = self.events.take(record, source, view)
+            if event.get("event") == "differs":
+                self._withdraw(event)
             return
         if record.kind in (abi.KIND_PAGE, abi.KIND_MEMBERSHIP):
             self._ingest_latest(held)
@@ -265,6 +267,20 @@ class ReplayIndex:
                 size = self.sizes.of(group[0])
                 for covered in ranks.values():
                     life.name(group, covered, index * size, self.keys, size)
+
+    def _withdraw(self, event: Mapping[str, Any]) -> None:
+        """An engine's memory and a record of it differ: that block and that life of its request are promised to nobody."""
+        try:
+            key, incarnation, start = int(event["key"], 16), int(event["incarnation"]), int(event["token_start"])
+        except (KeyError, TypeError, ValueError) as error:
+            self.events.note({"event": "malformed", "reason": f"an event of a difference names no block: {error!r}"})
+            return
+        self.keys.withdraw_of(key, incarnation=incarnation, token_start=start)
+        request = self.requests.get(key)
+        if request is not None and incarnation in request.incarnations:
+            self._drop_incarnations(request, [incarnation])
+            reason = str(event.get("reason"))
+            self.events.note({"event": "unprotected", "key": f"{key:032x}", "request": event.get("request"), "reason": reason})
 
     def _drop_incarnations(self, request: Request, numbers: Iterable[int]) -> None:
         for number in numbers:

@@ -147,6 +147,11 @@ def allow_tiles() -> None:
     torch.cpu._init_amx()
 
 
+def may_sleep(vllm_config: Any) -> bool:
+    """Whether the engine may give its KV memory away for a while, without a word to a connector: then it may be touched in steps only."""
+    return bool(getattr(vllm_config.model_config, "enable_sleep_mode", False))
+
+
 def cpu_instruction_set(vllm_config: Any, kv_cache_config: Any) -> str:
     """Which tiling vLLM's CPU backend uses for this cache: the tensor's shape does not tell."""
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec

@@ -37,6 +37,7 @@ class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     lost: dict[str, str] = field(default_factory=dict)  # request -> why its appends failed for good
     missed: dict[str, tuple[int, str]] = field(default_factory=dict)  # request -> (token from which it is not saved, why): may be tried again
     loaded: dict[str, int] = field(default_factory=dict)  # request -> pieces whose bytes were not as committed
+    differing: list[int] = field(default_factory=list)  # blocks that are not what was committed of them
     off: str | None = None  # why this worker protects nothing any more
 
     def aggregate(self, other: WorkerReport) -> WorkerReport:
@@ -52,5 +53,6 @@ class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
             lost={**other.lost, **self.lost},
             missed=missed,
             loaded=loaded,
+            differing=[*self.differing, *other.differing],
             off=self.off or other.off,
         )

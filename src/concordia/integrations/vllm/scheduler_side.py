@@ -146,6 +146,7 @@ class SchedulerSide:
                 self._lose(name, f"{mismatches} restored pieces were not as committed")
         for name, reason in report.lost.items():
             self._lose(name, reason)
+        self._writes.disown(report.differing)
         for name, (token, reason) in report.missed.items():
             self._miss(name, token, reason)
         if report.step:

@@ -19,6 +19,7 @@ from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.errors import ConcordiaError, RecoveryError
 from concordia.integrations.vllm import compat
 from concordia.integrations.vllm.applier import Applier
+from concordia.integrations.vllm.audit import DIFFERS, Audit
 from concordia.integrations.vllm.door import logger
 from concordia.integrations.vllm.layout import Layout, Probe, Proof, describe_kv
 from concordia.integrations.vllm.metadata import StepMetadata, WorkerReport
@@ -56,6 +57,7 @@ class WorkerSide:
         self._probe: Probe | None = None
         self._pump: AppendPump | None = None
         self._applier: Applier | None = None
+        self._audit: Audit | None = None
         self._block_tokens = compat.block_tokens(kv_cache_config) if self._why_not is None else 0
         self._is_cuda = False
         self._refused: set[str] = set()  # requests whose load failed in this step: their blocks hold nothing to save
@@ -97,6 +99,8 @@ class WorkerSide:
         self._applier = Applier(
             self._checkpointer, self._region, rank=self._rank, pool_address=self._attachment.target.pool_address
         )
+        if not (self._is_cuda and compat.may_sleep(self._vllm_config)):
+            self._audit = Audit(self._checkpointer, self._region, rank=self._rank, say=self.event)
         self._layout = layout
         self._probe = Probe(layout)
         if self._settings.layout == "blocks":
@@ -116,6 +120,8 @@ class WorkerSide:
         pump, probe = self._live_pump(), self._probe
         assert probe is not None
         self._collect()  # by now the step before is saved, and one look tells so
+        if self._audit is not None:
+            self._audit.step([*meta.reused, *(block for write in meta.writes for block in write.blocks)])
         pump.wait_for(meta.reused, timeout_s=config.BLOCK_REUSE_WAIT_S)  # whom it gave up for that is collected
         if probe.proof is Proof.UNKNOWN and not meta.loads:
             for write in meta.writes:
@@ -155,8 +161,11 @@ class WorkerSide:
             pump.submit(batch)
 
     def take_report(self) -> WorkerReport:
-        """What the scheduler side must know."""
+        """What the scheduler side must know; the step is over."""
         report, self._report = self._report, WorkerReport(step=self._report.step)
+        for found in self._audit.rest() if self._audit is not None else ():
+            report.lost.setdefault(found.write.request, DIFFERS)
+            report.differing.append(found.block)
         return report
 
     def abandon(self) -> None:
@@ -164,6 +173,8 @@ class WorkerSide:
 
         The caller is the engine's own thread, so no block changes hands while what the executor has taken runs out, within a bound.
         """
+        if self._audit is not None:
+            self._audit.close()
         if self._pump is not None:
             self._pump.abandon()
         if self._checkpointer is not None:
@@ -171,6 +182,8 @@ class WorkerSide:
 
     def close(self) -> None:
         """Let the appends finish, within a bound, and end the stream."""
+        if self._audit is not None:
+            self._audit.close()
         if self._pump is not None:
             self._pump.drain(timeout_s=config.WAIT_TASK_S)
             self._pump.close()
@@ -180,7 +193,7 @@ class WorkerSide:
             self._attachment.close()
         if self._client is not None:
             self._client.close()
-        self._pump = self._applier = self._checkpointer = self._attachment = self._client = None
+        self._audit = self._pump = self._applier = self._checkpointer = self._attachment = self._client = None
 
     # --- leaves
 
@@ -215,7 +228,9 @@ class WorkerSide:
         size = self._block_tokens
         for index, block in write.full:
             start, end = index * size, (index + 1) * size
-            self._add(batch, write, step, PieceRange(abi.KIND_KV_BLOCK, start, end, block))
+            append = self._add(batch, write, step, PieceRange(abi.KIND_KV_BLOCK, start, end, block))
+            if self._audit is not None:
+                self._audit.offer(append, write, token_start=start, token_end=end)
         if write.tail is not None:
             start, end, block = write.tail
             if has_rows:
@@ -224,7 +239,7 @@ class WorkerSide:
                 found = PieceRange(abi.KIND_KV_BLOCK, start // size * size, end, block)
             self._add(batch, write, step, found)
 
-    def _add(self, batch: Batch, write: Write, step: int, piece: PieceRange) -> None:
+    def _add(self, batch: Batch, write: Write, step: int, piece: PieceRange) -> Append:
         checkpointer, region = self._checkpointer, self._region
         assert checkpointer is not None
 
@@ -241,7 +256,9 @@ class WorkerSide:
                 model_hash=write.model_hash,
             )
 
-        batch.appends.append(Append(write.request, piece.start, (piece.block,), submit))
+        append = Append(write.request, piece.start, (piece.block,), submit)
+        batch.appends.append(append)
+        return append
 
     def _collect(self) -> None:
         for request, failure in self._live_pump().collect().items():

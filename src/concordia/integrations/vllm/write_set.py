@@ -49,6 +49,11 @@ class Write:
     tail: tuple[int, int, int] | None  # (first token, end, block id)
     model_hash: int = 0
 
+    @property
+    def blocks(self) -> list[int]:
+        """Block ids that are appended from."""
+        return [block for _, block in self.full] + ([self.tail[2]] if self.tail else [])
+
 
 @dataclass(frozen=True, slots=True)
 class KeyNote:
@@ -142,6 +147,10 @@ class WriteSet:
         if track is not None:
             track.is_protected = False
             self._unname(track.blocks)
+
+    def disown(self, blocks: Sequence[int]) -> None:
+        """What these blocks hold is not what their records say: whoever relies on their keys must append them too."""
+        self._unname(blocks)
 
     def rewind(self, request: str, token: int) -> None:
         """From this token on the request's KV is not in the journal; it lies in the cache as before and is appended again."""
