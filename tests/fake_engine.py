@@ -420,6 +420,7 @@ async def served(
         server.force_exit = True
         async with asyncio.timeout(10):
             await task
+            await router.stop()  # a server that is forced to exit does not end its application
         for engine in engines:
             if not engine.is_dead:
                 engine.kill()
