@@ -35,6 +35,7 @@ FP8 = ROWS | {"KV_ELEMENT_BYTES": 1, "KV_KEY_ELEMENT_STRIDE": 1, "KV_VALUE_ELEME
 HANDLERS = [
     HandlerSource.of("bytes_append.cu"),
     HandlerSource.of("page_scan.cu", {"PAGE_BYTES": 65536}),
+    HandlerSource.of("page_scan.cu", {"PAGE_BYTES": 4096}),
     *(
         HandlerSource.of(file, shape)
         for file in ("kv_append.cu", "kv_apply.cu", "kv_hash.cu")

@@ -125,11 +125,11 @@ def appended_bytes(device: str, lanes: int, seed: int, path: str) -> dict[str, A
     return {"wrong": wrong, "end": end.value, "statuses": statuses, "dropped": stream.dropped_count}
 
 
-def pages(device: str, lanes: int, seed: int, path: str) -> dict[str, Any]:
-    """page_scan: everything at first, then exactly the pages that changed."""
+def pages(device: str, lanes: int, seed: int, path: str, size: int) -> dict[str, Any]:
+    """page_scan: everything at first, then exactly the pages that changed, then those that are named."""
     journal = JournalFile.create(pathlib.Path(path), segments=16, segment_bytes=SEGMENT)
     generator = np.random.default_rng(seed)
-    size, count = 16384, 40
+    count = 40
     content = generator.integers(0, 256, size * count, dtype=np.uint8)
     opened = open_device(device)
     checkpointer = Checkpointer(opened, journal.target(), lanes=lanes)
@@ -143,12 +143,20 @@ def pages(device: str, lanes: int, seed: int, path: str) -> dict[str, Any]:
         content[at] ^= 1
         opened.write(address + at, bytes([int(content[at])]))
     results.append(checkpointer.wait(checkpointer.scan_pages(region)).result)
+    named = [int(p) for p in generator.permutation(count)[:9]]
+    results.append(checkpointer.wait(checkpointer.append_pages(region, named)).result)
     records, end = journal.records()
-    latest = {record.token_start: record for record in records}
-    wrong = [page for page in range(count) if journal.payload(latest[page]) != content[page * size : (page + 1) * size].tobytes()]
+    found = []
+    for record in records:
+        payload = journal.payload(record)
+        numbers = np.frombuffer(payload[: abi.LEAF_BYTES], "<u4")[: record.token_end]
+        found += [(int(n), payload[abi.LEAF_BYTES + i * size :][:size]) for i, n in enumerate(numbers)]
+    latest = dict(found)
+    wrong = [page for page in range(count) if latest[page] != content[page * size : (page + 1) * size].tobytes()]
+    order = [number for number, _ in found]
     checkpointer.close()
     opened.close()
-    return {"results": results, "changed": changed, "appended": [r.token_start for r in records[count:]], "wrong": wrong, "end": end.value}
+    return {"results": results, "changed": changed, "appended": sorted(order[count : count + 7]), "named": named, "last": order[count + 7 :], "wrong": wrong, "end": end.value}
 
 
 def framework(device: str, path: str, seed: int) -> dict[str, Any]:

@@ -42,11 +42,13 @@ def test_bytes_equal_when_appended_and_a_full_journal_is_said(lanes: int, seed: 
     assert answer["dropped"] == answer["statuses"].count(2)
 
 
+@pytest.mark.parametrize("size", [4096, 16384])
 @pytest.mark.parametrize("lanes", [1, 2])
-def test_exactly_changed_pages_are_appended_when_scanned(lanes: int, seed: int, journal_path: pathlib.Path) -> None:
-    answer = run("scenarios_kv:pages", device=DEVICE, lanes=lanes, seed=seed, path=str(journal_path))
-    assert answer["results"] == [40, 0, 7]
+def test_exactly_changed_pages_are_appended_when_scanned(lanes: int, size: int, seed: int, journal_path: pathlib.Path) -> None:
+    answer = run("scenarios_kv:pages", device=DEVICE, lanes=lanes, seed=seed, path=str(journal_path), size=size)
+    assert answer["results"] == [40, 0, 7, 9]
     assert answer["appended"] == answer["changed"]
+    assert answer["last"] == answer["named"]
     assert answer["wrong"] == []
 
 

@@ -16,7 +16,7 @@ void bytes_append_handler(Call*, uint64_t);
 void page_scan_handler(Call*, uint64_t);
 }
 
-constexpr uint64_t kBlocks = 5, kPages = 9, kSegments = 6, kSegmentBytes = 1 << 20, kStage = 1 << 20, kSlots = 64, kMarks = 4;
+constexpr uint64_t kBlocks = 5, kPages = 9, kSegments = 6, kSegmentBytes = 1 << 20, kStage = 1 << 20, kSlots = 64, kScanned = 4;
 
 static void fail(const char* reason, uint64_t a, uint64_t b) {
   fprintf(stderr, "lanes: %s (%lu, %lu)\n", reason, a, b);
@@ -42,7 +42,7 @@ static Completion run(Task task, const std::vector<uint32_t>& ids, const void* p
 }
 
 // A reader beside the writer, as in another process: once the commit word is there, header and payload must be.
-constexpr uint64_t kRecords = 3 + 5 + kPages + 2, kSalt = 1000;
+constexpr uint64_t kRecords = 3 + 5 + 3, kSalt = 1000;
 struct Expected {
   uint8_t* header;
   uint64_t payload_bytes;
@@ -105,7 +105,7 @@ int main() {
   opaque.bases = reinterpret_cast<uint64_t>(&page_base);
   opaque.base_count = 1;
   opaque.block_count = kPages;
-  opaque.page_hashes = reinterpret_cast<uint64_t>(zeroed<uint64_t>(16 * kPages));
+  opaque.page_hashes = reinterpret_cast<uint64_t>(zeroed<uint64_t>(16 * kPages + 8 + 4 * kPages));
   const HandlerFunction handlers[] = {nullptr, kv_append_handler, kv_apply_handler, kv_hash_handler, bytes_append_handler, page_scan_handler};
   Operator operators[6] = {};
   for (uint64_t i = 1; i < 6; ++i) {
@@ -129,10 +129,8 @@ int main() {
   plan.stage = reinterpret_cast<uint64_t>(zeroed<uint8_t>(kStage));
   plan.stage_bytes = kStage;
   plan.ids = reinterpret_cast<uint64_t>(zeroed<uint8_t>(kStage / kLeafBytes * 64));
-  plan.digest_bytes = kStage / kLeafBytes * 16 + kRootBytesMin + kMarks * kRootBytesMin;
+  plan.digest_bytes = kStage / kLeafBytes * 16 + kRootBytesMin + kScanned * kRootBytesMin;
   plan.digests = reinterpret_cast<uint64_t>(zeroed<uint8_t>(plan.digest_bytes));
-  plan.marks = reinterpret_cast<uint64_t>(zeroed<uint64_t>(kMarks * 8));
-  plan.mark_count = kMarks;
   plan.lanes = 4;
   const uint8_t* pool = reinterpret_cast<const uint8_t*>(plan.pool);
   end_of_records = sizeof(SegmentHeader);
@@ -184,7 +182,7 @@ int main() {
     task.kind = kTaskCheckpoint;
     task.token_end = kPages;
     pages[round * PAGE_BYTES] += round != 0;
-    for (uint64_t page = 0; page < (round == 0 ? kPages : 1); ++page) expect_record(pool, PAGE_BYTES);
+    expect_record(pool, kLeafBytes + (round == 0 ? kPages : 1) * PAGE_BYTES);
     const Completion scanned = run(task, {}, nullptr, 0);
     if (scanned.status != kStatusOk || scanned.result != (round == 0 ? kPages : 1)) fail("scan", scanned.status, scanned.result);
   }

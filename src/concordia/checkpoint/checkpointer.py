@@ -109,7 +109,8 @@ class Checkpointer(StreamWords):
         image = self.device.build(page_source(page_bytes))
         with self._lock:
             number = len(self._regions) + 1
-            hashes = self.device.allocate(16 * pages)
+            # A hash per page, then the list of pages that a scan found: its length and their numbers.
+            hashes = self.device.allocate(16 * pages + 8 + 4 * pages)
             entry = RegionEntry(
                 self.device, number=number, bases=[address], block_count=pages, page_hashes=hashes
             )
@@ -254,6 +255,23 @@ class Checkpointer(StreamWords):
                 incarnation=incarnation,
                 token_start=first,
                 token_end=region.page_count if count is None else first + count,
+                step=step,
+            )
+        )
+
+    def append_pages(
+        self, region: PageRegion, pages: Sequence[int], *, key: int = 0, incarnation: int = 0, step: int = 0
+    ) -> Ticket:
+        """Append just these pages, which the caller knows to have changed; nothing is scanned."""
+        return self.runtime.submit(
+            Task(
+                opcode=region.scan.opcode,
+                kind=abi.TASK_CHECKPOINT,
+                region=region.number,
+                record_kind=abi.KIND_PAGE,
+                key=key,
+                incarnation=incarnation,
+                blocks=pages,
                 step=step,
             )
         )

@@ -55,13 +55,11 @@ class ExecutorPlan:
     ids: int
     digests: int
     digest_bytes: int
-    marks: int
-    mark_count: int
     lanes: int
 
     def pack(self) -> bytes:
         """The words in order."""
-        return struct.pack("<13Q", *astuple(self))
+        return struct.pack("<11Q", *astuple(self))
 
 
 @runtime_checkable

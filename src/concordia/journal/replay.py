@@ -15,12 +15,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from concordia import abi, config
+from concordia.errors import Corruption
 from concordia.journal.block_sizes import BlockSizes
 from concordia.journal.coverage import Cut, Piece, pieces_of
 from concordia.journal.events import Events
 from concordia.journal.keys import Group, KeyTable
 from concordia.journal.ledger import Held, Ledger, Source
 from concordia.journal.life import Incarnation, Request
+from concordia.journal.pages import page_numbers
 from concordia.journal.record import Record
 from concordia.journal.roster import Roster
 
@@ -55,7 +57,7 @@ class ReplayIndex:
                 self._withdraw(event)
             return
         if record.kind in (abi.KIND_PAGE, abi.KIND_MEMBERSHIP):
-            self._ingest_latest(held)
+            self._ingest_latest(held, view)
             return
         request = self.roster.touch(record)
         if record.kind in _KV:
@@ -207,14 +209,21 @@ class ReplayIndex:
                 self._reborn.add(record.key)
         return life
 
-    def _ingest_latest(self, held: Held) -> None:
+    def _ingest_latest(self, held: Held, view: memoryview) -> None:
+        """Each page's newest record is wanted; one whose pages have all been written again is dead."""
         r = held.record
-        name = (r.kind, r.key, r.region, r.token_start, held.source.rank)
-        self.ledger.use(held)
-        old = self._latest.get(name)
-        self._latest[name] = held
-        if old is not None:
-            self.ledger.release(old)
+        try:
+            places = page_numbers(r, view) if r.kind == abi.KIND_PAGE else [0]
+        except Corruption as error:
+            self.events.note({"event": "malformed", "reason": str(error)})
+            return
+        for place in places:
+            name = (r.kind, r.key, r.region, place, held.source.rank)
+            self.ledger.use(held)
+            old = self._latest.get(name)
+            self._latest[name] = held
+            if old is not None:
+                self.ledger.release(old)
 
     def _ingest_finish(self, request: Request, held: Held) -> None:
         if request.finish is None:

@@ -28,8 +28,6 @@ struct Call {
   uint64_t id_capacity;
   uint8_t* digests;  // two u64 per leaf, then zeroes up to the length that the root hash wants
   uint64_t digest_bytes;
-  uint64_t* marks;  // one word per page of a scanned batch
-  uint64_t mark_count;
   uint64_t lanes;
   // What answers the task before: stored after the next fence, whoever needs that first.
   uint64_t* answer_word;  // 0: nothing waits

@@ -16,7 +16,7 @@
 struct ExecutorPlan {
   uint64_t ring;
   uint64_t pool, pool_bytes, segment_bytes, control;
-  uint64_t stage, stage_bytes, ids, digests, digest_bytes, marks, mark_count;
+  uint64_t stage, stage_bytes, ids, digests, digest_bytes;
   uint64_t lanes;
 };
 
@@ -113,8 +113,6 @@ static void fill_executor(Executor* executor, const ExecutorPlan* plan) {
   call->id_capacity = plan->stage_bytes / kLeafBytes * kIdsPerLeaf;
   call->digests = reinterpret_cast<uint8_t*>(plan->digests);
   call->digest_bytes = plan->digest_bytes;
-  call->marks = reinterpret_cast<uint64_t*>(plan->marks);
-  call->mark_count = plan->mark_count;
   call->lanes = plan->lanes;
 }
 

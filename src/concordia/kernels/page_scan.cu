@@ -1,70 +1,192 @@
-// Handler: finds the pages of an opaque region that changed since they were last committed, by hash, and appends each as a KIND_PAGE
-// record with token_start = page. Task: pages [token_start, token_end). Answers the number of pages appended. A page's table entry is the
-// hash of the bytes that were committed (the staged ones, hashed again: a page may change while it is scanned), so nothing is missed.
+// Handler: appends pages of an opaque region as KIND_PAGE records, many pages each. Task: with block ids these pages, whatever their hash (a
+// write set); without, the pages of [token_start, token_end) whose hash differs from the table's. Answers how many pages were appended.
+//
+// A page's table entry is the hash of the bytes that were committed, taken on their way into the journal: a page may change while it is
+// scanned, and is then found again. A page of one leaf has the leaf's digest, a larger one the root over its leaves' digests.
+//
+//   payload:  one leaf of page numbers, u32, zero-padded | page | page | ...     the record's tokens are [0, number of pages)
 #include "journal.h"
+#include "page_hash.h"
 
 constexpr uint64_t kPageBytes = PAGE_BYTES, kPageLeaves = kPageBytes / kLeafBytes;
 static_assert(kPageBytes % kLeafBytes == 0, "a page is whole leaves");
 constexpr uint64_t kRootBytes = root_bytes(kPageLeaves);
+constexpr uint64_t kNumbersMost = kLeafBytes / 4;
 
-// All lanes: hash of every page of a batch, then marks[i] = page i differs from the table.
-FUNCTION void mark_dirty(Call* call, uint64_t lane, const uint8_t* first_page_ptr, uint64_t pages, const uint64_t* table) {
+// A region's pages, and the list of those to append.
+struct Pages {
+  const uint8_t* base_ptr;
+  uint64_t* table;
+  uint64_t* found_count;
+  uint32_t* found;
+};
+
+FUNCTION Pages pages_of(const Region* region) {
+  uint64_t* table = reinterpret_cast<uint64_t*>(region->page_hashes);
+  uint64_t* count = table + 2 * region->block_count;
+  return {reinterpret_cast<const uint8_t*>(*reinterpret_cast<const uint64_t*>(region->bases)), table, count,
+          reinterpret_cast<uint32_t*>(count + 1)};
+}
+
+// The words of a record's payload.
+struct PageWords {
+  static constexpr bool kHasStretches = true, kIsLinear = true;  // a leaf lies in one page
+  const uint8_t* numbers_ptr;
+  const uint8_t* base_ptr;
+  const uint32_t* pages;
+  FUNCTION_MEMBER const uint8_t* address(uint64_t offset) const {
+    if (offset < kLeafBytes) return numbers_ptr + offset;
+    const uint64_t at = offset - kLeafBytes;
+    return base_ptr + pages[at / kPageBytes] * kPageBytes + at % kPageBytes;
+  }
+  FUNCTION_MEMBER uint64_t operator()(uint64_t offset) const { return *reinterpret_cast<const uint64_t*>(address(offset)); }
+};
+
+// One team: the hash of a page of several leaves from their digests.
+FUNCTION void hash_digests(const uint8_t* digests_ptr, uint64_t* hash_ptr) {
+#if CONCORDIA_CUDA
+  const MemoryWords words = {digests_ptr, kPageLeaves * 16};
+  hash_words((uint32_t)kRootBytes, [=](uint32_t offset) { return offset < kPageLeaves * 16 ? words(offset) : 0; }, [](uint32_t, uint64_t) {}, hash_ptr);
+#else
+  alignas(64) uint8_t padded[kRootBytes];
+  copy_bytes(padded, digests_ptr, kPageLeaves * 16);
+  zero_bytes(padded + kPageLeaves * 16, kRootBytes - kPageLeaves * 16);
+  hash_long(padded, kRootBytes, hash_ptr);
+#endif
+}
+
+// One lane: a page to append. Any order will do.
+FUNCTION void note_page(const Pages& pages, uint64_t page) { pages.found[add_device(pages.found_count, 1)] = (uint32_t)page; }
+
+// All lanes: notes the pages of one leaf each in [first, end) that differ from the table.
+FUNCTION void find_leaves(const Call* call, uint64_t lane, const Pages& pages, uint64_t first, uint64_t end) {
+#if CONCORDIA_CUDA
+  const PageKeys keys = page_keys();
+  const bool is_judge = lane % 32 == kHashLowLane || lane % 32 == kHashHighLane;
+  const uint64_t teams = call->lanes / kTeamLanes;
+#pragma unroll 1
+  for (uint64_t page = first + lane / kTeamLanes; page < end; page += teams) {
+    const uint64_t known = is_judge ? pages.table[2 * page + (lane % 32 == kHashHighLane)] : 0;
+    const uint64_t hash = hash_page(pages.base_ptr + page * kPageBytes, keys);
+    if (any_in_team(is_judge && hash != known) && team_lane() == 0) note_page(pages, page);
+  }
+#else
+  for_each_lane(call, lane, end - first, [=](uint64_t i) {
+    uint64_t hash[2];
+    const uint64_t* known = pages.table + 2 * (first + i);
+    hash_long(pages.base_ptr + (first + i) * kPageBytes, kPageBytes, hash);
+    if (hash[0] != known[0] || hash[1] != known[1]) note_page(pages, first + i);
+  });
+#endif
+}
+
+// All lanes: the same for pages of several leaves, as many at once as there is room for their digests.
+FUNCTION void find_roots(Call* call, uint64_t lane, const Pages& pages, uint64_t first, uint64_t end) {
   uint8_t* digests = call->digests;
   const auto digest = [=](uint64_t leaf) {
     return reinterpret_cast<uint64_t*>(digests + leaf / kPageLeaves * kRootBytes + leaf % kPageLeaves * 16);
   };
-  const uint64_t bytes = pages * kPageBytes;
-  if constexpr (kDeviceShape) stream_leaves(call, lane, bytes, nullptr, MemoryWords{first_page_ptr, bytes}, digest);
-  else hash_leaves(call, lane, first_page_ptr, bytes, digest);
-  grid_sync(call);
-  for (uint64_t page = lane / kTeamLanes; page < pages; page += call->lanes / kTeamLanes) {
-    uint8_t* root = digests + page * kRootBytes;
-    uint64_t* hash = reinterpret_cast<uint64_t*>(root);  // over the digests, which are read before
-    hash_root(root, kPageLeaves, hash);
-    team_sync();
-    if (team_lane() == 0) call->marks[page] = hash[0] != table[2 * page] || hash[1] != table[2 * page + 1];
+  const uint64_t batch = call->digest_bytes / kRootBytes;
+#pragma unroll 1
+  for (; first < end; first += batch) {
+    const uint64_t count = smaller(batch, end - first), bytes = count * kPageBytes;
+    const uint8_t* start_ptr = pages.base_ptr + first * kPageBytes;
+    if constexpr (kDeviceShape) stream_whole_leaves(call, lane, bytes, nullptr, MemoryWords{start_ptr, bytes}, digest);
+    else hash_leaves(call, lane, start_ptr, bytes, digest);
+    grid_sync(call);
+    for (uint64_t i = lane / kTeamLanes; i < count; i += call->lanes / kTeamLanes) {
+      uint64_t* hash = reinterpret_cast<uint64_t*>(digests + i * kRootBytes);  // over the digests, which are read before
+      hash_digests(digests + i * kRootBytes, hash);
+      team_sync();
+      const uint64_t* known = pages.table + 2 * (first + i);
+      if (team_lane() == 0 && (hash[0] != known[0] || hash[1] != known[1])) note_page(pages, first + i);
+    }
+    grid_sync(call);
   }
-  grid_sync(call);
 }
 
-// All lanes: appends one page; false when the journal refuses it.
-FUNCTION bool append_page(Call* call, uint64_t lane, const uint8_t* page_ptr, uint64_t page, uint64_t* entry_ptr) {
-  uint8_t* place = reserve_record(call, lane, kPageBytes);
+// Leading team: takes the pages that the task names; refuses it when one is not the region's.
+FUNCTION void take_named(Call* call, uint64_t lane, const Pages& pages) {
+  if (!is_leading_team(lane)) return;
+  const Task* task = &call->task;
+  const uint64_t count = task->block_count, page_count = call->region->block_count;
+  bool is_bad = count > page_count || task->blocks % 4 != 0 || task->blocks > call->arena_bytes || count * 4 > call->arena_bytes - task->blocks;
+  if (!is_bad) {
+    const uint32_t* ids = count <= call->near_id_count ? call->near_ids : reinterpret_cast<const uint32_t*>(call->arena + task->blocks);
+    for (uint64_t i = team_lane(); i < count; i += kTeamLanes) {
+      const uint32_t page = ids[i];
+      if (page >= page_count) is_bad = true;
+      pages.found[i] = page;
+    }
+  }
+  if (any_in_team(is_bad)) refuse(call, lane, kStatusBadTask);
+  if (lane == 0) *pages.found_count = count;
+}
+
+// All lanes: what the table says of pages that were just appended, from the digests of the leaves behind the numbers' leaf.
+FUNCTION void learn_pages(const Call* call, uint64_t lane, const Pages& pages, const uint32_t* found, uint64_t count) {
+  for (uint64_t i = lane / kTeamLanes; i < count; i += call->lanes / kTeamLanes) {
+    const uint8_t* digests_ptr = call->digests + (1 + i * kPageLeaves) * 16;
+    uint64_t* entry = pages.table + 2 * found[i];
+    if constexpr (kPageLeaves > 1) hash_digests(digests_ptr, entry);
+    else if (team_lane() == 0) entry[0] = reinterpret_cast<const uint64_t*>(digests_ptr)[0], entry[1] = reinterpret_cast<const uint64_t*>(digests_ptr)[1];
+  }
+}
+
+// All lanes: one record of `count` pages; false when the journal refuses it.
+FUNCTION bool append_pages(Call* call, uint64_t lane, const Pages& pages, const uint32_t* found, uint64_t count) {
+  const uint64_t bytes = kLeafBytes + count * kPageBytes;
+  uint32_t* numbers = reinterpret_cast<uint32_t*>(call->stage);
+  for (uint64_t i = lane; i < kNumbersMost; i += call->lanes) numbers[i] = i < count ? found[i] : 0;
+  uint8_t* place = reserve_record(call, lane, bytes);
   if (place == nullptr) return false;
-  const RecordNames names = {kKindPage, page, page + 1};
+  const RecordNames names = {kKindPage, 0, count};
+  const PageWords words = {call->stage, pages.base_ptr, found};
   if constexpr (kDeviceShape) {
-    stream_payload(call, lane, kPageBytes, place, MemoryWords{page_ptr, kPageBytes});
-    commit_streamed(call, lane, names, kPageBytes);
+    uint64_t* digests = reinterpret_cast<uint64_t*>(call->digests);
+    stream_whole_leaves(call, lane, bytes, place, words, [=](uint64_t leaf) { return digests + 2 * leaf; });
+    commit_streamed(call, lane, names, bytes);
   } else {
-    copy_together(call, lane, place, page_ptr, kPageBytes);
+    for_each_lane(call, lane, bytes / kLeafBytes, [=](uint64_t leaf) { copy_bytes(place + leaf * kLeafBytes, words.address(leaf * kLeafBytes), kLeafBytes); });
     grid_sync(call);
-    hash_payload(call, lane, place, kPageBytes);
-    commit_record(call, lane, names, kPageBytes);
+    hash_payload(call, lane, place, bytes);
+    commit_record(call, lane, names, bytes);
   }
-  if (lane == 0) {
-    entry_ptr[0] = call->payload_hash[0];
-    entry_ptr[1] = call->payload_hash[1];
-    call->result += 1;
-  }
+  learn_pages(call, lane, pages, found, count);
+  if (lane == 0) call->result += count;
+  grid_sync(call);  // the digests are read
   return true;
+}
+
+// Pages that fit one record: its segment, its list of numbers, the digests of its leaves.
+FUNCTION uint64_t pages_most(const Call* call) {
+  const uint64_t room = call->journal->segment_bytes - sizeof(SegmentHeader) - record_bytes(0);
+  const uint64_t leaves = smaller(room / kLeafBytes, call->digest_bytes / 16);
+  return leaves < 1 + kPageLeaves ? 0 : smaller(kNumbersMost, (leaves - 1) / kPageLeaves);
 }
 
 HANDLER {
   const Task* task = &call->task;
   const Region* region = call->region;
-  if (region == nullptr || region->page_hashes == 0 || task->token_start >= task->token_end || task->token_end > region->block_count)
-    return refuse(call, lane, kStatusBadTask);
-  const uint8_t* base = reinterpret_cast<const uint8_t*>(*reinterpret_cast<const uint64_t*>(region->bases));
-  uint64_t* table = reinterpret_cast<uint64_t*>(region->page_hashes);
-  // A batch's digests and accumulators fit the scratch that one payload of stage_bytes has.
-  const uint64_t batch = smaller(call->mark_count, smaller(call->stage_bytes / kPageBytes, call->digest_bytes / kRootBytes));
-  if (batch == 0) return refuse(call, lane, kStatusTooLarge);
-  const uint64_t end = task->token_end;
-  for (uint64_t first = task->token_start; first < end; first += batch) {
-    const uint64_t pages = smaller(batch, end - first);
-    mark_dirty(call, lane, base + first * kPageBytes, pages, table + 2 * first);
-    for (uint64_t i = 0; i < pages; ++i)
-      if (call->marks[i] && !append_page(call, lane, base + (first + i) * kPageBytes, first + i, table + 2 * (first + i))) return;
+  const bool is_named = task->block_count != 0;
+  const bool is_range = task->token_start < task->token_end && region != nullptr && task->token_end <= region->block_count;
+  if (region == nullptr || region->page_hashes == 0 || !(is_named || is_range)) return refuse(call, lane, kStatusBadTask);
+  const Pages pages = pages_of(region);
+  const uint64_t most = pages_most(call);
+  if (most == 0) return refuse(call, lane, kStatusTooLarge);
+  if (is_named) {
+    take_named(call, lane, pages);
+  } else {
+    if (lane == 0) *pages.found_count = 0;
     grid_sync(call);
+    if constexpr (kPageLeaves == 1) find_leaves(call, lane, pages, task->token_start, task->token_end);
+    else find_roots(call, lane, pages, task->token_start, task->token_end);
   }
+  grid_sync(call);
+  const bool is_refused = call->status != kStatusOk;
+  const uint64_t count = load<kRelaxed, kDevice>(pages.found_count);
+  grid_sync(call);  // every lane has read both before the leader goes on to change the first
+  if (is_refused) return;
+  for (uint64_t first = 0; first < count; first += most)
+    if (!append_pages(call, lane, pages, pages.found + first, smaller(most, count - first))) return;
 }

@@ -203,7 +203,19 @@ FUNCTION void stream_leaves(Call* call, uint64_t lane, uint64_t bytes, uint8_t* 
   }
 }
 
-// The same with digests one after the other, for one payload.
+// The same for payloads of whole leaves in one piece each: half the code, which a handler's stack is limited by.
+template <class Words, class Digest>
+FUNCTION void stream_whole_leaves(Call* call, uint64_t lane, uint64_t bytes, uint8_t* target_ptr, Words words, Digest digest) {
+#if CONCORDIA_CUDA
+  const uint64_t leaves = bytes / kLeafBytes, teams = call->lanes / kTeamLanes;
+#pragma unroll 1
+  for (uint64_t leaf = lane / kTeamLanes; leaf < leaves; leaf += teams) hash_whole_leaf(words, (uint32_t)(leaf * kLeafBytes), target_ptr, digest(leaf));
+#else
+  stream_leaves(call, lane, bytes, target_ptr, words, digest);
+#endif
+}
+
+// The same as stream_leaves with digests one after the other, for one payload.
 template <class Words>
 FUNCTION void stream_payload(Call* call, uint64_t lane, uint64_t bytes, uint8_t* target_ptr, Words words) {
   uint64_t* digests = reinterpret_cast<uint64_t*>(call->digests);

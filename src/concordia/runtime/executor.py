@@ -251,8 +251,6 @@ class Runtime:
             ids=self._allocate(leaves * abi.IDS_PER_LEAF * 4),
             digests=self._allocate(digest_bytes),
             digest_bytes=digest_bytes,
-            marks=self._allocate(config.SCAN_PAGES * 8),
-            mark_count=config.SCAN_PAGES,
             lanes=lanes,
         )
 
