@@ -36,6 +36,7 @@ from concordia.testing.served import Served
 START_TIMEOUT_S: Final = 240.0
 ROUND_TIMEOUT_S: Final = 240.0
 PAUSE_MAX_S: Final = 10.0  # a hang is noticed after its learned deadline, two seconds at most for this model, on loaded cores later
+SETTLE_S: Final = 2.5  # the counters hear of a round once a second
 QUESTIONS: Final = 12
 AT_ONCE: Final = 4
 
@@ -189,7 +190,8 @@ class Soak:
             row |= {"wrong": [f"no end within {ROUND_TIMEOUT_S} s"]}
         else:
             row |= self.compare(answers[0], chosen)
-            row |= counted(before, self.status())
+            row |= counted(before, await self.settled(before))
+            row["wrong"] += self.unkept(row, plan)
             if len(hits) <= standbys and row["longest_pause_s"] > self.options.pause_max:
                 row["wrong"].append(f"a pause of {row['longest_pause_s']} s beside a ready standby")
         return row
@@ -205,10 +207,31 @@ class Soak:
         self.served = await asyncio.to_thread(self.start)
         before = self.status()
         row = self.compare(await self.ask(questions), chosen)
-        row |= counted(before, self.status())
+        row |= counted(before, await self.settled(before))
         if left:
             row["wrong"].append(f"processes outlived their router: {left}")
         return row
+
+    async def settled(self, before: dict[str, Any]) -> dict[str, Any]:
+        """The server's status once its counters have heard of the round: what engines say comes through the journal, about once a second."""
+        found = self.status()
+        if len(found["faults"]) > len(before["faults"]):
+            deadline = time.monotonic() + SETTLE_S
+            while time.monotonic() < deadline and not grown(before, found, "restored_tokens") + grown(before, found, "recomputed_tokens"):
+                await asyncio.sleep(0.2)
+                found = self.status()
+        return found
+
+    def unkept(self, row: dict[str, Any], plan: Round) -> list[str]:
+        """What Concordia promises and the round did not show, tokens apart."""
+        found = []
+        if row["hash_mismatches"]:
+            found.append(f"{row['hash_mismatches']} hash mismatches")
+        if row["hits"] and plan.target not in ("owner", "router") and not row["noticed"]:
+            found.append("the fault was never noticed")
+        if plan.moment == "decode" and plan.target not in ("owner", "router", "standby") and row["hits"] and not row["restored_tokens"]:
+            found.append("nothing was restored")
+        return found
 
     def alive(self) -> list[int]:
         """Processes of any session that a replica of ours ever had."""
@@ -296,12 +319,15 @@ class Soak:
         return found + ([f"exit code {code}"] if code else [])
 
 
+def grown(before: dict[str, Any], after: dict[str, Any], name: str) -> int:
+    """How far a counter came in between."""
+    return int(after["counters"][name] - before["counters"].get(name, 0))
+
+
 def counted(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """Growth of the server's counters over a round, and the faults it noticed."""
     names = ("restored_tokens", "recomputed_tokens", "prefix_restored_tokens", "prefixes_missed", "stepped_back_tokens", "hash_mismatches")
-    row: dict[str, Any] = {
-        name: after["counters"][name] - before["counters"].get(name, 0) for name in names
-    }
+    row: dict[str, Any] = {name: grown(before, after, name) for name in names}
     row["noticed"] = [f["kind"] for f in after["faults"][len(before["faults"]) :]]
     return row
 
@@ -323,7 +349,7 @@ def summarise(
         "dtype": options.dtype,
         "rounds": len(rows),
         "faults_injected": len(hits),
-        "by_target": Counter(hits),
+        "by_target": Counter(row["target"] for row in rows for _ in row["hits"]),
         "by_way": Counter(row["way"] for row in rows),
         "by_moment": Counter(row["moment"] for row in rows),
         "tokens_lost": sum(row.get("lost", 0) for row in rows),
@@ -332,6 +358,8 @@ def summarise(
         "hash_mismatches": sum(row.get("hash_mismatches", 0) for row in rows),
         "restored_tokens": sum(row.get("restored_tokens", 0) for row in rows),
         "recomputed_tokens": sum(row.get("recomputed_tokens", 0) for row in rows),
+        "stepped_back_tokens": sum(row.get("stepped_back_tokens", 0) for row in rows),
+        "prefixes_missed": sum(row.get("prefixes_missed", 0) for row in rows),
         "pause_beside_ready_standby_s": {
             "median": pauses[len(pauses) // 2] if pauses else None,
             "max": pauses[-1] if pauses else None,

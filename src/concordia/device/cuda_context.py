@@ -180,7 +180,7 @@ def _driver() -> Any:
         from cuda.bindings import driver
     except ImportError as error:
         raise EnvironmentRefused(
-            f"no CUDA bindings ({error}): install concordia[cuda] or use the host device"
+            f"no CUDA bindings ({error}): install Concordia with its extra 'cuda', or use the host device"
         ) from error
     try:
         driver.cuDriverGetVersion()

