@@ -224,6 +224,28 @@ def test_fresh_cohort_is_offered_its_prefixes_in_one_pass_when_answers_come_one_
     world.restorer.close()
 
 
+def test_request_is_held_no_longer_than_the_bound_when_a_cohort_and_a_look_up_both_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(config, "RESTORE_WAIT_S", 0.2)
+    world = World(10, known=lambda _: True)
+    world.client.gate.clear()
+    world.arrive("a", 10, is_restore=True, cohort=CohortTicket("c", 2, 0.2))
+    came = time.monotonic()
+    assert world.until("x", world.arrive("x", 10)) == 0
+    assert time.monotonic() - came < config.LOOKUP_WAIT_S
+    world.client.gate.set()
+    world.restorer.close()
+
+
+def test_restored_request_starts_at_once_when_a_clients_cohort_is_forming(world: World) -> None:
+    world.arrive("a", 5, cohort=CohortTicket("client-c", 4096, 10.0))
+    came = time.monotonic()
+    track = world.arrive("r", 11, is_restore=True, cohort=CohortTicket("1-2", 1, 10.0))
+    assert world.until("r", track) == 10
+    assert time.monotonic() - came < 5
+
+
 def test_late_cohort_is_told_of_when_a_member_never_comes(world: World) -> None:
     track = world.arrive("a", 11, is_restore=True, cohort=CohortTicket("c", 2, 0.05))
     assert world.until("a", track) == 10

@@ -43,6 +43,7 @@ class _Waiting:
     track: Track
     came: float
     is_undecided: bool
+    bound: float | None = None  # of holding it back, once the engine would take it
     hit: int = 0
     offered: RestorePlan | None = None
     reason: str = ""
@@ -83,12 +84,11 @@ class Restorer:
             self._lookups.ask(request, self._cut_question(track, known), wait_s=config.RESTORE_WAIT_S)
         elif identity.cohort is not None:
             # Asked now, not when the cohort opens: the answers come one by one, and its members must start in one step.
-            self._ask_prefix(request, track, 0)
+            self._ask_prefix(request, track, 0, bound=now + config.RESTORE_WAIT_S)
             waiting.is_undecided = self._lookups.is_asked(request)
-        if identity.cohort is not None:
-            self._cohorts.join(request, identity.cohort, now=now)
-            if not waiting.is_undecided:
-                self._cohorts.decide(request)
+        self._cohorts.join(request, identity.cohort, now=now)
+        if not waiting.is_undecided:
+            self._cohorts.decide(request)
         self.settle()
 
     def match(self, request: str, track: Track, hit: int) -> int | None:
@@ -97,10 +97,12 @@ class Restorer:
         if waiting is None:  # preempted: it comes back like any request with these tokens
             waiting = self._waiting[request] = _Waiting(track, time.monotonic(), is_undecided=False)
         waiting.hit = hit
+        if waiting.bound is None:
+            waiting.bound = time.monotonic() + config.RESTORE_WAIT_S
         if not self._cohorts.may_enter(request):
             return None
         if not self._lookups.is_asked(request):
-            self._ask_prefix(request, track, hit)
+            self._ask_prefix(request, track, hit, bound=waiting.bound)
             if not self._lookups.is_asked(request):
                 return 0
         answer = self._lookups.answer(request)
@@ -187,7 +189,7 @@ class Restorer:
     def close(self) -> None:
         self._lookups.close()
 
-    def _ask_prefix(self, request: str, track: Track, hit: int) -> None:
+    def _ask_prefix(self, request: str, track: Track, hit: int, *, bound: float) -> None:
         """Ask for a prefix that the journal is known to have, if that is more than the engine has itself."""
         size = self._source.block_tokens
         identity = track.identity
@@ -210,7 +212,9 @@ class Restorer:
 
         # A closed cohort is asked for to get the same tokens again, and a prefix that is computed instead may round differently.
         wait_s = config.LOOKUP_WAIT_S if identity.cohort is None else config.RESTORE_WAIT_S
-        self._lookups.ask(request, _twice(question), wait_s=wait_s)
+        left_s = bound - time.monotonic()  # a cohort may have held it back already
+        if left_s > 0:
+            self._lookups.ask(request, _twice(question), wait_s=min(wait_s, left_s))
 
     def _cut_question(self, track: Track, known: int) -> Callable[[float], RestorePlan]:
         source, made_by = self._source, track.model_hash
