@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ import pytest
 from concordia import abi, config
 from concordia.errors import JournalError
 from concordia.integrations.vllm.identity import CohortTicket, Identity, KeyChain
-from concordia.integrations.vllm.restorer import Restorer, Source
+from concordia.integrations.vllm.questions import Source
+from concordia.integrations.vllm.restorer import Restorer
 from concordia.integrations.vllm.write_set import Track
 from concordia.journal import record
 from concordia.journal.coverage import Cut, Piece
@@ -68,7 +70,11 @@ class World:
         self.client = FakeClient(held)
         self.said: list[dict[str, Any]] = []
         source = Source(self.client, memoryview(self.client.pool), 1 << 30, LAYOUT, 1, SIZE)  # type: ignore[arg-type]
-        self.restorer = Restorer(source, say=self.said.append, is_known=known, is_prefix_restored=True)
+        self.kept: dict[int, int] = {}  # block -> key of the record that it was filled from
+        self.restorer = Restorer(
+            source, say=self.said.append, is_known=known, is_kept=lambda block, key: self.kept.get(block) == key,
+            is_prefix_restored=True,
+        )  # fmt: skip
 
     def arrive(self, name: str, tokens: int, **identity: Any) -> Track:
         track = Track(Identity(name=name, **identity), KeyChain(b"seed", block_tokens=SIZE), list(range(tokens)))
@@ -117,6 +123,47 @@ def test_own_prefix_is_left_alone_when_the_engine_has_a_part_itself(world: World
     (load,) = world.restorer.take_step(["a"]).loads
     assert load.first_block == 1
     assert [p.token_start for p in load.pieces[0]] == [4, 8, 9]
+
+
+def test_own_prefix_is_not_called_exact_when_nobody_compared_it(world: World) -> None:
+    track = world.arrive("a", 11, is_restore=True)
+    assert world.until("a", track, hit=4) == 6
+    world.restorer.allocate("a", [5, 6, 7], 6)
+    world.restorer.take_step(["a"])
+    world.restorer.confirm("a", 0)
+    (told,) = world.said
+    assert (told["level"], told["restored_tokens"], told["own_tokens"], told["recomputed_tokens"]) == ("partial", 6, 4, 1)
+    assert "4 tokens are the engine's own" in told["reason"]
+
+
+def load_and_hit(world: World, *, flip: bool = False) -> dict[str, Any]:
+    """One request is restored into blocks 5, 6, 7; another with these tokens hits the first block. What is said of the other."""
+    first = world.arrive("a", 11, is_restore=True)
+    world.until("a", first)
+    world.restorer.allocate("a", [5, 6, 7], 10)
+    world.kept |= {5: 901, 6: 902}
+    world.restorer.take_step(["a"])
+    world.restorer.confirm("a", 0)
+    if flip:  # its records have other bytes under the same key
+        piece = world.client.pieces[0]
+        world.client.pool[piece.pool_offset] ^= 1
+        payload = bytes(world.client.pool[piece.pool_offset : piece.pool_offset + piece.payload_bytes])
+        world.client.pieces[0] = replace(piece, payload_hash=record.payload_hash(payload))
+    second = world.arrive("b", 11, is_restore=True)
+    world.until("b", second, hit=4)
+    world.restorer.allocate("b", [5, 8, 9], 6)
+    world.restorer.take_step(["b"])
+    world.restorer.confirm("b", 0)
+    return world.said[-1]
+
+
+def test_own_prefix_is_exact_when_it_was_filled_from_the_same_records(world: World) -> None:
+    told = load_and_hit(world)
+    assert (told["level"], told["restored_tokens"], told["own_tokens"], told["recomputed_tokens"]) == ("state-exact", 6, 4, 1)
+
+
+def test_own_prefix_is_not_exact_when_it_was_filled_from_other_records(world: World) -> None:
+    assert load_and_hit(world, flip=True)["level"] == "partial"
 
 
 def test_nothing_is_loaded_when_the_engine_has_as_much_itself(world: World) -> None:

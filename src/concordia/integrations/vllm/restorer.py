@@ -14,26 +14,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from concordia import config
-from concordia.errors import Corruption, RecoveryError
+from concordia.errors import RecoveryError
 from concordia.integrations.vllm.cohort import Cohorts
 from concordia.integrations.vllm.door import logger
+from concordia.integrations.vllm.filled import Filled
 from concordia.integrations.vllm.load import Load, PieceRef
 from concordia.integrations.vllm.lookup import Lookups
+from concordia.integrations.vllm.questions import Source, cut_question, prefix_question
 from concordia.integrations.vllm.write_set import Track
-from concordia.journal.client import JournalClient
-from concordia.recovery.restore import RestorePlan, plan_restore, verify
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where KV comes from: the journal's answers, its bytes, and what must match."""
-
-    client: JournalClient
-    pool: memoryview
-    segment_bytes: int
-    layout_hash: int
-    world: int
-    block_tokens: int
+from concordia.recovery.restore import RestorePlan
 
 
 @dataclass(slots=True)
@@ -46,6 +35,7 @@ class _Waiting:
     bound: float | None = None  # of holding it back, once the engine would take it
     hit: int = 0
     offered: RestorePlan | None = None
+    is_hit_own: bool = False  # whether the hit holds what the request's records have
     reason: str = ""
 
 
@@ -61,12 +51,19 @@ class Restorer:
     """All requests that have not been scheduled yet, or wait to be scheduled again."""
 
     def __init__(
-        self, source: Source, *, say: Callable[[dict[str, Any]], None], is_known: Callable[[int], bool], is_prefix_restored: bool
+        self,
+        source: Source,
+        *,
+        say: Callable[[dict[str, Any]], None],
+        is_known: Callable[[int], bool],
+        is_kept: Callable[[int, int], bool],
+        is_prefix_restored: bool,
     ) -> None:
         self._source = source
         self._say = say
         self._is_known = is_known
         self._is_prefix_restored = is_prefix_restored
+        self._filled = Filled(is_kept, block_tokens=source.block_tokens)
         self._lookups = Lookups()
         self._cohorts = Cohorts()
         self._waiting: dict[str, _Waiting] = {}
@@ -81,7 +78,7 @@ class Restorer:
         self._waiting[request] = waiting
         if identity.is_restore:
             known = min(identity.tokens_known or len(track.tokens), len(track.tokens))
-            self._lookups.ask(request, self._cut_question(track, known), wait_s=config.RESTORE_WAIT_S)
+            self._lookups.ask(request, cut_question(self._source, track, known), wait_s=config.RESTORE_WAIT_S)
         elif identity.cohort is not None:
             # Asked now, not when the cohort opens: the answers come one by one, and its members must start in one step.
             self._ask_prefix(request, track, 0, bound=now + config.RESTORE_WAIT_S)
@@ -127,6 +124,7 @@ class Restorer:
         size = self._source.block_tokens
         first = waiting.hit // size
         end = waiting.hit + external
+        waiting.is_hit_own = self._filled.covers(plan, blocks, end=first)
         pieces = {
             rank: tuple(
                 PieceRef(p.kind, p.token_start, p.token_end, p.pool_offset, p.payload_bytes, p.payload_hash)
@@ -137,6 +135,7 @@ class Restorer:
         }
         self._step.loads.append(Load(request, tuple(blocks), first, pieces))
         keys = plan.block_keys[: end // size]
+        self._filled.note(plan, blocks, first=first, end=end // size)
         self._step.keys[request] = {i: key for i, key in enumerate(keys) if key and i >= first}
 
     def take_step(self, scheduled: list[str]) -> StepLoads:
@@ -204,39 +203,12 @@ class Restorer:
             count += 1
         if count * size <= hit:
             return
-        keys = track.chain.keys[:count]
-        source, made_by = self._source, track.model_hash
-
-        def question(deadline: float) -> RestorePlan:
-            return _match(source, keys, made_by, deadline)
-
+        question = prefix_question(self._source, track.chain.keys[:count], track.model_hash)
         # A closed cohort is asked for to get the same tokens again, and a prefix that is computed instead may round differently.
         wait_s = config.LOOKUP_WAIT_S if identity.cohort is None else config.RESTORE_WAIT_S
         left_s = bound - time.monotonic()  # a cohort may have held it back already
         if left_s > 0:
-            self._lookups.ask(request, _twice(question), wait_s=min(wait_s, left_s))
-
-    def _cut_question(self, track: Track, known: int) -> Callable[[float], RestorePlan]:
-        source, made_by = self._source, track.model_hash
-        size = source.block_tokens
-        keys: list[int] = []
-        if track.chain is not None:
-            track.chain.extend(track.tokens, limit=len(track.tokens))
-            keys = track.chain.keys[: max(0, known - 1) // size]
-
-        def question(deadline: float) -> RestorePlan:
-            cut = source.client.cut(
-                track.identity.key,
-                tokens_known=known,
-                layout_hash=source.layout_hash,
-                world=source.world,
-                bounds=track.identity.bounds,
-            )
-            if cut.tokens == 0 and keys:
-                return _match(source, keys, made_by, deadline)
-            return _verified(source, cut, made_by, deadline)
-
-        return _twice(question)
+            self._lookups.ask(request, question, wait_s=min(wait_s, left_s))
 
     def _tell(self, request: str, waiting: _Waiting, *, is_loaded: bool) -> None:
         identity = waiting.track.identity
@@ -246,52 +218,30 @@ class Restorer:
                 self._say({"event": "prefix-missed", "request": identity.name, "reason": waiting.reason})
             return
         known = len(waiting.track.tokens)
-        restored = min(plan.tokens, known - 1) if plan is not None and is_loaded else waiting.hit
-        level = "cold"
+        # The engine's own hit was not compared with anything now; it counts only where its blocks were filled from these records before.
+        restored = max(0, min(plan.tokens, known - 1) - waiting.hit) if plan is not None and is_loaded else 0
+        level, reason = "cold", waiting.reason or "no more was committed"
         if plan is not None and is_loaded:
-            is_whole = restored == known - 1 and plan.incarnation > 0
-            level = "state-exact" if is_whole else "partial" if plan.incarnation else "prefix"
+            is_whole = waiting.hit + restored == known - 1 and plan.incarnation > 0
+            level = "state-exact" if is_whole and waiting.is_hit_own else "partial" if plan.incarnation else "prefix"
+            if is_whole and not waiting.is_hit_own:
+                reason = f"{waiting.hit} tokens are the engine's own, computed by itself or filled from other records"
         facts: dict[str, Any] = {
             "event": "restored" if identity.is_restore else "prefix-restored",
             "request": identity.name,
             "incarnation": identity.incarnation,
             "level": level,
             "restored_tokens": restored,
-            "recomputed_tokens": known - restored,
+            "own_tokens": waiting.hit,
+            "recomputed_tokens": known - waiting.hit - restored,
             "hash_mismatches": 0,
             "cohort": identity.cohort.name if identity.cohort else None,
             "waited_ms": round(1000 * (time.monotonic() - waiting.came), 1),
         }
         if waiting.reason or level != "state-exact":
-            facts["reason"] = waiting.reason or "no more was committed"
+            facts["reason"] = reason
         if is_loaded:
             self._unsaid[request] = facts
         else:
             logger.warning("Concordia: %s starts cold: %s", identity.name, waiting.reason or "nothing to restore")
             self._say(facts)
-
-
-def _match(source: Source, keys: list[int], made_by: int, deadline: float) -> RestorePlan:
-    cut = source.client.match_prefix(keys, layout_hash=source.layout_hash, world=source.world)
-    return _verified(source, cut, made_by, deadline)
-
-
-def _verified(source: Source, cut: Any, made_by: int, deadline: float) -> RestorePlan:
-    plan = plan_restore(
-        cut, world=source.world, layout_hash=source.layout_hash, pool=source.pool, segment_bytes=source.segment_bytes,
-        model_hash=made_by,
-    )  # fmt: skip
-    verify(plan, source.pool, deadline=deadline)
-    return plan
-
-
-def _twice(question: Callable[[float], RestorePlan]) -> Callable[[float], RestorePlan]:
-    """Ask again before a difference is believed: the cleaner may have moved the bytes between the answer and the look."""
-
-    def ask(deadline: float) -> RestorePlan:
-        try:
-            return question(deadline)
-        except Corruption:
-            return question(deadline)
-
-    return ask

@@ -28,7 +28,8 @@ from concordia.integrations.vllm.identity import (
     seed_bytes,
 )
 from concordia.integrations.vllm.metadata import StepMetadata, WorkerReport
-from concordia.integrations.vllm.restorer import Restorer, Source
+from concordia.integrations.vllm.questions import Source
+from concordia.integrations.vllm.restorer import Restorer
 from concordia.integrations.vllm.retry import Retries
 from concordia.integrations.vllm.scribe import Scribe
 from concordia.integrations.vllm.settings import Settings
@@ -63,6 +64,7 @@ class SchedulerSide:
                 Source(client, pool.view, pool.segment_bytes, layout_hash, self._world, self._block_tokens),
                 say=self._scribe.event,
                 is_known=self._writes.is_journaled,
+                is_kept=self._writes.is_from_journal,
                 is_prefix_restored=settings.is_prefix_restored,
             )
             opened.callback(self._restorer.close)

@@ -197,6 +197,10 @@ class WriteSet:
     def is_journaled(self, key: int) -> bool:
         return key in self.authored or key in self.foreign
 
+    def is_from_journal(self, block: int, key: int) -> bool:
+        """Whether the block was filled from a record of this key, and holds it still; what was computed here is not from there."""
+        return bool(key) and key not in self.authored and self._resident.get(block, (0, 0))[0] == key
+
     def _take_blocks(self, track: Track, item: Scheduled, step: int, result: StepWrites) -> None:
         size = self._block_tokens
         if item.replaces:
