@@ -5,7 +5,7 @@ ENV ?= .venv
 ENV_PYTHON ?= $(ENV)/bin/python
 RUN = PYTHONPATH=src $(ENV_PYTHON)
 
-.PHONY: demo test check soak bench bench-gpu test-gpu setup clean
+.PHONY: demo test check soak bench bench-gpu test-gpu test-ring setup clean
 
 setup:
 	@$(if $(filter $(ENV)/bin/python,$(ENV_PYTHON)),sh scripts/setup.sh $(PYTHON) $(ENV),true)
@@ -35,6 +35,10 @@ bench-gpu: setup
 
 test-gpu: setup
 	$(RUN) -m pytest -q -m gpu $(ARGS)
+
+# Ten million tasks per build; a build has ten minutes. RESULTS: a file that is told what ran.
+test-ring: setup
+	CONCORDIA_STRESS_TASKS=10000000 CONCORDIA_STRESS_RESULTS=$(RESULTS) $(RUN) -m pytest -q tests/test_ring_native.py -k flooded $(ARGS)
 
 clean:
 	rm -rf $(ENV) demo-output soak-output .pytest_cache .mypy_cache .ruff_cache

@@ -1,22 +1,26 @@
 """The ring and the CPU executor under sanitizers: tests/native/ring_stress.cpp.
 
 Invariants: each of the tasks handed in by four producers runs exactly once, with its own arguments, through laps, full rings, leaves at any
-step, parks and hot swaps; nobody sleeps while work waits; no data race, no memory error. CONCORDIA_STRESS_TASKS=10000000 runs the
-long version (about a minute per build on an idle pair of cores), CONCORDIA_STRESS_SEED repeats a run.
+step, parks and hot swaps; nobody sleeps while work waits; no data race, no memory error. CONCORDIA_STRESS_TASKS=10000000 (`make test-ring`) runs
+the long version (about a minute per build on an idle pair of cores), CONCORDIA_STRESS_SEED repeats a run, CONCORDIA_STRESS_RESULTS names
+a file that is told what ran.
 """
 
 import json
 import os
 import secrets
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from concordia.checkpoint.region import KvGeometry, Plane
 from concordia.device.compiler import FLAGS, KERNELS
+from concordia.testing.machine import machine
 
 SOURCE = Path(__file__).parent / "native" / "ring_stress.cpp"
+PRODUCERS = 4  # kProducers there
 TASKS = int(os.environ.get("CONCORDIA_STRESS_TASKS", "500000"))
 SEED = int(os.environ.get("CONCORDIA_STRESS_SEED", "0")) or secrets.randbits(32)
 BUILDS = {
@@ -57,16 +61,30 @@ def stress(
 def run(binary: Path, tasks: int, *, lanes: int, slots: int, how: str) -> dict[str, float]:
     words = [str(binary), str(tasks), str(SEED), str(lanes), str(slots), how]
     print("seed", SEED, " ".join(words))
-    done = subprocess.run(words, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=580, check=False)
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr[-4000:]}"
     print(done.stdout)
     figures: dict[str, float] = json.loads(done.stdout)
     return figures
 
 
+@pytest.fixture(scope="module")
+def results() -> Iterator[list[dict[str, object]]]:
+    """What was run, for the file that CONCORDIA_STRESS_RESULTS names."""
+    rows: list[dict[str, object]] = []
+    yield rows
+    path = os.environ.get("CONCORDIA_STRESS_RESULTS")
+    if path and rows:
+        Path(path).write_text(json.dumps({"machine": machine(), "runs": rows}, indent=1) + "\n")
+
+
 @pytest.mark.timeout(600)
-def test_each_task_runs_once_when_the_ring_is_flooded(stress: tuple[str, Path]) -> None:
+def test_each_task_runs_once_when_the_ring_is_flooded(
+    stress: tuple[str, Path], results: list[dict[str, object]]
+) -> None:
     figures = run(stress[1], TASKS, lanes=1, slots=64, how="flood")
+    figures_told = {name: figures[name] for name in ("tasks", "seed", "seconds", "laps", "full", "forced_leaves", "swaps")}
+    results.append({"sanitizer": stress[0], "producers": PRODUCERS, **figures_told})
     assert figures["laps"] > 100
     assert figures["full"] > 0
     assert figures["forced_leaves"] > 100
