@@ -19,7 +19,7 @@ def test_everything_is_new_when_the_answer_goes_on_after_all_its_ids() -> None:
     seam = Seam(PROMPT)
     seam.go_on(after=3, known=3)
     assert seam.take([7, 8], [1, 2, 3], is_end=False) == 0
-    assert not seam.is_echoing
+    assert seam.take([3], [1, 2, 3, 7, 8], is_end=True) == 0, "nothing is waited for at the end"
 
 
 def test_ids_are_taken_once_when_they_come_again_in_pieces() -> None:

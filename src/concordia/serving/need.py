@@ -6,7 +6,7 @@ has a row; what has no row keeps no history. Called by request parsing. Does not
 A level is what a request needs, or what it reached, best first. STATE_EXACT is restored from the journal; where the journal lacks some tokens
 (PARTLY_RESTORED) or all (RE_PREFILL) they are computed again from their ids. SAMPLER_LOST is restored, but nothing can restore its sampler.
 REGENERATE starts from the prompt and suppresses what was sent while it comes out equal; PASS_THROUGH is forwarded as it is and ends with
-its replica; REFUSE is an error at once.
+its replica.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ class Level(enum.IntEnum):
     RE_PREFILL = 3
     REGENERATE = 4
     PASS_THROUGH = 5
-    REFUSE = 6
 
     @property
     def label(self) -> str:
@@ -44,7 +43,6 @@ _LABELS: Final = {
     Level.RE_PREFILL: "re-prefilled",
     Level.REGENERATE: "regenerated",
     Level.PASS_THROUGH: "unprotected",
-    Level.REFUSE: "refused",
 }
 
 

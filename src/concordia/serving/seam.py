@@ -27,10 +27,6 @@ class Seam:
         self._prompt_tokens = prompt_tokens
         self._echo: int | None = None  # the next id that is to come again
 
-    @property
-    def is_echoing(self) -> bool:
-        return self._echo is not None
-
     def go_on(self, *, after: int, known: int) -> None:
         """The next submission goes on after `after` of the `known` ids: the others come again."""
         assert 0 <= after <= known

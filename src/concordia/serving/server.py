@@ -142,8 +142,6 @@ class _Generating:
             sampler=router.settings.sampler,
             chat_blocker=router.chat_blocker,
         )
-        if request.need is Level.REFUSE:
-            raise RequestRefused(f"{request.reason} cannot be served", param=request.reason)
         if request.need is Level.PASS_THROUGH or router.tokenizer is None:
             router.metrics.unprotected(request.reason or "tokenizer")
             passage = Passage(

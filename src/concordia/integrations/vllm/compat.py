@@ -2,7 +2,7 @@
 
 Owns: every access to a vLLM structure that is not a connector method: scheduler output, KV cache configuration, what the model is, instruction set.
 Promises: features are detected, not guessed from a version number; what cannot be understood becomes a reason not to protect, in words.
-Read against the sources of 0.26.0 and 0.32.0; run on 0.32.0 (CPU). Called by connector, scheduler side and worker side.
+Read against the sources of 0.26.0 and 0.32.0; run on 0.32.0 (CPU) and 0.26 (H200). Called by connector, scheduler side and worker side.
 """
 
 from __future__ import annotations
