@@ -1,6 +1,7 @@
 """`concordia serve` with real vLLM on the CPU: a death, a hang, a long prefill beside a start, an orderly end.
 
-Invariants: a killed core and a stopped worker are noticed in time; the stream goes on to its last token; a healthy engine is not killed while it
+Invariants: a killed core and a stopped worker are noticed in time; the stream goes on to its last token, from restored state, with the ids
+of an answer that never failed; a healthy engine is not killed while it
 prefills beside a starting standby; after SIGTERM no process, file or shared-memory name is left and the exit code is 0.
 """
 
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,6 +118,18 @@ def ask_and_hit(
 ) -> tuple[Hit, list[int], dict[str, Any]]:
     """Stream an answer, hit the engine in its middle; the token ids and the report at the end."""
     session = scene.session("ready")
+    done: list[Hit] = []
+
+    def strike(ids: list[int]) -> None:
+        if not done and len(ids) > TOKENS // 4:
+            done.append(hit(session, target, number) if number else make_hang(scene.hang, session))
+
+    ids, report = ask(scene, strike)
+    return done[0], ids, report
+
+
+def ask(scene: Scene, watch: Callable[[list[int]], None]) -> tuple[list[int], dict[str, Any]]:
+    """Stream an answer; `watch` sees the ids so far. The token ids and the report at the end."""
     body = {
         **{"model": "m", "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0},
         **{
@@ -128,7 +141,6 @@ def ask_and_hit(
     }
     ids: list[int] = []
     report: dict[str, Any] = {}
-    done: Hit | None = None
     with httpx.stream("POST", f"{scene.served.url}/completions", json=body, timeout=120) as answer:
         assert answer.status_code == 200
         for line in answer.iter_lines():
@@ -139,19 +151,18 @@ def ask_and_hit(
             report = event.get("concordia") or report
             for choice in event["choices"]:
                 ids += choice.get("token_ids") or []
-            if done is None and len(ids) > TOKENS // 4:
-                done = hit(session, target, number) if number else make_hang(scene.hang, session)
-    assert done is not None
-    return done, ids, report
+            watch(ids)
+    return ids, report
 
 
 def test_stream_goes_on_when_a_core_is_killed_a_worker_stopped_or_a_forward_hangs(
     scene: Scene,
 ) -> None:
-    reference: list[int] = []
     # From the second answer on the prompt's whole blocks come from the cache, or out of the journal: every prefill has the same shape.
-    ask = {"model": "m", "prompt": PROMPT, "max_tokens": 2, "temperature": 0}
-    assert httpx.post(f"{scene.served.url}/completions", json=ask, timeout=120).status_code == 200
+    first = {"model": "m", "prompt": PROMPT, "max_tokens": 2, "temperature": 0}
+    assert httpx.post(f"{scene.served.url}/completions", json=first, timeout=120).status_code == 200
+    reference, report = ask(scene, lambda ids: None)
+    assert (len(reference), report["failovers"]) == (TOKENS, 0)
     for target, number, kind, bound_ms in (
         (Target.ENGINE_CORE, signal.SIGKILL, "process-death", 100),
         (Target.RANK_LAST, signal.SIGSTOP, "process-stopped", 100),
@@ -167,8 +178,9 @@ def test_stream_goes_on_when_a_core_is_killed_a_worker_stopped_or_a_forward_hang
         assert detected_ms < bound_ms * crowding()
         assert len(ids) == TOKENS
         assert report["failovers"] == 1
-        assert ids == (reference or ids)
-        reference = ids
+        assert report["level"] == "state-exact"
+        assert report["restored_tokens"] > 0
+        assert ids == reference
 
 
 def test_healthy_engine_is_left_alone_when_it_prefills_beside_a_start(scene: Scene) -> None:
