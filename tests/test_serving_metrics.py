@@ -6,12 +6,14 @@ what Prometheus reads.
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from concordia import config
 from concordia.recovery.fault import Fault, FaultKind
+from concordia.serving.journal_events import CAUSES
 from concordia.serving.metrics import Metrics
 
 
@@ -51,20 +53,38 @@ def test_page_has_every_counter_when_nothing_has_happened() -> None:
 def test_events_are_counted_by_what_they_say() -> None:
     metrics = Metrics()
     metrics.event(
-        {"event": "restored", "restored_tokens": 9, "recomputed_tokens": 2, "waited_ms": 500}
+        {"event": "restored", "restored_tokens": 9, "recomputed_tokens": 2, "waited_ms": 500, "restore_ms": 250}
     )
+    metrics.event({"event": "appended", "seconds": 1.5})
+    metrics.event({"event": "appended", "seconds": 0.25})
     metrics.event({"event": "prefix-restored", "restored_tokens": 4, "hash_mismatches": 0})
     metrics.event({"event": "restore-failed", "restored_tokens": 9, "hash_mismatches": 3})
-    metrics.event({"event": "unprotected", "reason": "journal full"})
+    metrics.event({"event": "unprotected", "reason": "the journal is full"})
     metrics.event({"event": "corruption", "reason": "x"})
     totals = metrics.totals()
     assert totals["restored_tokens"] == 9
     assert totals["recomputed_tokens"] == 2
     assert totals["prefix_restored_tokens"] == 4
     assert totals["hash_mismatches"] == 3
-    assert totals["restore_seconds"] == 0.5
+    assert totals["restore_seconds"] == 0.25
+    assert totals["restore_wait_seconds"] == 0.5
+    assert totals["append_seconds"] == 1.75
     assert totals["corruptions"] == 1
-    assert metrics.by_label("requests") == {"journal full": 1}
+    assert metrics.by_label("requests") == {"journal-full": 1}
+
+
+def test_reasons_are_few_when_sentences_carry_numbers() -> None:
+    metrics = Metrics()
+    for number in range(50):
+        metrics.event({"event": "unprotected", "reason": f"{number} appends are unfinished"})
+        metrics.event({"event": "unprotected", "reason": f"something new: {number}"})
+        metrics.event({"event": "unprotected", "reason": f"concordia.tokens must be a whole number, not {number}"})
+    assert metrics.by_label("requests") == {"ring-full": 50, "other": 50, "bad-request": 50}
+
+
+def test_every_cause_is_in_the_documents() -> None:
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "serve.md").read_text()
+    assert [cause for cause in CAUSES if f"`{cause}`" not in text] == []
 
 
 def test_faults_are_kept_in_order_and_bounded() -> None:

@@ -195,6 +195,7 @@ def test_nothing_of_a_request_is_promised_when_the_engine_s_memory_changed_by_it
     monkeypatch.setattr(compat, "cpu_instruction_set", lambda *_: "x86_64-vec")
     monkeypatch.setattr(config, "AUDIT_PERIOD_S", 0.01)
     monkeypatch.setattr(config, "AUDIT_IDLE_S", 0.0)
+    monkeypatch.setattr(config, "APPENDS_TOLD_S", 0.0)
     kv = {f"l{i}": torch.randn(BLOCKS, HEADS, TOKENS, 2 * DIM).to(torch.bfloat16) for i in range(LAYERS)}
     cache = SimpleNamespace(num_blocks=BLOCKS, kv_cache_groups=[SimpleNamespace(kv_cache_spec=SimpleNamespace(head_size=DIM))])
     worker = WorkerSide(Settings(journal, replica=5), None, cache)
@@ -209,12 +210,13 @@ def test_nothing_of_a_request_is_promised_when_the_engine_s_memory_changed_by_it
     step = writes.step([Scheduled("a", [1, 2], True, 0, 9), Scheduled("b", [3, 4], True, 0, 9)], step=1)
     for note in step.notes:
         scribe.note_keys(note, step=1)
+    append_ns = 0
     # Of "a" alone a block is offered, so that the sample is no matter of chance.
     for number, write in enumerate(step.writes, start=1):
         meta = StepMetadata(number, 9, [write], step.reused if number == 1 else [])
         worker.before_step(meta)
         worker.save(meta)
-        worker.take_report()
+        append_ns += worker.take_report().append_ns
     key = tracks["a"].chain.keys[0] if tracks["a"].chain else 0
     eventually(lambda: client.committed(request_key("a")) == client.committed(request_key("b")) == 9, "both are committed")
     assert key in client.known_keys(layout_hash=layout, world=1)
@@ -229,6 +231,7 @@ def test_nothing_of_a_request_is_promised_when_the_engine_s_memory_changed_by_it
     assert key not in client.known_keys(layout_hash=layout, world=1)
     report = worker.take_report()
     assert (list(report.lost), report.differing) == (["a"], [1])
+    assert append_ns + report.append_ns > 0, "the executor's time reaches the scheduler's side"
     writes.lose("a")
     writes.disown(report.differing)
     tracks["c"] = writes.tracks["c"] = Track(Identity(name="c"), KeyChain(b"a", block_tokens=TOKENS), list(range(17)))

@@ -513,8 +513,8 @@ def test_blocks_are_looked_at_in_steps_only_when_the_engine_may_give_its_memory_
 
 
 def test_reports_add_up_to_the_worst_rank_when_they_are_joined() -> None:
-    first = WorkerReport(step=5, lost={"a": "x"}, missed={"m": (9, "x")}, loaded={"r": 0})
-    second = WorkerReport(step=4, lost={"b": "y"}, missed={"m": (4, "y")}, loaded={"r": 2}, differing=[7], off="gone")
+    first = WorkerReport(step=5, lost={"a": "x"}, missed={"m": (9, "x")}, loaded={"r": 0}, load_s={"r": 0.5}, append_ns=3)
+    second = WorkerReport(step=4, lost={"b": "y"}, missed={"m": (4, "y")}, loaded={"r": 2}, load_s={"r": 0.25}, append_ns=4, differing=[7], off="gone")
     assert first.aggregate(second) == WorkerReport(
-        step=4, lost={"a": "x", "b": "y"}, missed={"m": (4, "y")}, loaded={"r": 2}, differing=[7], off="gone"
+        step=4, lost={"a": "x", "b": "y"}, missed={"m": (4, "y")}, loaded={"r": 2}, load_s={"r": 0.5}, append_ns=7, differing=[7], off="gone"
     )

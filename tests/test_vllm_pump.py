@@ -1,4 +1,4 @@
-"""integrations/vllm/pump.py, door.py, settings.py.
+"""integrations/vllm/pump.py, append_clock.py, door.py, settings.py.
 
 Invariants: nothing is submitted before its step's event; a block is not given up while an append reads it, or its request is named; failures are
 told once per request; a full ring costs protection on the engine's thread and a wait on ours; behind a shut door nothing runs.
@@ -14,6 +14,7 @@ import pytest
 
 from concordia import abi, config
 from concordia.errors import ConcordiaError, RingFull, UsageError, WaitTimeout
+from concordia.integrations.vllm.append_clock import AppendClock
 from concordia.integrations.vllm.door import GuestDoor
 from concordia.integrations.vllm.pump import Append, AppendPump, Batch, Failure
 from concordia.integrations.vllm.settings import Settings
@@ -234,3 +235,16 @@ def test_nothing_is_submitted_any_more_when_the_pump_was_abandoned() -> None:
     pump.close()
     assert submitted == []
     assert pump.wait_for([1], timeout_s=0.01) == []
+
+
+def test_appending_is_timed_once_and_without_restores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "APPENDS_TOLD_S", 0.0)
+    busy = 100
+    clock = AppendClock(lambda: busy)
+    busy += 7
+    assert clock.take() == 7
+    with clock.restoring():
+        busy += 1000
+    busy += 2
+    assert clock.take() == 2
+    assert clock.take() == 0

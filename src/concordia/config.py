@@ -76,6 +76,7 @@ FINISH_LINGER_S: Final = (
 BLOCK_REUSE_WAIT_S: Final = (
     1.0  # an append that still reads a block about to be overwritten; then the engine goes first
 )
+APPENDS_TOLD_S: Final = 10.0  # one event per rank: some thousands a day, of the JOURNAL_EVENTS_MAX that are kept
 IDLE_STEP_WAIT_S: Final = (
     0.002  # an engine that only waits for a restore asks again this often, instead of spinning
 )

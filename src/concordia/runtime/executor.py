@@ -203,6 +203,11 @@ class Runtime:
             rescues=self.executor.rescues(),
         )
 
+    def busy_ns(self) -> int:
+        """Time spent in handlers so far; one load."""
+        self._require_open()
+        return self.ring.load("busy_ns")
+
     def close(self) -> None:
         """Run what was handed in, stop, give everything back. Raises WaitTimeout, with the memory kept, if a handler hangs."""
         with self._lock:

@@ -26,6 +26,24 @@ _LEVELS: Final = {
     "partial": Level.PARTLY_RESTORED,
     "prefix": Level.PARTLY_RESTORED,
 }
+# Why an engine or the owner protects a request no more, in few words: a label has few values, and the sentence is in the log. By what the
+# sentence has in it; the first that fits.
+_CAUSES: Final = (
+    ("engine-off", ("protection is off",)),
+    ("journal-full", ("the journal had no room", "the journal is full", "no segment was free")),
+    ("ring-full", ("appends are unfinished", "slots of the ring are taken", "needed before they could be saved")),
+    ("bytes-differ", ("not as committed", "not what was committed")),
+    ("cache-reset", ("the engine's cache was reset",)),
+    ("adapter", ("adapter",)),
+    ("name-used-again", ("was here before",)),
+    ("too-large", ("does not fit",)),
+    ("bad-request", ("concordia.", "kv_transfer_params.")),
+    (
+        "layout",
+        ("KV cache", "parallel", "spread over ranks", "calculate_kv_scales", "speculative decoding", "blocks known for"),
+    ),
+)
+CAUSES: Final = (*(cause for cause, _ in _CAUSES), "other")
 log = logging.getLogger(__name__)
 
 
@@ -112,6 +130,11 @@ def read_outcome(event: Mapping[str, Any]) -> Outcome | None:
         int(event.get("recomputed_tokens", 0)),
         int(event.get("hash_mismatches", 0)),
     )
+
+
+def cause_of(reason: str) -> str:
+    """The cause, one of CAUSES, that an event's sentence names."""
+    return next((cause for cause, parts in _CAUSES if any(part in reason for part in parts)), CAUSES[-1])
 
 
 def describe_loss(event: Mapping[str, Any]) -> str | None:

@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from concordia import config
 from concordia.recovery.fault import Fault
+from concordia.serving.journal_events import cause_of
 from concordia.serving.need import Level
 
 _HELP: Final = {
@@ -29,9 +30,10 @@ _HELP: Final = {
     "hash_mismatches": "restored bytes that differed from what was committed",
     "journal_bytes": "payload bytes committed to the journal",
     "dropped_records": "records lost for want of a segment",
-    "append_seconds": "time spent in append handlers",
+    "append_seconds": "time that executors of engines spent in handlers, restores apart; told every ten seconds",
     "corruptions": "records found damaged that no crash explains",
-    "restore_seconds": "time spent in restores",
+    "restore_seconds": "time that resumed requests took to be looked up, verified and loaded",
+    "restore_wait_seconds": "time from a resumed request's coming to its first step, with the wait for its cohort",
     "engine_unprotected": "requests that lost protection in an engine",
     "tokens": "tokens sent to clients",
     "failovers": "failovers completed",
@@ -114,13 +116,16 @@ class Metrics:
         if name == "restored":
             self.count("restored_tokens", int(event.get("restored_tokens", 0)))
             self.count("recomputed_tokens", int(event.get("recomputed_tokens", 0)))
-            self.count("restore_seconds", float(event.get("waited_ms", 0.0)) / 1e3)
+            self.count("restore_seconds", float(event.get("restore_ms", 0.0)) / 1e3)
+            self.count("restore_wait_seconds", float(event.get("waited_ms", 0.0)) / 1e3)
         elif name == "prefix-restored":
             self.count("prefix_restored_tokens", int(event.get("restored_tokens", 0)))
         elif name == "prefix-missed":
             self.count("prefixes_missed")
+        elif name == "appended":
+            self.count("append_seconds", float(event.get("seconds", 0.0)))
         elif name == "unprotected":
-            self.count("requests", 1, "unprotected", str(event.get("reason", "unknown"))[:80])
+            self.unprotected(cause_of(str(event.get("reason", ""))))
         elif name == "corruption":
             self.count("corruptions")
         self.count("hash_mismatches", int(event.get("hash_mismatches", 0)))

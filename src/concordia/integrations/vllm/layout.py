@@ -149,6 +149,14 @@ def predicted_bytes(geometry: KvGeometry, slot: int) -> npt.NDArray[np.bool_]:
     return mask
 
 
+def in_words(geometry: KvGeometry) -> str:
+    """For the log."""
+    return (
+        f"{geometry.layers} layers, {geometry.block_count} blocks of {geometry.block_tokens} tokens, "
+        f"{geometry.block_bytes} bytes each, {geometry.dtype}, {geometry.instruction_set}"
+    )
+
+
 def _distinct(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     """Layers in the engine's order, each memory once: layers may share a cache."""
     found: dict[int, torch.Tensor] = {}

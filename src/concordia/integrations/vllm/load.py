@@ -1,4 +1,4 @@
-"""What a request gets from the journal before a step, floor 7.
+"""What a request gets from the journal before a step, and what a piece of its KV is, floor 7.
 
 Owns: the values that name it. Promises: plain and small, so that they travel to every worker. Made by the restorer, applied by the
 worker side. Does nothing by itself.
@@ -19,6 +19,15 @@ class PieceRef(NamedTuple):
     pool_offset: int
     payload_bytes: int
     payload_hash: int
+
+
+class PieceRange(NamedTuple):
+    """Tokens within one block, and how they are saved."""
+
+    kind: int
+    start: int
+    end: int
+    block: int
 
 
 @dataclass(frozen=True, slots=True)

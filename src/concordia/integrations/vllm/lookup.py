@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from concordia import config
 from concordia.errors import ConcordiaError
@@ -24,6 +24,7 @@ class Answer:
 
     plan: RestorePlan | None
     reason: str = ""
+    took_s: float = 0.0  # asking and hashing, without the time in the queue
 
 
 @dataclass(slots=True)
@@ -101,12 +102,14 @@ class Lookups:
                 return
             if asked.answer is not None or time.monotonic() >= asked.deadline:
                 continue
+            started = time.monotonic()
             try:
                 answer = Answer(asked.ask(asked.deadline))
             except (ConcordiaError, OSError) as error:
                 answer = Answer(None, str(error))
             except Exception as error:  # the thread's guest door: a question that fails is a cold start, said in its event
                 answer = Answer(None, f"{type(error).__name__}: {error}")
+            answer = replace(answer, took_s=time.monotonic() - started)
             with self._done:
                 if asked.answer is None:
                     asked.answer = answer

@@ -37,6 +37,8 @@ class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     lost: dict[str, str] = field(default_factory=dict)  # request -> why its appends failed for good
     missed: dict[str, tuple[int, str]] = field(default_factory=dict)  # request -> (token from which it is not saved, why): may be tried again
     loaded: dict[str, int] = field(default_factory=dict)  # request -> pieces whose bytes were not as committed
+    load_s: dict[str, float] = field(default_factory=dict)  # the same requests -> how long it took
+    append_ns: int = 0  # that handlers of all ranks ran, restores apart
     differing: list[int] = field(default_factory=list)  # blocks that are not what was committed of them
     off: str | None = None  # why this worker protects nothing any more
 
@@ -48,11 +50,16 @@ class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
         loaded = dict(self.loaded)
         for request, count in other.loaded.items():
             loaded[request] = loaded.get(request, 0) + count
+        load_s = dict(self.load_s)
+        for request, took_s in other.load_s.items():
+            load_s[request] = max(took_s, load_s.get(request, 0.0))
         return WorkerReport(
             step=min(self.step, other.step),
             lost={**other.lost, **self.lost},
             missed=missed,
             loaded=loaded,
+            load_s=load_s,
+            append_ns=self.append_ns + other.append_ns,
             differing=[*self.differing, *other.differing],
             off=self.off or other.off,
         )

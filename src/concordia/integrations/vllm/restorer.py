@@ -37,6 +37,7 @@ class _Waiting:
     offered: RestorePlan | None = None
     is_hit_own: bool = False  # whether the hit holds what the request's records have
     reason: str = ""
+    lookup_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -108,7 +109,7 @@ class Restorer:
         if answer.plan is not None and not answer.plan.is_current(self._source.pool):
             self._lookups.ask_again(request)  # the journal moved it while the request waited for room
             return None
-        waiting.offered, waiting.reason = answer.plan, answer.reason
+        waiting.offered, waiting.reason, waiting.lookup_s = answer.plan, answer.reason, answer.took_s
         if answer.plan is None:
             return 0
         return max(0, min(answer.plan.tokens, len(track.tokens) - 1) - hit)
@@ -151,11 +152,12 @@ class Restorer:
         self.settle()
         return step
 
-    def confirm(self, request: str, mismatches: int) -> None:
-        """Every rank has the bytes in place, or says how many pieces differ."""
+    def confirm(self, request: str, mismatches: int, *, load_s: float = 0.0) -> None:
+        """Every rank has the bytes in place, or says how many pieces differ; the slowest took `load_s`."""
         facts = self._unsaid.pop(request, None)
         if facts is not None:
             facts["hash_mismatches"] = mismatches
+            facts["restore_ms"] = round(facts["restore_ms"] + 1000 * load_s, 1)
             if mismatches:
                 facts.update(event="restore-failed", level="none")
             self._say(facts)
@@ -236,6 +238,7 @@ class Restorer:
             "recomputed_tokens": known - waiting.hit - restored,
             "hash_mismatches": 0,
             "cohort": identity.cohort.name if identity.cohort else None,
+            "restore_ms": round(1000 * waiting.lookup_s, 1),
             "waited_ms": round(1000 * (time.monotonic() - waiting.came), 1),
         }
         if waiting.reason or level != "state-exact":

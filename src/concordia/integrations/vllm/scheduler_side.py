@@ -143,7 +143,7 @@ class SchedulerSide:
     def report(self, report: WorkerReport) -> None:
         """What the workers did."""
         for name, mismatches in report.loaded.items():
-            self._restorer.confirm(name, mismatches)
+            self._restorer.confirm(name, mismatches, load_s=report.load_s.get(name, 0.0))
             if mismatches:
                 self._lose(name, f"{mismatches} restored pieces were not as committed")
         for name, reason in report.lost.items():
@@ -151,6 +151,8 @@ class SchedulerSide:
         self._writes.disown(report.differing)
         for name, (token, reason) in report.missed.items():
             self._miss(name, token, reason)
+        if report.append_ns:
+            self._scribe.event({"event": "appended", "seconds": report.append_ns / 1e9})
         if report.step:
             self._scribe.done(report.step)
         if report.off is not None:
@@ -179,6 +181,7 @@ class SchedulerSide:
     def shut(self, reason: str) -> None:
         """The guest door has shut: everybody here is unprotected, and no step that was announced may look unfinished for ever."""
         self._scribe.rest()
+        reason = f"protection is off: {reason}"
         for name, track in list(self._writes.tracks.items()):
             self._unprotect(name, track.identity, reason)
         self._scribe.event({"event": "unprotected", "request": "*", "reason": reason})

@@ -9,8 +9,9 @@ whole blocks. Called by connector.py behind the guest door. It decides nothing a
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,10 +19,12 @@ from concordia import abi, config
 from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.errors import ConcordiaError, RecoveryError
 from concordia.integrations.vllm import compat
+from concordia.integrations.vllm.append_clock import AppendClock
 from concordia.integrations.vllm.applier import Applier
 from concordia.integrations.vllm.audit import DIFFERS, Audit
 from concordia.integrations.vllm.door import logger
-from concordia.integrations.vllm.layout import Layout, Probe, Proof, describe_kv
+from concordia.integrations.vllm.layout import Layout, Probe, Proof, describe_kv, in_words
+from concordia.integrations.vllm.load import Load, PieceRange
 from concordia.integrations.vllm.metadata import StepMetadata, WorkerReport
 from concordia.integrations.vllm.pump import Append, AppendPump, Batch, Event
 from concordia.journal.client import JournalClient
@@ -30,14 +33,6 @@ from concordia.journal.record import request_key
 if TYPE_CHECKING:
     from concordia.integrations.vllm.settings import Settings
     from concordia.integrations.vllm.write_set import Write
-
-class PieceRange(NamedTuple):
-    """Tokens within one block, and how they are saved."""
-
-    kind: int
-    start: int
-    end: int
-    block: int
 
 
 class WorkerSide:
@@ -58,6 +53,7 @@ class WorkerSide:
         self._pump: AppendPump | None = None
         self._applier: Applier | None = None
         self._audit: Audit | None = None
+        self._clock: AppendClock | None = None
         self._block_tokens = compat.block_tokens(kv_cache_config) if self._why_not is None else 0
         self._is_cuda = False
         self._refused: set[str] = set()  # requests whose load failed in this step: their blocks hold nothing to save
@@ -92,6 +88,7 @@ class WorkerSide:
         )
         self._checkpointer = Checkpointer.open(device, self._attachment.target, lanes=1)
         self._region = self._checkpointer.register_kv(layout.geometry, layout.addresses)
+        self._clock = AppendClock(self._checkpointer.runtime.busy_ns)
         control = self._attachment.board.control(self._attachment.slot)
         self._pump = AppendPump(
             self._checkpointer, is_threaded=self._is_cuda, committed=lambda: control.committed_count
@@ -108,7 +105,7 @@ class WorkerSide:
         if self._probe.proof is Proof.GIVEN_UP:
             self._say_blocks()
         logger.info(
-            "Concordia protects rank %d: %s, %s", self._rank, device, _in_words(layout.geometry)
+            "Concordia protects rank %d: %s, %s", self._rank, device, in_words(layout.geometry)
         )
 
     # --- the order of one step
@@ -139,7 +136,7 @@ class WorkerSide:
             torch.cuda.current_stream().synchronize()
         self._refused.update(load.request for load in meta.loads)
         for load in meta.loads:
-            mismatches = self._applier.apply(load)
+            mismatches = self._apply(load)
             self._report.loaded[load.request] = mismatches
             if mismatches == 0:
                 self._refused.discard(load.request)
@@ -163,6 +160,7 @@ class WorkerSide:
     def take_report(self) -> WorkerReport:
         """What the scheduler side must know; the step is over."""
         report, self._report = self._report, WorkerReport(step=self._report.step)
+        report.append_ns = self._clock.take() if self._clock is not None else 0
         for found in self._audit.rest() if self._audit is not None else ():
             report.lost.setdefault(found.write.request, DIFFERS)
             report.differing.append(found.block)
@@ -177,6 +175,7 @@ class WorkerSide:
             self._audit.close()
         if self._pump is not None:
             self._pump.abandon()
+        self._clock = None
         if self._checkpointer is not None:
             self._checkpointer.close()
 
@@ -193,7 +192,7 @@ class WorkerSide:
             self._attachment.close()
         if self._client is not None:
             self._client.close()
-        self._audit = self._pump = self._applier = self._checkpointer = self._attachment = self._client = None
+        self._clock = self._audit = self._pump = self._applier = self._checkpointer = self._attachment = self._client = None
 
     # --- leaves
 
@@ -201,6 +200,15 @@ class WorkerSide:
         if self._pump is None:
             raise RecoveryError(self._why_not or "the engine never registered its KV memory")
         return self._pump
+
+    def _apply(self, load: Load) -> int:
+        assert self._applier is not None
+        assert self._clock is not None
+        started = time.monotonic()
+        with self._clock.restoring():
+            mismatches = self._applier.apply(load)
+        self._report.load_s[load.request] = time.monotonic() - started
+        return mismatches
 
     def _record_event(self) -> Event | None:
         if not self._is_cuda:
@@ -290,10 +298,3 @@ class WorkerSide:
             logger.warning("Concordia could not record %s: %s", facts, error)
             if self._pump is not None:
                 self._pump.count_other(-1)
-
-
-def _in_words(geometry: Any) -> str:
-    return (
-        f"{geometry.layers} layers, {geometry.block_count} blocks of {geometry.block_tokens} tokens, "
-        f"{geometry.block_bytes} bytes each, {geometry.dtype}, {geometry.instruction_set}"
-    )
