@@ -609,6 +609,34 @@ def test_nothing_is_admitted_and_all_ends_when_the_router_drains() -> None:
     run(scenario)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", completion()),
+        ("/v1/completions", completion(prompt="text")),
+        ("/v1/chat/completions", chat(tools=[1], stream=False, stream_options=None)),
+    ],
+    ids=["ids", "rendered", "passed"],
+)
+def test_drain_waits_for_a_request_when_it_is_still_held(path: str, body: dict[str, Any]) -> None:
+    async def scenario() -> None:
+        first, second = engines(2)
+        async with served(first, second) as bench:
+            bench.replicas.fail_over_gate = asyncio.Event()
+            bench.replicas.notice(first)
+            await until(lambda: bench.router.faults.running_count == 1)
+            held = asyncio.create_task(ask(bench, path, **body))
+            await until(lambda: bench.router.admission.held_count == 1)
+            assert bench.router.in_flight == 1
+            assert await bench.router.drain(0.05) == 1
+            bench.replicas.fail_over_gate.set()
+            assert await bench.router.drain(20) == 0
+            status, _ = await held
+        assert status == 200
+
+    run(scenario)
+
+
 def test_load_is_spread_and_survivors_go_on_when_one_of_two_replicas_fails() -> None:
     async def scenario() -> None:
         first, second, third = engines(3)

@@ -111,10 +111,6 @@ class Admission:
                 del self._passing[key]
 
     @property
-    def passing_count(self) -> int:
-        return sum(self._passing.values())
-
-    @property
     def is_open(self) -> bool:
         """True while a new request would be served, at once or after a failover."""
         return not self.is_draining and (self._moving > 0 or self.choose() is not None)

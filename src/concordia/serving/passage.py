@@ -75,6 +75,10 @@ class Passage:
     async def run(self, send: Send) -> None:
         """Forward and answer; raises RequestRefused while nothing has been sent."""
         self._router.admission.check()
+        with self._router.entered():
+            await self._run(send)
+
+    async def _run(self, send: Send) -> None:
         is_repeatable = self._method in ("GET", "HEAD") or self._target.startswith(_REPEATABLE)
         attempts = config.ATTEMPTS_MAX if is_repeatable else 1
         while True:

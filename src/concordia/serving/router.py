@@ -9,11 +9,12 @@ detect, kill or start anything.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
 import uuid
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -92,6 +93,7 @@ class Router:
         self._flights: dict[str, Flight] = {}
         self._orders = itertools.count(1)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._entered_count = 0
         self._context_tokens = 0
         self._fingerprint: str | None = None
 
@@ -133,7 +135,17 @@ class Router:
 
     @property
     def in_flight(self) -> int:
-        return len(self._flights) + self.admission.passing_count
+        """All that a client waits for, whether an engine has it yet or not."""
+        return len(self._flights) + self._entered_count
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Count a request that has come in while it has no flight: it waits, is rendered, or is passed through."""
+        self._entered_count += 1
+        try:
+            yield
+        finally:
+            self._entered_count -= 1
 
     def load(self, replica: ReplicaLike) -> int:
         """Answers that this replica owes their first event, for the detector; later ones it sees by the engine's steps.
@@ -177,8 +189,9 @@ class Router:
         writer = Writer(request, self.tokenizer, f"{prefix}-{client_id}", int(time.time()))
         writer.fingerprint = self._fingerprint
         with self._turnstile.enter(request.cohort.name if request.cohort else None) as turn:
-            prompts = await self._renderer.render(request, headers)
-            await turn.wait()
+            with self.entered():
+                prompts = await self._renderer.render(request, headers)
+                await turn.wait()
             flights = [
                 self._make_flight(request, order, index, prompts[index // request.count], headers)
                 for index in range(len(prompts) * request.count)
