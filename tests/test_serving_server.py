@@ -15,6 +15,8 @@ import pytest
 
 from asking import ask, chat, completion, engines, events, health, run, until
 from concordia import config
+from concordia.serving import router
+from concordia.serving.flight import Flight
 from concordia.serving.router import RouterSettings
 from fake_engine import Bench, Failure, served
 
@@ -50,6 +52,41 @@ def test_bad_body_is_a_400_when_it_is_no_json_object(data: bytes) -> None:
                 error = json.loads(body)["error"]
                 assert (status, error["code"]) == (400, 400)
                 assert set(error) == {"message", "type", "param", "code"}
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("token", [1 << 32, 1 << 70, -1, True])
+def test_prompt_is_refused_and_forgotten_when_it_holds_what_is_no_token_id(token: int) -> None:
+    async def scenario() -> None:
+        async with served(*engines(1)) as bench:
+            for prompt in ([5, token], [[5], [token]]):
+                status, text = await ask(bench, **completion(prompt=prompt))
+                assert (status, json.loads(text)["error"]["param"]) == (400, "prompt")
+                assert "token id" in json.loads(text)["error"]["message"]
+            assert bench.router.in_flight == 0
+
+    run(scenario)
+
+
+def test_nothing_is_kept_of_a_request_when_one_of_its_answers_cannot_be_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[Any] = []
+
+    def second_fails(*arguments: Any, **facts: Any) -> Flight:
+        made.append(facts)
+        if len(made) == 2:
+            raise OverflowError("whatever a tokenizer says of an id")
+        return Flight(*arguments, **facts)
+
+    monkeypatch.setattr(router, "Flight", second_fails)
+
+    async def scenario() -> None:
+        async with served(*engines(1)) as bench:
+            status, _ = await ask(bench, **completion(prompt=[[5], [6]]))
+            assert status == 500
+            assert bench.router.in_flight == 0
 
     run(scenario)
 

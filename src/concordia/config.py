@@ -157,6 +157,7 @@ REQUESTS_HELD_MAX: Final = (
     4096  # requests that wait for a replica during a failover; more are refused with 503
 )
 GREEDY_TEMPERATURE: Final = 1e-5  # vLLM samples greedily below this
+TOKEN_ID_MAX: Final = 2**32 - 1  # tokenizers and the journal keep ids in 32 bits; vLLM knows the vocabulary
 PROMPTS_MAX: Final = 1024  # prompts of one completion request, as vLLM has it
 TOKENIZER_LOAD_S: Final = 60.0  # a child imports transformers and reads one file
 UPSTREAM_CONNECT_S: Final = 2.0  # replicas listen on loopback: longer is a fault

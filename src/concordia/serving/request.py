@@ -201,7 +201,11 @@ def _prompts(body: Body) -> tuple[str | tuple[int, ...], ...]:
 
 
 def _is_ids(value: list[Any]) -> bool:
-    return all(type(one) is int and one >= 0 for one in value)
+    if not all(type(one) is int and one >= 0 for one in value):
+        return False
+    if max(value) > config.TOKEN_ID_MAX:
+        raise RequestRefused(f"{max(value)} in prompt is no token id", param="prompt")
+    return True
 
 
 def _check_messages(body: Body) -> None:

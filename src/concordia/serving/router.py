@@ -192,12 +192,13 @@ class Router:
             with self.entered():
                 prompts = await self._renderer.render(request, headers)
                 await turn.wait()
-            flights = [
-                self._make_flight(request, order, index, prompts[index // request.count], headers)
-                for index in range(len(prompts) * request.count)
-            ]
+            flights: list[Flight] = []
             generation = Generation(self, flights, writer)
             try:
+                for index in range(len(prompts) * request.count):
+                    prompt = prompts[index // request.count]
+                    flights.append(self._make_flight(request, order, index, prompt, headers))
+                    self._keep(flights[-1])
                 for flight in flights:
                     flight.posting = self.spawn(self.submit_alone(flight))
                 await generation.ready()
@@ -294,7 +295,7 @@ class Router:
         headers: Mapping[str, str],
     ) -> Flight:
         assert self.tokenizer is not None
-        flight = Flight(
+        return Flight(
             request,
             name=uuid.uuid4().hex,
             order=(order, index),
@@ -306,10 +307,12 @@ class Router:
             defaults=self.settings.defaults,
             tokenizer=self.tokenizer,
         )
+
+    def _keep(self, flight: Flight) -> None:
+        """Take it into the table, until it has landed."""
         self._flights[flight.name] = flight
         if self._recorder is not None:
             self._recorder.admit(flight)
-        return flight
 
     async def _ask_fingerprint(self, replica: ReplicaLike, model: str) -> str | None:
         """An answer that is cut at a stop string ends before vLLM has said its fingerprint, so it is asked for once."""
