@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 
 from asking import PROMPT, ask, chat, completion, engines, events, health, joined, run, until
+from concordia import config
 from concordia.serving.need import Defaults
 from concordia.serving.request import Sampler
 from concordia.serving.router import RouterSettings
@@ -298,6 +299,45 @@ def test_members_go_on_where_they_are_when_they_cannot_step_back(own: dict[str, 
             assert bench.metrics.totals()["stepped_back_tokens"] == 0, why
         expected = [3, 3] if "presence_penalty" in own else [3 + 4, 3 + 5]
         assert [len(b["prompt"]) for b in second.bodies] == expected
+
+    run(scenario)
+
+
+def test_members_go_on_where_they_are_when_they_lie_too_far_apart_for_one_step() -> None:
+    async def scenario() -> None:
+        counts = [7, 8, 7, 3]  # some of them lie within a step's tokens of the last
+        body = completion(max_tokens=12, concordia={"cohort": {"id": "c", "size": 4}})
+        first, second = engines(2)
+        first.failures = [Failure(count, "hang") for count in counts]
+        async with served(first, second) as bench:
+            tasks = []
+            for n in range(4):
+                tasks.append(asyncio.create_task(ask(bench, **{**body, "prompt": [n + 1, 5, 6]})))
+                await until(lambda n=n: len(first.bodies) == n + 1)
+            await until(lambda: bench.metrics.totals()["tokens"] == sum(counts))
+            bench.replicas.notice(first)
+            answers = await asyncio.gather(*tasks)
+            assert bench.metrics.totals()["stepped_back_tokens"] == 0
+        assert [len(b["prompt"]) for b in second.bodies] == [3 + count for count in counts]
+        assert [len(joined(text)["ids"]) for _, text in answers] == [12] * 4
+
+    run(scenario)
+
+
+def test_request_ends_with_an_error_and_others_go_on_when_it_kills_every_engine() -> None:
+    async def scenario() -> None:
+        many = engines(config.ATTEMPTS_MAX + 1)
+        for engine in many[:-1]:
+            engine.failures = [Failure(1, "hang"), Failure(0, "kill")]
+        async with served(*many) as bench:
+            other = asyncio.create_task(ask(bench, **completion()))
+            await until(lambda: bench.metrics.totals()["tokens"] == 1)
+            status, text = await ask(bench, **completion(prompt=[66]))
+            _, whole = await other
+        (error,) = [event["error"] for event in events(text)]
+        assert (status, error["code"], error["type"]) == (200, 500, "InternalServerError")
+        assert [len(engine.bodies) for engine in many] == [2] * config.ATTEMPTS_MAX + [1]
+        assert len(joined(whole)["ids"]) == 12
 
     run(scenario)
 

@@ -2,8 +2,9 @@
 
 Owns: one failover, from the fault to the last member's submission. Promises: members are submitted in the order in which they first came, one
 after the other, all naming the same cohort and size; a member that leaves before is not counted, one that leaves between is submitted all
-the same and let go once the cohort runs, so that nobody waits for it; the new replica takes no other work before. Made by the router for
-each fault. Does not decide that there was a fault and does not kill: the replica set does.
+the same and let go once the cohort runs, so that nobody waits for it; one that lost ATTEMPTS_MAX engines before a token came ends with an
+error; the new replica takes no other work before. Made by the router for each fault. Does not decide that there was a fault and does not
+kill: the replica set does.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from concordia import config
-from concordia.errors import ConcordiaError
+from concordia.errors import ConcordiaError, RequestRefused
 from concordia.recovery.fault import Fault
 from concordia.serving.flight import Flight, ReplicaLike
 from concordia.serving.submission import CohortTicket
@@ -49,17 +50,23 @@ class Cohort:
     def living(self) -> list[Flight]:
         return [flight for flight in self.members if not (flight.is_left or flight.is_done)]
 
+    @property
+    def movable(self) -> list[Flight]:
+        """Those that another engine is given to; a request that kills each of them must not have them all."""
+        return [flight for flight in self.living if flight.attempts < config.ATTEMPTS_MAX]
+
     async def run(self, router: Submitter) -> ReplicaLike:
         """Find a replica and move everybody there; returns the replica. Ends with CancelledError when that one fails too."""
         started = time.monotonic()
         self.replica = await self._find(router)
-        members = self.living
+        members = self.movable
+        self._refuse([flight for flight in self.living if flight not in members])
         for flight in members:
             flight.replica = self.replica
             flight.failovers += 1
         await router.count_uncommitted(members)
         # Counting took a moment, and the size that members name must be that of those who come.
-        members = self.living
+        members = self.movable
         forming = [flight for flight in members if _is_forming(flight, members)]
         router.count_again(_align(members))
         ticket = CohortTicket(self.name, len(members) - len(forming), config.RESTORE_WAIT_S)
@@ -78,6 +85,13 @@ class Cohort:
         )
         await self._let_go(members)
         return self.replica
+
+    def _refuse(self, flights: Sequence[Flight]) -> None:
+        """End those that were tried often enough."""
+        for flight in flights:
+            log.error("request %s is not tried again: %s", flight.name, self.fault)
+            message = f"the engine failed {flight.attempts} times before this request's next token"
+            flight.fail(RequestRefused(message, status=500, kind="InternalServerError"))
 
     async def _find(self, router: Submitter) -> ReplicaLike:
         """Ask for a replacement until there is one: members have deadlines of their own, so this loop needs none."""
@@ -116,17 +130,17 @@ def _align(members: Sequence[Flight]) -> int:
     from there would leave the members a step apart, and the batches of an unfailed run, which decide how sums are rounded, never form again.
     """
     again = 0
-    for flight in members:
-        if flight.request.cohort is None:
-            continue
-        same = _companions(flight, members)
-        common = min(len(other.ids) for other in same)
-        is_torn = 0 < len(flight.ids) - common <= config.TORN_STEP_TOKENS_MAX
-        if is_torn and all(other.can_step_back for other in same):
-            again += len(flight.ids) - common
+    named = [flight for flight in members if flight.request.cohort is not None]
+    while named:
+        same = _companions(named[0], named)
+        named = [flight for flight in named if flight not in same]
+        counts = [len(flight.ids) for flight in same]
+        is_torn = 0 < max(counts) - min(counts) <= config.TORN_STEP_TOKENS_MAX
+        is_aligned = is_torn and all(flight.can_step_back for flight in same)
+        for flight, count in zip(same, counts, strict=True):
+            common = min(counts) if is_aligned else count
+            again += count - common
             flight.step_back(common)
-        else:
-            flight.step_back(len(flight.ids))
     return again
 
 
