@@ -561,6 +561,33 @@ def test_client_cohort_is_named_to_the_engine_in_order_when_a_client_asks_for_on
     run(scenario)
 
 
+@pytest.mark.parametrize("is_held", [False, True])
+def test_client_cohort_sits_on_one_replica_when_several_serve(is_held: bool) -> None:
+    async def scenario() -> None:
+        pair = engines(2, gate=asyncio.Event())
+        body = completion(concordia={"cohort": {"id": "c", "size": 4}})
+        async with served(*pair, replicas=2) as bench:
+            if is_held:
+                bench.replicas.active = []
+            # Those of one request all wait side by side; members that come as requests of their own take turns.
+            bodies = [{**body, "prompt": [[n, 1] for n in range(4)]}] if is_held else [body] * 4
+            tasks = [asyncio.create_task(ask(bench, **one)) for one in bodies]
+            if is_held:
+                await until(lambda: bench.router.admission.held_count == 4)
+                bench.replicas.active = pair
+            await until(lambda: sum(len(engine.bodies) for engine in pair) == 4)
+            assert sorted(len(engine.bodies) for engine in pair) == [0, 4]
+            tasks.append(asyncio.create_task(ask(bench, **completion())))
+            await until(lambda: sum(len(engine.bodies) for engine in pair) == 5)
+            assert sorted(len(engine.bodies) for engine in pair) == [1, 4]
+            for engine in pair:
+                assert engine.gate is not None
+                engine.gate.set()
+            await asyncio.gather(*tasks)
+
+    run(scenario)
+
+
 @pytest.mark.parametrize("where", ["settings", "request"])
 def test_restore_is_not_asked_for_when_it_is_switched_off(where: str) -> None:
     async def scenario() -> None:

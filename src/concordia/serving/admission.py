@@ -16,6 +16,8 @@ from concordia import config
 from concordia.errors import RequestRefused
 from concordia.serving.flight import ReplicaLike
 
+Wish = Callable[[], ReplicaLike | None]  # asked at each look: who was held may wish for what has just been chosen for another
+
 
 class Admission:
     """`active` gives the replica set's present view, `load` how much a replica has to do."""
@@ -51,24 +53,26 @@ class Admission:
                 retry_after_s=config.RETRY_AFTER_S,
             )
 
-    def choose(self) -> ReplicaLike | None:
-        """The least loaded replica that takes new work."""
+    def choose(self, wished: ReplicaLike | None = None) -> ReplicaLike | None:
+        """The replica that is wished for if it takes new work, else the least loaded that does."""
         active = [r for r in self._active() if r.incarnation not in self._failed]
         if self._moving:
             active = [r for r in active if r.incarnation in self._known]
         else:
             self._known = {r.incarnation: r for r in active}
+        if wished is not None and any(r.incarnation == wished.incarnation for r in active):
+            return wished
         return min(active, key=self._total_load, default=None)
 
-    async def acquire(self) -> ReplicaLike:
+    async def acquire(self, wish: Wish = lambda: None) -> ReplicaLike:
         """The replica for a new request; waits until there is one. Raises RequestRefused at the bound."""
-        replica = self.choose()
+        replica = self.choose(wish())
         if replica is not None:
             return replica
         bound = time.monotonic() + self._wait_s
         self.held_count += 1
         try:
-            while (replica := self.choose()) is None:
+            while (replica := self.choose(wish())) is None:
                 left = bound - time.monotonic()
                 if left <= 0:
                     raise unavailable("no engine was there within the recovery timeout")

@@ -275,7 +275,7 @@ class Router:
         """The first submission, or that of a flight that was cut off without a fault of its replica."""
         ticket = flight.wished_ticket if flight.incarnation == 0 else None
         try:
-            flight.replica = await self.admission.acquire()
+            flight.replica = await self.admission.acquire(lambda: self._shared_replica(flight))
         except RequestRefused as error:
             flight.fail(error)
             return
@@ -285,6 +285,21 @@ class Router:
 
     def _load(self, replica: ReplicaLike) -> int:
         return sum(flight.replica is replica for flight in self._flights.values())
+
+    def _shared_replica(self, flight: Flight) -> ReplicaLike | None:
+        """Where the first of its client's cohort sits: members on two replicas would wait for each other in vain."""
+        wish = flight.request.cohort
+        if wish is None:
+            return None
+        others = [
+            other
+            for other in self._flights.values()
+            if other is not flight
+            and other.replica is not None
+            and other.request.cohort is not None
+            and other.request.cohort.name == wish.name
+        ]
+        return min(others, key=lambda other: other.order).replica if others else None
 
     def _make_flight(
         self,
