@@ -281,3 +281,22 @@ def test_uncommitted_tokens_are_counted_when_a_replica_fails() -> None:
 
     with Recorder(journal, None) as recorder:
         run(scenario)
+
+
+def test_answer_is_settled_once_when_its_report_and_its_end_both_ask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(config, "OUTCOME_WAIT_S", 0.1)
+
+    async def scenario() -> None:
+        first, second = engines(2)
+        first.failures = [Failure(3, "kill")]
+        with Recorder(FakeJournal(), FakeAppender()) as recorder:
+            async with served(first, second, recorder=recorder) as bench:
+                _, text = await ask(bench, **completion(concordia={"report": True}))
+                (report,) = [e["concordia"] for e in events(text) if "concordia" in e]
+                await until(lambda: sum(bench.metrics.by_label("levels").values()) == 1)
+                assert report["recomputed_tokens"] == 6
+                assert bench.metrics.totals()["recomputed_tokens"] == 6
+
+    run(scenario)

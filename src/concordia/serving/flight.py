@@ -87,6 +87,7 @@ class Flight:
         self.usage_details: Mapping[str, Any] | None = None
         self.is_unprotected = False
         self.is_settled = False
+        self.settling = asyncio.Lock()  # held by who finds out what became of its state
         self.last_at = time.monotonic()  # last sign of life of its stream
         self.level = Level.STATE_EXACT
         self.restored_tokens = 0

@@ -25,14 +25,11 @@ class Settlement:
     async def settle(self, flights: Sequence[Flight]) -> None:
         """Find out which level each resumed flight reached."""
         for flight in flights:
-            if not flight.failovers or flight.is_settled:
+            if not flight.failovers:
                 continue
-            outcome = None
-            if self._recorder is not None and self._restores and flight.request.allows_restore:
-                outcome = await self._recorder.outcome(flight)
-            flight.settle(outcome)
-            if outcome is None:  # no connector speaks of it, so nobody else counts it
-                self._metrics.count("recomputed_tokens", flight.recomputed_tokens)
+            async with flight.settling:  # its report and its end both ask, and the answer takes a while
+                if not flight.is_settled:
+                    await self._settle(flight)
 
     async def close(self, flight: Flight) -> None:
         """Count the level of an answer that has ended."""
@@ -48,3 +45,11 @@ class Settlement:
             if flight.request.allows_restore:
                 missing = flight.tokens_known - 1 - committed
                 self._metrics.count("uncommitted_tokens", max(0, missing))
+
+    async def _settle(self, flight: Flight) -> None:
+        outcome = None
+        if self._recorder is not None and self._restores and flight.request.allows_restore:
+            outcome = await self._recorder.outcome(flight)
+        flight.settle(outcome)
+        if outcome is None:  # no connector speaks of it, so nobody else counts it
+            self._metrics.count("recomputed_tokens", flight.recomputed_tokens)
