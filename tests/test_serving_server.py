@@ -117,7 +117,7 @@ def test_body_is_refused_when_it_is_too_large(monkeypatch: pytest.MonkeyPatch) -
 def test_key_is_asked_for_where_vllm_asks_for_it() -> None:
     async def scenario() -> None:
         async with served(*engines(1), api_keys=["one", "two"]) as bench:
-            for path in ("/v1/models", "/concordia/status"):
+            for path in ("/v1/models", "/v1/other"):
                 assert (await raw(bench, "GET", path))[0] == 401
                 assert (await raw(bench, "GET", path, authorization="Bearer wrong"))[0] == 401
                 assert (await raw(bench, "GET", path, authorization="one"))[0] == 401
@@ -258,8 +258,7 @@ def test_status_and_metrics_tell_of_a_failover_when_there_was_one() -> None:
         first.failures = [Failure(3, "kill")]
         async with served(first, second) as bench:
             await ask(bench, **completion())
-            _, _, body = await raw(bench, "GET", "/concordia/status")
-            status = json.loads(body)
+            status = bench.router.status()
             assert [fault["kind"] for fault in status["faults"]] == ["engine-error"]
             assert status["counters"]["failovers"] == 1
             assert status["in_flight"] == 0
@@ -277,12 +276,14 @@ def test_status_and_metrics_tell_of_a_failover_when_there_was_one() -> None:
     run(scenario)
 
 
-def test_drain_is_asked_for_over_http() -> None:
+@pytest.mark.parametrize(("method", "path"), [("POST", "/concordia/drain"), ("GET", "/concordia/status")])
+def test_operators_commands_are_not_there_when_asked_over_http(method: str, path: str) -> None:
     async def scenario() -> None:
-        async with served(*engines(1)) as bench:
-            status, _, body = await raw(bench, "POST", "/concordia/drain?timeout_s=1")
-            assert (status, json.loads(body)) == (200, {"left": 0})
-            assert await health(bench) == 503
+        (engine,) = engines(1)
+        async with served(engine) as bench:
+            status, _, _ = await raw(bench, method, path, origin="http://elsewhere")
+            assert (status, engine.others[-1][:2]) == (200, (method, path)), "it is vLLM's to say that it knows no such path"
+            assert await health(bench) == 200
 
     run(scenario)
 

@@ -1,9 +1,9 @@
 """The HTTP face: what an OpenAI client talks to.
 
 Owns: the ASGI application, its paths, the API key and the watch over clients that leave. Promises: completions and chats go through the
-router, everything else but /health, /metrics and /concordia/* to a replica as it is; an error before the first byte has its HTTP status, one
-after it is the stream's last event; a client that leaves cancels what it asked for, at any moment. Run by the command line under uvicorn.
-Does not keep state of its own.
+router, everything else but /health and /metrics to a replica as it is; an error before the first byte has its HTTP status, one after it is
+the stream's last event; a client that leaves cancels what it asked for, at any moment. Run by the command line under uvicorn. Does not keep
+state of its own, and does nothing for the operator: status and drain are the control socket's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, Final
 
 from starlette.applications import Starlette
@@ -21,7 +21,7 @@ from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -33,21 +33,17 @@ from concordia.serving.passage import Passage, forwarded_headers
 from concordia.serving.request import Endpoint, GenerationRequest, parse
 from concordia.serving.router import Router
 
-# What vLLM's server guards, and our own.
-GUARDED_PREFIXES: Final = ("/v1", "/v2", "/inference", "/cohere", "/concordia")
+# What vLLM's server guards.
+GUARDED_PREFIXES: Final = ("/v1", "/v2", "/inference", "/cohere")
 _STREAM_HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
 ]
 _JSON_HEADERS: Final = [(b"content-type", b"application/json")]
 
-Describe = Callable[[], Mapping[str, Any]]
 
-
-def make_app(
-    router: Router, *, api_keys: Sequence[str] = (), describe: Describe | None = None
-) -> Starlette:
-    """The application; `describe` adds what the replica set and the journal know to /concordia/status."""
+def make_app(router: Router, *, api_keys: Sequence[str] = ()) -> Starlette:
+    """The application."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -61,19 +57,10 @@ def make_app(
     async def metrics(_: Request) -> Response:
         return Response(router.metrics.page(), media_type="text/plain; version=0.0.4")
 
-    async def status(_: Request) -> Response:
-        return JSONResponse({**router.status(), **(describe() if describe else {})})
-
-    async def drain(request: Request) -> Response:
-        timeout = float(request.query_params.get("timeout_s", config.DRAIN_WAIT_S))
-        return JSONResponse({"left": await router.drain(min(timeout, config.DRAIN_WAIT_MAX_S))})
-
     return Starlette(
         routes=[
             Route("/health", health, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
-            Route("/concordia/status", status, methods=["GET"]),
-            Route("/concordia/drain", drain, methods=["POST"]),
             *(Route(e.value, _Generating(router, e), methods=["POST"]) for e in Endpoint),
             Mount("/", _Passing(router)),
         ],

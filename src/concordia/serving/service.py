@@ -170,7 +170,7 @@ class Service:
             self._router = Router(
                 self._replicas, recorder, tokenizer, self._router_settings(tokenizer), self._metrics
             )
-            app = make_app(self._router, api_keys=settings.api_keys, describe=self.describe)
+            app = make_app(self._router, api_keys=settings.api_keys)
             async with listening(app, self._listener), self._controlled():
                 self._say_ready()
                 await self._stop.wait()
