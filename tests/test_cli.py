@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from concordia.cli import cli
+from concordia.serving.start import api_keys
 
 WITHOUT_VLLM = """
 import importlib.util as util
@@ -220,3 +221,19 @@ def test_every_flag_has_a_variable_when_listed() -> None:
         if parameter.param_type_name == "option":
             long = next(o for o in parameter.opts if o.startswith("--"))
             assert parameter.envvar == "CONCORDIA_" + long[2:].upper().replace("-", "_")
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "expected"),
+    [
+        ((), None, ()),
+        ((), "", ()),
+        ((), "theirs", ("theirs",)),
+        (("a", "b"), "theirs", ("a", "b")),
+    ],
+)
+def test_key_of_vllms_variable_is_asked_for_when_none_is_given(
+    given: tuple[str, ...], variable: str | None, expected: tuple[str, ...]
+) -> None:
+    environment = {} if variable is None else {"VLLM_API_KEY": variable}
+    assert api_keys(given, environment) == expected

@@ -82,7 +82,11 @@ def cli() -> None:
 )
 @_option("--host", default="127.0.0.1", help="Address to listen on.")
 @_option("--port", type=click.IntRange(1, 65535), default=8000, help="Port to listen on.")
-@_option("--api-key", multiple=True, help="Key that clients must send; may be given again.")
+@_option(
+    "--api-key",
+    multiple=True,
+    help="Key that clients must send; may be given again. Without one, that of VLLM_API_KEY.",
+)
 @_option("--served-model-name", multiple=True, help="Name that clients use; may be given again.")
 @_engine_options
 @_option("--journal-dir", type=click.Path(path_type=pathlib.Path), help="Folder of the journal.")

@@ -70,6 +70,12 @@ def start(options: Mapping[str, Any], engine_arguments: Sequence[str]) -> int:
         listener.close()
 
 
+def api_keys(given: Sequence[str], environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Keys that clients must send one of: those given, else vLLM's own variable, as with vLLM."""
+    fallback = environment.get("VLLM_API_KEY")
+    return tuple(given) or ((fallback,) if fallback else ())
+
+
 def _run(
     options: Mapping[str, Any],
     *,
@@ -103,7 +109,7 @@ def _run(
         engine=engine,
         plan=plan,
         replicas=options["replicas"],
-        api_keys=tuple(options["api_key"]),
+        api_keys=api_keys(options["api_key"], os.environ),
         served_names=tuple(options["served_model_name"]),
         journal=_journal_path(options),
         commits_before_emit=options["commit"] == "before-emit",
