@@ -141,6 +141,9 @@ def test_nothing_is_compiled_when_an_engine_is_eager(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
     assert settings() == {"1"}
     assert settings("--enforce-eager") == {"1"}
+    assert settings("--no-enforce-eager", "--enforce-eager") == {"1"}
+    assert settings("--no-enforce-eager") == {None}
+    assert settings("--enforce-eager", "--no-enforce-eager") == {None}
     assert settings("-O3") == {None}
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "0")
     assert settings() == {None}

@@ -116,6 +116,12 @@ class EngineFlags:
         given = set(self.names())
         return any(name in given or name.replace("--", "--no-", 1) in given for name in names)
 
+    def is_on(self, name: str) -> bool:
+        """Whether a switch was given, and its negative form not after it."""
+        negative = name.replace("--", "--no-", 1)
+        found = [given for given in self.names() if given in (name, negative)]
+        return bool(found) and found[-1] == name
+
     def values(self, name: str) -> list[str]:
         """All values after the last time the flag was given; empty for a switch."""
         found: list[str] = []

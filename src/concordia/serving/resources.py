@@ -153,7 +153,7 @@ def _cpu_shares(
     if not flags.has(*names) and not any(name.startswith("-O") for name in flags.names()):
         # Compiling takes longer than all the rest of a start, and is repeated at each; it brought no tokens/s.
         fixed.append("--enforce-eager")
-    is_eager = "--enforce-eager" in fixed or flags.has("--enforce-eager")
+    is_eager = "--enforce-eager" in fixed or flags.is_on("--enforce-eager")
     environment: dict[str, str] = {}
     if is_eager and "TORCH_COMPILE_DISABLE" not in os.environ:
         # Else vLLM compiles what ranks log-probabilities when the first request wants some: 20 s, and 11 s from its cache.

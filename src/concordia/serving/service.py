@@ -159,7 +159,7 @@ class Service:
             tokenizers.load,
             flags.value("--tokenizer") or settings.model,
             revision=flags.value("--tokenizer-revision") or flags.value("--revision"),
-            trusts_remote_code=flags.has("--trust-remote-code"),
+            trusts_remote_code=flags.is_on("--trust-remote-code"),
         )
         with contextlib.ExitStack() as stack:
             recorder = None
