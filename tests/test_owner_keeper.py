@@ -13,10 +13,13 @@ import time
 import pytest
 
 from concordia import config
+from concordia.errors import JournalRefused
 from concordia.journal.client import JournalClient
+from concordia.journal.spawn import spawn_owner
 from concordia.recovery.fault import Fault, FaultKind
 from concordia.serving.owner_keeper import OwnerKeeper
 from concordia.serving.process_tree import become_subreaper, read_process
+from concordia.serving.protection import Protection
 
 
 def test_journal_has_another_owner_when_the_first_dies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,3 +46,24 @@ def test_journal_has_another_owner_when_the_first_dies(monkeypatch: pytest.Monke
     assert not journal.exists()
     found = [read_process(pid) for pid in (first, keeper.pid)]
     assert all(p is None or not p.is_alive for p in found)
+
+
+def test_owner_ends_when_nobody_can_connect_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    become_subreaper()
+    journal = pathlib.Path(f"/dev/shm/concordia-keeper-{os.getpid()}")
+    found: list[int] = []
+
+    def refuse(journal: pathlib.Path) -> JournalClient:
+        owner = spawn_owner(journal, size_bytes=None)  # the one that lives
+        found.append(owner)
+        raise JournalRefused("not yours")
+
+    monkeypatch.setattr(JournalClient, "connect", refuse)
+    with (
+        pytest.raises(JournalRefused, match="not yours"),
+        Protection.open(journal, size_bytes=config.JOURNAL_BYTES_MIN),
+    ):
+        pass
+    owner = read_process(found[0])
+    assert owner is None or not owner.is_alive
+    assert not journal.exists()

@@ -11,6 +11,7 @@ import logging
 import os
 import pathlib
 import select
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -46,6 +47,14 @@ class OwnerKeeper:
         os.eventfd_write(self._wake, 1)
         self._thread.join(config.OWNER_START_S)
         os.close(self._wake)
+
+    def abandon(self) -> None:
+        """Stop, and end an owner that nobody could connect to."""
+        self.stop()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+        if not self.collect(timeout_s=config.KILL_S):
+            log.error("the journal's owner (%d) still runs", self.pid)
 
     def collect(self, *, timeout_s: float) -> bool:
         """Wait for an owner that was told to end; False at the bound."""

@@ -34,7 +34,12 @@ class Protection:
     @contextlib.contextmanager
     def open(cls, journal: pathlib.Path, *, size_bytes: int) -> Iterator[Protection]:
         """An owner for this journal, new or adopted, and a line to it. Raises what either says."""
-        opened = cls(OwnerKeeper(journal, size_bytes=size_bytes), JournalClient.connect(journal))
+        keeper = OwnerKeeper(journal, size_bytes=size_bytes)
+        try:
+            opened = cls(keeper, JournalClient.connect(journal))
+        except BaseException:
+            keeper.abandon()
+            raise
         try:
             yield opened
         finally:
