@@ -159,6 +159,20 @@ def test_other_paths_are_passed_through_unchanged() -> None:
     run(scenario)
 
 
+@pytest.mark.parametrize("path", ["/v1/models/org%2Fm", "/v1/%C3%A9?q=%2f", "/v1/a//b", "/x/../v1/secret"])
+def test_path_is_passed_through_as_it_was_written(path: str) -> None:
+    async def scenario() -> None:
+        (engine,) = engines(1)
+        async with served(engine) as bench:
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(bench.url.rpartition(":")[2]))
+            writer.write(f"GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+            assert b" 200 " in await reader.readline()
+            writer.close()
+            assert engine.others[-1][:2] == ("GET", path)
+
+    run(scenario)
+
+
 def test_passed_request_goes_to_the_next_replica_when_the_first_dies_before_its_answer() -> None:
     async def scenario() -> None:
         first, second = engines(2)

@@ -170,11 +170,13 @@ class _Passing:
             await send({"type": "websocket.close", "code": 1011})
             return
         request = Request(scope, receive)
+        # As it came: decoded, a slash within a name would be one between names.
+        path = scope["raw_path"].decode("latin-1")
         query = scope["query_string"].decode("latin-1")
         passage = Passage(
             self._router,
             method=scope["method"],
-            target=scope["path"] + (f"?{query}" if query else ""),
+            target=path + (f"?{query}" if query else ""),
             headers=forwarded_headers(request.headers),
             body=await _read_body(request, None),
         )

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
 import aiohttp
+from yarl import URL
 
 from concordia import config
 from concordia.errors import RequestRefused, UpstreamBroken
@@ -119,10 +120,11 @@ class Upstream:
         self, method: str, url: str, *, data: bytes, headers: Mapping[str, str]
     ) -> aiohttp.ClientResponse:
         """Send a request as it is; the caller reads and closes the response."""
-        return await self._send(method, url, data=data, headers=headers)
+        # As it is: what resolves `..` here would lead past the paths that the API key guards.
+        return await self._send(method, URL(url, encoded=True), data=data, headers=headers)
 
     async def _send(
-        self, method: str, url: str, *, data: bytes | None, headers: Mapping[str, str]
+        self, method: str, url: str | URL, *, data: bytes | None, headers: Mapping[str, str]
     ) -> aiohttp.ClientResponse:
         assert self._session is not None, "start() comes first"
         try:
