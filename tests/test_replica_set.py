@@ -6,6 +6,7 @@ another serves; a standby takes over at once and is itself replaced; what cannot
 
 from __future__ import annotations
 
+import errno
 import os
 import pathlib
 import signal
@@ -27,6 +28,7 @@ from concordia.serving.replica import MOVES, Replica, State
 from concordia.serving.replica_set import ReplicaSet
 from concordia.serving.resources import Share
 from concordia.serving.shared_names import SHARED_MEMORY
+from concordia.serving.watch import Watch
 
 STAND_IN = pathlib.Path(__file__).with_name("stand_in_engine.py")
 BOUND_S = 30.0
@@ -208,6 +210,58 @@ def test_standby_is_replaced_when_it_takes_long_to_die(
     os.kill(member(standby, "VLLM::EngineCor"), signal.SIGKILL)
     wait_for(lambda: replicas.standbys and replicas.standbys[0] is not standby, "another standby")
     assert attempts[:3] == [standby] * 3
+
+
+def test_engine_is_watched_struck_and_ended_when_its_processes_cannot_be_listed_for_a_while(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replicas = stage.make(1, 1)
+    replicas.start(timeout_s=BOUND_S)
+    wait_for(lambda: replicas.standbys, "a standby")
+    failed, standby = replicas.active[0], replicas.standbys[0]
+    core = member(failed, "VLLM::EngineCor")
+    refused: list[int] = []
+
+    def refuse() -> list[Any]:
+        refused.append(threading.get_ident())
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(failed.tree, "refresh", refuse)
+        wait_for(lambda: len(refused) >= 2, "a second look after the one that failed")
+        assert stage.faults == []
+        os.kill(core, signal.SIGKILL)
+        wait_for(lambda: stage.faults, "the fault")
+        assert replicas.fail_over(failed, stage.faults[0]) is standby
+        wait_for(lambda: len(set(refused)) >= 3, "attempts to strike and to end it")
+        assert failed.state is State.FENCING
+    wait_for(lambda: failed.state is State.DEAD, "its end")
+    wait_for(lambda: len(replicas.standbys) == 1, "a new standby")
+
+
+@pytest.mark.parametrize("where", ["wait_ready", "add"])
+def test_another_engine_is_started_when_a_start_fails_with_an_error_of_the_system(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    replicas = stage.make(1, 1)
+    replicas.start(timeout_s=BOUND_S)
+    wait_for(lambda: replicas.standbys, "a standby")
+    standby = replicas.standbys[0]
+    owner: type = Replica if where == "wait_ready" else Watch
+    real, asked = getattr(owner, where), []
+
+    def refuse_the_first(*arguments: Any, **how: Any) -> None:
+        asked.append(where)
+        if len(asked) == 1:
+            raise OSError(errno.EMFILE, "too many open files")
+        real(*arguments, **how)
+
+    monkeypatch.setattr(owner, where, refuse_the_first)
+    os.kill(member(standby, "VLLM::EngineCor"), signal.SIGKILL)
+    wait_for(lambda: len(stage.faults) == 2, "the failed start")
+    assert stage.faults[1].kind is FaultKind.START_FAILED
+    wait_for(lambda: replicas.standbys, "another standby")
+    assert len(asked) == 2
 
 
 @pytest.mark.skipif(not can_raise_priority(), reason="the right to raise a priority is missing")

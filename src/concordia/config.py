@@ -123,6 +123,7 @@ SHARED_PERIOD_S: Final = 5.0  # how often a replica's mappings are read for name
 # --- replicas
 KILL_S: Final = 5.0  # SIGKILL takes milliseconds; a process in an uninterruptible wait may never go
 FREEZE_S: Final = 0.5  # SIGSTOP takes microseconds; what does not stop is killed all the same
+FENCE_RETRY_S: Final = 0.5  # after an attempt to end an engine that failed for want of files or memory of our own
 HELPERS_S: Final = 1.0  # Python's resource trackers take 0.12 s to remove a dead engine's names
 START_S: Final = 1800.0  # weights of the largest models over a slow disk; a failure to start is noticed at once
 START_POLL_S: Final = 0.05

@@ -9,8 +9,10 @@ ends, and nothing here is on the way to the next engine but `seal`.
 from __future__ import annotations
 
 import logging
+import subprocess
 from typing import Protocol
 
+from concordia import config
 from concordia.errors import ConcordiaError, ReplicaError
 from concordia.serving.replica import Replica, State
 from concordia.serving.roster import Roster
@@ -41,7 +43,7 @@ class Fencer:
             return
         try:
             self._journal.register_replica(replica.incarnation, session_id=replica.session_id)
-        except ConcordiaError as error:
+        except (ConcordiaError, OSError) as error:
             log.error("%s is not known to the journal's owner: %s", replica.name, error)
 
     def end(self, replica: Replica) -> None:
@@ -58,10 +60,17 @@ class Fencer:
             return True
         try:
             self._journal.seal_replica(replica.incarnation)
-        except ConcordiaError as error:
+        except (ConcordiaError, OSError) as error:
             log.error("%s could not be sealed, its requests start over: %s", replica.name, error)
             return False
         return True
+
+    def strike(self, replica: Replica) -> None:
+        """Kill what can be killed at once; `confirm` sees to the rest."""
+        try:
+            replica.strike()
+        except OSError as error:
+            log.error("%s: %s", replica.name, error)
 
     def confirm(self, replica: Replica) -> bool:
         """Kill what is left of it, see it dead, and give its part of the journal back; False when the server stops before."""
@@ -74,6 +83,11 @@ class Fencer:
                 if self._roster.is_closed:
                     return False
                 continue
+            except OSError as error:  # of this process, as when it has too many files open: that passes
+                log.error("%s: %s", replica.name, error)
+                if not self._roster.wait_unless_closed(config.FENCE_RETRY_S):
+                    return False
+                continue
             self._release(replica)
             self._roster.notify()
         return True
@@ -82,7 +96,7 @@ class Fencer:
         """Remove what a dead replica left."""
         try:
             removed = replica.bury()
-        except (ConcordiaError, OSError) as error:
+        except (ConcordiaError, OSError, subprocess.TimeoutExpired) as error:
             log.error("%s left something: %s", replica.name, error)
             return
         if removed:
@@ -93,5 +107,5 @@ class Fencer:
             return
         try:
             self._journal.release_replica(replica.incarnation)
-        except ConcordiaError as error:
+        except (ConcordiaError, OSError) as error:
             log.error("%s could not be released: %s", replica.name, error)

@@ -103,9 +103,7 @@ class ReplicaKeeper:
                 self._launch(place)
             except (ConcordiaError, OSError) as error:
                 with changed:
-                    self.note_failure(
-                        error if isinstance(error, ConcordiaError) else ReplicaError(str(error))
-                    )
+                    self.note_failure(_told(error))
 
     def _launch(self, place: Place) -> None:
         self.launched_count += 1
@@ -124,10 +122,10 @@ class ReplicaKeeper:
         """See one engine loaded; it is a standby then, or it has failed."""
         try:
             replica.wait_ready(timeout_s=config.START_S)
-        except ConcordiaError as error:
-            self._give_up(replica, error)
+            self._watch.add(replica)
+        except (ConcordiaError, OSError) as error:
+            self._give_up(replica, _told(error))
             return
-        self._watch.add(replica)
         replica.set_priority(0)  # here, not when it is promoted; after `add`, which finds its last processes
         with self._roster.changed:
             if replica.move(State.STANDBY):
@@ -147,3 +145,7 @@ class ReplicaKeeper:
             self._tell(Fault(FaultKind.START_FAILED, replica.incarnation, now_ns, str(error)))
             self.note_failure(error)
         self._fencer.end(replica)
+
+
+def _told(error: ConcordiaError | OSError) -> ConcordiaError:
+    return error if isinstance(error, ConcordiaError) else ReplicaError(str(error))

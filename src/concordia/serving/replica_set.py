@@ -154,18 +154,18 @@ class ReplicaSet:
         failed one is given back; only its segments, cores and devices must. Without a seal it does wait.
         """
         failed = failover.failed
-        is_sealed = self._fencer.seal(failed)
-        failover.sealed_s = failover.passed_s()
-        failed.strike()
-        ending = self._crew.spawn(self._end_failed, failover)
-        if not is_sealed:
-            ending.join(2 * config.KILL_S)
         try:
+            is_sealed = self._fencer.seal(failed)
+            failover.sealed_s = failover.passed_s()
+            self._fencer.strike(failed)
+            ending = self._crew.spawn(self._end_failed, failover)
+            if not is_sealed:
+                ending.join(2 * config.KILL_S)
             promoted = failover.replacement = self._wait_replacement(failover)
             passed_s = failover.replaced_s = failover.passed_s()
             log.warning("%s serves in place of %s after %.3f s", promoted.name, failed.name, passed_s)
-        except ConcordiaError as error:
-            failover.error = error
+        except (ConcordiaError, OSError) as error:
+            failover.error = error if isinstance(error, ConcordiaError) else ReplicaError(str(error))
             log.error("%s has no replacement: %s", failed.name, error)
         finally:
             failover.done.set()

@@ -79,6 +79,11 @@ class Roster:
         with self.changed:
             self.changed.notify_all()
 
+    def wait_unless_closed(self, pause_s: float) -> bool:
+        """Let a moment pass; False when the server stops."""
+        with self.changed:
+            return not self.changed.wait_for(lambda: self.is_closed, pause_s)
+
     def close(self) -> None:
         with self.changed:
             self.is_closed = True

@@ -1,13 +1,14 @@
 """The eye on all replicas: one thread that gathers samples and asks their detectors, floor 6.
 
 Owns: the thread, the descriptors that it sleeps on, and what is read of /proc and of the journal's board. Promises: the end of a process wakes
-it at once, all else is looked at every WATCH_PERIOD_S; a fault is told once per replica, on this thread; after `remove` the replica is not
-touched again. Called by the replica set. It decides nothing and kills nothing.
+it at once, all else is looked at every WATCH_PERIOD_S, and what keeps us from looking ends no watch; a fault is told once per replica, on
+this thread; after `remove` the replica is not touched again. Called by the replica set. It decides nothing and kills nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pathlib
 import selectors
@@ -28,6 +29,8 @@ from concordia.recovery.fault import Fault, FaultKind
 from concordia.serving.heartbeat import Heartbeat
 from concordia.serving.process_tree import Process, read_process, read_thread_times
 from concordia.serving.replica import Replica
+
+log = logging.getLogger(__name__)
 
 OnFault = Callable[[Replica, Fault], None]
 _TITLE: Final = "VLLM::"
@@ -62,7 +65,11 @@ class Watch:
         detector = Detector(replica.incarnation, read_thread_times, self._deadlines)
         entry = _Entry(replica, detector, Heartbeat(replica))
         with self._lock:
-            self._refresh(entry, time.monotonic_ns())
+            try:
+                self._refresh(entry, time.monotonic_ns())
+            except OSError:
+                self._forget(entry)
+                raise
             self._entries[replica.incarnation] = entry
         os.eventfd_write(self._wake, 1)
 
@@ -106,13 +113,23 @@ class Watch:
             found: list[tuple[Replica, Fault]] = []
             with self._lock:
                 for entry in list(self._entries.values()):
-                    fault = self._look(entry, now_ns, ended)
+                    fault = self._try_look(entry, now_ns, ended)
                     if fault is not None:
                         del self._entries[entry.replica.incarnation]
                         self._forget(entry)
                         found.append((entry.replica, fault))
             for replica, fault in found:
                 self._on_fault(replica, fault)
+
+    def _try_look(self, entry: _Entry, now_ns: int, ended: set[tuple[int, int]]) -> Fault | None:
+        """Look, whatever keeps us from it: an error of this process, such as too many open files, is no fault of an engine."""
+        try:
+            return self._look(entry, now_ns, ended)
+        except OSError as error:
+            if now_ns >= entry.complained_ns + int(config.TREE_PERIOD_S * 1e9):
+                entry.complained_ns = now_ns
+                log.error("%s cannot be looked at: %s", entry.replica.name, error)
+            return None
 
     def _look(self, entry: _Entry, now_ns: int, ended: set[tuple[int, int]]) -> Fault | None:
         replica = entry.replica
@@ -198,6 +215,7 @@ class _Entry:
     step_pids: tuple[int, ...] = ()
     refresh_ns: int = 0
     record_ns: int = 0
+    complained_ns: int = 0
 
 
 def _is_essential(process: Process, leader: int) -> bool:
