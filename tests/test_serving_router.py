@@ -806,8 +806,12 @@ def comparable(text: str) -> Any:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_all_answers_are_as_unfailed_when_engines_fail_at_random(seed: int) -> None:
+def test_all_answers_are_as_unfailed_when_engines_fail_at_random(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     print(f"seed {seed}")
+    # Every other engine fails here before all its requests have a token: four in a row are no sign of a request that kills them.
+    monkeypatch.setattr(config, "ATTEMPTS_MAX", 60)
     rng = random.Random(seed)
     requests = [random_request(rng) for _ in range(24)]
 
