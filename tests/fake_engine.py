@@ -385,6 +385,8 @@ class Bench:
         """Put other engines in the place of those that were there."""
         for engine in engines:
             await engine.start()
+        for engine in self.replicas.active:
+            self.router.admission.exclude(engine.incarnation)
         self.replicas.active, self.replicas.standbys = [engines[0]], list(engines[1:])
 
 

@@ -60,6 +60,39 @@ def test_promoted_replica_takes_new_work_only_after_its_cohort() -> None:
     run(scenario)
 
 
+def test_promoted_replica_takes_nothing_when_the_fault_has_not_been_heard_of_yet() -> None:
+    async def scenario() -> None:
+        active = [Fake(1), Fake(2)]
+        found = admission(active)
+        assert found.choose() == Fake(2)
+        active[:] = [Fake(1), Fake(3)]  # 3 has the least to do
+        assert found.choose() == Fake(1)
+        active[:] = [Fake(3)]
+        assert found.choose() is None
+        assert found.is_open
+        found.close(1)
+        found.close(2)
+        found.open(None)
+        assert found.choose() is None, "another cohort still moves"
+        found.open(Fake(3))
+        assert found.choose() == Fake(3)
+
+    run(scenario)
+
+
+def test_others_are_admitted_when_nobody_waits_for_the_one_that_failed() -> None:
+    async def scenario() -> None:
+        active = [Fake(1)]
+        found = admission(active)
+        assert found.choose() == Fake(1)
+        active[:] = [Fake(3)]
+        assert found.choose() is None
+        found.exclude(1)
+        assert found.choose() == Fake(3)
+
+    run(scenario)
+
+
 def test_failed_replica_takes_nothing_though_it_still_looks_active() -> None:
     async def scenario() -> None:
         found = admission([Fake(1), Fake(2)])

@@ -1,7 +1,7 @@
 """Which replica new work may use, and who waits for one.
 
 Owns: the choice among active replicas, the replicas closed to new work, and the count of those who wait. Promises: a failed replica takes
-nothing more; one that was promoted takes nothing but its cohort until that has moved; waiting is bounded in time and number; a full house is
+nothing more; one that was promoted takes nothing but its cohort until that has moved, also while the fault is still on its way to us; waiting is bounded in time and number; a full house is
 an error with a Retry-After, never a silent wait. Called by the router and by requests that are passed through.
 """
 
@@ -56,7 +56,7 @@ class Admission:
     def choose(self, wished: ReplicaLike | None = None) -> ReplicaLike | None:
         """The replica that is wished for if it takes new work, else the least loaded that does."""
         active = [r for r in self._active() if r.incarnation not in self._failed]
-        if self._moving:
+        if self._moving or self._misses(active):
             active = [r for r in active if r.incarnation in self._known]
         else:
             self._known = {r.incarnation: r for r in active}
@@ -91,6 +91,10 @@ class Admission:
         self._failed.add(incarnation)
         self._moving += 1
 
+    def exclude(self, incarnation: int) -> None:
+        """A replica has failed; nobody waits for it or for what comes in its place."""
+        self._failed.add(incarnation)
+
     def open(self, replica: ReplicaLike | None) -> None:
         """A failover has ended, on this replica if it found one."""
         self._moving -= 1
@@ -117,7 +121,13 @@ class Admission:
     @property
     def is_open(self) -> bool:
         """True while a new request would be served, at once or after a failover."""
-        return not self.is_draining and (self._moving > 0 or self.choose() is not None)
+        if self.is_draining:
+            return False
+        return self._moving > 0 or self._misses(self._active()) or self.choose() is not None
+
+    def _misses(self, active: Sequence[ReplicaLike]) -> bool:
+        """Whether one that took new work is gone though we know of no fault: another thread may have replaced it already."""
+        return not self._known.keys() <= {r.incarnation for r in active} | self._failed
 
     def _total_load(self, replica: ReplicaLike) -> int:
         return self._load(replica) + self._passing.get(replica.incarnation, 0)

@@ -101,6 +101,7 @@ class FaultDesk:
         members = [f for f in self._router.flights() if f.sits_on(fault.replica)]
         failed = members[0].replica if members else self._admission.known(fault.replica)
         if failed is None or fault.replica in self._cohorts:
+            self._admission.exclude(fault.replica)
             return  # a standby, which the replica set replaces by itself, or a second sight of one fault
         for moving, task in self._cohorts.values():
             if moving.replica is not None and moving.replica.incarnation == fault.replica:
