@@ -15,7 +15,7 @@ import selectors
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from concordia import abi, config
@@ -147,7 +147,9 @@ class Watch:
             api=entry.heartbeat.sample(),
             requests_in_flight=replica.requests_in_flight,
         )
-        return entry.detector.observe(sample)
+        fault = entry.detector.observe(sample)
+        # Reading took a moment, and what it found may be younger than the look's beginning.
+        return None if fault is None else replace(fault, detected_ns=time.monotonic_ns())
 
     def _refresh(self, entry: _Entry, now_ns: int) -> None:
         """Find new processes, streams and shared memory; costs milliseconds, so once a second."""
