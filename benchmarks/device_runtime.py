@@ -112,7 +112,7 @@ def delta(bench: Bench) -> None:
     pages = REGION_BYTES // PAGE_BYTES
     found: dict[str, dict[int, float]] = {}
     rows: dict[str, list[float]] = {}
-    for name, ctas in (("delta_write_set", 1), ("delta_scan_1cta", 1), ("delta_scan_4cta", 4), ("delta_scan_8cta", 8)):
+    for name, ctas in (("delta_write_set", 1), ("delta_scan_1cta", 1), ("delta_scan_4cta", 4), ("delta_scan_8cta", 8), ("delta_scan_burst", 1)):
         bench.stream.restart()
         checkpointer = Checkpointer(bench.device, bench.stream.target(), lanes=ctas)
         base = bench.device.allocate(REGION_BYTES)
@@ -134,7 +134,7 @@ def delta(bench: Bench) -> None:
                 if name == "delta_write_set":
                     ticket = checkpointer.append_pages(region, chosen)
                 else:
-                    ticket = checkpointer.scan_pages(region)
+                    ticket = checkpointer.scan_pages(region, is_burst=name == "delta_scan_burst")
                 while (done := checkpointer.result(ticket)) is None:
                     pass  # the waiter's naps are longer than what is measured
                 times.append((time.perf_counter() - started) * 1e6)

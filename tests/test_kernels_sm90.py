@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from concordia import abi
+from concordia.checkpoint.handler import burst_source
 from concordia.checkpoint.region import KvGeometry, Plane
 from concordia.device import nvrtc
 from concordia.device.compiler import KERNELS, HandlerSource, KernelCache
@@ -66,6 +67,12 @@ def test_handler_passes_the_lint_when_compiled_for_sm90(
     assert 0 < facts.registers_max <= nvrtc.REGISTERS_MAX
     assert facts.frame_bytes_total <= FRAME_BYTES_MAX
     assert initial_word(image.cubin, "concordia_handler_abi") == abi.ABI_VERSION
+
+
+def test_burst_fills_a_multiprocessor_when_compiled_for_sm90(compiler: CudaCompiler) -> None:
+    facts = read_facts(compiler.kernel(burst_source()).cubin)
+    assert facts.registers["concordia_page_burst"] <= nvrtc.REGISTERS_MAX  # else one CTA of 512 threads fits, not two
+    assert facts.frame_bytes["concordia_page_burst"] == 0
 
 
 def test_executor_launch_gives_what_the_lint_allows_when_linked(compiler: CudaCompiler) -> None:

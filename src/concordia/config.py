@@ -25,6 +25,7 @@ HOST_IDLE_NS: Final = 50_000  # the CPU executor spins this long for the next ta
 COMPLETION_LAPS: Final = 8  # completions kept, in laps of the ring: a caller that reads them a few steps late still finds them
 LANES_MAX: Final = 64  # threads of a CPU executor; one is enough, tests use four
 SCAN_PAGES: Final = 4096  # pages whose hashes a scan compares at once: 64 KiB pages make 256 MiB
+BURST_BYTES_MIN: Final = 8 << 20  # a scan of this much by one CTA takes longer than a launch over the whole GPU and back
 COMPILE_WAIT_S: Final = 120.0  # a handler compiles in a second on an idle core; builders share cores
 KERNEL_CACHE_FILES_MAX: Final = 512  # some 30 KB each; the oldest go
 

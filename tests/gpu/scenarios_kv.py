@@ -143,6 +143,11 @@ def pages(device: str, lanes: int, seed: int, path: str, size: int) -> dict[str,
         content[at] ^= 1
         opened.write(address + at, bytes([int(content[at])]))
     results.append(checkpointer.wait(checkpointer.scan_pages(region)).result)
+    for page in (turned := sorted(int(p) for p in generator.permutation(count)[:5])):
+        content[page * size] ^= 1
+        opened.write(address + page * size, bytes([int(content[page * size])]))
+    # Two in a row: the second must not find what the first has told of.
+    results += [checkpointer.wait(checkpointer.scan_pages(region, is_burst=True)).result for _ in range(2)]
     named = [int(p) for p in generator.permutation(count)[:9]]
     results.append(checkpointer.wait(checkpointer.append_pages(region, named)).result)
     records, end = journal.records()
@@ -156,7 +161,7 @@ def pages(device: str, lanes: int, seed: int, path: str, size: int) -> dict[str,
     order = [number for number, _ in found]
     checkpointer.close()
     opened.close()
-    return {"results": results, "changed": changed, "appended": sorted(order[count : count + 7]), "named": named, "last": order[count + 7 :], "wrong": wrong, "end": end.value}
+    return {"results": results, "changed": changed, "appended": sorted(order[count : count + 7]), "turned": turned, "burst": sorted(order[count + 7 : count + 12]), "named": named, "last": order[count + 12 :], "wrong": wrong, "end": end.value}
 
 
 def framework(device: str, path: str, seed: int) -> dict[str, Any]:

@@ -11,10 +11,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from concordia import abi, config
-from concordia.checkpoint.handler import bytes_source, page_source, proven_append, proven_images
+from concordia.checkpoint.handler import (
+    burst_source,
+    bytes_source,
+    page_source,
+    proven_append,
+    proven_images,
+)
 from concordia.checkpoint.region import BASE_ALIGNMENT, KvGeometry, PageRegion, Region, RegionEntry
 from concordia.checkpoint.stream_words import StreamStats, StreamWords
 from concordia.device.compiler import HandlerSource
@@ -24,6 +30,8 @@ from concordia.errors import UsageError
 from concordia.runtime.executor import Runtime, RuntimeStats
 from concordia.runtime.op_table import Operator
 from concordia.runtime.ring import Completion, Task, Ticket
+
+_PAGES_NOTED: Final = 1  # page_scan.cu's word for "a burst has found them"
 
 
 class Checkpointer(StreamWords):
@@ -43,6 +51,7 @@ class Checkpointer(StreamWords):
         self._lanes = lanes
         self._lock = threading.Lock()
         self._regions: list[Region | PageRegion] = []
+        self._page_tasks: dict[int, Ticket] = {}  # the last of each page region
         self._is_open = True
         self.runtime = Runtime(device, target=target, lanes=lanes)
         try:
@@ -117,7 +126,11 @@ class Checkpointer(StreamWords):
             operator = self.runtime.adopt(
                 f"page_scan.{number}", image, region_address=entry.address
             )
-            region = PageRegion(number, page_bytes, pages, entry, hashes, operator)
+            burst = None
+            if page_bytes == abi.LEAF_BYTES:
+                with self.runtime.parked():
+                    burst = self.device.burst(burst_source(), "concordia_page_burst")
+            region = PageRegion(number, page_bytes, pages, entry, hashes, operator, burst)
             self._regions.append(region)
         return region
 
@@ -243,38 +256,59 @@ class Checkpointer(StreamWords):
         key: int = 0,
         incarnation: int = 0,
         step: int = 0,
+        is_burst: bool | None = None,
     ) -> Ticket:
-        """Append the pages that changed since they were last appended; the completion's result is how many."""
-        return self.runtime.submit(
-            Task(
-                opcode=region.scan.opcode,
-                kind=abi.TASK_CHECKPOINT,
-                region=region.number,
-                record_kind=abi.KIND_PAGE,
-                key=key,
-                incarnation=incarnation,
-                token_start=first,
-                token_end=region.page_count if count is None else first + count,
-                step=step,
-            )
+        """Append the pages that changed since they were last appended; the completion's result is how many.
+
+        A burst lets the whole device look for them. It must find the region's last page task done, and waits for it within
+        WAIT_TASK_S. None: where there is one, and the range is large enough to be worth its launch.
+        """
+        end = region.page_count if count is None else first + count
+        if is_burst is None:
+            is_burst = (end - first) * region.page_bytes >= config.BURST_BYTES_MIN
+        is_burst = is_burst and region.burst is not None and 0 <= first < end <= region.page_count
+        if is_burst:
+            self._enqueue_burst(region, first, end)
+        task = Task(
+            opcode=region.scan.opcode,
+            kind=abi.TASK_CHECKPOINT,
+            region=region.number,
+            record_kind=abi.KIND_PAGE,
+            key=key,
+            incarnation=incarnation,
+            token_start=first,
+            token_end=end,
+            step=step,
+            arg=_PAGES_NOTED if is_burst else 0,
         )
+        ticket = self._page_tasks[region.number] = self.runtime.submit(task)
+        return ticket
+
+    def _enqueue_burst(self, region: PageRegion, first: int, end: int) -> None:
+        last = self._page_tasks.get(region.number)
+        if last is not None:  # it may still read the list that a burst writes
+            self.runtime.wait(last)
+        burst, words = region.burst, (region.entry.address, first, end)
+        assert burst is not None
+        count_address = region.page_hashes + 16 * region.page_count
+        self.runtime.run_burst(lambda stream: burst.enqueue(stream, words, zeroed=count_address))
 
     def append_pages(
         self, region: PageRegion, pages: Sequence[int], *, key: int = 0, incarnation: int = 0, step: int = 0
     ) -> Ticket:
         """Append just these pages, which the caller knows to have changed; nothing is scanned."""
-        return self.runtime.submit(
-            Task(
-                opcode=region.scan.opcode,
-                kind=abi.TASK_CHECKPOINT,
-                region=region.number,
-                record_kind=abi.KIND_PAGE,
-                key=key,
-                incarnation=incarnation,
-                blocks=pages,
-                step=step,
-            )
+        task = Task(
+            opcode=region.scan.opcode,
+            kind=abi.TASK_CHECKPOINT,
+            region=region.number,
+            record_kind=abi.KIND_PAGE,
+            key=key,
+            incarnation=incarnation,
+            blocks=pages,
+            step=step,
         )
+        ticket = self._page_tasks[region.number] = self.runtime.submit(task)
+        return ticket
 
     def result(self, ticket: Ticket) -> Completion | None:
         """None while pending."""

@@ -47,6 +47,11 @@ def page_source(page_bytes: int) -> HandlerSource:
     return HandlerSource.of("page_scan.cu", {"PAGE_BYTES": page_bytes})
 
 
+def burst_source() -> HandlerSource:
+    """The scan by all multiprocessors, for pages of one leaf."""
+    return HandlerSource.of("page_burst.cu")
+
+
 def tree_hash(payload: bytes) -> int:
     """The payload hash, by the xxhash library: what the device's must equal."""
     leaves = [

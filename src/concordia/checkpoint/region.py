@@ -17,7 +17,7 @@ import numpy.typing as npt
 import xxhash
 
 from concordia import abi
-from concordia.device.driver import Device
+from concordia.device.driver import Burst, Device
 from concordia.errors import UsageError
 from concordia.runtime.op_table import Operator
 
@@ -206,3 +206,4 @@ class PageRegion:
     entry: RegionEntry
     page_hashes: int  # device address of the table
     scan: Operator
+    burst: Burst | None  # scans with the whole device, where there is one and pages are single leaves

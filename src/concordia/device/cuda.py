@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from concordia import config
 from concordia.device import nvrtc
+from concordia.device.burst import Burst
 from concordia.device.compiler import KERNELS, HandlerSource, HostCompiler, KernelCache
 from concordia.device.cubin import read_facts
 from concordia.device.cuda_context import CudaContext, CudaMemory
@@ -46,6 +47,11 @@ class CudaCompiler:
             cubin = self._cubin([ptx, keep], name=source.file, key=key)
         lint(source.file, ptx=ptx, cubin=cubin, registers_max=nvrtc.REGISTERS_MAX)
         return CudaImage(name=source.file, cubin=cubin, digest=int(key[:16], 16))
+
+    def kernel(self, source: HandlerSource) -> CudaImage:
+        """A kernel that is launched by itself."""
+        ptx, key = self._ptx(source)
+        return CudaImage(name=source.file, cubin=self._cubin([ptx], name=source.file, key=key), digest=int(key[:16], 16))
 
     def executor(self) -> CudaImage:
         """The executor, linked with the ballast so that its launch gives handlers what they may need."""
@@ -102,6 +108,7 @@ class CudaDevice:
         self._compiler = CudaCompiler(self._context.architecture())
         self._executors: list[CudaExecutor] = []
         self._code: list[CudaCode] = []
+        self._bursts: list[Burst] = []
         self.share, self.unshare = self._memory.share, self._memory.unshare
         self.allocate, self.free = self._memory.allocate, self._memory.free
         self.write, self.read = self._memory.write, self._memory.read
@@ -117,6 +124,12 @@ class CudaDevice:
         code = CudaCode(image, context=self._context, memory=self._memory)
         self._code.append(code)
         return code
+
+    def burst(self, source: HandlerSource, name: str) -> Burst:
+        """Load a kernel of the whole GPU; the executor is parked."""
+        burst = Burst(self._compiler.kernel(source), name, context=self._context)
+        self._bursts.append(burst)
+        return burst
 
     def executor(self, plan: ExecutorPlan) -> CudaExecutor:
         """The executor of a ring; `plan.lanes` counts its CTAs here."""
@@ -137,6 +150,8 @@ class CudaDevice:
                 raise DeviceError(f"{self.name}: an executor did not leave; nothing was released")
         for code in self._code:
             code.close()
+        for burst in self._bursts:
+            burst.close()
         self._memory.close()
         self._context.close()
 

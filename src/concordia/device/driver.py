@@ -9,7 +9,7 @@ Called by runtime/ and checkpoint/. Does not know rings, tasks or records: the e
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -62,6 +62,16 @@ class ExecutorPlan:
         return struct.pack("<11Q", *astuple(self))
 
 
+class Burst(Protocol):
+    """A loaded kernel of the whole device."""
+
+    def enqueue(self, stream: Any, words: Sequence[int], *, zeroed: int) -> None:
+        """Put it into a stream with these arguments, behind a store of zero to the eight bytes at `zeroed`."""
+
+    def close(self) -> None:
+        """Unload it; the executor is parked."""
+
+
 @runtime_checkable
 class Executor(Protocol):
     """The executor of one ring. It leaves by itself at a task boundary, and whoever launches it looks at the ring once more then."""
@@ -74,6 +84,9 @@ class Executor(Protocol):
 
     def launch_after(self, stream: int, submit_gate: Callable[[int], None]) -> None:
         """Send it in once more, behind the work that is in `stream` now; `submit_gate(n)` hands in a gate that no launch before n passes."""
+
+    def launch_burst(self, enqueue: Callable[[Any], None], submit_gate: Callable[[int], None]) -> None:
+        """The same behind what `enqueue` puts into the executor's own stream."""
 
     def park(self, timeout_s: float) -> bool:
         """Ask it to leave and keep it out; True once no lane is inside and none will be. Nests."""
@@ -123,6 +136,9 @@ class Device(Protocol):
 
     def load(self, image: Any) -> Code:
         """Load code that this device built; on a GPU only while the executor is parked."""
+
+    def burst(self, source: HandlerSource, name: str) -> Burst | None:
+        """Load a kernel of the whole device while the executor is parked; None where there is no such thing."""
 
     def executor(self, plan: ExecutorPlan) -> Executor:
         """Prepare the executor of a ring; does not launch it."""

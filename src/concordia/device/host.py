@@ -140,6 +140,9 @@ class HostExecutor:
     def launch_after(self, stream: int, submit_gate: Callable[[int], None]) -> None:
         """Work of this processor is done when the call that did it returns: there is nothing to wait for."""
 
+    def launch_burst(self, enqueue: Callable[[Any], None], submit_gate: Callable[[int], None]) -> None:
+        raise AssertionError("this device has no bursts")
+
     def park(self, timeout_s: float) -> bool:
         return bool(self._library.park(self.handle, int(timeout_s * 1e9)))
 
@@ -166,6 +169,9 @@ class HostDevice:
         self._compiler = compiler or HostCompiler()
         self.library = HostLibrary(self._compiler)
         self._buffers: dict[int, Buffer] = {}
+
+    def burst(self, source: HandlerSource, name: str) -> None:
+        """Lanes are all there is: None."""
 
     def share(self, address: int, size: int) -> int:
         """A host address is the executor's own."""

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from concordia import abi, config
 from concordia.device import nvrtc
@@ -113,12 +113,23 @@ class CudaExecutor:
 
     def launch_after(self, stream: int, submit_gate: Callable[[int], None]) -> None:
         """Put a launch behind the work that is in `stream` now. `submit_gate(n)` hands in a task that no launch below n passes."""
-        with self._lock:
-            self._raise_if_lost()
-            launch = self._library.load(self._launched_at) + 1
+
+        def wait_for_stream() -> None:
             with self._context.current() as driver:
                 checked(driver.cuEventRecord(self._before, stream), "mark the framework's stream")
                 checked(driver.cuStreamWaitEvent(self._stream, self._before, 0), "wait for a stream")
+
+        self._launch_behind(wait_for_stream, submit_gate)
+
+    def launch_burst(self, enqueue: Callable[[Any], None], submit_gate: Callable[[int], None]) -> None:
+        """Put a launch behind what `enqueue` puts into this executor's own stream, which runs between two of its stays."""
+        self._launch_behind(lambda: enqueue(self._stream), submit_gate)
+
+    def _launch_behind(self, put: Callable[[], None], submit_gate: Callable[[int], None]) -> None:
+        with self._lock:
+            self._raise_if_lost()
+            launch = self._library.load(self._launched_at) + 1
+            put()
             submit_gate(launch)
             if self._park_depth == 0:
                 self._send(launch)

@@ -63,7 +63,7 @@ FUNCTION bool fetch_tasks(Executor* executor, uint64_t lane) {
     is_there = load<kAcquire, kSystem>(&slot->publish) == position + 1;  // pairs with submit(): slot and arguments are there
     fetched->mark = is_there ? position + 1 : 0;
     if (is_there) {
-      if (lane == 0) executor->generation = load<kAcquire, kSystem>(&executor->ring->generation);  // pairs with publish_operator
+      if (lane == 0) executor->generation = load<kRelaxed, kSystem>(&executor->ring->generation);  // after the acquire above; its entry is acquired
       if constexpr (kFetchAhead > 1) {
         const uint8_t* ids_ptr = executor->call.arena + (position & executor->slot_mask) * executor->window;
         for (uint64_t i = 0; i < kNearIds * 4; i += 16) copy_wide(reinterpret_cast<uint8_t*>(fetched->ids) + i, ids_ptr + i);

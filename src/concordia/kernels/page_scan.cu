@@ -1,5 +1,6 @@
 // Handler: appends pages of an opaque region as KIND_PAGE records, many pages each. Task: with block ids these pages, whatever their hash (a
-// write set); without, the pages of [token_start, token_end) whose hash differs from the table's. Answers how many pages were appended.
+// write set); with arg 1 those that a burst has noted; else the pages of [token_start, token_end) whose hash differs from the table's. Answers how
+// many pages were appended.
 //
 // A page's table entry is the hash of the bytes that were committed, taken on their way into the journal: a page may change while it is
 // scanned, and is then found again. A page of one leaf has the leaf's digest, a larger one the root over its leaves' digests.
@@ -12,21 +13,7 @@ constexpr uint64_t kPageBytes = PAGE_BYTES, kPageLeaves = kPageBytes / kLeafByte
 static_assert(kPageBytes % kLeafBytes == 0, "a page is whole leaves");
 constexpr uint64_t kRootBytes = root_bytes(kPageLeaves);
 constexpr uint64_t kNumbersMost = kLeafBytes / 4;
-
-// A region's pages, and the list of those to append.
-struct Pages {
-  const uint8_t* base_ptr;
-  uint64_t* table;
-  uint64_t* found_count;
-  uint32_t* found;
-};
-
-FUNCTION Pages pages_of(const Region* region) {
-  uint64_t* table = reinterpret_cast<uint64_t*>(region->page_hashes);
-  uint64_t* count = table + 2 * region->block_count;
-  return {reinterpret_cast<const uint8_t*>(*reinterpret_cast<const uint64_t*>(region->bases)), table, count,
-          reinterpret_cast<uint32_t*>(count + 1)};
-}
+constexpr uint64_t kPagesNoted = 1;  // a task's arg
 
 // The words of a record's payload.
 struct PageWords {
@@ -55,21 +42,10 @@ FUNCTION void hash_digests(const uint8_t* digests_ptr, uint64_t* hash_ptr) {
 #endif
 }
 
-// One lane: a page to append. Any order will do.
-FUNCTION void note_page(const Pages& pages, uint64_t page) { pages.found[add_device(pages.found_count, 1)] = (uint32_t)page; }
-
 // All lanes: notes the pages of one leaf each in [first, end) that differ from the table.
 FUNCTION void find_leaves(const Call* call, uint64_t lane, const Pages& pages, uint64_t first, uint64_t end) {
 #if CONCORDIA_CUDA
-  const PageKeys keys = page_keys();
-  const bool is_judge = lane % 32 == kHashLowLane || lane % 32 == kHashHighLane;
-  const uint64_t teams = call->lanes / kTeamLanes;
-#pragma unroll 1
-  for (uint64_t page = first + lane / kTeamLanes; page < end; page += teams) {
-    const uint64_t known = is_judge ? pages.table[2 * page + (lane % 32 == kHashHighLane)] : 0;
-    const uint64_t hash = hash_page(pages.base_ptr + page * kPageBytes, keys);
-    if (any_in_team(is_judge && hash != known) && team_lane() == 0) note_page(pages, page);
-  }
+  find_dirty(pages, first, end, lane / kTeamLanes, call->lanes / kTeamLanes);
 #else
   for_each_lane(call, lane, end - first, [=](uint64_t i) {
     uint64_t hash[2];
@@ -176,7 +152,7 @@ HANDLER {
   if (most == 0) return refuse(call, lane, kStatusTooLarge);
   if (is_named) {
     take_named(call, lane, pages);
-  } else {
+  } else if (task->arg != kPagesNoted) {
     if (lane == 0) *pages.found_count = 0;
     grid_sync(call);
     if constexpr (kPageLeaves == 1) find_leaves(call, lane, pages, task->token_start, task->token_end);

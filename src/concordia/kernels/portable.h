@@ -100,6 +100,10 @@ FUNCTION uint64_t team_lane() { return threadIdx.x % 32; }
 FUNCTION void pause_lane() { asm volatile("nanosleep.u32 50;"); }
 FUNCTION void yield_lane() { pause_lane(); }
 FUNCTION void prefetch(const uint8_t*) {}  // a GPU hides latency with other warps
+// Into the second-level cache: few warps have too few loads under way to hide the memory's latency. Whole 16 bytes, both.
+FUNCTION void fetch_ahead(const uint8_t* data_ptr, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(data_ptr), "r"(bytes) : "memory");
+}
 FUNCTION bool is_cta_leader() { return threadIdx.x == 0; }
 FUNCTION uint32_t cta_count() { return gridDim.x; }
 FUNCTION uint32_t cta_index() { return blockIdx.x; }

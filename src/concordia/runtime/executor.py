@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from concordia import abi, config
 from concordia.device.compiler import HandlerSource
@@ -136,6 +137,11 @@ class Runtime:
         if not self._is_open:
             raise DeviceError("this runtime is closed")
         self.executor.launch_after(stream, self._submit_gate)
+
+    def run_burst(self, enqueue: Callable[[Any], None]) -> None:
+        """What `enqueue` puts into the executor's stream runs before all tasks that are handed in from now on. Waits for nothing; raises RingFull."""
+        self._require_open()
+        self.executor.launch_burst(enqueue, self._submit_gate)
 
     def _submit_gate(self, launch: int) -> None:
         self.ring.submit(Task(kind=abi.TASK_GATE, arg=launch), self.executor.handle)
