@@ -32,6 +32,7 @@ bench: setup
 
 bench-gpu: setup
 	$(RUN) benchmarks/gpu.py $(ARGS)
+	$(RUN) benchmarks/device_runtime.py
 
 test-gpu: setup
 	$(RUN) -m pytest -q -m gpu $(ARGS)

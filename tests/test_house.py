@@ -7,6 +7,7 @@ generates; prose that states a limit matches config.py. The floors themselves ar
 from __future__ import annotations
 
 import ast
+import json
 import pathlib
 import subprocess
 import sys
@@ -88,3 +89,15 @@ def test_prose_states_the_limits_of_the_audit_when_they_change() -> None:
     assert (config.AUDIT_IDLE_S, config.AUDIT_PERIOD_S) == (1.0, 1.0)
     assert "without a step for a second hashes a block a second" in text
     assert f"a sample of {config.AUDIT_BLOCKS_MAX} full blocks" in text
+
+
+def test_benchmark_page_quotes_the_committed_medians() -> None:
+    root = pathlib.Path(__file__).parents[1]
+    figures = json.loads((root / "benchmarks/results/device_runtime_h200.json").read_text())["figures"]
+    rows = [line.split("|") for line in (root / "docs/benchmarks.md").read_text().splitlines() if line.startswith("| `")]
+    assert rows
+    for _, key, _, measured, _, _, peer, _ in rows:
+        figure = figures[key.strip(" `")]
+        assert float(measured) == figure["median"], key
+        if peer.strip():
+            assert float(peer.rpartition(":")[2]) in figure["peer"].values(), key
