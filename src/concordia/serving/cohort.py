@@ -2,8 +2,8 @@
 
 Owns: one failover, from the fault to the last member's submission. Promises: members are submitted in the order in which they first came, one
 after the other, all naming the same cohort and size; a member that leaves before is not counted, one that leaves between is submitted all
-the same and let go once the cohort runs, so that nobody waits for it; one that lost ATTEMPTS_MAX engines before a token came ends with an
-error; the new replica takes no other work before. Made by the router for each fault. Does not decide that there was a fault and does not
+the same and let go once the cohort runs, so that nobody waits for it; one that lost ATTEMPTS_MAX engines before a token came is set aside, for
+it may be what kills them; the new replica takes no other work before. Made by the router for each fault. Does not decide that there was a fault and does not
 kill: the replica set does.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from concordia import config
-from concordia.errors import ConcordiaError, RequestRefused
+from concordia.errors import ConcordiaError
 from concordia.recovery.fault import Fault
 from concordia.serving.flight import Flight, ReplicaLike
 from concordia.serving.submission import CohortTicket
@@ -33,6 +33,7 @@ class Submitter(Protocol):
     ) -> bool: ...
     async def count_uncommitted(self, flights: Sequence[Flight]) -> None: ...
     def count_again(self, tokens: int) -> None: ...
+    def set_aside(self, flight: Flight, detail: str) -> None: ...
     def suspect(self, flight: Flight, replica: ReplicaLike, detail: str) -> None: ...
 
 
@@ -60,7 +61,9 @@ class Cohort:
         started = time.monotonic()
         self.replica = await self._find(router)
         members = self.movable
-        self._refuse([flight for flight in self.living if flight not in members])
+        for flight in self.living:
+            if flight not in members:
+                router.set_aside(flight, str(self.fault))
         for flight in members:
             flight.replica = self.replica
             flight.failovers += 1
@@ -85,13 +88,6 @@ class Cohort:
         )
         await self._let_go(members)
         return self.replica
-
-    def _refuse(self, flights: Sequence[Flight]) -> None:
-        """End those that were tried often enough."""
-        for flight in flights:
-            log.error("request %s is not tried again: %s", flight.name, self.fault)
-            message = f"the engine failed {flight.attempts} times before this request's next token"
-            flight.fail(RequestRefused(message, status=500, kind="InternalServerError"))
 
     async def _find(self, router: Submitter) -> ReplicaLike:
         """Ask for a replacement until there is one: members have deadlines of their own, so this loop needs none."""

@@ -131,6 +131,12 @@ class FaultDesk:
         self.report(replica, detail)
         flight.posting = self._router.spawn(self._retry(flight, detail))
 
+    def set_aside(self, flight: Flight, detail: str) -> None:
+        """A flight that may be what kills its engines: it is tried by itself, a while after the others went on."""
+        log.warning("request %s lost %d engines before its next token: it is tried alone later (%s)", flight.name, flight.attempts, detail)
+        flight.replica = None
+        flight.posting = self._router.spawn(self._try_later(flight))
+
     async def replace(self, failed: ReplicaLike, fault: Fault) -> ReplicaLike:
         """Have the failed replica fenced and replaced; whoever failed before we heard of it is replaced in turn."""
         while True:
@@ -166,6 +172,12 @@ class FaultDesk:
         if flight.attempts >= config.ATTEMPTS_MAX:
             flight.fail(RequestRefused(detail, status=500, kind="InternalServerError"))
             return
+        flight.failovers += 1
+        await self._router.submit_alone(flight)
+
+    async def _try_later(self, flight: Flight) -> None:
+        """Its deadline goes on meanwhile and ends it, if this does not."""
+        await asyncio.sleep(config.SET_ASIDE_S)
         flight.failovers += 1
         await self._router.submit_alone(flight)
 
