@@ -162,6 +162,24 @@ def test_own_prefix_is_exact_when_it_was_filled_from_the_same_records(world: Wor
     assert (told["level"], told["restored_tokens"], told["own_tokens"], told["recomputed_tokens"]) == ("state-exact", 6, 4, 1)
 
 
+def test_shared_prefix_is_exact_when_a_cohort_is_restored_in_one_step(world: World) -> None:
+    both = {name: world.arrive(name, 11, is_restore=True, cohort=CohortTicket("c", 2, 5.0)) for name in "ab"}
+    for name, hit, blocks in (("a", 0, [5, 6, 7]), ("b", 4, [5, 8, 9])):
+        assert world.until(name, both[name], hit=hit) == 10 - hit
+        world.restorer.allocate(name, blocks, 10 - hit)  # the engine shares the block that the first is only about to fill
+    world.restorer.take_step(["a", "b"])
+    for name in "ab":
+        world.restorer.confirm(name, 0)
+    assert [told["level"] for told in world.said] == ["state-exact", "state-exact"]
+    # In a later step the block may be somebody else's.
+    later = world.arrive("d", 11, is_restore=True)
+    world.until("d", later, hit=4)
+    world.restorer.allocate("d", [5, 8, 9], 6)
+    world.restorer.take_step(["d"])
+    world.restorer.confirm("d", 0)
+    assert world.said[-1]["level"] == "partial"
+
+
 def test_own_prefix_is_not_exact_when_it_was_filled_from_other_records(world: World) -> None:
     assert load_and_hit(world, flip=True)["level"] == "partial"
 

@@ -19,18 +19,24 @@ class Filled:
         self._is_kept = is_kept
         self._block_tokens = block_tokens
         self._hashes: dict[int, tuple[tuple[int, ...], ...]] = {}
+        self._fresh: set[int] = set()  # noted for the step that is being put together: nobody else can have been given them
 
     def note(self, plan: RestorePlan, blocks: Sequence[int], *, first: int, end: int) -> None:
         """Blocks [first, end) of a request are being filled from this plan."""
         for index in range(first, end):
             self._hashes[blocks[index]] = self._promised(plan, index)
+            self._fresh.add(blocks[index])
+
+    def settle(self) -> None:
+        """The step is decided; from here `is_kept` knows its blocks."""
+        self._fresh.clear()
 
     def covers(self, plan: RestorePlan, blocks: Sequence[int], *, end: int) -> bool:
         """Whether blocks [0, end) hold what the plan says."""
         if end > min(len(plan.block_keys), len(blocks)):
             return False
         return all(
-            self._is_kept(blocks[index], plan.block_keys[index])
+            (blocks[index] in self._fresh or self._is_kept(blocks[index], plan.block_keys[index]))
             and self._hashes.get(blocks[index]) == self._promised(plan, index)
             for index in range(end)
         )

@@ -142,6 +142,7 @@ class Restorer:
     def take_step(self, scheduled: list[str]) -> StepLoads:
         """The loads of the step that was just scheduled, and the end of waiting for its requests."""
         step, self._step = self._step, StepLoads()
+        self._filled.settle()
         loaded = {load.request for load in step.loads}
         for request in scheduled:
             waiting = self._waiting.pop(request, None)
