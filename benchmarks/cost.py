@@ -2,19 +2,24 @@
 
 Two servers stand side by side, one without the connector and the journal; they are asked in turn (A B, B A, ...), and each pair gives one
 ratio. Writes the median ratio with its 95 % interval (order statistics) to benchmarks/results/cost_cpu.json and prints it.
+
+With --one-engine both arms are one engine, asked past the router, with and without the connector's work for each request: two engines of one configuration
+differ by more than protection costs.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import math
 import pathlib
 import statistics
 import sys
 import time
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 from openai import AsyncOpenAI
 from rich.console import Console
@@ -29,10 +34,20 @@ START_TIMEOUT_S: Final = 240.0
 console = Console(stderr=True)
 
 
-async def tokens_per_second(url: str, *, requests: int, tokens: int, seed: int) -> float:
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """Whom to ask, and what to say in each request."""
+
+    url: str
+    api_key: str = "bench"
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+async def tokens_per_second(arm: Arm, *, requests: int, tokens: int, seed: int, words_max: int) -> float:
     """One load: all requests at once, counted from the first question to the last token."""
-    client = AsyncOpenAI(base_url=url, api_key="bench", max_retries=0, timeout=300)
-    questions = make_questions(requests, seed=seed, max_tokens=tokens)
+    client = AsyncOpenAI(base_url=arm.url, api_key=arm.api_key, max_retries=0, timeout=300)
+    questions = make_questions(requests, seed=seed, max_tokens=tokens, words_min=min(20, words_max), words_max=words_max)
+    questions = [dataclasses.replace(question, extra=arm.extra) for question in questions]
     started = time.monotonic()
     answers = await ask_all(client, "bench", questions)
     ended = max(a.stamps[-1] for a in answers if a.stamps)
@@ -63,6 +78,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--requests", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--shape", default="140m")
+    parser.add_argument("--words", type=int, default=120, help="longest prompt")
+    parser.add_argument("--one-engine", action="store_true", help="compare within one engine, past the router")
     parser.add_argument("--commit", choices=["release", "before-emit"], default="release", help="as of concordia serve")
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("demo-output"))
     parser.add_argument(
@@ -78,6 +95,12 @@ def main(arguments: list[str]) -> int:
         *("--kv-cache-memory-bytes", str(512 << 20)),
     ]
     stamp = time.time_ns()
+    if options.one_engine:
+        flags = [*common, *protection, "--journal-dir", f"/dev/shm/concordia-bench-{stamp}"]
+        with Served(model, flags, log=options.folder / "bench-protected.log") as served:
+            with console.status("starting a server"):
+                served.wait_ready(timeout_s=START_TIMEOUT_S)
+            return report(measure(*arms_of(served), options), options)
     with (
         Served(
             model,
@@ -89,27 +112,37 @@ def main(arguments: list[str]) -> int:
         with console.status("starting two servers"):
             protected.wait_ready(timeout_s=START_TIMEOUT_S)
             plain.wait_ready(timeout_s=START_TIMEOUT_S)
-        rows = measure(protected.url, plain.url, options)
+        rows = measure(Arm(protected.url), Arm(plain.url), options)
     return report(rows, options)
 
 
-def measure(protected: str, plain: str, options: argparse.Namespace) -> list[dict[str, float]]:
-    def one(url: str, seed: int) -> float:
-        return asyncio.run(
-            tokens_per_second(url, requests=options.requests, tokens=options.tokens, seed=seed)
-        )
+def arms_of(served: Served) -> tuple[Arm, Arm]:
+    """The one engine of a server, with protection and without."""
+    status = served.status()
+    if status is None:
+        raise ConcordiaError("the server does not answer")
+    (replica,) = status["replicas"]
+    environment = pathlib.Path(f"/proc/{replica['session_id']}/environ").read_bytes().split(b"\0")
+    (key,) = [entry.partition(b"=")[2].decode() for entry in environment if entry.startswith(b"VLLM_API_KEY=")]
+    url = f"{replica['base_url']}/v1"
+    return Arm(url, key), Arm(url, key, {"kv_transfer_params": {"concordia": False}})
 
-    for url in (protected, plain):
-        one(url, 1)  # warm-up, not counted
+
+def measure(protected: Arm, plain: Arm, options: argparse.Namespace) -> list[dict[str, float]]:
+    def one(arm: Arm, seed: int) -> float:
+        load = tokens_per_second(arm, requests=options.requests, tokens=options.tokens, seed=seed, words_max=options.words)
+        return asyncio.run(load)
+
+    for arm in (protected, plain):
+        one(arm, 1)  # warm-up, not counted
     rows = []
     for pair in range(options.pairs):
         first, second = (protected, plain) if pair % 2 == 0 else (plain, protected)
-        speeds = {first: one(first, 100 + pair), second: one(second, 100 + pair)}
-        row = {
-            "protected": speeds[protected],
-            "plain": speeds[plain],
-            "ratio": speeds[protected] / speeds[plain],
-        }
+        # In one engine each arm has questions of its own: what the first computed would be the second's prefix.
+        apart = 1000 if options.one_engine else 0
+        speeds = {id(arm): one(arm, 100 + pair + place * apart) for place, arm in enumerate((first, second))}
+        with_, without = speeds[id(protected)], speeds[id(plain)]
+        row = {"protected": with_, "plain": without, "ratio": with_ / without}
         rows.append(row)
         console.log(
             f"pair {pair + 1}/{options.pairs}: {row['protected']:.1f} against {row['plain']:.1f} tokens/s, ratio {row['ratio']:.4f}"
@@ -121,12 +154,14 @@ def report(rows: list[dict[str, float]], options: argparse.Namespace) -> int:
     ratios = [row["ratio"] for row in rows]
     low, high = interval(ratios)
     result = {
-        "what": "tokens/s with protection over tokens/s without, both through the router",
+        "what": "tokens/s with protection over tokens/s without, "
+        + ("of one engine, past the router" if options.one_engine else "both through the router"),
         "machine": machine(),
         "requests": options.requests,
         "tokens_per_request": options.tokens,
         "shape": options.shape,
         "commit": options.commit,
+        "prompt_words_max": options.words,
         "ratio_median": round(statistics.median(ratios), 4),
         "ratio_interval_95": [round(low, 4), round(high, 4)],
         "protected_tokens_per_s_median": round(statistics.median(r["protected"] for r in rows), 1),
