@@ -56,6 +56,8 @@ TASK_RESTORE: Final = 4
 TASK_PARITY: Final = 5
 TASK_GATE: Final = 6  # no launch of the executor below `arg` passes it: launches can be put behind a framework's work
 
+PAGES_NOTED: Final = 1  # `arg` of a page scan whose pages a burst has found
+
 # Status of a completed task
 STATUS_OK: Final = 1
 STATUS_JOURNAL_FULL: Final = 2  # no segment lent: the record was not written, its region is unprotected
@@ -77,6 +79,7 @@ _CONSTANT_NAMES: Final = (
     "LENT_CAPACITY",
     "NOT_SEALED",
     "OPERATOR_CAPACITY",
+    "PAGES_NOTED",
 )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Self
 
 from concordia import abi, config
 from concordia.checkpoint.handler import (
@@ -24,14 +24,12 @@ from concordia.checkpoint.handler import (
 from concordia.checkpoint.region import BASE_ALIGNMENT, KvGeometry, PageRegion, Region, RegionEntry
 from concordia.checkpoint.stream_words import StreamStats, StreamWords
 from concordia.device.compiler import HandlerSource
-from concordia.device.driver import Device, open_device
+from concordia.device.driver import Burst, Device, open_device
 from concordia.device.memory import JournalTarget
 from concordia.errors import UsageError
 from concordia.runtime.executor import Runtime, RuntimeStats
 from concordia.runtime.op_table import Operator
 from concordia.runtime.ring import Completion, Task, Ticket
-
-_PAGES_NOTED: Final = 1  # page_scan.cu's word for "a burst has found them"
 
 
 class Checkpointer(StreamWords):
@@ -52,6 +50,7 @@ class Checkpointer(StreamWords):
         self._lock = threading.Lock()
         self._regions: list[Region | PageRegion] = []
         self._page_tasks: dict[int, Ticket] = {}  # the last of each page region
+        self._burst: Burst | None = None  # for all page regions, once the first is there
         self._is_open = True
         self.runtime = Runtime(device, target=target, lanes=lanes)
         try:
@@ -118,18 +117,17 @@ class Checkpointer(StreamWords):
         image = self.device.build(page_source(page_bytes))
         with self._lock:
             number = len(self._regions) + 1
-            # A hash per page, then the list of pages that a scan found: its length and their numbers.
-            hashes = self.device.allocate(16 * pages + 8 + 4 * pages)
+            hashes = self.device.allocate(PageRegion.table_bytes(pages))
             entry = RegionEntry(
                 self.device, number=number, bases=[address], block_count=pages, page_hashes=hashes
             )
             operator = self.runtime.adopt(
                 f"page_scan.{number}", image, region_address=entry.address
             )
-            burst = None
-            if page_bytes == abi.LEAF_BYTES:
+            if page_bytes == abi.LEAF_BYTES and self._burst is None:
                 with self.runtime.parked():
-                    burst = self.device.burst(burst_source(), "concordia_page_burst")
+                    self._burst = self.device.burst(burst_source(), "concordia_page_burst")
+            burst = self._burst if page_bytes == abi.LEAF_BYTES else None
             region = PageRegion(number, page_bytes, pages, entry, hashes, operator, burst)
             self._regions.append(region)
         return region
@@ -269,20 +267,9 @@ class Checkpointer(StreamWords):
         is_burst = is_burst and region.burst is not None and 0 <= first < end <= region.page_count
         if is_burst:
             self._enqueue_burst(region, first, end)
-        task = Task(
-            opcode=region.scan.opcode,
-            kind=abi.TASK_CHECKPOINT,
-            region=region.number,
-            record_kind=abi.KIND_PAGE,
-            key=key,
-            incarnation=incarnation,
-            token_start=first,
-            token_end=end,
-            step=step,
-            arg=_PAGES_NOTED if is_burst else 0,
-        )
-        ticket = self._page_tasks[region.number] = self.runtime.submit(task)
-        return ticket
+        arg = abi.PAGES_NOTED if is_burst else 0
+        words = {"key": key, "incarnation": incarnation, "step": step, "arg": arg}
+        return self._submit_pages(region, token_start=first, token_end=end, **words)
 
     def _enqueue_burst(self, region: PageRegion, first: int, end: int) -> None:
         last = self._page_tasks.get(region.number)
@@ -290,22 +277,17 @@ class Checkpointer(StreamWords):
             self.runtime.wait(last)
         burst, words = region.burst, (region.entry.address, first, end)
         assert burst is not None
-        count_address = region.page_hashes + 16 * region.page_count
-        self.runtime.run_burst(lambda stream: burst.enqueue(stream, words, zeroed=count_address))
+        self.runtime.run_burst(lambda stream: burst.enqueue(stream, words, zeroed=region.found_count))
 
     def append_pages(
         self, region: PageRegion, pages: Sequence[int], *, key: int = 0, incarnation: int = 0, step: int = 0
     ) -> Ticket:
         """Append just these pages, which the caller knows to have changed; nothing is scanned."""
+        return self._submit_pages(region, blocks=pages, key=key, incarnation=incarnation, step=step)
+
+    def _submit_pages(self, region: PageRegion, **words: Any) -> Ticket:
         task = Task(
-            opcode=region.scan.opcode,
-            kind=abi.TASK_CHECKPOINT,
-            region=region.number,
-            record_kind=abi.KIND_PAGE,
-            key=key,
-            incarnation=incarnation,
-            blocks=pages,
-            step=step,
+            opcode=region.scan.opcode, kind=abi.TASK_CHECKPOINT, region=region.number, record_kind=abi.KIND_PAGE, **words
         )
         ticket = self._page_tasks[region.number] = self.runtime.submit(task)
         return ticket

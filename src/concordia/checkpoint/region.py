@@ -207,3 +207,13 @@ class PageRegion:
     page_hashes: int  # device address of the table
     scan: Operator
     burst: Burst | None  # scans with the whole device, where there is one and pages are single leaves
+
+    @staticmethod
+    def table_bytes(page_count: int) -> int:
+        """Size of the table, as kernels/page_table.h lays it out: a hash per page, then the length and the numbers of a list of pages."""
+        return 16 * page_count + 8 + 4 * page_count
+
+    @property
+    def found_count(self) -> int:
+        """Device address of the list's length."""
+        return self.page_hashes + 16 * self.page_count

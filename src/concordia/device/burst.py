@@ -31,7 +31,7 @@ class Burst:
             self._ctas = CTAS_EACH * checked(driver.cuDeviceGetAttribute(count, device), "count multiprocessors")
 
     def enqueue(self, stream: Any, words: Sequence[int], *, zeroed: int) -> None:
-        """Set the eight bytes at `zeroed` to zero, then launch with these arguments. The context is current."""
+        """Set the eight bytes at `zeroed` to zero, then launch with these arguments."""
         values = (ctypes.c_uint64 * len(words))(*words)
         start = ctypes.addressof(values)
         arguments = (ctypes.c_void_p * len(words))(*(start + 8 * i for i in range(len(words))))

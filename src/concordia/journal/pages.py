@@ -1,7 +1,7 @@
-"""The payload of a KIND_PAGE record: which pages of an opaque region it has, and their bytes.
+"""The payload of a KIND_PAGE record: which pages of an opaque region it has.
 
 Owns: that layout, as kernels/page_scan.cu writes it. Promises: what is returned lies within the payload; anything else raises Corruption. Called by
-the replay index (numbers) and by whoever restores a region (bytes). Does not verify hashes: its callers have done so, or do.
+the replay index. Does not verify hashes: whoever uses the bytes does.
 
     payload:  one leaf of page numbers, u32, zero-padded | page | page | ...      the record's tokens are [0, number of pages)
 """
@@ -17,23 +17,8 @@ from concordia.journal.record import Record
 
 def page_numbers(record: Record, view: memoryview) -> list[int]:
     """The pages of this record, in the order of their bytes."""
-    count = record.token_end
-    _page_bytes(record)
-    at = record.payload_offset
-    return list(struct.unpack(f"<{count}I", view[at : at + 4 * count]))
-
-
-def page_bytes(record: Record, view: memoryview, place: int) -> memoryview:
-    """The bytes of the page at this place of the record's list."""
-    size = _page_bytes(record)
-    if not 0 <= place < record.token_end:
-        raise Corruption(f"page {place} of a record of {record.token_end}")
-    at = record.payload_offset + abi.LEAF_BYTES + place * size
-    return view[at : at + size]
-
-
-def _page_bytes(record: Record) -> int:
     count, rest = record.token_end, record.payload_bytes - abi.LEAF_BYTES
     if not 0 < count <= abi.LEAF_BYTES // 4 or rest <= 0 or rest % (count * abi.LEAF_BYTES):
         raise Corruption(f"record {record.sequence} says {count} pages in {record.payload_bytes} bytes")
-    return rest // count
+    at = record.payload_offset
+    return list(struct.unpack(f"<{count}I", view[at : at + 4 * count]))

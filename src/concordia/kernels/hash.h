@@ -36,13 +36,17 @@ FUNCTION uint64_t first_sum(uint64_t j) {
 
 FUNCTION uint64_t mix_product(uint64_t a, uint64_t b) { return a * b ^ mul_high(a, b); }
 
+FUNCTION uint64_t avalanche(uint64_t value) {
+  value = (value ^ value >> 37) * kPrimeMix;
+  return value ^ value >> 32;
+}
+
 FUNCTION uint64_t merge_sums(const uint64_t* sums_ptr, uint64_t secret_offset, uint64_t start) {
   uint64_t value = start;
   for (uint64_t i = 0; i < 4; ++i)
     value += mix_product(sums_ptr[2 * i] ^ secret_at(secret_offset + 16 * i),
                          sums_ptr[2 * i + 1] ^ secret_at(secret_offset + 16 * i + 8));
-  value = (value ^ value >> 37) * kPrimeMix;
-  return value ^ value >> 32;
+  return avalanche(value);
 }
 
 FUNCTION void finish_hash(const uint64_t* sums_ptr, uint64_t bytes, uint64_t* hash_ptr) {

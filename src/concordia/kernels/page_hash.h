@@ -28,11 +28,6 @@ FUNCTION uint64_t add_pairs(uint64_t value) {
   return value + exchange_lanes(value, 2);
 }
 
-FUNCTION uint64_t avalanche(uint64_t value) {
-  value = (value ^ value >> 37) * kPrimeMix;
-  return value ^ value >> 32;
-}
-
 // All lanes of a warp: the hash of the page at `page_ptr`, the same for the four lanes of a page.
 FUNCTION Digest hash_page(const uint8_t* page_ptr) {
   const uint32_t p = threadIdx.x % 4;

@@ -13,7 +13,6 @@ constexpr uint64_t kPageBytes = PAGE_BYTES, kPageLeaves = kPageBytes / kLeafByte
 static_assert(kPageBytes % kLeafBytes == 0, "a page is whole leaves");
 constexpr uint64_t kRootBytes = root_bytes(kPageLeaves);
 constexpr uint64_t kNumbersMost = kLeafBytes / 4;
-constexpr uint64_t kPagesNoted = 1;  // a task's arg
 
 // The words of a record's payload.
 struct PageWords {
@@ -29,16 +28,14 @@ struct PageWords {
   FUNCTION_MEMBER uint64_t operator()(uint64_t offset) const { return *reinterpret_cast<const uint64_t*>(address(offset)); }
 };
 
-// One team: the hash of a page of several leaves from their digests.
-FUNCTION void hash_digests(const uint8_t* digests_ptr, uint64_t* hash_ptr) {
+// One team: the hash of a page of several leaves from digests that others' follow at once, which a CPU's padding must leave alone.
+FUNCTION void hash_digests(uint8_t* digests_ptr, uint64_t* hash_ptr) {
 #if CONCORDIA_CUDA
-  const MemoryWords words = {digests_ptr, kPageLeaves * 16};
-  hash_words((uint32_t)kRootBytes, [=](uint32_t offset) { return offset < kPageLeaves * 16 ? words(offset) : 0; }, [](uint32_t, uint64_t) {}, hash_ptr);
+  hash_root(digests_ptr, kPageLeaves, hash_ptr);
 #else
   alignas(64) uint8_t padded[kRootBytes];
   copy_bytes(padded, digests_ptr, kPageLeaves * 16);
-  zero_bytes(padded + kPageLeaves * 16, kRootBytes - kPageLeaves * 16);
-  hash_long(padded, kRootBytes, hash_ptr);
+  hash_root(padded, kPageLeaves, hash_ptr);
 #endif
 }
 
@@ -72,7 +69,7 @@ FUNCTION void find_roots(Call* call, uint64_t lane, const Pages& pages, uint64_t
     grid_sync(call);
     for (uint64_t i = lane / kTeamLanes; i < count; i += call->lanes / kTeamLanes) {
       uint64_t* hash = reinterpret_cast<uint64_t*>(digests + i * kRootBytes);  // over the digests, which are read before
-      hash_digests(digests + i * kRootBytes, hash);
+      hash_root(digests + i * kRootBytes, kPageLeaves, hash);
       team_sync();
       const uint64_t* known = pages.table + 2 * (first + i);
       if (team_lane() == 0 && (hash[0] != known[0] || hash[1] != known[1])) note_page(pages, first + i);
@@ -102,7 +99,7 @@ FUNCTION void take_named(Call* call, uint64_t lane, const Pages& pages) {
 // All lanes: what the table says of pages that were just appended, from the digests of the leaves behind the numbers' leaf.
 FUNCTION void learn_pages(const Call* call, uint64_t lane, const Pages& pages, const uint32_t* found, uint64_t count) {
   for (uint64_t i = lane / kTeamLanes; i < count; i += call->lanes / kTeamLanes) {
-    const uint8_t* digests_ptr = call->digests + (1 + i * kPageLeaves) * 16;
+    uint8_t* digests_ptr = call->digests + (1 + i * kPageLeaves) * 16;
     uint64_t* entry = pages.table + 2 * found[i];
     if constexpr (kPageLeaves > 1) hash_digests(digests_ptr, entry);
     else if (team_lane() == 0) entry[0] = reinterpret_cast<const uint64_t*>(digests_ptr)[0], entry[1] = reinterpret_cast<const uint64_t*>(digests_ptr)[1];

@@ -40,8 +40,7 @@ FUNCTION void finish_team(uint64_t sum, uint64_t bytes, uint64_t* hash_ptr) {
   mixed += exchange_lanes(mixed, 2);
   mixed += exchange_lanes(mixed, 4);
   mixed += place.group == 0 ? bytes * kPrime64_1 : ~(bytes * kPrime64_2);
-  mixed = (mixed ^ mixed >> 37) * kPrimeMix;
-  mixed ^= mixed >> 32;
+  mixed = avalanche(mixed);
   if (place.word == 0 && place.group < 2) hash_ptr[place.group] = mixed;
 }
 

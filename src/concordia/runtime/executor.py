@@ -134,8 +134,7 @@ class Runtime:
 
     def order_after(self, stream: int) -> None:
         """Tasks handed in from now on run only after the work that is in this stream of the framework now. Waits for nothing; raises RingFull."""
-        if not self._is_open:
-            raise DeviceError("this runtime is closed")
+        self._require_open()
         self.executor.launch_after(stream, self._submit_gate)
 
     def run_burst(self, enqueue: Callable[[Any], None]) -> None:
