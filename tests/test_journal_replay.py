@@ -243,7 +243,7 @@ def test_nothing_is_held_when_all_requests_have_finished_and_blocks_were_let_go(
     index.keys.drop_condemned(0.0, is_urgent=True)
     assert index.ledger.live_bytes() == 0 <= held
     for segment in range(bench.at // SEGMENT + 1):
-        index.roster.forget_segment(segment)
+        index.table.forget_segment(segment)
     assert not index.requests
 
 

@@ -59,6 +59,7 @@ CLEANER_SEGMENTS: Final = 2  # never lent: without room to copy to, a full journ
 SOCKET_MESSAGE_BYTES_MAX: Final = 64 << 20
 
 # --- connector
+CLIENT_COHORT_PREFIX: Final = "client-"  # before the names of cohorts that clients ask for; the router's own are hexadecimal
 RESTORE_WAIT_S: Final = (
     10.0  # a cohort that is not there by then goes on without its missing members
 )

@@ -74,6 +74,11 @@ class RecoveryError(ConcordiaError):
 class ReplicaError(ConcordiaError):
     """A replica could not be started, or is not usable."""
 
+    @classmethod
+    def of(cls, error: Exception) -> ConcordiaError:
+        """The error as one of ours: what the operating system said of a replica is a failure of that replica."""
+        return error if isinstance(error, ConcordiaError) else cls(str(error))
+
 
 class RequestRefused(ConcordiaError):
     """A client's request cannot be served as asked; `status` is the HTTP status, `param` the field at fault."""

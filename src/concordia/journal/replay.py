@@ -24,7 +24,7 @@ from concordia.journal.ledger import Held, Ledger, Source
 from concordia.journal.life import Incarnation, Request
 from concordia.journal.pages import page_numbers
 from concordia.journal.record import Record
-from concordia.journal.roster import Roster
+from concordia.journal.request_table import RequestTable
 
 __all__ = ["Cut", "Piece", "ReplayIndex"]
 
@@ -40,8 +40,8 @@ class ReplayIndex:
         self.keys = KeyTable(self.ledger)
         self.events = Events()
         self.sizes = BlockSizes()
-        self.roster = Roster(self.ledger, segment_bytes)
-        self.requests = self.roster.requests  # the coldest first
+        self.table = RequestTable(self.ledger, segment_bytes)
+        self.requests = self.table.requests  # the coldest first
         self._latest: dict[tuple[int, ...], Held] = {}  # pages and memberships
         self._reborn: set[int] = set()  # requests with more than one incarnation
         self._finishing: deque[tuple[float, int]] = deque()
@@ -59,7 +59,7 @@ class ReplayIndex:
         if record.kind in (abi.KIND_PAGE, abi.KIND_MEMBERSHIP):
             self._ingest_latest(held, view)
             return
-        request = self.roster.touch(record)
+        request = self.table.touch(record)
         if record.kind in _KV:
             request.replica = source.replica
             self._ingest_kv(request, held)
@@ -100,7 +100,7 @@ class ReplayIndex:
                 for held in request.others:
                     self.ledger.release(held)
                 request.others.clear()
-                self.roster.forget_if_gone(key, request)
+                self.table.forget_if_gone(key, request)
 
     # --- asking
 
@@ -196,7 +196,7 @@ class ReplayIndex:
     def moved(self, held: Held, record: Record, source: Source) -> None:
         """The cleaner has copied a live record."""
         self.ledger.move(held, record, source)
-        self.roster.moved(record)
+        self.table.moved(record)
 
     # --- helpers
 

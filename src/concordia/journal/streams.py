@@ -187,7 +187,7 @@ class Streams:
         stream.reader.lent.pop(ordinal, None)
         self.pool.mark_free(segment)
         self.free.append(segment)
-        self.index.roster.forget_segment(segment)
+        self.index.table.forget_segment(segment)
         self._free_if_empty(stream)
 
     # --- helpers

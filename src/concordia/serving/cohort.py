@@ -115,7 +115,7 @@ def _is_forming(flight: Flight, members: Sequence[Flight]) -> bool:
     wish = flight.request.cohort
     if wish is None:
         return False
-    same = _companions(flight, members)
+    same = [other for other in members if flight.shares_cohort(other)]
     return len(same) < wish.size and not any(other.ids for other in same)
 
 
@@ -128,7 +128,7 @@ def _align(members: Sequence[Flight]) -> int:
     again = 0
     named = [flight for flight in members if flight.request.cohort is not None]
     while named:
-        same = _companions(named[0], named)
+        same = [other for other in named if named[0].shares_cohort(other)]
         named = [flight for flight in named if flight not in same]
         counts = [len(flight.ids) for flight in same]
         is_torn = 0 < max(counts) - min(counts) <= config.TORN_STEP_TOKENS_MAX
@@ -138,10 +138,3 @@ def _align(members: Sequence[Flight]) -> int:
             again += count - common
             flight.step_back(common)
     return again
-
-
-def _companions(flight: Flight, members: Sequence[Flight]) -> list[Flight]:
-    """Those of the same client's cohort, itself among them; it names one."""
-    assert flight.request.cohort is not None
-    name = flight.request.cohort.name
-    return [f for f in members if f.request.cohort is not None and f.request.cohort.name == name]

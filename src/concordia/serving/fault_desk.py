@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from concordia.recovery.fault import Fault, FaultKind
 from concordia.serving.admission import Admission, unavailable
 from concordia.serving.cohort import Cohort
 from concordia.serving.flight import Flight, ReplicaLike
+from concordia.serving.flight_table import FlightTable
 from concordia.serving.metrics import Metrics
 from concordia.serving.settlement import Settlement
 from concordia.serving.submission import CohortTicket
@@ -40,13 +41,13 @@ class ReplicaSet(Protocol):
 class Desk(Protocol):
     """What the fault desk needs of the router."""
 
-    def flights(self) -> Iterable[Flight]: ...
-    def load(self, replica: ReplicaLike) -> int: ...
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]: ...
     async def submit(
         self, flight: Flight, replica: ReplicaLike, ticket: CohortTicket | None
     ) -> bool: ...
     async def submit_alone(self, flight: Flight) -> None: ...
+    @property
+    def flights(self) -> FlightTable: ...
     @property
     def settlement(self) -> Settlement: ...
 
@@ -98,7 +99,7 @@ class FaultDesk:
         """All flights of the failed replica become a cohort."""
         self._metrics.fault(fault)
         self._faults[fault.replica] = fault
-        members = [f for f in self._router.flights() if f.sits_on(fault.replica)]
+        members = [f for f in self._router.flights if f.sits_on(fault.replica)]
         failed = members[0].replica if members else self._admission.known(fault.replica)
         if failed is None or fault.replica in self._cohorts:
             self._admission.exclude(fault.replica)
@@ -172,12 +173,14 @@ class FaultDesk:
         if flight.attempts >= config.ATTEMPTS_MAX:
             flight.fail(RequestRefused(detail, status=500, kind="InternalServerError"))
             return
-        flight.failovers += 1
-        await self._router.submit_alone(flight)
+        await self._submit_again(flight)
 
     async def _try_later(self, flight: Flight) -> None:
         """Its deadline goes on meanwhile and ends it, if this does not."""
         await asyncio.sleep(config.SET_ASIDE_S)
+        await self._submit_again(flight)
+
+    async def _submit_again(self, flight: Flight) -> None:
         flight.failovers += 1
         await self._router.submit_alone(flight)
 
@@ -198,9 +201,9 @@ class FaultDesk:
         while True:
             await asyncio.sleep(config.DEADLINE_POLL_S)
             for replica in self._replicas.active:
-                replica.requests_in_flight = self._router.load(replica)
+                replica.requests_in_flight = self._router.flights.owed_by(replica)
             now = time.monotonic()
-            for flight in list(self._router.flights()):
+            for flight in self._router.flights:
                 if flight.deadline is not None and now >= flight.deadline:
                     flight.deadline = None
                     flight.fail(

@@ -164,7 +164,12 @@ class Flight:
         wish = self.request.cohort
         if wish is None:
             return None
-        return CohortTicket(f"client-{wish.name}", wish.size, config.RESTORE_WAIT_S)
+        return CohortTicket(config.CLIENT_COHORT_PREFIX + wish.name, wish.size, config.RESTORE_WAIT_S)
+
+    def shares_cohort(self, other: Flight) -> bool:
+        """Whether both belong to one cohort that their client asked for; a flight shares its own with itself."""
+        mine, its = self.request.cohort, other.request.cohort
+        return mine is not None and its is not None and mine.name == its.name
 
     @property
     def stream(self) -> EventStream | None:

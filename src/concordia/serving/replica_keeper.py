@@ -103,7 +103,7 @@ class ReplicaKeeper:
                 self._launch(place)
             except (ConcordiaError, OSError) as error:
                 with changed:
-                    self.note_failure(_told(error))
+                    self.note_failure(ReplicaError.of(error))
 
     def _launch(self, place: Place) -> None:
         self.launched_count += 1
@@ -124,7 +124,7 @@ class ReplicaKeeper:
             replica.wait_ready(timeout_s=config.START_S)
             self._watch.add(replica)
         except (ConcordiaError, OSError) as error:
-            self._give_up(replica, _told(error))
+            self._give_up(replica, ReplicaError.of(error))
             return
         replica.set_priority(0)  # here, not when it is promoted; after `add`, which finds its last processes
         with self._roster.changed:
@@ -145,7 +145,3 @@ class ReplicaKeeper:
             self._tell(Fault(FaultKind.START_FAILED, replica.incarnation, now_ns, str(error)))
             self.note_failure(error)
         self._fencer.end(replica)
-
-
-def _told(error: ConcordiaError | OSError) -> ConcordiaError:
-    return error if isinstance(error, ConcordiaError) else ReplicaError(str(error))

@@ -165,7 +165,7 @@ class ReplicaSet:
             passed_s = failover.replaced_s = failover.passed_s()
             log.warning("%s serves in place of %s after %.3f s", promoted.name, failed.name, passed_s)
         except (ConcordiaError, OSError) as error:
-            failover.error = error if isinstance(error, ConcordiaError) else ReplicaError(str(error))
+            failover.error = ReplicaError.of(error)
             log.error("%s has no replacement: %s", failed.name, error)
         finally:
             failover.done.set()

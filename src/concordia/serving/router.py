@@ -14,7 +14,7 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from concordia.errors import RequestRefused, UpstreamBroken
 from concordia.serving.admission import Admission, Turnstile, unavailable
 from concordia.serving.fault_desk import FaultDesk, ReplicaSet
 from concordia.serving.flight import Flight, ReplicaLike
+from concordia.serving.flight_table import FlightTable
 from concordia.serving.generation import Generation
 from concordia.serving.metrics import Metrics
 from concordia.serving.need import Defaults
@@ -67,10 +68,11 @@ class Router:
         self.settings = settings
         self.tokenizer = tokenizer
         self.metrics = metrics
+        self.flights = FlightTable()
         self.upstream = Upstream(settings.upstream_headers)
         self.admission = Admission(
             active=lambda: replica_set.active,
-            load=self._load,
+            load=self.flights.carried_by,
             wait_s=settings.recovery_timeout_s,
             held_max=settings.requests_held_max,
         )
@@ -90,7 +92,6 @@ class Router:
             wait_s=settings.recovery_timeout_s,
         )
         self._turnstile = Turnstile()
-        self._flights: dict[str, Flight] = {}
         self._orders = itertools.count(1)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._entered_count = 0
@@ -104,7 +105,7 @@ class Router:
         await self.upstream.start()
         self.faults.start()
         if self._recorder is not None:
-            self.spawn(self._recorder.follow(self.metrics, lambda: list(self._flights.values())))
+            self.spawn(self._recorder.follow(self.metrics, lambda: list(self.flights)))
         self.metrics.gauge("requests_in_flight", "requests being served", lambda: self.in_flight)
         self.metrics.gauge(
             "requests_held", "requests that wait for an engine", lambda: self.admission.held_count
@@ -116,7 +117,7 @@ class Router:
 
     async def stop(self) -> None:
         """End what is left and close the session."""
-        for flight in list(self._flights.values()):
+        for flight in self.flights:
             flight.fail(unavailable("the server stops"))
         tasks = list(self._tasks)
         for task in tasks:
@@ -136,7 +137,7 @@ class Router:
     @property
     def in_flight(self) -> int:
         """All that a client waits for, whether an engine has it yet or not."""
-        return len(self._flights) + self._entered_count
+        return len(self.flights) + self._entered_count
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
@@ -146,16 +147,6 @@ class Router:
             yield
         finally:
             self._entered_count -= 1
-
-    def load(self, replica: ReplicaLike) -> int:
-        """Answers that this replica owes their first event, for the detector; later ones it sees by the engine's steps.
-
-        An answer that waits for a slow client is none of them: its engine may have ended it long ago.
-        """
-        return sum(
-            f.replica is replica and f.stream is not None and f.stream.is_silent
-            for f in self._flights.values()
-        )
 
     @property
     def chat_blocker(self) -> str | None:
@@ -235,7 +226,7 @@ class Router:
 
     def landed(self, flight: Flight) -> None:
         """The flight has ended, or its client has gone."""
-        if self._flights.pop(flight.name, None) is None:
+        if not self.flights.discard(flight):
             return
         flight.is_left = not flight.is_done
         if flight.posting is not None:
@@ -248,9 +239,6 @@ class Router:
             self.spawn(self.settlement.close(flight))
 
     # --- what the fault desk asks
-
-    def flights(self) -> Iterable[Flight]:
-        return self._flights.values()
 
     async def submit(
         self, flight: Flight, replica: ReplicaLike, ticket: CohortTicket | None
@@ -275,31 +263,13 @@ class Router:
         """The first submission, or that of a flight that was cut off without a fault of its replica."""
         ticket = flight.wished_ticket if flight.incarnation == 0 else None
         try:
-            flight.replica = await self.admission.acquire(lambda: self._shared_replica(flight))
+            flight.replica = await self.admission.acquire(lambda: self.flights.shared_replica(flight))
         except RequestRefused as error:
             flight.fail(error)
             return
         await self.submit(flight, flight.replica, ticket)
 
     # --- helpers
-
-    def _load(self, replica: ReplicaLike) -> int:
-        return sum(flight.replica is replica for flight in self._flights.values())
-
-    def _shared_replica(self, flight: Flight) -> ReplicaLike | None:
-        """Where the first of its client's cohort sits: members on two replicas would wait for each other in vain."""
-        wish = flight.request.cohort
-        if wish is None:
-            return None
-        others = [
-            other
-            for other in self._flights.values()
-            if other is not flight
-            and other.replica is not None
-            and other.request.cohort is not None
-            and other.request.cohort.name == wish.name
-        ]
-        return min(others, key=lambda other: other.order).replica if others else None
 
     def _make_flight(
         self,
@@ -325,7 +295,7 @@ class Router:
 
     def _keep(self, flight: Flight) -> None:
         """Take it into the table, until it has landed."""
-        self._flights[flight.name] = flight
+        self.flights.add(flight)
         if self._recorder is not None:
             self._recorder.admit(flight)
 

@@ -24,7 +24,6 @@ PARAMS_NAME: Final = "concordia"
 INCARNATION_STRIDE: Final = 1000  # record incarnation = router's incarnation x this + lives within the engine
 INCARNATION_MAX: Final = (2**63 - 1) // INCARNATION_STRIDE - 1
 COHORT_SIZE_MAX: Final = 65536
-CLIENT_PREFIX: Final = "client-"  # the router puts it before the names that clients give; its own are hexadecimal
 MASK: Final = (1 << 64) - 1
 
 
@@ -39,7 +38,7 @@ class CohortTicket:
     @property
     def is_recovery(self) -> bool:
         """Whether the router made it of a failed replica's requests, and not a client of its own."""
-        return not self.name.startswith(CLIENT_PREFIX)
+        return not self.name.startswith(config.CLIENT_COHORT_PREFIX)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from concordia.journal.life import Request
 from concordia.journal.record import Record
 
 
-class Roster:
+class RequestTable:
     """Every request of which something is there."""
 
     def __init__(self, ledger: Ledger, segment_bytes: int) -> None:
