@@ -1,10 +1,11 @@
 """What protection costs: tokens per second with and without it, through the same router.
 
-Two servers stand side by side, one without the connector and the journal; they are asked in turn (A B, B A, ...), and each pair gives one
-ratio. Writes the median ratio with its 95 % interval (order statistics) to benchmarks/results/cost_cpu.json and prints it.
+Two servers stand side by side, one without the connector and the journal; they are asked in turn (A
+B, B A, ...), and each pair gives one ratio. Writes the median ratio with its 95 % interval (order
+statistics) to benchmarks/results/cost_cpu.json and prints it.
 
-With --one-engine both arms are one engine, asked past the router, with and without the connector's work for each request: two engines of one configuration
-differ by more than protection costs.
+With --one-engine both arms are one engine, asked past the router, with and without the connector's
+work for each request: two engines of one configuration differ by more than protection costs.
 """
 
 from __future__ import annotations
@@ -43,10 +44,14 @@ class Arm:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-async def tokens_per_second(arm: Arm, *, requests: int, tokens: int, seed: int, words_max: int) -> float:
+async def tokens_per_second(
+    arm: Arm, *, requests: int, tokens: int, seed: int, words_max: int
+) -> float:
     """One load: all requests at once, counted from the first question to the last token."""
     client = AsyncOpenAI(base_url=arm.url, api_key=arm.api_key, max_retries=0, timeout=300)
-    questions = make_questions(requests, seed=seed, max_tokens=tokens, words_min=min(20, words_max), words_max=words_max)
+    questions = make_questions(
+        requests, seed=seed, max_tokens=tokens, words_min=min(20, words_max), words_max=words_max
+    )
     questions = [dataclasses.replace(question, extra=arm.extra) for question in questions]
     started = time.monotonic()
     answers = await ask_all(client, "bench", questions)
@@ -79,8 +84,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--shape", default="140m")
     parser.add_argument("--words", type=int, default=120, help="longest prompt")
-    parser.add_argument("--one-engine", action="store_true", help="compare within one engine, past the router")
-    parser.add_argument("--commit", choices=["release", "before-emit"], default="release", help="as of concordia serve")
+    parser.add_argument(
+        "--one-engine", action="store_true", help="compare within one engine, past the router"
+    )
+    parser.add_argument(
+        "--commit",
+        choices=["release", "before-emit"],
+        default="release",
+        help="as of concordia serve",
+    )
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("demo-output"))
     parser.add_argument(
         "--result", type=pathlib.Path, default=pathlib.Path("benchmarks/results/cost_cpu.json")
@@ -123,14 +135,24 @@ def arms_of(served: Served) -> tuple[Arm, Arm]:
         raise ConcordiaError("the server does not answer")
     (replica,) = status["replicas"]
     environment = pathlib.Path(f"/proc/{replica['session_id']}/environ").read_bytes().split(b"\0")
-    (key,) = [entry.partition(b"=")[2].decode() for entry in environment if entry.startswith(b"VLLM_API_KEY=")]
+    (key,) = [
+        entry.partition(b"=")[2].decode()
+        for entry in environment
+        if entry.startswith(b"VLLM_API_KEY=")
+    ]
     url = f"{replica['base_url']}/v1"
     return Arm(url, key), Arm(url, key, {"kv_transfer_params": {"concordia": False}})
 
 
 def measure(protected: Arm, plain: Arm, options: argparse.Namespace) -> list[dict[str, float]]:
     def one(arm: Arm, seed: int) -> float:
-        load = tokens_per_second(arm, requests=options.requests, tokens=options.tokens, seed=seed, words_max=options.words)
+        load = tokens_per_second(
+            arm,
+            requests=options.requests,
+            tokens=options.tokens,
+            seed=seed,
+            words_max=options.words,
+        )
         return asyncio.run(load)
 
     for arm in (protected, plain):
@@ -138,14 +160,19 @@ def measure(protected: Arm, plain: Arm, options: argparse.Namespace) -> list[dic
     rows = []
     for pair in range(options.pairs):
         first, second = (protected, plain) if pair % 2 == 0 else (plain, protected)
-        # In one engine each arm has questions of its own: what the first computed would be the second's prefix.
+        # In one engine each arm has questions of its own: what the first computed would be the
+        # second's prefix.
         apart = 1000 if options.one_engine else 0
-        speeds = {id(arm): one(arm, 100 + pair + place * apart) for place, arm in enumerate((first, second))}
+        speeds = {
+            id(arm): one(arm, 100 + pair + place * apart)
+            for place, arm in enumerate((first, second))
+        }
         with_, without = speeds[id(protected)], speeds[id(plain)]
         row = {"protected": with_, "plain": without, "ratio": with_ / without}
         rows.append(row)
         console.log(
-            f"pair {pair + 1}/{options.pairs}: {row['protected']:.1f} against {row['plain']:.1f} tokens/s, ratio {row['ratio']:.4f}"
+            f"pair {pair + 1}/{options.pairs}: {row['protected']:.1f} against "
+            f"{row['plain']:.1f} tokens/s, ratio {row['ratio']:.4f}"
         )
     return rows
 

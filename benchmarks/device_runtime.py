@@ -1,7 +1,8 @@
 """The device runtime beside what the hardware allows and what else there is, on one GPU.
 
-Each part measures one line of the table in docs/benchmarks.md, its peers in the same run. Parts add up into one result file
-(benchmarks/results/device_runtime_h200.json), so they can be run alone: `--only submit ring delta`. Needs an NVIDIA GPU.
+Each part measures one line of the table in docs/benchmarks.md, its peers in the same run. Parts add
+up into one result file (benchmarks/results/device_runtime_h200.json), so they can be run alone:
+`--only submit ring delta`. Needs an NVIDIA GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ BURST: Final = 32  # submissions between two readings of the clock, which itself
 # A producer's loop without an interpreter around it.
 NATIVE: Final = r"""
 #include "ring.h"
-extern "C" __attribute__((visibility("default"))) int time_submit(RingHeader* ring, uint64_t count, uint64_t* ns) {
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int time_submit(RingHeader* ring, uint64_t count, uint64_t* ns) {
   Task task = {};
   task.kind = kTaskNoop;
   uint64_t position = 0;
@@ -44,14 +47,16 @@ extern "C" __attribute__((visibility("default"))) int time_submit(RingHeader* ri
   *ns = now_ns() - started;
   return 0;
 }
-extern "C" __attribute__((visibility("default"))) int time_round_trip(RingHeader* ring, uint64_t count, uint64_t* ns) {
+
+EXPORT int time_round_trip(RingHeader* ring, uint64_t count, uint64_t* ns) {
   Task task = {};
   task.kind = kTaskNoop;
   for (uint64_t i = 0; i < count; ++i) {
     uint64_t position = 0;
     Completion found;
     const uint64_t started = now_ns();
-    if (submit(ring, &task, Arguments{}, &position) != kSubmitted) return 1;  // the executor has left: its return is not what is measured
+    // When the executor has left, its return would be measured as well.
+    if (submit(ring, &task, Arguments{}, &position) != kSubmitted) return 1;
     while (read_completion(ring, position, &found) == kPending)
       if (now_ns() - started > 1000000000u) return 2;
     ns[i] = now_ns() - started;
@@ -76,7 +81,11 @@ class Bench:
     def report(self, key: str, value: dict[str, Any], **peers: float) -> None:
         """Keep one figure with the medians of its peers."""
         self.figures[key] = {**value, "peer": peers}
-        print(f"{key:28} {value['median']:10.3f} {value['unit']:6} (min {value['min']}, p95 {value['p95']}) {peers}", flush=True)
+        print(
+            f"{key:28} {value['median']:10.3f} {value['unit']:6} (min {value['min']}, p95 "
+            f"{value['p95']}) {peers}",
+            flush=True,
+        )
 
     def close(self) -> None:
         self.stream.close()
@@ -84,7 +93,9 @@ class Bench:
 
 
 def producer(bench: Bench) -> None:
-    """submit, ring_round_trip: a producer in a native loop, beside a launch and a synchronisation."""
+    """submit, ring_round_trip: a producer in a native loop, beside a launch and a
+    synchronisation.
+    """
     checkpointer = Checkpointer(bench.device, None, lanes=1)
     ring = ctypes.c_void_p(checkpointer.runtime.ring.address)
     spent = ctypes.c_uint64()
@@ -106,19 +117,28 @@ def producer(bench: Bench) -> None:
 
 
 def delta(bench: Bench) -> None:
-    """delta_*: a 256 MiB region with a few dirty pages, from the submission to the commit, beside scans on the host."""
+    """delta_*: a 256 MiB region with a few dirty pages, from the submission to the commit, beside
+    scans on the host.
+    """
     generator = np.random.default_rng(5)
     data = generator.integers(0, 256, REGION_BYTES, dtype=np.uint8)
     pages = REGION_BYTES // PAGE_BYTES
     found: dict[str, dict[int, float]] = {}
     rows: dict[str, list[float]] = {}
-    for name, ctas in (("delta_write_set", 1), ("delta_scan_1cta", 1), ("delta_scan_4cta", 4), ("delta_scan_8cta", 8), ("delta_scan_burst", 1)):
+    for name, ctas in (
+        ("delta_write_set", 1),
+        ("delta_scan_1cta", 1),
+        ("delta_scan_4cta", 4),
+        ("delta_scan_8cta", 8),
+        ("delta_scan_burst", 1),
+    ):
         bench.stream.restart()
         checkpointer = Checkpointer(bench.device, bench.stream.target(), lanes=ctas)
         base = bench.device.allocate(REGION_BYTES)
         bench.device.write(base, data.tobytes())
         region = checkpointer.register_pages(base, size=REGION_BYTES, page_bytes=PAGE_BYTES)
-        for first in range(0, pages, 8192):  # everything is dirty at first, and more than the pool has at once
+        # everything is dirty at first, and more than the pool has at once
+        for first in range(0, pages, 8192):
             done = checkpointer.wait(checkpointer.scan_pages(region, first=first, count=8192))
             assert done.result == 8192, done
             bench.stream.refill()
@@ -127,7 +147,9 @@ def delta(bench: Bench) -> None:
             for turn in range(25):
                 chosen = sorted(int(p) for p in generator.choice(pages, dirty, replace=False))
                 for page in chosen:
-                    bench.device.write(base + page * PAGE_BYTES + 8 * (turn % 500), generator.bytes(8))
+                    bench.device.write(
+                        base + page * PAGE_BYTES + 8 * (turn % 500), generator.bytes(8)
+                    )
                 bench.stream.refill()
                 checkpointer.wait(checkpointer.runtime.submit(Task()))
                 started = time.perf_counter()
@@ -151,7 +173,9 @@ def delta(bench: Bench) -> None:
 
 
 def host_scan(bench: Bench, data: np.ndarray[Any, Any]) -> dict[str, float]:
-    """The same delta found on the host: region copied to pageable memory and compared by one thread, in us."""
+    """The same delta found on the host: region copied to pageable memory and compared by one
+    thread, in us.
+    """
     base = bench.device.allocate(REGION_BYTES)
     bench.device.write(base, data.tobytes())
     shadow = data.copy()
@@ -159,7 +183,9 @@ def host_scan(bench: Bench, data: np.ndarray[Any, Any]) -> dict[str, float]:
     for _ in range(3):
         started = time.perf_counter()
         copy = np.frombuffer(bench.device.read(base, REGION_BYTES), np.uint8)
-        dirty = np.flatnonzero((copy.reshape(-1, PAGE_BYTES) != shadow.reshape(-1, PAGE_BYTES)).any(axis=1))
+        dirty = np.flatnonzero(
+            (copy.reshape(-1, PAGE_BYTES) != shadow.reshape(-1, PAGE_BYTES)).any(axis=1)
+        )
         times.append((time.perf_counter() - started) * 1e6)
         assert len(dirty) == 0
     bench.device.free(base)
@@ -170,7 +196,9 @@ PARTS: Final[dict[str, Callable[[Bench], None]]] = {"producer": producer, "delta
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args(arguments)

@@ -1,7 +1,8 @@
 """What the runtime costs and moves on one GPU.
 
-Round trip through the ring, appends and restores of a model's KV, parking and hot swap, each beside a plain launch in the same process.
-Writes benchmarks/results/gpu_runtime.json (medians with spread) and prints a table. Needs an NVIDIA GPU and 4 GiB of /dev/shm.
+Round trip through the ring, appends and restores of a model's KV, parking and hot swap, each beside
+a plain launch in the same process. Writes benchmarks/results/gpu_runtime.json (medians with spread)
+and prints a table. Needs an NVIDIA GPU and 4 GiB of /dev/shm.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ SALT: Final = 0x5EED_0000_0000_0001
 RESULTS: Final = pathlib.Path(__file__).parent / "results" / "gpu_runtime.json"
 NOTHING: Final = '#include "call.h"\nHANDLER { if (lane == 0) call->result = VERSION; }\n'
 
-# Llama shape of 1 B parameters: 16 layers, 8 KV heads of 128, bf16: 64 KiB per token, 1 MiB per block of 16 tokens.
+# Llama shape of 1 B parameters: 16 layers, 8 KV heads of 128, bf16: 64 KiB per token, 1 MiB per
+# block of 16 tokens.
 MODEL: Final = KvGeometry(
-    layers=16, block_count=2048, block_tokens=16, block_bytes=65536, heads=8, head_dim_key=128, head_dim_value=128,
-    element_bytes=2, key=Plane(0, 512, 4096, 2), value=Plane(256, 512, 4096, 2), dtype="bfloat16", instruction_set="sm_90",
+    layers=16, block_count=2048, block_tokens=16, block_bytes=65536, heads=8, head_dim_key=128,
+    head_dim_value=128, element_bytes=2, key=Plane(0, 512, 4096, 2), value=Plane(256, 512, 4096, 2),
+    dtype="bfloat16", instruction_set="sm_90",
 )  # fmt: skip
 
 Figures = dict[str, dict[str, Any]]
@@ -137,7 +140,9 @@ class Bench:
         return us(timed(5000, lambda: self.runtime.wait(self.runtime.submit(task))))
 
     def append(self, count: int, *, tokens: int, whole: bool) -> list[float]:
-        """Seconds of several bursts of `count` records, from the first submission to the last completion."""
+        """Seconds of several bursts of `count` records, from the first submission to the last
+        completion.
+        """
         kind = abi.KIND_KV_BLOCK if whole else abi.KIND_KV_TAIL
         blocks_each = -(-tokens // MODEL.block_tokens)
         found = []
@@ -161,7 +166,8 @@ class Bench:
 
         def one() -> None:
             ticket = self.checkpointer.append_kv(
-                self.region, kind=abi.KIND_KV_TAIL, key=1, incarnation=1, token_start=3, token_end=4, blocks=[77], step=1
+                self.region, kind=abi.KIND_KV_TAIL, key=1, incarnation=1, token_start=3,
+                token_end=4, blocks=[77], step=1
             )  # fmt: skip
             while self.checkpointer.result(ticket) is None:
                 pass  # the waiter's naps are longer than what is measured
@@ -191,7 +197,8 @@ class Bench:
             for i in range(50):
                 started = time.perf_counter()
                 self.checkpointer.append_kv(
-                    self.region, kind=abi.KIND_KV_TAIL, key=i, incarnation=1, token_start=3, token_end=4, blocks=[i], step=1
+                    self.region, kind=abi.KIND_KV_TAIL, key=i, incarnation=1, token_start=3,
+                    token_end=4, blocks=[i], step=1
                 )  # fmt: skip
                 found.append(time.perf_counter() - started)
         self.runtime.drain()
@@ -224,7 +231,8 @@ class Bench:
                     ticket = self.checkpointer.hash_kv(self.region, blocks=blocks, **words)
                 else:
                     ticket = self.checkpointer.apply_kv(
-                        self.region, blocks=blocks, payload_address=address, payload_bytes=size, payload_hash=made.payload_hash, **words
+                        self.region, blocks=blocks, payload_address=address, payload_bytes=size,
+                        payload_hash=made.payload_hash, **words
                     )  # fmt: skip
             done = self.checkpointer.wait(ticket)
             found.append(time.perf_counter() - started)
@@ -232,7 +240,9 @@ class Bench:
         return found[1:]
 
     def _payload(self, payload_hash: int, size: int) -> int:
-        """Where the record that was committed last keeps its payload: found by the hash in its header."""
+        """Where the record that was committed last keeps its payload: found by the hash in its
+        header.
+        """
         pool = np.frombuffer(self.stream._file.view, "<u8", offset=abi.STREAM_CONTROL.size)
         at = abi.RECORD_HEADER.offsets()["payload_hash"] // 8
         low = np.uint64(payload_hash & (1 << 64) - 1)
@@ -263,7 +273,9 @@ class Bench:
         return {"park_us": us(park), "unpark_to_first_task_us": us(unpark)}
 
     def swap(self) -> Figures:
-        """A hot swap as the tasks see it: from the last old completion to the first new one, loading and unloading included."""
+        """A hot swap as the tasks see it: from the last old completion to the first new one,
+        loading and unloading included.
+        """
         device = self.checkpointer.device
         images = [
             device.build(HandlerSource.of("nothing", {"VERSION": v}, text=NOTHING))
@@ -282,7 +294,9 @@ class Bench:
 
 
 def launch_and_sync(device: CudaDevice) -> dict[str, Any]:
-    """A plain kernel launch and stream synchronisation in the same context: what residency is compared with."""
+    """A plain kernel launch and stream synchronisation in the same context: what residency is
+    compared with.
+    """
     from concordia.device import nvrtc
 
     text = 'extern "C" __global__ void nothing() {}'
@@ -351,7 +365,8 @@ def main(arguments: list[str]) -> int:
             def report(name: str, value: dict[str, Any], ctas: int = ctas) -> None:
                 figures[f"{name}.{ctas}_cta"] = value
                 print(
-                    f"{name:32} {ctas} CTA  {value['median']:10.2f} {value['unit']:10} (min {value['min']}, p95 {value['p95']}, n {value['n']})",
+                    f"{name:32} {ctas} CTA  {value['median']:10.2f} {value['unit']:10} (min "
+                    f"{value['min']}, p95 {value['p95']}, n {value['n']})",
                     flush=True,
                 )
 

@@ -1,8 +1,10 @@
 """Faults at random moments under load, and what the clients and the machine saw of them.
 
-Each round picks a target (API process, engine core, last rank, standby, router, owner), a way to fail (SIGKILL, SIGSTOP, a forward that
-raises) and a moment (prefill, decode, idle, during recovery) from its printed seed, asks questions whose unfailed answers are known, and
-compares. Rows go to a state file as they happen, so a soak that was interrupted goes on where it was. Ends with one JSON result.
+Each round picks a target (API process, engine core, last rank, standby, router, owner), a way to
+fail (SIGKILL, SIGSTOP, a forward that raises) and a moment (prefill, decode, idle, during recovery)
+from its printed seed, asks questions whose unfailed answers are known, and compares. Rows go to a
+state file as they happen, so a soak that was interrupted goes on where it was. Ends with one JSON
+result.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ from concordia.testing.served import Served
 
 START_TIMEOUT_S: Final = 240.0
 ROUND_TIMEOUT_S: Final = 240.0
-PAUSE_MAX_S: Final = 10.0  # a hang is noticed after its learned deadline, two seconds at most for this model, on loaded cores later
+# a hang is noticed after its learned deadline, two seconds at most for this model, on loaded cores
+# later
+PAUSE_MAX_S: Final = 10.0
 SETTLE_S: Final = 2.5  # the counters hear of a round once a second
 QUESTIONS: Final = 12
 AT_ONCE: Final = 4
@@ -60,7 +64,9 @@ class Round:
 
     @staticmethod
     def from_seed(seed: int, *, may_raise: bool) -> Round:
-        """`may_raise`: whether the engine can be told to raise in a forward; else that round kills its core."""
+        """`may_raise`: whether the engine can be told to raise in a forward; else that round kills
+        its core.
+        """
         rng = random.Random(seed)
         target = rng.choices(TARGETS, TARGET_WEIGHTS)[0]
         ways = ["SIGKILL", "SIGKILL", "SIGSTOP"]
@@ -90,7 +96,8 @@ class Soak:
         self.sessions: set[int] = set()
         processor = ["--logits-processors", "concordia.testing.raising:RaisingProcessor"]
         self.raising = [] if options.without_raise else processor
-        # In float32 tokens agree in every batch; else the same questions are asked together, as a closed cohort.
+        # In float32 tokens agree in every batch; else the same questions are asked together, as a
+        # closed cohort.
         self.is_closed = options.dtype != "float32"
 
     def start(self) -> Served:
@@ -213,11 +220,15 @@ class Soak:
         return row
 
     async def settled(self, before: dict[str, Any]) -> dict[str, Any]:
-        """The server's status once its counters have heard of the round: what engines say comes through the journal, about once a second."""
+        """The server's status once its counters have heard of the round: what engines say comes
+        through the journal, about once a second.
+        """
         found = self.status()
         if len(found["faults"]) > len(before["faults"]):
             deadline = time.monotonic() + SETTLE_S
-            while time.monotonic() < deadline and not grown(before, found, "restored_tokens") + grown(before, found, "recomputed_tokens"):
+            while time.monotonic() < deadline and not grown(
+                before, found, "restored_tokens"
+            ) + grown(before, found, "recomputed_tokens"):
                 await asyncio.sleep(0.2)
                 found = self.status()
         return found
@@ -229,7 +240,12 @@ class Soak:
             found.append(f"{row['hash_mismatches']} hash mismatches")
         if row["hits"] and plan.target not in ("owner", "router") and not row["noticed"]:
             found.append("the fault was never noticed")
-        if plan.moment == "decode" and plan.target not in ("owner", "router", "standby") and row["hits"] and not row["restored_tokens"]:
+        if (
+            plan.moment == "decode"
+            and plan.target not in ("owner", "router", "standby")
+            and row["hits"]
+            and not row["restored_tokens"]
+        ):
             found.append("nothing was restored")
         return found
 
@@ -284,7 +300,8 @@ class Soak:
                 sink.write(json.dumps(row) + "\n")
             verdict = "; ".join(row["wrong"]) or "ok"
             console.log(
-                f"{len(rows)}/{self.options.faults} seed {plan.seed} {plan.way} {plan.target} at {plan.moment}: "
+                f"{len(rows)}/{self.options.faults} seed {plan.seed} {plan.way} {plan.target} at "
+                f"{plan.moment}: "
                 f"{verdict}, longest pause {row.get('longest_pause_s')} s"
             )
         return rows
@@ -326,7 +343,14 @@ def grown(before: dict[str, Any], after: dict[str, Any], name: str) -> int:
 
 def counted(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """Growth of the server's counters over a round, and the faults it noticed."""
-    names = ("restored_tokens", "recomputed_tokens", "prefix_restored_tokens", "prefixes_missed", "stepped_back_tokens", "hash_mismatches")
+    names = (
+        "restored_tokens",
+        "recomputed_tokens",
+        "prefix_restored_tokens",
+        "prefixes_missed",
+        "stepped_back_tokens",
+        "hash_mismatches",
+    )
     row: dict[str, Any] = {name: grown(before, after, name) for name in names}
     row["noticed"] = [f["kind"] for f in after["faults"][len(before["faults"]) :]]
     return row

@@ -1,8 +1,10 @@
 """The demo: four answers outlive two dead engines.
 
-Serves a random-weight model through stock vLLM, asks four questions without a fault (twice, to know whether this engine repeats itself),
-then again while the engine is killed and its successor frozen, then once more with restore switched off as the control. Prints a table and
-one JSON line, draws timeline.png, and exits non-zero when a token was lost, doubled or changed or the proof does not hold.
+Serves a random-weight model through stock vLLM, asks four questions without a fault (twice, to know
+whether this engine repeats itself), then again while the engine is killed and its successor frozen,
+then once more with restore switched off as the control. Prints a table and one JSON line, draws
+timeline.png, and exits non-zero when a token was lost, doubled or changed or the proof does not
+hold.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ RUN_TIMEOUT_S: Final = 300.0
 KILL_AT: Final = 0.08  # share of the answer after which the first engine dies
 STOP_AT: Final = 0.6  # earliest share at which its successor freezes
 STOP_AT_LATEST: Final = 0.95  # freeze it here even when no standby is ready yet
-AGAIN: Final = 0.3  # share of the answer that is repeated to know whether unfailed runs agree, and that the control runs for
+# share of the answer that is repeated to know whether unfailed runs agree, and that the control
+# runs for
+AGAIN: Final = 0.3
 ON_THEIR_WAY_S: Final = 1.0  # tokens of a dead engine reach its clients within this
 
 console = Console(stderr=True)
@@ -72,7 +76,9 @@ async def perform(
     faults: list[tuple[float, float, signal.Signals]],
     concordia: dict[str, Any] | None = None,
 ) -> Run:
-    """Ask all questions at once as a closed cohort and hit the serving engine at the given shares of progress."""
+    """Ask all questions at once as a closed cohort and hit the serving engine at the given shares
+    of progress.
+    """
     total = sum(q.max_tokens for q in questions)
     pending = list(faults)
     run.before = await asyncio.to_thread(served.status) or {}
@@ -124,7 +130,8 @@ async def wait_standby(served: Served) -> None:
 
 async def perform_all(served: Served, questions: list[Question], *, kill_at: float) -> list[Run]:
     client = AsyncOpenAI(base_url=served.url, api_key="demo", max_retries=0, timeout=RUN_TIMEOUT_S)
-    # The first pass fills the prefix cache; from then on every pass prefills the same tokens in the same shape.
+    # The first pass fills the prefix cache; from then on every pass prefills the same tokens in the
+    # same shape.
     warm = [dataclasses.replace(q, max_tokens=WARM_TOKENS) for q in questions]
     await perform(served, client, warm, Run("warm-up"), faults=[])
     parts = [dataclasses.replace(q, max_tokens=int(AGAIN * q.max_tokens)) for q in questions]
@@ -212,8 +219,8 @@ def begins_like(whole: Answer, part: Answer) -> bool:
 def pause_after(run: Run, detected: float) -> float:
     """Seconds from the fault's detection until every answer had its next token.
 
-    Tokens that were on their way when the engine died still arrive, so an answer's pause is its longest silence of those that began until
-    shortly after the fault.
+    Tokens that were on their way when the engine died still arrive, so an answer's pause is its
+    longest silence of those that began until shortly after the fault.
     """
     resumed = []
     for answer in run.answers:
@@ -247,7 +254,8 @@ def show(runs: list[Run], result: dict[str, Any]) -> None:
     console.print(table)
     for fault in result["faults"]:
         console.print(
-            f"{fault['kind']}: detected after {fault['detected_ms']} ms, every answer goes on {fault['next_token_ms']} ms later"
+            f"{fault['kind']}: detected after {fault['detected_ms']} ms, every answer goes on "
+            f"{fault['next_token_ms']} ms later"
         )
 
 

@@ -1,8 +1,9 @@
 """The command line: serve, status, drain, journal, doctor.
 
-Owns: the flags, their environment variables (CONCORDIA_ and the flag's name) and the exit codes. Promises: what can be checked is checked
-before anything is started; a mistake is one line on stderr that says what to do, exit code 2, and leaves nothing behind; importing this
-loads neither torch nor vLLM. Called by the script `concordia` and by `python -m concordia.cli`. It does no work of its own.
+Owns: the flags, their environment variables (CONCORDIA_ and the flag's name) and the exit codes.
+Promises: what can be checked is checked before anything is started; a mistake is one line on stderr
+that says what to do, exit code 2, and leaves nothing behind; importing this loads neither torch nor
+vLLM. Called by the script `concordia` and by `python -m concordia.cli`. It does no work of its own.
 """
 
 from __future__ import annotations
@@ -185,7 +186,9 @@ def inspect(path: pathlib.Path, as_json: bool) -> None:
 @click.argument("path", type=click.Path(path_type=pathlib.Path))
 @_as_json
 def verify(path: pathlib.Path, as_json: bool) -> None:
-    """Check every hash of the journal at PATH; exit code 3 when it is damaged. A torn tail is no damage."""
+    """Check every hash of the journal at PATH; exit code 3 when it is damaged. A torn tail is no
+    damage.
+    """
     from dataclasses import asdict
 
     from concordia.journal import inspection
@@ -218,7 +221,9 @@ def export(path: pathlib.Path, payloads: bool) -> None:
 @cli.command()
 @_as_json
 def doctor(as_json: bool) -> None:
-    """What this machine has, and what protection that allows; exit code 1 when serving is not possible."""
+    """What this machine has, and what protection that allows; exit code 1 when serving is not
+    possible.
+    """
     from concordia.serving import doctor as examination
 
     found = examination.examine()

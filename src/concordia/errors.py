@@ -1,7 +1,8 @@
 """The whole error tree, floor 0.
 
-Owns: every exception that Concordia raises on purpose. Promises: each carries the facts a reader needs to act (which request, which
-segment, expected, found) in its message; `exit_code` is what the command line returns for it. Imports nothing of ours.
+Owns: every exception that Concordia raises on purpose. Promises: each carries the facts a reader
+needs to act (which request, which segment, expected, found) in its message; `exit_code` is what the
+command line returns for it. Imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class JournalError(ConcordiaError):
 
 
 class JournalRefused(JournalError, UsageError):
-    """The journal belongs to another user, has wrong permissions or does not fit where it is put."""
+    """The journal belongs to another user, has wrong permissions or does not fit where it is
+    put.
+    """
 
     exit_code = 2
 
@@ -76,12 +79,16 @@ class ReplicaError(ConcordiaError):
 
     @classmethod
     def of(cls, error: Exception) -> ConcordiaError:
-        """The error as one of ours: what the operating system said of a replica is a failure of that replica."""
+        """The error as one of ours: what the operating system said of a replica is a failure of
+        that replica.
+        """
         return error if isinstance(error, ConcordiaError) else cls(str(error))
 
 
 class RequestRefused(ConcordiaError):
-    """A client's request cannot be served as asked; `status` is the HTTP status, `param` the field at fault."""
+    """A client's request cannot be served as asked; `status` is the HTTP status, `param` the field
+    at fault.
+    """
 
     def __init__(
         self,
@@ -100,4 +107,6 @@ class RequestRefused(ConcordiaError):
 
 
 class UpstreamBroken(ConcordiaError):
-    """The connection to a replica ended, or said that its engine failed, before the answer was complete."""
+    """The connection to a replica ended, or said that its engine failed, before the answer was
+    complete.
+    """

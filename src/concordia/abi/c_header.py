@@ -1,7 +1,8 @@
 """`kernels/abi.h`, as the tables of this package say it, floor 1.
 
-Owns: the text of the header, and the order of structures in it. Promises: the same tables give the same bytes; the header asserts every offset
-and size with the compiler that reads it. Called by `python -m concordia.abi` and by tests. It writes no file.
+Owns: the text of the header, and the order of structures in it. Promises: the same tables give the
+same bytes; the header asserts every offset and size with the compiler that reads it. Called by
+`python -m concordia.abi` and by tests. It writes no file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What lies in a journal's pool and on its board, floor 1.
 
-Owns: the layout of records, segments, streams, the board and registrations. Promises: each word has exactly one writer, named beside it; a
-change raises ABI_VERSION, and a reader refuses another version. Called by journal/, and by device code through `kernels/abi.h`.
+Owns: the layout of records, segments, streams, the board and registrations. Promises: each word has
+exactly one writer, named beside it; a change raises ABI_VERSION, and a reader refuses another
+version. Called by journal/, and by device code through `kernels/abi.h`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,24 @@ RECORD_HEADER = Struct(
         Field("magic", "u32"),
         Field("version", "u16"),
         Field("kind", "u16"),
-        Field("salt", "u64", note="of the segment's present life: an old lap can never pass as new"),
+        Field(
+            "salt", "u64", note="of the segment's present life: an old lap can never pass as new"
+        ),
         Field("sequence", "u64", note="per stream, from 0, without gaps"),
-        Field("previous_hash", "u64", 2, "XXH3-128 (low, high) of the header before it in this segment"),
+        Field(
+            "previous_hash",
+            "u64",
+            2,
+            "XXH3-128 (low, high) of the header before it in this segment",
+        ),
         Field("key", "u64", 2, "request key: XXH3-128 of the request id"),
         Field("incarnation", "u64"),
         Field("region", "u32"),
-        Field("flags", "u32", note="KV records: tokens per block of the layout, 0 if the writer does not say"),
+        Field(
+            "flags",
+            "u32",
+            note="KV records: tokens per block of the layout, 0 if the writer does not say",
+        ),
         Field("token_start", "u32"),
         Field("token_end", "u32", note="exclusive"),
         Field("payload_bytes", "u64"),
@@ -35,7 +47,10 @@ RECORD_HEADER = Struct(
         Field(
             "model_hash",
             "u64",
-            note="KV records: model, adapter and salt that computed the bytes, 0 if the writer does not say",
+            note=(
+                "KV records: model, adapter and salt that computed the bytes, 0 if the writer "
+                "does not say"
+            ),
         ),
         pad(100, "reserved"),
         Field("header_crc", "u32", note="CRC32C of the 252 bytes before it"),
@@ -53,7 +68,12 @@ SEGMENT_HEADER = Struct(
         Field("ordinal", "u64", note="0 is the stream's first segment"),
         Field("salt", "u64"),
         Field("first_sequence", "u64"),
-        Field("predecessor_hash", "u64", 2, "hash of the last header of the segment before, 0 for the first"),
+        Field(
+            "predecessor_hash",
+            "u64",
+            2,
+            "hash of the last header of the segment before, 0 for the first",
+        ),
         Field("segment_bytes", "u64"),
         pad(180, "reserved"),
         Field("header_crc", "u32"),
@@ -81,9 +101,19 @@ STREAM_CONTROL = Struct(
         Field("writer_pid", "u32"),
         Field("replica", "u64", note="incarnation of the replica, 0 for none"),
         Field("layout_hash", "u64"),
-        Field("sealed_count", "u64", note="records below this sequence may be read; NOT_SEALED while open"),
-        Field("writer_start", "u64", note="start time of writer_pid in clock ticks: a pid alone may be reused"),
-        Field("seal_check", "u64", note="commit_word(stream, sealed_count): a flipped seal is noticed"),
+        Field(
+            "sealed_count",
+            "u64",
+            note="records below this sequence may be read; NOT_SEALED while open",
+        ),
+        Field(
+            "writer_start",
+            "u64",
+            note="start time of writer_pid in clock ticks: a pid alone may be reused",
+        ),
+        Field(
+            "seal_check", "u64", note="commit_word(stream, sealed_count): a flipped seal is noticed"
+        ),
         Field(
             "identity_crc",
             "u64",
@@ -91,11 +121,15 @@ STREAM_CONTROL = Struct(
         ),
         pad(40, "owner_reserved"),
         # line 1: the owner writes
-        Field("lent_count", "u64", note="segments ever lent; entry i lies at lent[i % LENT_CAPACITY]"),
+        Field(
+            "lent_count", "u64", note="segments ever lent; entry i lies at lent[i % LENT_CAPACITY]"
+        ),
         pad(120, "lent_reserved"),
         # line 2: the executor writes
         Field("taken_count", "u64", note="segments ever taken"),
-        Field("committed_count", "u64", note="records committed: a hint for readers, never trusted"),
+        Field(
+            "committed_count", "u64", note="records committed: a hint for readers, never trusted"
+        ),
         Field("committed_bytes", "u64"),
         Field("dropped_count", "u64", note="records lost for want of a segment"),
         Field("segment_offset", "u64", note="first free byte of the present segment"),
@@ -139,7 +173,11 @@ REGISTRATION = Struct(
     "Registration",
     48,
     (
-        Field("replica", "u64", note="incarnation of a replica, 0 for a free entry; the owner writes all of this"),
+        Field(
+            "replica",
+            "u64",
+            note="incarnation of a replica, 0 for a free entry; the owner writes all of this",
+        ),
         Field("session", "u64", note="session id of its process tree"),
         Field("session_start", "u64", note="start time of the session's leader"),
         Field("router_pid", "u64"),

@@ -1,7 +1,8 @@
 """The numbers that Python, device code and files agree on, floor 1.
 
-Owns: sizes, magics, and the values of kinds, states, statuses and writers. Promises: a number never gets another meaning; a change that an
-older reader would misread raises ABI_VERSION. Called by everything that reads or writes shared memory. It does not know structures.
+Owns: sizes, magics, and the values of kinds, states, statuses and writers. Promises: a number never
+gets another meaning; a change that an older reader would misread raises ABI_VERSION. Called by
+everything that reads or writes shared memory. It does not know structures.
 """
 
 from __future__ import annotations
@@ -10,19 +11,23 @@ from typing import Final
 
 ABI_VERSION: Final = 2
 
-LINE_BYTES: Final = 128  # one cache line pair: what one side polls never shares it with what the other writes
+# one cache line pair: what one side polls never shares it with what the other writes
+LINE_BYTES: Final = 128
 LEAF_BYTES: Final = 4096  # unit of the payload hash
 IDS_PER_LEAF: Final = 16  # block ids that an executor has room for, per leaf of its stage
-ROOT_BYTES_MIN: Final = 256  # the leaf digests are zero-padded to this, so that one XXH3 path serves every length
+# the leaf digests are zero-padded to this, so that one XXH3 path serves every length
+ROOT_BYTES_MIN: Final = 256
 
 SEGMENT_MAGIC: Final = 0x31474553_434E4F43  # "CONCSEG1"
 RECORD_MAGIC: Final = 0x52434E43  # "CNCR"
 BOARD_MAGIC: Final = 0x44524F42_434E4F43  # "CONCBORD"
-COMMIT_MULTIPLIER: Final = 0x9E3779B97F4A7C15  # odd, so that every (salt, sequence) gives another commit word
+# odd, so that every (salt, sequence) gives another commit word
+COMMIT_MULTIPLIER: Final = 0x9E3779B97F4A7C15
 
 LENT_CAPACITY: Final = 64  # segments that the owner may lend ahead to one stream
 STREAM_CAPACITY: Final = 256  # streams of one journal
-REPLICA_CAPACITY: Final = 64  # replicas registered at one time: active, standby and those being cleared away
+# replicas registered at one time: active, standby and those being cleared away
+REPLICA_CAPACITY: Final = 64
 NOT_SEALED: Final = 0xFFFFFFFFFFFFFFFF
 OPERATOR_CAPACITY: Final = 1024  # operators of one executor: a handler of a region is one
 
@@ -54,13 +59,15 @@ TASK_CHECKPOINT: Final = 2
 TASK_APPEND: Final = 3
 TASK_RESTORE: Final = 4
 TASK_PARITY: Final = 5
-TASK_GATE: Final = 6  # no launch of the executor below `arg` passes it: launches can be put behind a framework's work
+# no launch of the executor below `arg` passes it: launches can be put behind a framework's work
+TASK_GATE: Final = 6
 
 PAGES_NOTED: Final = 1  # `arg` of a page scan whose pages a burst has found
 
 # Status of a completed task
 STATUS_OK: Final = 1
-STATUS_JOURNAL_FULL: Final = 2  # no segment lent: the record was not written, its region is unprotected
+# no segment lent: the record was not written, its region is unprotected
+STATUS_JOURNAL_FULL: Final = 2
 STATUS_TOO_LARGE: Final = 3  # the record does not fit a segment
 STATUS_HASH_MISMATCH: Final = 4  # payload read for a restore is not what its record promised
 STATUS_BAD_TASK: Final = 5  # the task names what does not exist
@@ -84,7 +91,9 @@ _CONSTANT_NAMES: Final = (
 
 
 def constants() -> dict[str, int]:
-    """The named numbers that device code sees, in the order of this file, which is that of `kernels/abi.h`."""
+    """The named numbers that device code sees, in the order of this file, which is that of
+    `kernels/abi.h`.
+    """
     return {
         name: value
         for name, value in globals().items()

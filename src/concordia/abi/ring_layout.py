@@ -1,7 +1,8 @@
 """What host and executor tell each other: tasks, answers, handlers and regions, floor 1.
 
-Owns: the layout of the ring, its slots and completions, of operators and regions. Promises: each word has exactly one writer, named beside
-it; what two sides poll never shares a line. Called by runtime/ and checkpoint/, and by device code through `kernels/abi.h`.
+Owns: the layout of the ring, its slots and completions, of operators and regions. Promises: each
+word has exactly one writer, named beside it; what two sides poll never shares a line. Called by
+runtime/ and checkpoint/, and by device code through `kernels/abi.h`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ TASK = Struct(
     "Task",
     128,
     (
-        Field("publish", "u64", note="position + 1 once the slot is valid: lap and index in one word"),
+        Field(
+            "publish", "u64", note="position + 1 once the slot is valid: lap and index in one word"
+        ),
         Field("opcode", "u32"),
         Field("kind", "u32"),
         Field("region", "u32"),
@@ -24,7 +27,11 @@ TASK = Struct(
         Field("blocks", "u64", note="offset of u32 block ids in the ring's argument arena"),
         Field("block_count", "u32"),
         Field("flags", "u32"),
-        Field("source", "u64", note="address of payload bytes (restore: in the pool, bytes: in the arena)"),
+        Field(
+            "source",
+            "u64",
+            note="address of payload bytes (restore: in the pool, bytes: in the arena)",
+        ),
         Field("source_bytes", "u64"),
         Field("step", "u64"),
         Field("stamp_ns", "u64"),
@@ -32,7 +39,9 @@ TASK = Struct(
         Field(
             "span",
             "u32",
-            note="positions that the task occupies: one, or more when its arguments need more arena",
+            note=(
+                "positions that the task occupies: one, or more when its arguments need more arena"
+            ),
         ),
         pad(4, "reserved"),
         Field("model_hash", "u64", note="for the record"),
@@ -58,7 +67,11 @@ RING_HEADER = Struct(
     1024,
     (
         # line 0: host producers
-        Field("tail", "u64", note="next position to claim; host threads only, so a locked add is allowed"),
+        Field(
+            "tail",
+            "u64",
+            note="next position to claim; host threads only, so a locked add is allowed",
+        ),
         pad(120, "line0"),
         # line 1: the executor
         Field("head", "u64", note="positions below this are done"),
@@ -112,12 +125,20 @@ REGION = Struct(
     "Region",
     64,
     (
-        Field("bases", "u64", note="address of base addresses: one per layer, or one of an opaque region"),
+        Field(
+            "bases",
+            "u64",
+            note="address of base addresses: one per layer, or one of an opaque region",
+        ),
         Field("base_count", "u32"),
         Field("region", "u32", note="number of the region, as records carry it"),
         Field("block_count", "u64", note="blocks of a layer, or pages of an opaque region"),
         Field("layout_hash", "u64"),
-        Field("page_hashes", "u64", note="opaque region: address of two u64 per page, the hash last committed"),
+        Field(
+            "page_hashes",
+            "u64",
+            note="opaque region: address of two u64 per page, the hash last committed",
+        ),
         pad(24, "reserved"),
     ),
 )

@@ -1,7 +1,8 @@
 """How a shared structure is described, floor 1.
 
-Owns: `Struct` and `Field`. Promises: a structure has no hidden padding, and its size is a multiple of its alignment; numpy sees the bytes
-that C sees. Called by the rooms that lay out structures, and by c_header. It reads and writes no memory.
+Owns: `Struct` and `Field`. Promises: a structure has no hidden padding, and its size is a multiple
+of its alignment; numpy sees the bytes that C sees. Called by the rooms that lay out structures, and
+by c_header. It reads and writes no memory.
 """
 
 from __future__ import annotations

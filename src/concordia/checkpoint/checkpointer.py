@@ -1,9 +1,11 @@
 """What to save, with which code, when: the door that frameworks use, floor 4.
 
-Owns: one writer's runtime, its registered regions and the host words of its stream. Promises: an append only enqueues (microseconds, no
-wait); a region is served only by handlers that passed the lint and a self-test on its own geometry; `apply_kv` writes nothing unless the
-payload has the promised hash; a block id or address that does not exist is an answer, never a fault. Any thread may call. Called by
-integrations/ and serving/. Does not decide what must be saved, and never reads the journal.
+Owns: one writer's runtime, its registered regions and the host words of its stream. Promises: an
+append only enqueues (microseconds, no wait); a region is served only by handlers that passed the
+lint and a self-test on its own geometry; `apply_kv` writes nothing unless the payload has the
+promised hash; a block id or address that does not exist is an answer, never a fault. Any thread may
+call. Called by integrations/ and serving/. Does not decide what must be saved, and never reads the
+journal.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ class Checkpointer(StreamWords):
 
     @classmethod
     def open(cls, device: str, target: JournalTarget | None, *, lanes: int = 1) -> Self:
-        """Open "host", "cuda:<index>" or "auto" for one stream; without a target everything but appends works."""
+        """Open "host", "cuda:<index>" or "auto" for one stream; without a target everything but
+        appends works.
+        """
         opened = open_device(device)
         try:
             return cls(opened, target, lanes=lanes, owns_device=True)
@@ -70,7 +74,9 @@ class Checkpointer(StreamWords):
             raise
 
     def register_kv(self, geometry: KvGeometry, layer_addresses: Sequence[int]) -> Region:
-        """Make a paged KV cache known: compiles, proves and installs its handlers. Seconds at first, milliseconds from the cache."""
+        """Make a paged KV cache known: compiles, proves and installs its handlers. Seconds at
+        first, milliseconds from the cache.
+        """
         geometry.check()
         if len(layer_addresses) != geometry.layers:
             raise UsageError(f"{len(layer_addresses)} addresses for {geometry.layers} layers")
@@ -110,7 +116,8 @@ class Checkpointer(StreamWords):
             or address % BASE_ALIGNMENT
         ):
             raise UsageError(
-                f"{size} bytes at {address:#x} in pages of {page_bytes}: want whole pages of whole {abi.LEAF_BYTES}-byte leaves"
+                f"{size} bytes at {address:#x} in pages of {page_bytes}: want whole pages of "
+                f"whole {abi.LEAF_BYTES}-byte leaves"
             )
         self.device.check_range(address, size)
         pages = size // page_bytes
@@ -133,12 +140,16 @@ class Checkpointer(StreamWords):
         return region
 
     def replace_append(self, region: Region, source: HandlerSource) -> Operator:
-        """Hot swap of a region's append handler; raises HandlerRefused or CompileError and leaves the old one in place."""
+        """Hot swap of a region's append handler; raises HandlerRefused or CompileError and leaves
+        the old one in place.
+        """
         image = proven_append(self.device, region.geometry, source, lanes=self._lanes)
         return self.runtime.adopt(region.append.name, image, region_address=region.entry.address)
 
     def order_after(self, stream: int) -> None:
-        """What is handed in from now on sees what this stream of the framework (a handle, 0 for the default one) has been given so far."""
+        """What is handed in from now on sees what this stream of the framework (a handle, 0 for the
+        default one) has been given so far.
+        """
         self.runtime.order_after(stream)
 
     def append_kv(
@@ -154,7 +165,8 @@ class Checkpointer(StreamWords):
         step: int,
         model_hash: int = 0,
     ) -> Ticket:
-        """Append [token_start, token_end) as one record; the first block holds token_start. Only enqueues.
+        """Append [token_start, token_end) as one record; the first block holds token_start. Only
+        enqueues.
 
         `model_hash` names what computed the bytes; who restores them must name the same.
         """
@@ -213,7 +225,9 @@ class Checkpointer(StreamWords):
         payload_bytes: int,
         payload_hash: int,
     ) -> Ticket:
-        """Write a record's payload, which lies in the pool, back into the region; STATUS_HASH_MISMATCH and no write if it is not what was promised."""
+        """Write a record's payload, which lies in the pool, back into the region;
+        STATUS_HASH_MISMATCH and no write if it is not what was promised.
+        """
         return self.runtime.submit(
             Task(
                 opcode=region.apply.opcode,
@@ -232,7 +246,9 @@ class Checkpointer(StreamWords):
     def hash_kv(
         self, region: Region, *, kind: int, token_start: int, token_end: int, blocks: Sequence[int]
     ) -> Ticket:
-        """The completion's payload_hash is what append_kv would commit for the bytes that the region holds now."""
+        """The completion's payload_hash is what append_kv would commit for the bytes that the
+        region holds now.
+        """
         return self.runtime.submit(
             Task(
                 opcode=region.hash.opcode,
@@ -256,10 +272,12 @@ class Checkpointer(StreamWords):
         step: int = 0,
         is_burst: bool | None = None,
     ) -> Ticket:
-        """Append the pages that changed since they were last appended; the completion's result is how many.
+        """Append the pages that changed since they were last appended; the completion's result is
+        how many.
 
-        A burst lets the whole device look for them. It must find the region's last page task done, and waits for it within
-        WAIT_TASK_S. None: where there is one, and the range is large enough to be worth its launch.
+        A burst lets the whole device look for them. It must find the region's last page task done,
+        and waits for it within WAIT_TASK_S. None: where there is one, and the range is large enough
+        to be worth its launch.
         """
         end = region.page_count if count is None else first + count
         if is_burst is None:
@@ -277,17 +295,29 @@ class Checkpointer(StreamWords):
             self.runtime.wait(last)
         burst, words = region.burst, (region.entry.address, first, end)
         assert burst is not None
-        self.runtime.run_burst(lambda stream: burst.enqueue(stream, words, zeroed=region.found_count))
+        self.runtime.run_burst(
+            lambda stream: burst.enqueue(stream, words, zeroed=region.found_count)
+        )
 
     def append_pages(
-        self, region: PageRegion, pages: Sequence[int], *, key: int = 0, incarnation: int = 0, step: int = 0
+        self,
+        region: PageRegion,
+        pages: Sequence[int],
+        *,
+        key: int = 0,
+        incarnation: int = 0,
+        step: int = 0,
     ) -> Ticket:
         """Append just these pages, which the caller knows to have changed; nothing is scanned."""
         return self._submit_pages(region, blocks=pages, key=key, incarnation=incarnation, step=step)
 
     def _submit_pages(self, region: PageRegion, **words: Any) -> Ticket:
         task = Task(
-            opcode=region.scan.opcode, kind=abi.TASK_CHECKPOINT, region=region.number, record_kind=abi.KIND_PAGE, **words
+            opcode=region.scan.opcode,
+            kind=abi.TASK_CHECKPOINT,
+            region=region.number,
+            record_kind=abi.KIND_PAGE,
+            **words,
         )
         ticket = self._page_tasks[region.number] = self.runtime.submit(task)
         return ticket

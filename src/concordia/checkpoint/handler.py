@@ -1,8 +1,9 @@
 """Which code serves a region, and the proof that it does, floor 4.
 
-Owns: the handler sources for a geometry, and the self-test that every KV handler passes before an operator names it. Promises: a handler
-that moves one byte wrongly on a scratch cache of this very geometry is refused with the first byte that differs; nothing
-of the engine or its journal is touched by a test. Called by checkpointer.py. Does not install anything.
+Owns: the handler sources for a geometry, and the self-test that every KV handler passes before an
+operator names it. Promises: a handler that moves one byte wrongly on a scratch cache of this very
+geometry is refused with the first byte that differs; nothing of the engine or its journal is
+touched by a test. Called by checkpointer.py. Does not install anything.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from concordia.runtime.executor import Runtime
 from concordia.runtime.ring import Completion, Task
 
 KV_HANDLERS = ("kv_append", "kv_apply", "kv_hash")
-BLOCKS = 3  # of the scratch cache: two that a range spans, in an order that is not theirs, and one to stay untouched
+# of the scratch cache: two that a range spans, in an order that is not theirs, and one to stay
+# untouched
+BLOCKS = 3
 TOKENS_BESIDE = 2  # tokens of the range on each side of a block boundary
 SLOTS = 64
 
@@ -74,7 +77,9 @@ class KvRange:
 
 
 def proven_images(device: Device, geometry: KvGeometry, *, lanes: int) -> dict[str, Image]:
-    """The three handlers of a KV region, compiled side by side and tested: kv_append, kv_apply, kv_hash."""
+    """The three handlers of a KV region, compiled side by side and tested: kv_append, kv_apply,
+    kv_hash.
+    """
     with ThreadPoolExecutor(len(KV_HANDLERS)) as pool:
         built = list(pool.map(lambda name: device.build(kv_source(name, geometry)), KV_HANDLERS))
     images = dict(zip(KV_HANDLERS, built, strict=True))
@@ -96,7 +101,9 @@ def proven_append(
 
 
 class KvProof:
-    """A scratch cache with random bytes, a scratch journal of one segment, and a test per handler."""
+    """A scratch cache with random bytes, a scratch journal of one segment, and a test per
+    handler.
+    """
 
     def __init__(self, device: Device, geometry: KvGeometry, *, lanes: int = 1) -> None:
         self._device = device
@@ -141,7 +148,9 @@ class KvProof:
         self._control.close()
 
     def test_append(self, image: Image) -> None:
-        """Both kinds of record, against bytes picked out of the scratch cache by index. Once per proof: records stay."""
+        """Both kinds of record, against bytes picked out of the scratch cache by index. Once per
+        proof: records stay.
+        """
         at = abi.SEGMENT_HEADER.size
         for wanted, expected in zip(self._ranges, self._expected, strict=True):
             done = self._run("append", image, wanted)
@@ -157,7 +166,9 @@ class KvProof:
             self._judge("kv_hash", self._run("hash", image, wanted), expected, expected)
 
     def test_apply(self, image: Image) -> None:
-        """Exactly the range is written, all else keeps its bytes; and nothing is written when the hash is not the record's."""
+        """Exactly the range is written, all else keeps its bytes; and nothing is written when the
+        hash is not the record's.
+        """
         zeros = [bytes(len(layer)) for layer in self._layers]
         for wanted, expected in zip(self._ranges, self._expected, strict=True):
             self._pool.view[: len(expected)] = expected
@@ -173,7 +184,8 @@ class KvProof:
                     )
                 if done.is_ok != (promised == tree_hash(expected)):
                     raise HandlerRefused(
-                        f"kv_apply: status {done.status} for a payload whose hash is{'' if after is not zeros else ' not'} right"
+                        f"kv_apply: status {done.status} for a payload whose hash "
+                        f"is{'' if after is not zeros else ' not'} right"
                     )
         self._fill(self._layers)
 
@@ -256,7 +268,9 @@ def written_bytes(geometry: KvGeometry, wanted: KvRange) -> npt.NDArray[np.bool_
 
 
 def _tail_indices(geometry: KvGeometry, wanted: KvRange) -> list[npt.NDArray[np.int64]]:
-    """Byte positions in a layer, K's and then V's, in the order of a tail: [head, token, element, byte]."""
+    """Byte positions in a layer, K's and then V's, in the order of a tail: [head, token, element,
+    byte].
+    """
     tokens = np.arange(wanted.token_start, wanted.token_end)
     blocks = np.array(wanted.blocks)[
         tokens // geometry.block_tokens - wanted.token_start // geometry.block_tokens
@@ -280,5 +294,6 @@ def _compare(name: str, expected: bytes, found: bytes) -> None:
     differs = np.flatnonzero(np.frombuffer(expected, np.uint8) != np.frombuffer(found, np.uint8))
     at = int(differs[0])
     raise HandlerRefused(
-        f"{name}: byte {at} of {len(expected)} is {found[at]:#04x}, expected {expected[at]:#04x} ({len(differs)} differ)"
+        f"{name}: byte {at} of {len(expected)} is {found[at]:#04x}, expected "
+        f"{expected[at]:#04x} ({len(differs)} differ)"
     )

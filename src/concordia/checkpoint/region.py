@@ -1,9 +1,10 @@
 """Registered memory with a layout, floor 4.
 
-Owns: `KvGeometry` (where a token's bytes lie in an engine's KV cache), regions and their description in memory that the executor
-reads. Promises: a geometry whose elements leave the block or lie on each other is refused; two geometries with one layout_hash hold
-blocks and tails of the same meaning. Called by checkpointer.py and by connectors, which make the geometry.
-Does not guess layouts and reads no KV.
+Owns: `KvGeometry` (where a token's bytes lie in an engine's KV cache), regions and their
+description in memory that the executor reads. Promises: a geometry whose elements leave the block
+or lie on each other is refused; two geometries with one layout_hash hold blocks and tails of the
+same meaning. Called by checkpointer.py and by connectors, which make the geometry. Does not guess
+layouts and reads no KV.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ BASE_ALIGNMENT = 16  # the widest access of a lane
 class Plane:
     """K or V of one block: byte strides from the block's start.
 
-    Kernels that multiply tiles keep K and V in tiles: `token_tile` tokens lie `token_stride` apart and tiles `token_tile_stride`; elements
-    alike. A tile of 0 is none.
+    Kernels that multiply tiles keep K and V in tiles: `token_tile` tokens lie `token_stride` apart
+    and tiles `token_tile_stride`; elements alike. A tile of 0 is none.
     """
 
     offset: int
@@ -47,7 +48,9 @@ class Plane:
         tokens: npt.NDArray[np.int64],
         elements: npt.NDArray[np.int64],
     ) -> npt.NDArray[np.int64]:
-        """Byte offset in the block of the first byte of each element; the arguments are broadcast."""
+        """Byte offset in the block of the first byte of each element; the arguments are
+        broadcast.
+        """
         found: npt.NDArray[np.int64] = (
             self.offset
             + heads * self.head_stride
@@ -65,7 +68,9 @@ def _tiled(
 
 @dataclass(frozen=True, slots=True)
 class KvGeometry:
-    """A paged KV cache: one tensor per layer, `block_count` blocks of `block_bytes`, `block_stride` bytes apart (0: side by side)."""
+    """A paged KV cache: one tensor per layer, `block_count` blocks of `block_bytes`, `block_stride`
+    bytes apart (0: side by side).
+    """
 
     layers: int
     block_count: int
@@ -87,7 +92,9 @@ class KvGeometry:
         return self.block_stride or self.block_bytes
 
     def layout_hash(self) -> int:
-        """64 bits that name what bytes mean; how many blocks there are, and how far apart, is no part of it."""
+        """64 bits that name what bytes mean; how many blocks there are, and how far apart, is no
+        part of it.
+        """
         facts = asdict(self)
         del facts["block_count"], facts["block_stride"]
         return xxhash.xxh3_64_intdigest(json.dumps(facts, sort_keys=True).encode())
@@ -132,7 +139,8 @@ class KvGeometry:
         starts = np.sort(np.concatenate([found.ravel() for found in planes]))
         if starts[0] < 0 or starts[-1] + self.element_bytes > self.block_bytes:
             raise UsageError(
-                f"elements at bytes {starts[0]} to {starts[-1]} of a block of {self.block_bytes}: {self}"
+                f"elements at bytes {starts[0]} to {starts[-1]} of a block of "
+                f"{self.block_bytes}: {self}"
             )
         if len(starts) > 1 and int(np.diff(starts).min()) < self.element_bytes:
             raise UsageError(f"elements lie on each other: {self}")
@@ -206,11 +214,14 @@ class PageRegion:
     entry: RegionEntry
     page_hashes: int  # device address of the table
     scan: Operator
-    burst: Burst | None  # scans with the whole device, where there is one and pages are single leaves
+    # scans with the whole device, where there is one and pages are single leaves
+    burst: Burst | None
 
     @staticmethod
     def table_bytes(page_count: int) -> int:
-        """Size of the table, as kernels/page_table.h lays it out: a hash per page, then the length and the numbers of a list of pages."""
+        """Size of the table, as kernels/page_table.h lays it out: a hash per page, then the length
+        and the numbers of a list of pages.
+        """
         return 16 * page_count + 8 + 4 * page_count
 
     @property

@@ -1,8 +1,9 @@
 """The words that a writer's host threads keep on its stream's control page, floor 4.
 
-Owns: line 3 of a StreamControl (steps, heartbeat, lost requests) and reading the executor's counters beside it. Promises: details are
-stored before the word that a detector polls, by compiled ordered stores; without a control page everything here is a no-op, so that an
-unprotected engine runs the same code. Base of Checkpointer. Reads no record.
+Owns: line 3 of a StreamControl (steps, heartbeat, lost requests) and reading the executor's
+counters beside it. Promises: details are stored before the word that a detector polls, by compiled
+ordered stores; without a control page everything here is a no-op, so that an unprotected engine
+runs the same code. Base of Checkpointer. Reads no record.
 """
 
 from __future__ import annotations

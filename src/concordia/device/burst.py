@@ -1,7 +1,8 @@
 """A kernel of the whole GPU that prepares a task of the executor, floor 2.
 
-Owns: one loaded kernel and how wide it is launched. Promises: it is only enqueued, in the stream that it is given; nothing here waits. Made by
-device/cuda.py; launched by residency.py between two stays of the executor. Does not know what the kernel does.
+Owns: one loaded kernel and how wide it is launched. Promises: it is only enqueued, in the stream
+that it is given; nothing here waits. Made by device/cuda.py; launched by residency.py between two
+stays of the executor. Does not know what the kernel does.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ class Burst:
         self._context = context
         with context.current() as driver:
             self._module = checked(driver.cuModuleLoadData(image.cubin), f"load {name}")
-            self._function = checked(driver.cuModuleGetFunction(self._module, name.encode()), f"find {name}")
+            self._function = checked(
+                driver.cuModuleGetFunction(self._module, name.encode()), f"find {name}"
+            )
             device = checked(driver.cuCtxGetDevice(), "ask for the device")
             count = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-            self._ctas = CTAS_EACH * checked(driver.cuDeviceGetAttribute(count, device), "count multiprocessors")
+            self._ctas = CTAS_EACH * checked(
+                driver.cuDeviceGetAttribute(count, device), "count multiprocessors"
+            )
 
     def enqueue(self, stream: Any, words: Sequence[int], *, zeroed: int) -> None:
         """Set the eight bytes at `zeroed` to zero, then launch with these arguments."""
@@ -39,7 +44,17 @@ class Burst:
             checked(driver.cuMemsetD8Async(zeroed, 0, 8, stream), "empty the list")
             checked(
                 driver.cuLaunchKernel(
-                    self._function, self._ctas, 1, 1, THREADS, 1, 1, 0, stream, ctypes.addressof(arguments), 0
+                    self._function,
+                    self._ctas,
+                    1,
+                    1,
+                    THREADS,
+                    1,
+                    1,
+                    0,
+                    stream,
+                    ctypes.addressof(arguments),
+                    0,
                 ),
                 "launch a burst",
             )

@@ -1,9 +1,10 @@
 """Kernels compiled for the CPU device, and the cache of everything compiled, floor 2.
 
-Owns: `HandlerSource`, the cache folder and the system C++ compiler. Promises: a cached file is complete or not there (temporary file,
-fsync, rename, fsync of the folder) and was made from exactly these sources, constants, flags, compiler, processor and ABI, because all
-of them are its name; nothing of another user's is ever loaded. Called by host.py and, for the cache, by cuda.py.
-Does not load code and does not know what a handler does.
+Owns: `HandlerSource`, the cache folder and the system C++ compiler. Promises: a cached file is
+complete or not there (temporary file, fsync, rename, fsync of the folder) and was made from exactly
+these sources, constants, flags, compiler, processor and ABI, because all of them are its name;
+nothing of another user's is ever loaded. Called by host.py and, for the cache, by cuda.py. Does not
+load code and does not know what a handler does.
 """
 
 from __future__ import annotations
@@ -88,11 +89,14 @@ class KernelCache:
             ) from error
         if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022:
             raise EnvironmentRefused(
-                f"{self.folder}: compiled code is only loaded from a folder that nobody else can write"
+                f"{self.folder}: compiled code is only loaded from a folder that nobody else "
+                "can write"
             )
 
     def get(self, key: str, suffix: str, build: Callable[[Path], None]) -> Path:
-        """The file, made by `build(temporary path)` when it is not there. Two builders may race: both make the same."""
+        """The file, made by `build(temporary path)` when it is not there. Two builders may race:
+        both make the same.
+        """
         path = self.folder / f"{key}{suffix}"
         if path.exists():
             return path
@@ -174,7 +178,9 @@ def _compiler() -> str:
 
 @cache
 def _toolchain(command: str) -> str:
-    """Names the compiler and what -march=native means here: a home folder may be shared by unlike machines."""
+    """Names the compiler and what -march=native means here: a home folder may be shared by unlike
+    machines.
+    """
     said = []
     for arguments in (["--version"], ["-march=native", "-Q", "--help=target"]):
         done = subprocess.run(

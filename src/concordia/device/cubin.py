@@ -1,8 +1,9 @@
 """The facts that a cubin states about its functions, floor 2.
 
-Owns: reading ELF sections, symbols and NVIDIA's `.nv.info` attributes. Promises: nothing is loaded or run, no CUDA is needed, and a
-file that does not parse is a CompileError, never a guess. Called by loader.py for the lint and by the tests of every kernel.
-Does not judge the facts: loader.py does.
+Owns: reading ELF sections, symbols and NVIDIA's `.nv.info` attributes. Promises: nothing is loaded
+or run, no CUDA is needed, and a file that does not parse is a CompileError, never a guess. Called
+by loader.py for the lint and by the tests of every kernel. Does not judge the facts: loader.py
+does.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from concordia.errors import CompileError
 _ATTRIBUTE_FRAME_SIZE = 0x11
 _ATTRIBUTE_REGISTER_COUNT = 0x2F
 _ATTRIBUTE_BARRIER_COUNT = 0x4C
-_FORMAT_SIZED = 0x04  # a 16-bit size and that many bytes follow; every other format is 4 bytes in all
+# a 16-bit size and that many bytes follow; every other format is 4 bytes in all
+_FORMAT_SIZED = 0x04
 
 _SYMBOL_FUNCTION = 2
 _SECTION_RELOCATIONS = 4
 _SECTION_NO_BITS = 8
 _INSTRUCTION_BYTES = 16
-_OPCODE_CALL_ABSOLUTE = 0x943  # the low 12 bits of an instruction; seen on sm_90 (nvdisasm: CALL.ABS)
+# the low 12 bits of an instruction; seen on sm_90 (nvdisasm: CALL.ABS)
+_OPCODE_CALL_ABSOLUTE = 0x943
 _INFO = ".nv.info"
 
 

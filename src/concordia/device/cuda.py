@@ -1,8 +1,9 @@
 """The CUDA device, floor 2.
 
-Owns: how handler source becomes linted, loaded code on one GPU, and what belongs together there (context, memory, executors).
-Promises: `build` needs no GPU time and is cached; the lint runs on cached code too; everything is given back by `close`.
-Called through driver.open_device. Does not compile (nvrtc.py), judge code (loader.py) or keep the executor going (residency.py).
+Owns: how handler source becomes linted, loaded code on one GPU, and what belongs together there
+(context, memory, executors). Promises: `build` needs no GPU time and is cached; the lint runs on
+cached code too; everything is given back by `close`. Called through driver.open_device. Does not
+compile (nvrtc.py), judge code (loader.py) or keep the executor going (residency.py).
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class CudaCompiler:
         ptx, key = self._ptx(source)
         cubin = self._cubin([ptx], name=source.file, key=key)
         if read_facts(cubin).dangling_calls:
-            # With a kernel the linker keeps what the handler calls; only then, for it makes loading three times slower.
+            # With a kernel the linker keeps what the handler calls; only then, for it makes loading
+            # three times slower.
             keep, keep_key = self._ptx(KEEP)
             key = f"{key[:32]}{keep_key[:32]}"
             cubin = self._cubin([ptx, keep], name=source.file, key=key)
@@ -51,10 +53,16 @@ class CudaCompiler:
     def kernel(self, source: HandlerSource) -> CudaImage:
         """A kernel that is launched by itself."""
         ptx, key = self._ptx(source)
-        return CudaImage(name=source.file, cubin=self._cubin([ptx], name=source.file, key=key), digest=int(key[:16], 16))
+        return CudaImage(
+            name=source.file,
+            cubin=self._cubin([ptx], name=source.file, key=key),
+            digest=int(key[:16], 16),
+        )
 
     def executor(self) -> CudaImage:
-        """The executor, linked with the ballast so that its launch gives handlers what they may need."""
+        """The executor, linked with the ballast so that its launch gives handlers what they may
+        need.
+        """
         (ptx, key), (ballast, ballast_key) = self._ptx(EXECUTOR), self._ptx(BALLAST)
         key = f"{key[:32]}{ballast_key[:32]}"
         cubin = self._cubin([ptx, ballast], name=EXECUTOR.file, key=key)

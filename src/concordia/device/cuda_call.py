@@ -1,7 +1,8 @@
 """One CUDA driver call and what its status means, floor 2.
 
-Owns: the translation of a CUresult into DeviceError, and which statuses mean that the context is lost. Promises: a status is never
-dropped; the message carries the CUDA name and what was being done. Called by cuda.py and loader.py. Decides nothing about recovery.
+Owns: the translation of a CUresult into DeviceError, and which statuses mean that the context is
+lost. Promises: a status is never dropped; the message carries the CUDA name and what was being
+done. Called by cuda.py and loader.py. Decides nothing about recovery.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from typing import Any, Final
 
 from concordia.errors import DeviceError
 
-# After any of these every later call of the process fails: the process must end (recovery happens in another one).
+# After any of these every later call of the process fails: the process must end (recovery happens
+# in another one).
 LOST_CONTEXT: Final = frozenset(
     {
         "CUDA_ERROR_ASSERT",

@@ -1,9 +1,10 @@
 """What we hold of a GPU, floor 2.
 
-Owns: the primary context (shared with whatever framework lives in the process), one stream for copies, registered host mappings and
-device allocations. Promises: everything taken is given back by `close`, also after the context was lost; every call works in any
-thread, whatever context it has. Whatever may wait for the GPU (free, unshare) is called while the executor is parked.
-Called by cuda.py and residency.py. Does not compile, load or launch.
+Owns: the primary context (shared with whatever framework lives in the process), one stream for
+copies, registered host mappings and device allocations. Promises: everything taken is given back by
+`close`, also after the context was lost; every call works in any thread, whatever context it has.
+Whatever may wait for the GPU (free, unshare) is called while the executor is parked. Called by
+cuda.py and residency.py. Does not compile, load or launch.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from concordia.errors import DeviceError, EnvironmentRefused, UsageError
 
 
 class Current:
-    """This thread in our context, and out of the way of a graph that another thread captures: without the relaxed mode, a call of
-    ours that may block would end a capture of the framework.
+    """This thread in our context, and out of the way of a graph that another thread captures:
+    without the relaxed mode, a call of ours that may block would end a capture of the framework.
     """
 
     __slots__ = ("_driver", "_handle", "_mode")
@@ -81,7 +82,8 @@ class CudaMemory:
     def __init__(self, context: CudaContext) -> None:
         self._context = context
         self._lock = threading.Lock()
-        self._shared: dict[int, int] = {}  # how often each mapping was shared: two writers of a process have one pool
+        # how often each mapping was shared: two writers of a process have one pool
+        self._shared: dict[int, int] = {}
         self._allocated: dict[int, int] = {}
         with context.current() as driver:
             self.stream = checked(
@@ -90,7 +92,9 @@ class CudaMemory:
             )
 
     def share(self, address: int, size: int) -> int:
-        """Register a host mapping; on the GPU it has the same address (else every pointer in it would be wrong)."""
+        """Register a host mapping; on the GPU it has the same address (else every pointer in it
+        would be wrong).
+        """
         with self._lock, self._context.current() as driver:
             if address in self._shared:
                 self._shared[address] += 1
@@ -101,7 +105,9 @@ class CudaMemory:
             self._shared[address] = 1
             found = int(checked(driver.cuMemHostGetDevicePointer(address, 0), doing))
             if found != address:
-                raise DeviceError(f"{doing}: the GPU has it at {found:#x}, which Concordia cannot use")
+                raise DeviceError(
+                    f"{doing}: the GPU has it at {found:#x}, which Concordia cannot use"
+                )
             return found
 
     def unshare(self, address: int) -> None:
@@ -121,7 +127,8 @@ class CudaMemory:
                 status, base, found = driver.cuMemGetAddressRange(at)
                 if int(status):
                     raise UsageError(
-                        f"{size} bytes at {address:#x}: not all of it is memory of the GPU: {status.name}"
+                        f"{size} bytes at {address:#x}: not all of it is memory of the GPU: "
+                        f"{status.name}"
                     )
                 at = int(base) + int(found)
 
@@ -180,7 +187,8 @@ def _driver() -> Any:
         from cuda.bindings import driver
     except ImportError as error:
         raise EnvironmentRefused(
-            f"no CUDA bindings ({error}): install Concordia with its extra 'cuda', or use the host device"
+            f"no CUDA bindings ({error}): install Concordia with its extra 'cuda', or use the "
+            "host device"
         ) from error
     try:
         driver.cuDriverGetVersion()

@@ -1,9 +1,10 @@
 """What a device is to the rest of Concordia, floor 2.
 
-Owns: the protocol `Device` and `open_device`. Promises: everything above this floor works on these few verbs alone and never
-imports CUDA; the two devices differ only in what is behind them. Order of a swap: `build` (slow, beside a running executor), park,
-`load`, publish the operator table, unpark; whatever may wait for the GPU is called only while the executor is out.
-Called by runtime/ and checkpoint/. Does not know rings, tasks or records: the executor's code does.
+Owns: the protocol `Device` and `open_device`. Promises: everything above this floor works on these
+few verbs alone and never imports CUDA; the two devices differ only in what is behind them. Order of
+a swap: `build` (slow, beside a running executor), park, `load`, publish the operator table, unpark;
+whatever may wait for the GPU is called only while the executor is out. Called by runtime/ and
+checkpoint/. Does not know rings, tasks or records: the executor's code does.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class Code(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ExecutorPlan:
-    """Addresses, as the executor sees them, of everything one executor works with; ExecutorPlan of kernels/host.cpp, word by word."""
+    """Addresses, as the executor sees them, of everything one executor works with; ExecutorPlan of
+    kernels/host.cpp, word by word.
+    """
 
     ring: int
     pool: int
@@ -66,7 +69,9 @@ class Burst(Protocol):
     """A loaded kernel of the whole device."""
 
     def enqueue(self, stream: Any, words: Sequence[int], *, zeroed: int) -> None:
-        """Put it into a stream with these arguments, behind a store of zero to the eight bytes at `zeroed`."""
+        """Put it into a stream with these arguments, behind a store of zero to the eight bytes at
+        `zeroed`.
+        """
 
     def close(self) -> None:
         """Unload it; the executor is parked."""
@@ -74,18 +79,26 @@ class Burst(Protocol):
 
 @runtime_checkable
 class Executor(Protocol):
-    """The executor of one ring. It leaves by itself at a task boundary, and whoever launches it looks at the ring once more then."""
+    """The executor of one ring. It leaves by itself at a task boundary, and whoever launches it
+    looks at the ring once more then.
+    """
 
     lost: DeviceError | None  # why it will never run again, once that is known
-    handle: int  # a Host* that submission wakes by itself in compiled code; 0: whoever submits calls `launch` when told to
+    # a Host* that submission wakes by itself in compiled code; 0: whoever submits calls `launch`
+    # when told to
+    handle: int
 
     def launch(self) -> None:
         """Send the executor in, unless it is in or parked: a producer found that it had left."""
 
     def launch_after(self, stream: int, submit_gate: Callable[[int], None]) -> None:
-        """Send it in once more, behind the work that is in `stream` now; `submit_gate(n)` hands in a gate that no launch before n passes."""
+        """Send it in once more, behind the work that is in `stream` now; `submit_gate(n)` hands in
+        a gate that no launch before n passes.
+        """
 
-    def launch_burst(self, enqueue: Callable[[Any], None], submit_gate: Callable[[int], None]) -> None:
+    def launch_burst(
+        self, enqueue: Callable[[Any], None], submit_gate: Callable[[int], None]
+    ) -> None:
         """The same behind what `enqueue` puts into the executor's own stream."""
 
     def park(self, timeout_s: float) -> bool:
@@ -95,10 +108,14 @@ class Executor(Protocol):
         """Undo one `park`; what waits in the ring is run."""
 
     def rescues(self) -> int:
-        """How often waiting work was found although everybody had kept to the protocol; always 0, or it is a bug."""
+        """How often waiting work was found although everybody had kept to the protocol; always 0,
+        or it is a bug.
+        """
 
     def close(self, timeout_s: float) -> bool:
-        """Park for good and release what runs it; False when it did not leave, and then nothing was released."""
+        """Park for good and release what runs it; False when it did not leave, and then nothing was
+        released.
+        """
 
 
 @runtime_checkable
@@ -132,13 +149,17 @@ class Device(Protocol):
         """Copy bytes out of memory of this device."""
 
     def build(self, source: HandlerSource) -> Image:
-        """Compile, link and lint, or take it from the cache; raises CompileError or HandlerRefused."""
+        """Compile, link and lint, or take it from the cache; raises CompileError or
+        HandlerRefused.
+        """
 
     def load(self, image: Any) -> Code:
         """Load code that this device built; on a GPU only while the executor is parked."""
 
     def burst(self, source: HandlerSource, name: str) -> Burst | None:
-        """Load a kernel of the whole device while the executor is parked; None where there is no such thing."""
+        """Load a kernel of the whole device while the executor is parked; None where there is no
+        such thing.
+        """
 
     def executor(self, plan: ExecutorPlan) -> Executor:
         """Prepare the executor of a ring; does not launch it."""
@@ -148,7 +169,9 @@ class Device(Protocol):
 
 
 def open_device(name: str) -> Device:
-    """Open "host", "cuda", "cuda:<index>" or "auto": the first GPU where one can be used, else the host."""
+    """Open "host", "cuda", "cuda:<index>" or "auto": the first GPU where one can be used, else the
+    host.
+    """
     if name == "host":
         return _open_host()
     if name == "auto":

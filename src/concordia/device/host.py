@@ -1,9 +1,10 @@
 """The CPU device, floor 2: threads as lanes, shared objects as handlers.
 
-Owns: the compiled half of submission (`HostLibrary`, used by the GPU device too), loaded handlers and the executor's threads. Promises: a
-handler is refused before anything names it when a symbol or the ABI is wrong; every call that can wait has a bound and releases the
-GIL, every other one keeps it (giving it up costs more than the call). Called through driver.open_device.
-Does not know rings, tasks or records: runtime/ does.
+Owns: the compiled half of submission (`HostLibrary`, used by the GPU device too), loaded handlers
+and the executor's threads. Promises: a handler is refused before anything names it when a symbol or
+the ABI is wrong; every call that can wait has a bound and releases the GIL, every other one keeps
+it (giving it up costs more than the call). Called through driver.open_device. Does not know rings,
+tasks or records: runtime/ does.
 """
 
 from __future__ import annotations
@@ -122,7 +123,9 @@ class HostCode:
 
 
 class HostExecutor:
-    """Threads that run one ring; they sleep while there is nothing to do, and submission wakes them."""
+    """Threads that run one ring; they sleep while there is nothing to do, and submission wakes
+    them.
+    """
 
     def __init__(self, library: HostLibrary, plan: ExecutorPlan) -> None:
         if not 1 <= plan.lanes <= config.LANES_MAX:
@@ -138,9 +141,13 @@ class HostExecutor:
         raise AssertionError("submission launches this executor by itself")
 
     def launch_after(self, stream: int, submit_gate: Callable[[int], None]) -> None:
-        """Work of this processor is done when the call that did it returns: there is nothing to wait for."""
+        """Work of this processor is done when the call that did it returns: there is nothing to
+        wait for.
+        """
 
-    def launch_burst(self, enqueue: Callable[[Any], None], submit_gate: Callable[[int], None]) -> None:
+    def launch_burst(
+        self, enqueue: Callable[[Any], None], submit_gate: Callable[[int], None]
+    ) -> None:
         raise AssertionError("this device has no bursts")
 
     def park(self, timeout_s: float) -> bool:
@@ -181,7 +188,9 @@ class HostDevice:
         """Nothing was done."""
 
     def check_range(self, address: int, size: int) -> None:
-        """Every page mapped, readable and writable: an executor that faults would take the engine with it."""
+        """Every page mapped, readable and writable: an executor that faults would take the engine
+        with it.
+        """
         at, end = address, address + size
         for line in Path("/proc/self/maps").read_text().splitlines():
             span, rights = line.split()[:2]

@@ -1,9 +1,10 @@
 """Handler code on the GPU: whether it may run, and who owns it, floor 2.
 
-Owns: the lint of a compiled handler and loaded modules. Promises: nothing is loaded that could not be called from the executor (more
-registers or stack than it was launched with, constants or shared memory of another kernel, a barrier it has not got, an unresolved
-symbol, another ABI), and a loaded module stays until `close`, whatever Python forgets. Called by cuda.py.
-Does not compile, and does not know when the executor is out: its caller does.
+Owns: the lint of a compiled handler and loaded modules. Promises: nothing is loaded that could not
+be called from the executor (more registers or stack than it was launched with, constants or shared
+memory of another kernel, a barrier it has not got, an unresolved symbol, another ABI), and a loaded
+module stays until `close`, whatever Python forgets. Called by cuda.py. Does not compile, and does
+not know when the executor is out: its caller does.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from concordia.errors import DeviceError, HandlerRefused
 POINTER_SYMBOL: Final = "concordia_handler_pointer"
 ABI_SYMBOL: Final = "concordia_handler_abi"
 
-# A pointer call takes what the launch gave: the executor is linked with a ballast function that needs all of this. With the ballast's own
-# spills it stays below 1024 bytes, which every context has per thread from its start: more would be grown at a launch, waiting for the GPU.
+# A pointer call takes what the launch gave: the executor is linked with a ballast function that
+# needs all of this. With the ballast's own spills it stays below 1024 bytes, which every context
+# has per thread from its start: more would be grown at a launch, waiting for the GPU.
 FRAME_BYTES_MAX: Final = 512
 BARRIER_COUNT_MAX: Final = 1  # barrier 0, the one behind __syncthreads
 

@@ -1,8 +1,10 @@
 """Memory that outlives a process or that two sides see, floor 2.
 
-Owns: mapped files and anonymous buffers, with addresses. Promises: a mapping of a file has all its pages from the start; every mapping keeps
-out of core dumps, and out of swap where `lock` says so; nothing is unmapped but by `close`, so that a thread or a kernel that still runs never loses its memory to garbage collection.
-Called by runtime/, checkpoint/, journal/. Does not know what lies in the bytes.
+Owns: mapped files and anonymous buffers, with addresses. Promises: a mapping of a file has all its
+pages from the start; every mapping keeps out of core dumps, and out of swap where `lock` says so;
+nothing is unmapped but by `close`, so that a thread or a kernel that still runs never loses its
+memory to garbage collection. Called by runtime/, checkpoint/, journal/. Does not know what lies in
+the bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ PAGE_BYTES: Final = mmap.PAGESIZE
 
 @dataclass(frozen=True, slots=True)
 class JournalTarget:
-    """What an executor needs of the journal: addresses of this process's mappings of the pool and of one StreamControl."""
+    """What an executor needs of the journal: addresses of this process's mappings of the pool and
+    of one StreamControl.
+    """
 
     pool_address: int
     pool_bytes: int
@@ -36,7 +40,8 @@ class Mapping:
     """Bytes with an address, mapped until `close`."""
 
     def __init__(self, mapped: mmap.mmap, size: int) -> None:
-        mapped.madvise(mmap.MADV_DONTDUMP)  # contents are users' prompts, and what was computed of them
+        # contents are users' prompts, and what was computed of them
+        mapped.madvise(mmap.MADV_DONTDUMP)
         self._mapped = mapped
         self.size = size
         self.view = memoryview(mapped)[:size]
@@ -46,8 +51,12 @@ class Mapping:
         self._is_open = True
 
     def lock(self) -> bool:
-        """Keep every page out of swap for as long as this process has the mapping; False where that is not allowed."""
-        done: int = ctypes.CDLL(None).mlock(ctypes.c_void_p(self.address), ctypes.c_size_t(self.size))
+        """Keep every page out of swap for as long as this process has the mapping; False where that
+        is not allowed.
+        """
+        done: int = ctypes.CDLL(None).mlock(
+            ctypes.c_void_p(self.address), ctypes.c_size_t(self.size)
+        )
         return done == 0
 
     def close(self) -> None:
@@ -76,7 +85,9 @@ class SharedFile(Mapping):
 
     @classmethod
     def create(cls, path: Path, size: int) -> SharedFile:
-        """Make the file, private to this user, with all its blocks allocated: a sparse one ends in SIGBUS when memory runs out."""
+        """Make the file, private to this user, with all its blocks allocated: a sparse one ends in
+        SIGBUS when memory runs out.
+        """
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(descriptor, 0, size)

@@ -1,9 +1,10 @@
 """Run-time compilation for the GPU, floor 2.
 
-Owns: CUDA C++ to PTX (NVRTC) and PTX to a linked cubin (nvJitLink). Promises: needs no driver and no GPU; always relocatable (a
-pointer to a whole-program function is only an index into its own kernel's constants); both sides of an indirect call get the same
-register cap; a failure is CompileError with the compiler's own words. Called by cuda.py, and by tests on machines without a GPU.
-Does not cache, judge or load: compiler.py and loader.py do.
+Owns: CUDA C++ to PTX (NVRTC) and PTX to a linked cubin (nvJitLink). Promises: needs no driver and
+no GPU; always relocatable (a pointer to a whole-program function is only an index into its own
+kernel's constants); both sides of an indirect call get the same register cap; a failure is
+CompileError with the compiler's own words. Called by cuda.py, and by tests on machines without a
+GPU. Does not cache, judge or load: compiler.py and loader.py do.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from typing import Any, Final
 
 from concordia.errors import CompileError, EnvironmentRefused
 
-# 1024 threads share 65536 registers. The executor's CTA may be that wide, so every function that it calls fits it.
+# 1024 threads share 65536 registers. The executor's CTA may be that wide, so every function that it
+# calls fits it.
 REGISTERS_MAX: Final = 64
 STANDARD: Final = "--std=c++17"
-LOG_BYTES_MAX: Final = 4000  # one mistake in a header can cost a hundred messages; the first ones tell
+# one mistake in a header can cost a hundred messages; the first ones tell
+LOG_BYTES_MAX: Final = 4000
 
 
 def versions() -> str:
@@ -37,7 +40,8 @@ def compile_ptx(
     options = [
         f"--gpu-architecture={architecture.replace('sm_', 'compute_')}",
         "--relocatable-device-code=true",
-        "--device-as-default-execution-space",  # constexpr helpers that both compilers share carry no annotation
+        # constexpr helpers that both compilers share carry no annotation
+        "--device-as-default-execution-space",
         STANDARD,
         f"--include-path={include}",
         *(f"--define-macro={define}" for define in defines),
@@ -90,7 +94,8 @@ def _bindings() -> tuple[Any, Any]:
         from cuda.bindings import nvjitlink, nvrtc
     except ImportError as error:
         raise EnvironmentRefused(
-            f"no CUDA bindings ({error}): install Concordia with its extra 'cuda', or use the host device"
+            f"no CUDA bindings ({error}): install Concordia with its extra 'cuda', or use the "
+            "host device"
         ) from error
     return nvrtc, nvjitlink
 

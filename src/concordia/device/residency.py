@@ -1,9 +1,11 @@
 """The executor kernel of one ring on a GPU: sent in, leaves, sent in again, floor 2.
 
-Owns: its stream, its state in device memory, the count of launches. Promises: launches are in stream order and numbered, so the kernel
-of launch n never meets that of n + 1; a launch may be put behind the work of another stream, and then nothing submitted after it is
-run before that work is done; what is waited for here has a bound. Called by runtime/executor.py through driver.Executor.
-Does not submit tasks. The kernel leaves by itself (kernels/executor.h): nothing here can hold up the GPU longer than a lease.
+Owns: its stream, its state in device memory, the count of launches. Promises: launches are in
+stream order and numbered, so the kernel of launch n never meets that of n + 1; a launch may be put
+behind the work of another stream, and then nothing submitted after it is run before that work is
+done; what is waited for here has a bound. Called by runtime/executor.py through driver.Executor.
+Does not submit tasks. The kernel leaves by itself (kernels/executor.h): nothing here can hold up
+the GPU longer than a lease.
 """
 
 from __future__ import annotations
@@ -26,10 +28,14 @@ if TYPE_CHECKING:
     from concordia.device.driver import ExecutorPlan
     from concordia.device.host import HostLibrary
 
-THREADS: Final = 512  # of a CTA: with 64 registers each half of a multiprocessor, so that a neighbour still fits beside it
+# of a CTA: with 64 registers each half of a multiprocessor, so that a neighbour still fits beside
+# it
+THREADS: Final = 512
 CTAS_MAX: Final = 8  # more of them resident make a neighbour's matrix product several times slower
 KERNEL: Final = b"concordia_executor"
-SPIN_S: Final = 0.001  # a kernel that was told to leave is out within microseconds: poll this long, then sleep between looks
+# a kernel that was told to leave is out within microseconds: poll this long, then sleep between
+# looks
+SPIN_S: Final = 0.001
 SLEEP_S: Final = 0.0005
 KEEPER_WAIT_S: Final = 1.0  # a keeper that is needed is notified; it looks this often anyway
 
@@ -37,7 +43,9 @@ _OFFSETS: Final = abi.RING_HEADER.offsets()
 
 
 class CudaExecutor:
-    """One executor; launched under a lock, looked after by one thread that sleeps while nothing is launched."""
+    """One executor; launched under a lock, looked after by one thread that sleeps while nothing is
+    launched.
+    """
 
     handle = 0  # there is no compiled launcher: whoever submits calls `launch` when told to
 
@@ -82,7 +90,9 @@ class CudaExecutor:
                 (names.CU_FUNC_ATTRIBUTE_NUM_REGS, nvrtc.REGISTERS_MAX),
                 (names.CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK, THREADS),
             ):
-                found = checked(driver.cuFuncGetAttribute(attribute, self._function), attribute.name)
+                found = checked(
+                    driver.cuFuncGetAttribute(attribute, self._function), attribute.name
+                )
                 if found < least:
                     raise DeviceError(f"the executor's {attribute.name} is {found}, not {least}")
             flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
@@ -112,17 +122,25 @@ class CudaExecutor:
                 self._send(launched + 1)
 
     def launch_after(self, stream: int, submit_gate: Callable[[int], None]) -> None:
-        """Put a launch behind the work that is in `stream` now. `submit_gate(n)` hands in a task that no launch below n passes."""
+        """Put a launch behind the work that is in `stream` now. `submit_gate(n)` hands in a task
+        that no launch below n passes.
+        """
 
         def wait_for_stream() -> None:
             with self._context.current() as driver:
                 checked(driver.cuEventRecord(self._before, stream), "mark the framework's stream")
-                checked(driver.cuStreamWaitEvent(self._stream, self._before, 0), "wait for a stream")
+                checked(
+                    driver.cuStreamWaitEvent(self._stream, self._before, 0), "wait for a stream"
+                )
 
         self._launch_behind(wait_for_stream, submit_gate)
 
-    def launch_burst(self, enqueue: Callable[[Any], None], submit_gate: Callable[[int], None]) -> None:
-        """Put a launch behind what `enqueue` puts into this executor's own stream, which runs between two of its stays."""
+    def launch_burst(
+        self, enqueue: Callable[[Any], None], submit_gate: Callable[[int], None]
+    ) -> None:
+        """Put a launch behind what `enqueue` puts into this executor's own stream, which runs
+        between two of its stays.
+        """
         self._launch_behind(lambda: enqueue(self._stream), submit_gate)
 
     def _launch_behind(self, put: Callable[[], None], submit_gate: Callable[[int], None]) -> None:
@@ -135,7 +153,9 @@ class CudaExecutor:
                 self._send(launch)
 
     def _send(self, launch: int) -> None:
-        """Under the lock. The count first: the kernel may be over before the call that launched it is."""
+        """Under the lock. The count first: the kernel may be over before the call that launched it
+        is.
+        """
         self._library.store(self._launched_at, launch)
         self._values[1] = launch
         try:
@@ -143,7 +163,17 @@ class CudaExecutor:
                 arguments = ctypes.addressof(self._arguments)
                 checked(
                     driver.cuLaunchKernel(
-                        self._function, self._ctas, 1, 1, THREADS, 1, 1, 0, self._stream, arguments, 0
+                        self._function,
+                        self._ctas,
+                        1,
+                        1,
+                        THREADS,
+                        1,
+                        1,
+                        0,
+                        self._stream,
+                        arguments,
+                        0,
                     ),
                     "launch the executor",
                 )
@@ -159,7 +189,9 @@ class CudaExecutor:
             raise self.lost
 
     def _keep(self) -> None:
-        """A lease may end with work waiting and no producer that looks again: then this thread sends the executor in once more."""
+        """A lease may end with work waiting and no producer that looks again: then this thread
+        sends the executor in once more.
+        """
         seen = 0
         while True:
             with self._wanted:
@@ -172,7 +204,9 @@ class CudaExecutor:
             time.sleep(config.LEASE_NS / 1e9)
             try:
                 with self._context.current() as driver:
-                    checked(driver.cuEventRecord(self._out, self._stream), "mark the executor's end")
+                    checked(
+                        driver.cuEventRecord(self._out, self._stream), "mark the executor's end"
+                    )
                     checked(driver.cuEventSynchronize(self._out), "wait for the executor's end")
                 if self._library.needs_launch(self._ring):
                     self.launch()

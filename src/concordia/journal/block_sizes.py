@@ -1,7 +1,8 @@
 """How many tokens a block has, by layout, floor 3.
 
-Owns: what records say or show of it. Promises: a size comes from a record's flags, or from two blocks that follow each other; never from a
-guess, and it does not change once it is known. Called by replay for every block record. It does not keep records.
+Owns: what records say or show of it. Promises: a size comes from a record's flags, or from two
+blocks that follow each other; never from a guess, and it does not change once it is known. Called
+by replay for every block record. It does not keep records.
 """
 
 from __future__ import annotations
@@ -35,4 +36,6 @@ class BlockSizes:
 
 def _neighbours(record: Record, covered: Coverage) -> list[tuple[int, int]]:
     """Blocks that end where this one starts."""
-    return [(span.start, span.end) for span in covered.blocks.values() if span.end == record.token_start]
+    return [
+        (span.start, span.end) for span in covered.blocks.values() if span.end == record.token_start
+    ]

@@ -1,9 +1,11 @@
 """Make room: empty segments that hold little, let go of what is wanted least, floor 3.
 
-Owns: the order in which things go. Promises: a live record is copied, committed and entered in the index before its old place is given
-up; first unreferenced blocks go, longest unused first; a request that still runs loses protection only when writers are about to find
-nothing, and by name. It copies with the Python writer in the owner's own process, so the owner needs no compiler: the only reader of
-a copy before a restart is this process, and writer.py says why plain stores are then enough. Called by the owner, a bounded step at a time.
+Owns: the order in which things go. Promises: a live record is copied, committed and entered in the
+index before its old place is given up; first unreferenced blocks go, longest unused first; a
+request that still runs loses protection only when writers are about to find nothing, and by name.
+It copies with the Python writer in the owner's own process, so the owner needs no compiler: the
+only reader of a copy before a restart is this process, and writer.py says why plain stores are then
+enough. Called by the owner, a bounded step at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from concordia.journal.stream_state import Stream
 from concordia.journal.streams import Streams
 from concordia.journal.writer import Entry
 
-_PLACED = (abi.KIND_KV_TAIL, abi.KIND_KV_BLOCK, abi.KIND_PAGE)  # kinds for which rank and layout matter
+# kinds for which rank and layout matter
+_PLACED = (abi.KIND_KV_TAIL, abi.KIND_KV_BLOCK, abi.KIND_PAGE)
 
 
 class Cleaner:
@@ -27,7 +30,8 @@ class Cleaner:
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
         self._own: dict[tuple[int, int, int], Stream] = {}
-        self._unsound: dict[int, Held] = {}  # segments with a damaged payload: left as they are, and reported
+        # segments with a damaged payload: left as they are, and reported
+        self._unsound: dict[int, Held] = {}
         self.copied_bytes = 0
         self.copied_count = 0
         self.evicted_blocks = 0
@@ -58,12 +62,18 @@ class Cleaner:
         is_urgent = len(streams.free) <= config.CLEANER_SEGMENTS
         if is_urgent:  # requests that have ended need not wait for their last keys now
             streams.index.settle(time.monotonic() + config.FINISH_GRACE_S)
-        if self._drop_blocks(is_urgent=is_urgent) or not is_urgent or self._empty_one(size * 7 // 8):
+        if (
+            self._drop_blocks(is_urgent=is_urgent)
+            or not is_urgent
+            or self._empty_one(size * 7 // 8)
+        ):
             return
         self.unprotected_requests += streams.index.drop_coldest("the journal is full") is not None
 
     def write_finish(self, key: int) -> bool:
-        """Make the end of a request known to an owner after us; False when there is no room for it."""
+        """Make the end of a request known to an owner after us; False when there is no room for
+        it.
+        """
         streams = self._streams
         own = self._any_own()
         if own is None or own.writer is None or not streams.lending.supply_own(own):
@@ -108,21 +118,25 @@ class Cleaner:
         return True
 
     def _copy(self, held: Held) -> bool:
-        """Append the record to our stream and let its users follow; False when it cannot be done."""
+        """Append the record to our stream and let its users follow; False when it cannot be
+        done.
+        """
         streams = self._streams
         view = streams.pool.view
         old = held.record
         if not has_sound_payload(view, old):
             self._unsound = {segment: one for segment, one in self._unsound.items() if one.uses}
             self._unsound[old.offset // streams.pool.segment_bytes] = held
-            streams.intake.report_damage(f"payload of record {old.sequence} of stream {held.source.stream:#x} is damaged")
+            streams.intake.report_damage(
+                f"payload of record {old.sequence} of stream {held.source.stream:#x} is damaged"
+            )
             return False
         own = self._stream_for(held)
         if own is None or own.writer is None or not streams.lending.supply_own(own):
             return False
         entry = Entry(
-            old.kind, old.key, old.incarnation, old.token_start, old.token_end, old.step, old.region,
-            old.flags, old.layout_hash, old.handler_hash, old.stamp_ns, held.replica,
+            old.kind, old.key, old.incarnation, old.token_start, old.token_end, old.step,
+            old.region, old.flags, old.layout_hash, old.handler_hash, old.stamp_ns, held.replica,
             old.model_hash,
         )  # fmt: skip
         payload = view[old.payload_offset : old.payload_offset + old.payload_bytes]
@@ -134,7 +148,9 @@ class Cleaner:
         return True
 
     def _stream_for(self, held: Held) -> Stream | None:
-        """Our stream of the same rank, world and layout, because readers take these from the stream."""
+        """Our stream of the same rank, world and layout, because readers take these from the
+        stream.
+        """
         source = held.source
         name = source.rank, source.world, source.layout_hash
         if held.record.kind not in _PLACED and self._own:
@@ -158,12 +174,16 @@ class Cleaner:
         except JournalError as error:  # no slot: what cannot be copied stays where it is
             self.refused_count += 1
             if self.refused_count == 1:
-                self._streams.index.events.note({"event": "full", "stream": "cleaner", "reason": str(error)})
+                self._streams.index.events.note(
+                    {"event": "full", "stream": "cleaner", "reason": str(error)}
+                )
             return
         self._own[rank, world, layout_hash] = opened
 
     def _drop_blocks(self, *, is_urgent: bool) -> bool:
-        """Name unreferenced blocks for one segment's worth, drop those named before; True if any went."""
+        """Name unreferenced blocks for one segment's worth, drop those named before; True if any
+        went.
+        """
         now = time.monotonic()
         keys = self._streams.index.keys
         wanted = self._streams.pool.segment_bytes - keys.condemned_bytes()

@@ -1,8 +1,9 @@
 """A process's line to the owner of a journal, floor 3.
 
-Owns: one connection, and the mappings of the streams opened through it. Promises: thread-safe; every wait has a bound; a broken line
-is mended once per request (the owner may have been restarted: streams and mappings stay valid); every request may be repeated
-without harm. Called by router, replica, connector and tools. It does not start owners: owner.spawn_owner does.
+Owns: one connection, and the mappings of the streams opened through it. Promises: thread-safe;
+every wait has a bound; a broken line is mended once per request (the owner may have been restarted:
+streams and mappings stay valid); every request may be repeated without harm. Called by router,
+replica, connector and tools. It does not start owners: owner.spawn_owner does.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ __all__ = ["Cut", "JournalClient", "Piece", "StreamAttachment"]
 class StreamAttachment:
     """A stream that this process writes, and the memory that its executor needs for it."""
 
-    def __init__(self, client: JournalClient, slot: int, stream: int, pool: Pool, board: Board) -> None:
+    def __init__(
+        self, client: JournalClient, slot: int, stream: int, pool: Pool, board: Board
+    ) -> None:
         self.slot = slot
         self.stream = stream
         self.pool = pool
@@ -45,7 +48,9 @@ class StreamAttachment:
         self._client = client
 
     def close(self) -> None:
-        """Say that nothing more will be written; call it when the executor is closed, not before."""
+        """Say that nothing more will be written; call it when the executor is closed, not
+        before.
+        """
         self._client.close_stream(self)
 
 
@@ -76,12 +81,17 @@ class JournalClient:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
     def close(self) -> None:
-        """Hang up and unmap; streams that were opened keep the mappings and stay open until closed."""
+        """Hang up and unmap; streams that were opened keep the mappings and stay open until
+        closed.
+        """
         with self._lock:
             self._is_closed = True
             self._let_go()
@@ -119,7 +129,9 @@ class JournalClient:
                     self._let_go()
 
     def map(self, *, writable: bool = False) -> tuple[Pool, Board]:
-        """Pool and board in this process: for writers, and for whoever restores from pool offsets."""
+        """Pool and board in this process: for writers, and for whoever restores from pool
+        offsets.
+        """
         with self._lock:
             if self._mapped is None:
                 self._mapped = segment.attach(self._home, writable=True)
@@ -132,7 +144,9 @@ class JournalClient:
         self._ask("register_replica", replica=replica, session_id=session_id)
 
     def release_replica(self, replica: int) -> bool:
-        """The replica's processes have ended. True when the owner sees that too; else it sees to it."""
+        """The replica's processes have ended. True when the owner sees that too; else it sees to
+        it.
+        """
         return bool(self._ask("release_replica", replica=replica))
 
     def seal_replica(self, replica: int) -> dict[int, int]:
@@ -153,10 +167,10 @@ class JournalClient:
     ) -> Cut:
         """What may be restored of a request, from sealed streams; at most tokens_known - 1 tokens.
 
-        `bounds`: router incarnation to the tokens that were known when it was superseded, that is when
-        the next router incarnation was submitted. What an incarnation computed beyond its bound, or
-        beyond that of a later one, is not used. Without them only what the records prove is used of
-        older ones; ReplayIndex.cut has the rule.
+        `bounds`: router incarnation to the tokens that were known when it was superseded, that is
+        when the next router incarnation was submitted. What an incarnation computed beyond its
+        bound, or beyond that of a later one, is not used. Without them only what the records prove
+        is used of older ones; ReplayIndex.cut has the rule.
         """
         return Cut.from_json(
             self._ask(
@@ -214,7 +228,8 @@ class JournalClient:
                 except TimeoutError as error:
                     self._hang_up()
                     raise WaitTimeout(
-                        f"the owner of {self.journal} did not answer {operation} in {self._timeout_s} s"
+                        f"the owner of {self.journal} did not answer {operation} in "
+                        f"{self._timeout_s} s"
                     ) from error
                 except OSError as error:
                     self._hang_up()

@@ -1,8 +1,10 @@
 """The control words of one stream: what owner and writer tell each other, floor 3.
 
-Owns: the words of a StreamControl. Promises: every store here is one aligned store in program order, the word that publishes comes last,
-and on x86-64 (Board.create refuses other machines) no reader sees that order broken; a damaged identity or seal is raised, never
-believed. Called by the owner, which writes lines 0 and 1, and by readers. The lines of the executor are stored by compiled code.
+Owns: the words of a StreamControl. Promises: every store here is one aligned store in program
+order, the word that publishes comes last, and on x86-64 (Board.create refuses other machines) no
+reader sees that order broken; a damaged identity or seal is raised, never believed. Called by the
+owner, which writes lines 0 and 1, and by readers. The lines of the executor are stored by compiled
+code.
 """
 
 from __future__ import annotations
@@ -93,7 +95,9 @@ class Control:
         if found[0] != abi.BOARD_MAGIC or found[13] != _identity_crc(raw):
             raise Corruption(f"the identity of stream slot {self.slot} is damaged: {found}")
         if found[1] != abi.ABI_VERSION:
-            raise JournalRefused(f"stream slot {self.slot} has ABI {found[1]}, not {abi.ABI_VERSION}")
+            raise JournalRefused(
+                f"stream slot {self.slot} has ABI {found[1]}, not {abi.ABI_VERSION}"
+            )
         _, _, _, stream, kind, rank, world, pid, replica, layout, _, start, _, _ = found
         return Identity(stream, kind, rank, world, pid, start, replica, layout)
 
@@ -115,7 +119,8 @@ class Control:
         line = bytearray(
             _LINE0.pack(
                 abi.BOARD_MAGIC, abi.ABI_VERSION, abi.STREAM_FREE, i.stream, i.writer_kind, i.rank,
-                i.world, i.writer_pid, i.replica, i.layout_hash, abi.NOT_SEALED, i.writer_start, 0, 0,
+                i.world, i.writer_pid, i.replica, i.layout_hash, abi.NOT_SEALED, i.writer_start, 0,
+                0,
             )
         )  # fmt: skip
         struct.pack_into("<Q", line, _IDENTITY_CRC, _identity_crc(bytes(line)))
@@ -123,7 +128,9 @@ class Control:
         self._halves[_STATE] = abi.STREAM_OPEN
 
     def lend(self, lent: Lent) -> None:
-        """Owner: the entry first, then the count that publishes it (the executor acquires the count)."""
+        """Owner: the entry first, then the count that publishes it (the executor acquires the
+        count).
+        """
         at = _AT["lent"] + 2 * (lent.ordinal % abi.LENT_CAPACITY)
         self._words[at] = lent.segment | lent.ordinal << 32
         self._words[at + 1] = lent.salt
@@ -141,7 +148,9 @@ class Control:
         return found
 
     def retract(self) -> None:
-        """Owner: take back what was lent and not taken; only once the writer is known to be dead."""
+        """Owner: take back what was lent and not taken; only once the writer is known to be
+        dead.
+        """
         self._words[_AT["lent_count"]] = min(self.lent_count, self.taken_count)
 
     def seal(self, count: int) -> None:

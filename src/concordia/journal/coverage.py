@@ -1,8 +1,9 @@
 """What one rank has committed of one incarnation of a request, and the values of a cut, floor 3.
 
-Owns: `Coverage` (spans of tokens by the records that hold them), `Piece` and `Cut`. Promises: a later record of a token range replaces an
-earlier one, so that a walk never takes bytes that were written over; a walk is contiguous from token 0. Called by replay, which knows
-keys and ranks. It does not know segments, streams or liveness: it says which records it stopped wanting.
+Owns: `Coverage` (spans of tokens by the records that hold them), `Piece` and `Cut`. Promises: a
+later record of a token range replaces an earlier one, so that a walk never takes bytes that were
+written over; a walk is contiguous from token 0. Called by replay, which knows keys and ranks. It
+does not know segments, streams or liveness: it says which records it stopped wanting.
 """
 
 from __future__ import annotations
@@ -106,7 +107,11 @@ class Coverage:
         return [span.held for span in self.blocks.values()] + [span.held for span in self._tails]
 
     def walk(
-        self, shared: Callable[[int], Held | None], *, is_readable: Callable[[Held], bool], start: int = 0
+        self,
+        shared: Callable[[int], Held | None],
+        *,
+        is_readable: Callable[[Held], bool],
+        start: int = 0,
     ) -> tuple[int, list[Held]]:
         """The end of what is contiguous from `start`, and the records that hold it.
 
@@ -170,7 +175,9 @@ class Coverage:
         return dropped
 
     def _rewind_blocks(self, at: int) -> list[Held]:
-        """Tokens from `at` on were written again: blocks beyond it are stale, one may be cut short."""
+        """Tokens from `at` on were written again: blocks beyond it are stale, one may be cut
+        short.
+        """
         dropped = []
         for start in [start for start, block in self.blocks.items() if block.end > at]:
             if start >= at:
@@ -197,7 +204,8 @@ def pieces_of(helds: Sequence[Held], *, rank: int, tokens: int) -> list[Piece]:
             found.append(
                 Piece(
                     rank, r.kind, r.token_start, r.token_end, r.payload_offset, r.payload_bytes,
-                    r.payload_hash, r.sequence, held.source.stream, r.layout_hash, r.step, r.model_hash,
+                    r.payload_hash, r.sequence, held.source.stream, r.layout_hash, r.step,
+                    r.model_hash,
                 )
             )  # fmt: skip
     return found

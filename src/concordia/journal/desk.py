@@ -1,8 +1,9 @@
 """The socket at which the owner answers, floor 3.
 
-Owns: connections, framing and bounds: one JSON object per line each way. Promises: only this user is served (SO_PEERCRED); a line longer
-than the bound ends its connection; one slow reader holds up nobody; no pickle. Called by the owner's loop through a selector.
-It does not know what the requests mean: `answer` does.
+Owns: connections, framing and bounds: one JSON object per line each way. Promises: only this user
+is served (SO_PEERCRED); a line longer than the bound ends its connection; one slow reader holds up
+nobody; no pickle. Called by the owner's loop through a selector. It does not know what the requests
+mean: `answer` does.
 """
 
 from __future__ import annotations
@@ -122,7 +123,11 @@ class Desk:
             answer = {"id": number, "error": "JournalError", "message": f"bad request: {error!r}"}
         packed = json.dumps(answer, separators=(",", ":")).encode()
         if len(packed) > config.SOCKET_MESSAGE_BYTES_MAX:
-            answer = {"id": number, "error": "JournalError", "message": f"{len(packed)} bytes of answer"}
+            answer = {
+                "id": number,
+                "error": "JournalError",
+                "message": f"{len(packed)} bytes of answer",
+            }
             packed = json.dumps(answer).encode()
         return packed + b"\n"
 
@@ -197,7 +202,9 @@ class Line:
 
 @contextlib.contextmanager
 def short_name(path: Path) -> Any:
-    """A name of the socket that fits sockaddr_un (108 bytes), however long the journal's path is."""
+    """A name of the socket that fits sockaddr_un (108 bytes), however long the journal's path
+    is.
+    """
     descriptor = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield f"/proc/self/fd/{descriptor}/{path.name}"

@@ -1,8 +1,9 @@
 """What happened, as the owner of a journal keeps it for whoever asks, floor 3.
 
-Owns: the events of all streams and of the owner itself, numbered in the order in which they were taken in. Promises: at most
-JOURNAL_EVENTS_MAX are kept, the oldest go; an event record that is not an object becomes an event that says so. Called by replay, which
-finds the records, by the rooms of the owner, which have something to say, and by office. It does not judge what an event means.
+Owns: the events of all streams and of the owner itself, numbered in the order in which they were
+taken in. Promises: at most JOURNAL_EVENTS_MAX are kept, the oldest go; an event record that is not
+an object becomes an event that says so. Called by replay, which finds the records, by the rooms of
+the owner, which have something to say, and by office. It does not judge what an event means.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Make sure that an old writer can never write again: end every process of a session, floor 3.
 
-Owns: finding the processes of a session and their descendants, killing them, knowing that they are gone. Promises: a process is
-killed through a pidfd whose start time was compared first, so a reused pid is never hit; gone means that every thread has ended, which
-a pidfd tells and /proc does not; `step` never blocks. Called by the owner when a router dies, and by whoever replaces a replica.
-It does not seal streams.
+Owns: finding the processes of a session and their descendants, killing them, knowing that they are
+gone. Promises: a process is killed through a pidfd whose start time was compared first, so a reused
+pid is never hit; gone means that every thread has ended, which a pidfd tells and /proc does not;
+`step` never blocks. Called by the owner when a router dies, and by whoever replaces a replica. It
+does not seal streams.
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ class Fence:
             left = deadline - time.monotonic()
             if left <= 0:
                 pids = sorted(pid for pid, _ in self._open)
-                raise WaitTimeout(f"session {self.session}: {pids} live {timeout_s} s after SIGKILL")
+                raise WaitTimeout(
+                    f"session {self.session}: {pids} live {timeout_s} s after SIGKILL"
+                )
             poller = select.poll()
             for descriptor in self._open.values():
                 poller.register(descriptor, select.POLLIN)

@@ -1,8 +1,9 @@
 """The folder of a journal: what lies in it, who may open it, how large it may be, floor 3.
 
-Owns: the names of the files, the checks of owner and permissions, the arithmetic of free memory. Promises: a folder or file of another
-user, or one that group or world may touch, is refused and never changed; a size that does not fit is refused or reduced before the
-first byte is written. Called by segment, owner and client. It does not map or read any file.
+Owns: the names of the files, the checks of owner and permissions, the arithmetic of free memory.
+Promises: a folder or file of another user, or one that group or world may touch, is refused and
+never changed; a size that does not fit is refused or reduced before the first byte is written.
+Called by segment, owner and client. It does not map or read any file.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ def check_file(path: Path) -> os.stat_result:
 
 
 def free_bytes(path: Path) -> int:
-    """What can still be allocated under `path`: the file system, the machine and the cgroup agree."""
+    """What can still be allocated under `path`: the file system, the machine and the cgroup
+    agree.
+    """
     found = os.statvfs(path)
     return min(found.f_bavail * found.f_frsize, memory_free_bytes())
 
@@ -97,28 +100,38 @@ def memory_free_bytes() -> int:
 
 
 def choose_segment_bytes(size_bytes: int) -> int:
-    """A segment of a journal of that size: a power of two, SEGMENTS_WANTED of them where the limits allow."""
-    fitting = 1 << max(0, size_bytes // config.SEGMENTS_WANTED).bit_length() - 1 if size_bytes else 0
+    """A segment of a journal of that size: a power of two, SEGMENTS_WANTED of them where the limits
+    allow.
+    """
+    fitting = (
+        1 << max(0, size_bytes // config.SEGMENTS_WANTED).bit_length() - 1 if size_bytes else 0
+    )
     return max(config.SEGMENT_BYTES_MIN, min(fitting, config.SEGMENT_BYTES_MAX))
 
 
 def fit_size(path: Path, wanted_bytes: int | None, segment_bytes: int | None) -> int:
-    """Bytes of the pool: min(wanted, half of what is free), whole segments; raises when too few fit.
+    """Bytes of the pool: min(wanted, half of what is free), whole segments; raises when too few
+    fit.
 
-    Without `segment_bytes` they are those that choose_segment_bytes gives for what fits, and for the size that comes back, too.
+    Without `segment_bytes` they are those that choose_segment_bytes gives for what fits, and for
+    the size that comes back, too.
     """
     free = free_bytes(path)
     wanted = config.JOURNAL_BYTES_DEFAULT if wanted_bytes is None else wanted_bytes
     room = min(wanted, free // 2)
     size = choose_segment_bytes(room) if segment_bytes is None else segment_bytes
     if size < config.SEGMENT_BYTES_MIN or size % 4096:
-        raise JournalRefused(f"segment size {size} must be a multiple of 4096 and at least {config.SEGMENT_BYTES_MIN}")
+        raise JournalRefused(
+            f"segment size {size} must be a multiple of 4096 and at least "
+            f"{config.SEGMENT_BYTES_MIN}"
+        )
     count = room // size
     if count < config.SEGMENT_COUNT_MIN:
         least = config.SEGMENT_COUNT_MIN * size
         raise JournalRefused(
             f"a journal in {path} needs at least {least >> 20} MiB, and may take half of the "
-            f"{free >> 20} MiB that are free; wanted were {wanted >> 20} MiB. Give /dev/shm more room "
+            f"{free >> 20} MiB that are free; wanted were {wanted >> 20} MiB. Give /dev/shm more "
+            "room "
             f"(docker run --shm-size), raise --journal-size or name another --journal-dir"
         )
     return count * size

@@ -1,8 +1,9 @@
 """Look into a journal from outside: what is in it, is it sound, give it to me, floor 3.
 
-Owns: the answers of `concordia journal inspect|verify|export`. Promises: works with and without an owner, maps read-only and changes
-nothing; damage is reported with its place, torn tails apart from it; what an owner changes while we look is looked at again before it
-counts as damage. Called by the command line and by tests. It does not print.
+Owns: the answers of `concordia journal inspect|verify|export`. Promises: works with and without an
+owner, maps read-only and changes nothing; damage is reported with its place, torn tails apart from
+it; what an owner changes while we look is looked at again before it counts as damage. Called by the
+command line and by tests. It does not print.
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ from concordia.journal.stream import End, has_sound_payload
 from concordia.journal.survey import Found, Survey, survey
 
 _LOOKS: Final = 3  # a living owner may give back a segment between two of our reads
-_KINDS: Final = {v: n.removeprefix("KIND_").lower() for n, v in vars(abi).items() if n.startswith("KIND_")}
-_WRITERS: Final = {v: n.removeprefix("WRITER_").lower() for n, v in vars(abi).items() if n.startswith("WRITER_")}
+_KINDS: Final = {
+    v: n.removeprefix("KIND_").lower() for n, v in vars(abi).items() if n.startswith("KIND_")
+}
+_WRITERS: Final = {
+    v: n.removeprefix("WRITER_").lower() for n, v in vars(abi).items() if n.startswith("WRITER_")
+}
 _STATES: Final = {abi.STREAM_OPEN: "open", abi.STREAM_SEALED: "sealed"}
 
 
@@ -45,7 +50,9 @@ class VerifyReport:
 
 
 def inspect(journal: Path) -> dict[str, Any]:
-    """Plain values about a journal: owner, room, streams, and what they hold; `table` prints them."""
+    """Plain values about a journal: owner, room, streams, and what they hold; `table` prints
+    them.
+    """
     with _open(journal) as (pool, board):
         found = _look(pool, board)
         return {
@@ -58,7 +65,12 @@ def inspect(journal: Path) -> dict[str, Any]:
             "segments": pool.segment_count,
             "segments_free": len(found.free),
             "replicas": [
-                {"replica": r.replica, "session": r.session, "router_pid": r.router_pid, "fenced": bool(r.fenced)}
+                {
+                    "replica": r.replica,
+                    "session": r.session,
+                    "router_pid": r.router_pid,
+                    "fenced": bool(r.fenced),
+                }
                 for r in board.registrations().values()
             ],
             "streams": [_describe(stream) for stream in found.streams],
@@ -72,15 +84,22 @@ def table(facts: dict[str, Any]) -> str:
     lines = [
         f"journal   {facts['journal']}",
         f"owner     pid {facts['owner_pid']} ({state}), epoch {facts['epoch']}",
-        f"segments  {facts['segments_free']} of {facts['segments']} free, {facts['segment_bytes'] >> 20} MiB each",
+        (
+            f"segments  {facts['segments_free']} of {facts['segments']} free, "
+            f"{facts['segment_bytes'] >> 20} MiB each"
+        ),
         "",
-        f"{'stream':>16} {'writer':<10} {'rank':>5} {'state':<7} {'records':>8} {'MiB':>9} {'lost':>5} {'end':<8} label",
+        (
+            f"{'stream':>16} {'writer':<10} {'rank':>5} {'state':<7} {'records':>8} {'MiB':>9} "
+            f"{'lost':>5} {'end':<8} label"
+        ),
     ]
     for s in facts["streams"]:
         rank = f"{s['rank']}/{s['world']}"
         lines.append(
             f"{s['stream']:>16x} {s['writer']:<10} {rank:>5} {s['state']:<7} {s['records']:>8} "
-            f"{s['payload_bytes'] / (1 << 20):>9.2f} {s['dropped_records']:>5} {s['end']:<8} {s['label']}"
+            f"{s['payload_bytes'] / (1 << 20):>9.2f} {s['dropped_records']:>5} {s['end']:<8} "
+            f"{s['label']}"
         )
     lines += [f"DAMAGE    {text}" for text in facts["damage"]]
     return "\n".join(lines)
@@ -191,5 +210,7 @@ def _export(pool: Pool, stream: Found, record: Record, *, payloads: bool) -> dic
     }
     if payloads:
         at = record.payload_offset
-        line["payload"] = base64.b64encode(pool.view[at : at + record.payload_bytes]).decode("ascii")
+        line["payload"] = base64.b64encode(pool.view[at : at + record.payload_bytes]).decode(
+            "ascii"
+        )
     return line

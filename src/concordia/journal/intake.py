@@ -1,8 +1,10 @@
 """What streams have committed, read into the index, floor 3.
 
-Owns: reading on, and the judgement of where a stream ends. Promises: a round reads at most SCAN_RECORDS_MAX records of a stream, so that no writer
-holds the others up; a place counts as damaged only after it stayed unreadable for HINT_SETTLE_S, because a count may be seen before its
-record; a stream found damaged is read no further, and said once. Called by streams. It seals nothing and frees nothing.
+Owns: reading on, and the judgement of where a stream ends. Promises: a round reads at most
+SCAN_RECORDS_MAX records of a stream, so that no writer holds the others up; a place counts as
+damaged only after it stayed unreadable for HINT_SETTLE_S, because a count may be seen before its
+record; a stream found damaged is read no further, and said once. Called by streams. It seals
+nothing and frees nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class Intake:
         if stream.reader.classify(hint, is_final=False) is not End.CORRUPT:
             stream.late_since = 0.0
             return count
-        # The count is stored without order, so for a moment it may run ahead of the record it counts.
+        # The count is stored without order, so for a moment it may run ahead of the record it
+        # counts.
         now = time.monotonic()
         stream.late_since = stream.late_since or now
         if now - stream.late_since > config.HINT_SETTLE_S:
@@ -45,12 +48,14 @@ class Intake:
     def read_to_end(self, stream: Stream) -> End:
         """Read what was committed when we began, however much it is, and say what stopped us."""
         reader = stream.reader
-        hint = stream.control.committed_count  # loaded once: a zombie that goes on cannot hold us here
+        # loaded once: a zombie that goes on cannot hold us here
+        hint = stream.control.committed_count
         while reader.sequence < hint and self._read(stream, config.SCAN_RECORDS_MAX):
             pass  # finite, because the hint is, or the pool
         began = moved = time.monotonic()
         while (end := reader.classify(hint, is_final=True)) is End.CORRUPT:
-            # Count and search may have run ahead of what was read, so only a place that stays bad is bad.
+            # Count and search may have run ahead of what was read, so only a place that stays bad
+            # is bad.
             is_moving = self._read(stream, config.SCAN_RECORDS_MAX) > 0
             now = time.monotonic()
             if is_moving:
@@ -63,7 +68,9 @@ class Intake:
         return end
 
     def read_own(self, stream: Stream) -> None:
-        """Follow our own writer, so that passed segments count as passed; the index knows already."""
+        """Follow our own writer, so that passed segments count as passed; the index knows
+        already.
+        """
         while stream.reader.read(config.SCAN_RECORDS_MAX):
             pass
 

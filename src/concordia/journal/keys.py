@@ -1,9 +1,11 @@
 """Blocks by the chained hash of their tokens, shared by every request with that prefix, floor 3.
 
-Owns: `KeyTable`: for a layout and world, which records hold the block of a key; who refers to it; in which order unreferenced blocks were
-used last. Promises: an entry has its block record and the record that names it in use, and lets both go together; a block that a live
-request refers to is never dropped by age, and before an unreferenced one goes, nobody has been told of it for a while. Two engines may
-compute the same block with different bytes: pieces are kept per replica, and one answer never mixes them. Called by replay and cleaner.
+Owns: `KeyTable`: for a layout and world, which records hold the block of a key; who refers to it;
+in which order unreferenced blocks were used last. Promises: an entry has its block record and the
+record that names it in use, and lets both go together; a block that a live request refers to is
+never dropped by age, and before an unreferenced one goes, nobody has been told of it for a while.
+Two engines may compute the same block with different bytes: pieces are kept per replica, and one
+answer never mixes them. Called by replay and cleaner.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ Group: TypeAlias = tuple[int, int]  # layout, world
 
 
 class Keyed:
-    """One block: per replica and rank, the record with its bytes and the record that gave it its key."""
+    """One block: per replica and rank, the record with its bytes and the record that gave it its
+    key.
+    """
 
     __slots__ = ("chosen", "pieces")
 
@@ -43,7 +47,8 @@ class KeyTable:
         self._idle: OrderedDict[tuple[Group, int], None] = OrderedDict()  # used longest ago first
         self._condemned: OrderedDict[tuple[Group, int], float] = OrderedDict()  # since when
         self._places: dict[Held, tuple[Group, int]] = {}
-        self._known: dict[Group, dict[int, None]] = {}  # complete and not condemned, in order of arrival
+        # complete and not condemned, in order of arrival
+        self._known: dict[Group, dict[int, None]] = {}
 
     def enter(self, group: Group, key: int, block: Held, naming: Held) -> None:
         """This record holds the block of this key for its rank; the first of a replica stays."""
@@ -86,14 +91,18 @@ class KeyTable:
             self.drop(*place)
 
     def withdraw_of(self, key: int, *, incarnation: int, token_start: int) -> None:
-        """The same for every record of a request's life that holds the block at this token. Looks at all blocks: it is for what never happens."""
+        """The same for every record of a request's life that holds the block at this token. Looks
+        at all blocks: it is for what never happens.
+        """
         for block in list(self._places):
             r = block.record
             if (r.key, r.incarnation, r.token_start) == (key, incarnation, token_start):
                 self.withdraw(block)
 
     def piece(self, group: Group, key: int, *, rank: int, replica: int) -> Held | None:
-        """The record of one rank, as that replica had it: its own bytes, or those that all were given."""
+        """The record of one rank, as that replica had it: its own bytes, or those that all were
+        given.
+        """
         keyed = self._blocks.get(group, {}).get(key)
         if keyed is None:
             return None
@@ -161,7 +170,9 @@ class KeyTable:
         return sum(self._size(name) for name in self._condemned)
 
     def drop_condemned(self, now: float, *, is_urgent: bool) -> int:
-        """Forget blocks that were named long enough ago (or all, when writers find nothing); how many."""
+        """Forget blocks that were named long enough ago (or all, when writers find nothing); how
+        many.
+        """
         count = 0
         while self._condemned:
             name, since = next(iter(self._condemned.items()))
@@ -196,5 +207,7 @@ class KeyTable:
     def _size(self, name: tuple[Group, int]) -> int:
         keyed = self._blocks[name[0]][name[1]]
         return sum(
-            block.record.payload_bytes for ranks in keyed.pieces.values() for block, _ in ranks.values()
+            block.record.payload_bytes
+            for ranks in keyed.pieces.values()
+            for block, _ in ranks.values()
         )

@@ -1,8 +1,9 @@
 """Which records are still wanted, and in which segment they lie, floor 3.
 
-Owns: `Held`, a record that somebody wants, and the count of wanted bytes per segment. Promises: a record is live exactly while its use
-count is above zero; a segment without live records may be given back without losing anything. Called by the replay index (which knows
-who wants what) and the cleaner (which empties segments). It does not know streams, requests or why a record is wanted.
+Owns: `Held`, a record that somebody wants, and the count of wanted bytes per segment. Promises: a
+record is live exactly while its use count is above zero; a segment without live records may be
+given back without losing anything. Called by the replay index (which knows who wants what) and the
+cleaner (which empties segments). It does not know streams, requests or why a record is wanted.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class Held:
 
     @property
     def group(self) -> tuple[int, int]:
-        """Layout and world: pieces of one cut share both. The stream's layout rules when it names one."""
+        """Layout and world: pieces of one cut share both. The stream's layout rules when it names
+        one.
+        """
         return self.source.layout_hash or self.record.layout_hash, self.source.world
 
 

@@ -1,8 +1,9 @@
 """Which segments are free, and how many each writer has ahead of it, floor 3.
 
-Owns: the free segments of a pool. Promises: a segment is lent only when it is free, and with a salt of its own; one is lent to everybody before
-two to anybody, and the last CLEANER_SEGMENTS to the cleaner alone; nobody is waited for: who finds none counts a loss.
-Called by streams. It does not know what lies in a segment, nor when one is free again.
+Owns: the free segments of a pool. Promises: a segment is lent only when it is free, and with a salt
+of its own; one is lent to everybody before two to anybody, and the last CLEANER_SEGMENTS to the
+cleaner alone; nobody is waited for: who finds none counts a loss. Called by streams. It does not
+know what lies in a segment, nor when one is free again.
 """
 
 from __future__ import annotations
@@ -23,17 +24,23 @@ class Lending:
         self.free: deque[int] = deque()
 
     def supply(self, stream: Stream, *, open_count: int) -> None:
-        """Lend ahead: much to ranks while there is much, one to each of `open_count` streams before two to anybody."""
+        """Lend ahead: much to ranks while there is much, one to each of `open_count` streams before
+        two to anybody.
+        """
         lent = stream.control.lent_count
         taken = min(stream.control.taken_count, lent)
         if taken == lent and taken > 0:
             stream.ahead *= 2  # it took faster than we looked
         generous = len(self.free) // (8 * max(1, open_count))
-        wanted = config.SEGMENTS_LENT if taken or stream.identity.writer_kind == abi.WRITER_RANK else 1
+        wanted = (
+            config.SEGMENTS_LENT if taken or stream.identity.writer_kind == abi.WRITER_RANK else 1
+        )
         if stream.identity.writer_kind == abi.WRITER_RANK:
             wanted = max(wanted, generous)
         stream.ahead = min(max(stream.ahead, wanted), abi.LENT_CAPACITY - 1)
-        reserve = 0 if stream.identity.writer_kind == abi.WRITER_CLEANER else config.CLEANER_SEGMENTS
+        reserve = (
+            0 if stream.identity.writer_kind == abi.WRITER_CLEANER else config.CLEANER_SEGMENTS
+        )
         while lent - taken < stream.ahead:
             spare = len(self.free) - reserve
             if spare <= 0 or (lent > taken and spare <= open_count):

@@ -1,8 +1,9 @@
 """What the journal knows of one request: its incarnations and what every rank has of each, floor 3.
 
-Owns: `Incarnation` and `Request`. Promises: an answer about an incarnation uses its own records, and of others only blocks that its keys
-name; each record that is held here is in use in the ledger until it is dropped. Called by replay. It does not know which request a
-record belongs to, nor when one ends.
+Owns: `Incarnation` and `Request`. Promises: an answer about an incarnation uses its own records,
+and of others only blocks that its keys name; each record that is held here is in use in the ledger
+until it is dropped. Called by replay. It does not know which request a record belongs to, nor when
+one ends.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from concordia.journal.coverage import Coverage, Cut, pieces_of
 from concordia.journal.keys import Group, KeyTable
 from concordia.journal.ledger import Held, Ledger
 
-# A record's incarnation is the router's times this, plus lives within the engine (integrations/vllm/identity.py).
+# A record's incarnation is the router's times this, plus lives within the engine
+# (integrations/vllm/identity.py).
 INCARNATION_STRIDE: Final = 1000
 
 
@@ -54,7 +56,8 @@ class Incarnation:
         ranks = self.covered.get(group, {})
         walked = {
             rank: (ranks.get(rank) or Coverage()).walk(
-                self._shared(group, rank, table, size), is_readable=lambda held: held.source.is_final
+                self._shared(group, rank, table, size),
+                is_readable=lambda held: held.source.is_final,
             )
             for rank in range(group[1])
         }
@@ -80,7 +83,9 @@ class Incarnation:
             table.enter(group, named[0], span.held, named[1])
 
     def unname(self, index: int, table: KeyTable, sizes: dict[int, int]) -> None:
-        """The block at this index gets another key: under its old one nobody may find it any more."""
+        """The block at this index gets another key: under its old one nobody may find it any
+        more.
+        """
         for group, ranks in self.covered.items():
             for covered in ranks.values():
                 span = covered.blocks.get(index * sizes.get(group[0], 0))
@@ -138,7 +143,9 @@ class Request:
     def limits(
         self, group: Group, table: KeyTable, size: int, bounds: Mapping[int, int]
     ) -> dict[int, int | None]:
-        """Up to where each life's tokens are the request's tokens; None for no limit. See ReplayIndex.cut."""
+        """Up to where each life's tokens are the request's tokens; None for no limit. See
+        ReplayIndex.cut.
+        """
         homes = {number: number // INCARNATION_STRIDE for number in self.incarnations}
         found: dict[int, int | None] = {}
         for number, home in homes.items():
@@ -151,10 +158,11 @@ class Request:
 
 
 def _resumed_at(life: Incarnation, group: Group, table: KeyTable, size: int) -> int:
-    """Where a life went on from others' tokens, as far as its own records show it; 0 when they do not.
+    """Where a life went on from others' tokens, as far as its own records show it; 0 when they do
+    not.
 
-    It computed from a token that was known. Where keys do not reach its first record, one before that
-    was lost, and the place of the first that is left proves nothing.
+    It computed from a token that was known. Where keys do not reach its first record, one before
+    that was lost, and the place of the first that is left proves nothing.
     """
     first = life.first_own()
     if first is None or life.reach(group, table, size) < first:

@@ -1,8 +1,8 @@
 """What the owner answers to each request, floor 3.
 
-Owns: the operations of the protocol and the check of their arguments. Promises: before it says what is committed it reads what was
-committed since; a place it tells stays where it is until the restore has had its time. Called by desk for every line.
-It keeps no state of its own.
+Owns: the operations of the protocol and the check of their arguments. Promises: before it says what
+is committed it reads what was committed since; a place it tells stays where it is until the restore
+has had its time. Called by desk for every line. It keeps no state of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Office:
 
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
-        self._opened: dict[str, tuple[int, int]] = {}  # nonce: slot and stream, for a repeated request
+        # nonce: slot and stream, for a repeated request
+        self._opened: dict[str, tuple[int, int]] = {}
         self._operations: dict[str, Callable[[Peer, dict[str, Any]], Any]] = {
             "hello": self._hello,
             "open_stream": self._open_stream,
@@ -77,7 +78,9 @@ class Office:
         self._owner.replicas.check_may_write(replica)
         writer = fence.find_process(peer.pid)
         if writer is None:
-            raise JournalError(f"writer {peer.pid} cannot be seen by the owner: another pid namespace?")
+            raise JournalError(
+                f"writer {peer.pid} cannot be seen by the owner: another pid namespace?"
+            )
         world = _number(arguments, "world", 1 << 16)
         rank = _number(arguments, "rank", 1 << 16)
         kind = _number(arguments, "writer_kind", _U32)

@@ -1,9 +1,11 @@
-"""The owner: a small process that owns segments and seals, and outlives router and engines, floor 3.
+"""The owner: a small process that owns segments and seals, and outlives router and engines, floor
+3.
 
-Owns: the lock of a journal and its loop. Promises: one owner per journal (flock); what a dead owner left is adopted while
-somebody still writes, else reported and removed; with nobody attached for `linger_s` it removes every file and ends; no round of the
-loop waits for anybody. Run as `python -m concordia.journal.owner` by spawn.spawn_owner. It never touches CUDA and never reads KV,
-except to copy records when it cleans.
+Owns: the lock of a journal and its loop. Promises: one owner per journal (flock); what a dead owner
+left is adopted while somebody still writes, else reported and removed; with nobody attached for
+`linger_s` it removes every file and ends; no round of the loop waits for anybody. Run as `python -m
+concordia.journal.owner` by spawn.spawn_owner. It never touches CUDA and never reads KV, except to
+copy records when it cleans.
 """
 
 from __future__ import annotations
@@ -121,14 +123,18 @@ class Owner:
         self._home.clear()
 
     def _clean(self) -> None:
-        """Whatever keeps the cleaner from its work, streams must be read and lent to all the same."""
+        """Whatever keeps the cleaner from its work, streams must be read and lent to all the
+        same.
+        """
         try:
             self.cleaner.step()
         except ConcordiaError as error:
             if str(error) != self._clean_error:
                 self._clean_error = str(error)
                 _say(f"the cleaner could not go on: {error}")
-                self.streams.index.events.note({"event": "full", "stream": "cleaner", "reason": str(error)})
+                self.streams.index.events.note(
+                    {"event": "full", "stream": "cleaner", "reason": str(error)}
+                )
 
     def _pause_s(self) -> float:
         open_count = sum(not stream.is_sealed for stream in self.streams.by_slot.values())
@@ -175,7 +181,10 @@ def main(arguments: list[str]) -> int:
         _log_to(home)
         owner = _take(home, settings)
         if not owner.is_locked and privacy.has_swap():
-            _say("the journal cannot be locked and may be swapped to disk: raise the memlock limit (ulimit -l)")
+            _say(
+                "the journal cannot be locked and may be swapped to disk: raise the memlock "
+                "limit (ulimit -l)"
+            )
         owner.listen()
     except ConcordiaError as error:
         _answer(ready, {"error": type(error).__name__, "message": str(error)})
@@ -226,7 +235,9 @@ def _make(home: Folder, settings: dict[str, Any], *, linger_s: float) -> Owner:
     segment_bytes = settings["segment_bytes"] or choose_segment_bytes(size)
     try:
         pool = Pool.create(home.pool, size=size, segment_bytes=segment_bytes)
-        board = Board.create(home.board, segment_bytes=segment_bytes, segment_count=pool.segment_count)
+        board = Board.create(
+            home.board, segment_bytes=segment_bytes, segment_count=pool.segment_count
+        )
     except ConcordiaError:
         home.clear()
         raise
@@ -283,7 +294,11 @@ def _log_to(home: Folder) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} owner {os.getpid()}: {text}", file=sys.stderr, flush=True)
+    print(
+        f"{time.strftime('%Y-%m-%dT%H:%M:%S')} owner {os.getpid()}: {text}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _answer(ready: int, value: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """Whether what a journal holds stays in memory, floor 3.
 
-Owns: the look at swap and at what may be locked, and the owner's lock on the pool. Promises: best effort and never an error; what it says is
-said of this machine as it is now. Core dumps are kept out by every mapping itself (device/memory). Called by the owner once, and by the
-doctor. It does not lock the memory of engines or of the router.
+Owns: the look at swap and at what may be locked, and the owner's lock on the pool. Promises: best
+effort and never an error; what it says is said of this machine as it is now. Core dumps are kept
+out by every mapping itself (device/memory). Called by the owner once, and by the doctor. It does
+not lock the memory of engines or of the router.
 """
 
 from __future__ import annotations

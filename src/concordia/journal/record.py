@@ -1,9 +1,11 @@
 """One record of the journal: its header, its hashes and its place, floor 3.
 
-Owns: packing and parsing of RecordHeader and SegmentHeader, the tree hash of payloads, the arithmetic of places. Promises: `parse` copies
-the 256 bytes once and judges the copy, so a writer that still stores cannot change what was judged; what it returns carries this salt,
-this sequence and this chain, or it returns None. Called by stream (reading), writer (writing) and whoever checks a payload.
-It never waits and it never looks at a commit word on its own: `is_committed` does, for the stream.
+Owns: packing and parsing of RecordHeader and SegmentHeader, the tree hash of payloads, the
+arithmetic of places. Promises: `parse` copies the 256 bytes once and judges the copy, so a writer
+that still stores cannot change what was judged; what it returns carries this salt, this sequence
+and this chain, or it returns None. Called by stream (reading), writer (writing) and whoever checks
+a payload. It never waits and it never looks at a commit word on its own: `is_committed` does, for
+the stream.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ RECORD_BYTES_MIN: Final = HEADER_BYTES + abi.LINE_BYTES  # a record without payl
 _LOW: Final = 0xFFFFFFFFFFFFFFFF
 _CRC_AT: Final = 252
 
-# magic version kind | salt sequence previous(2) key(2) incarnation | region flags start end | bytes hash(2) handler layout step stamp origin model
+# magic version kind | salt sequence previous(2) key(2) incarnation | region flags start end | bytes
+# hash(2) handler layout step stamp origin model
 _RECORD: Final = struct.Struct("<IHHQQQQQQQIIIIQQQQQQQQQ100xI")
 # magic | version segment | stream ordinal salt first_sequence predecessor(2) segment_bytes
 _SEGMENT: Final = struct.Struct("<QIIQQQQQQQ180xI")
@@ -162,9 +165,9 @@ def parse_record(
         return None
     raw = bytes(pool[offset : offset + HEADER_BYTES])
     (
-        magic, version, kind, salt_found, sequence_found, previous_low, previous_high, key_low, key_high,
-        incarnation, region, flags, token_start, token_end, size, hash_low, hash_high, handler, layout,
-        step, stamp, origin, model, crc,
+        magic, version, kind, salt_found, sequence_found, previous_low, previous_high, key_low,
+        key_high, incarnation, region, flags, token_start, token_end, size, hash_low, hash_high,
+        handler, layout, step, stamp, origin, model, crc,
     ) = _RECORD.unpack(raw)  # fmt: skip
     if (
         magic != abi.RECORD_MAGIC

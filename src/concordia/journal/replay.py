@@ -1,9 +1,11 @@
-"""Index of what a journal holds, by request and by block key, and the cut that may be restored, floor 3.
+"""Index of what a journal holds, by request and by block key, and the cut that may be restored,
+floor 3.
 
-Owns: `ReplayIndex`. Promises: it grows record by record, so that a failover never waits for a scan; a cut never mixes incarnations except
-through block keys, which name bytes by their tokens; a request that is not finished keeps its records until it loses protection by
-name. Called by the owner's only thread; the cleaner asks it what to drop. It does not read streams or check payloads of KV: who
-restores checks those.
+Owns: `ReplayIndex`. Promises: it grows record by record, so that a failover never waits for a scan;
+a cut never mixes incarnations except through block keys, which name bytes by their tokens; a
+request that is not finished keeps its records until it loses protection by name. Called by the
+owner's only thread; the cleaner asks it what to drop. It does not read streams or check payloads of
+KV: who restores checks those.
 """
 
 from __future__ import annotations
@@ -113,16 +115,17 @@ class ReplayIndex:
         world: int,
         bounds: Mapping[int, int] | None = None,
     ) -> Cut:
-        """The longest prefix that every rank of one incarnation has committed, below the last token.
+        """The longest prefix that every rank of one incarnation has committed, below the last
+        token.
 
         An incarnation that was superseded may have computed tokens that nobody received, and its
-        successor may have emitted others in their place. So `bounds` says, by router incarnation, how
-        many tokens were known when it was superseded (when the next one was submitted), and a life of
-        router incarnation i counts up to the smallest bounds[j], j >= i, before the best is chosen.
-        Where bounds[i] is not given, a life of i counts only up to where every newer router incarnation
-        in the journal wrote its first record itself, if nothing before that record was lost (else not
-        at all): it resumed there, from tokens that both have. Such a guard sees only incarnations that
-        left records; bounds see all.
+        successor may have emitted others in their place. So `bounds` says, by router incarnation,
+        how many tokens were known when it was superseded (when the next one was submitted), and a
+        life of router incarnation i counts up to the smallest bounds[j], j >= i, before the best is
+        chosen. Where bounds[i] is not given, a life of i counts only up to where every newer router
+        incarnation in the journal wrote its first record itself, if nothing before that record was
+        lost (else not at all): it resumed there, from tokens that both have. Such a guard sees only
+        incarnations that left records; bounds see all.
         """
         request = self.requests.get(key)
         if request is None:
@@ -210,7 +213,9 @@ class ReplayIndex:
         return life
 
     def _ingest_latest(self, held: Held, view: memoryview) -> None:
-        """Each page's newest record is wanted; one whose pages have all been written again is dead."""
+        """Each page's newest record is wanted; one whose pages have all been written again is
+        dead.
+        """
         r = held.record
         try:
             places = page_numbers(r, view) if r.kind == abi.KIND_PAGE else [0]
@@ -246,7 +251,9 @@ class ReplayIndex:
             if self.sizes.learn(layout_hash, record, covered):
                 self._name_all(held.group)
             else:
-                life.name(held.group, covered, record.token_start, self.keys, self.sizes.of(layout_hash))
+                life.name(
+                    held.group, covered, record.token_start, self.keys, self.sizes.of(layout_hash)
+                )
 
     def _name_all(self, group: Group) -> None:
         size = self.sizes.of(group[0])
@@ -278,18 +285,36 @@ class ReplayIndex:
                     life.name(group, covered, index * size, self.keys, size)
 
     def _withdraw(self, event: Mapping[str, Any]) -> None:
-        """An engine's memory and a record of it differ: that block and that life of its request are promised to nobody."""
+        """An engine's memory and a record of it differ: that block and that life of its request are
+        promised to nobody.
+        """
         try:
-            key, incarnation, start = int(event["key"], 16), int(event["incarnation"]), int(event["token_start"])
+            key, incarnation, start = (
+                int(event["key"], 16),
+                int(event["incarnation"]),
+                int(event["token_start"]),
+            )
         except (KeyError, TypeError, ValueError) as error:
-            self.events.note({"event": "malformed", "reason": f"an event of a difference names no block: {error!r}"})
+            self.events.note(
+                {
+                    "event": "malformed",
+                    "reason": f"an event of a difference names no block: {error!r}",
+                }
+            )
             return
         self.keys.withdraw_of(key, incarnation=incarnation, token_start=start)
         request = self.requests.get(key)
         if request is not None and incarnation in request.incarnations:
             self._drop_incarnations(request, [incarnation])
             reason = str(event.get("reason"))
-            self.events.note({"event": "unprotected", "key": f"{key:032x}", "request": event.get("request"), "reason": reason})
+            self.events.note(
+                {
+                    "event": "unprotected",
+                    "key": f"{key:032x}",
+                    "request": event.get("request"),
+                    "reason": reason,
+                }
+            )
 
     def _drop_incarnations(self, request: Request, numbers: Iterable[int]) -> None:
         for number in numbers:

@@ -1,8 +1,10 @@
 """The replicas that a router has registered, and what happens to them when it dies, floor 3.
 
-Owns: registrations (kept on the board, so that an owner to come knows them) and the fences under way. Promises: a replica that was sealed
-never opens a stream again; its segments serve others only after every process of its session is known to be gone; when its router
-dies, it is sealed first, then killed. Called by the owner. It does not watch processes: the owner's selector tells it who died.
+Owns: registrations (kept on the board, so that an owner to come knows them) and the fences under
+way. Promises: a replica that was sealed never opens a stream again; its segments serve others only
+after every process of its session is known to be gone; when its router dies, it is sealed first,
+then killed. Called by the owner. It does not watch processes: the owner's selector tells it who
+died.
 """
 
 from __future__ import annotations
@@ -79,26 +81,32 @@ class Replicas:
     def release(self, replica: int) -> bool:
         """Give its segments free once its processes are gone; True when they are so already.
 
-        Whoever calls has ended the session; we look for ourselves, because a writer that still lived
-        would write into records of others.
+        Whoever calls has ended the session; we look for ourselves, because a writer that still
+        lived would write into records of others.
         """
         self.seal(replica)
         if replica in self._entries:
             entry = self._entries[replica][1]
             if replica not in self._fences:
                 self._begun[replica] = time.monotonic()
-                self._fences[replica] = fence.Fence(entry.session, session_start=entry.session_start)
+                self._fences[replica] = fence.Fence(
+                    entry.session, session_start=entry.session_start
+                )
             self.step()
             return replica not in self._fences
         for stream in self._streams.of_replica(replica):
             identity = stream.identity
-            if not stream.is_released and fence.is_alive(identity.writer_pid, identity.writer_start):
+            if not stream.is_released and fence.is_alive(
+                identity.writer_pid, identity.writer_start
+            ):
                 raise JournalError(f"replica {replica}: its writer {identity.writer_pid} lives")
         self._finish(replica)
         return True
 
     def release_fenced(self) -> list[int]:
-        """Go on with what an owner before us had begun: a sealed replica never writes again, so it may end."""
+        """Go on with what an owner before us had begun: a sealed replica never writes again, so it
+        may end.
+        """
         found = [replica for replica, (_, entry) in self._entries.items() if entry.fenced]
         for replica in found:
             self.release(replica)
@@ -119,7 +127,9 @@ class Replicas:
         return orphans
 
     def step(self) -> None:
-        """Push the fences under way; release what is gone. Looks rarely once one takes very long."""
+        """Push the fences under way; release what is gone. Looks rarely once one takes very
+        long.
+        """
         now = time.monotonic()
         for replica, running in list(self._fences.items()):
             if now < self._late.get(replica, 0.0):
@@ -131,8 +141,12 @@ class Replicas:
                 self._finish(replica)
             elif now - self._begun[replica] >= config.FENCE_WAIT_S:
                 if replica not in self._late:
-                    reason = f"session {running.session} lives {config.FENCE_WAIT_S} s after SIGKILL"
-                    self._streams.index.events.note({"event": "unfenced", "replica": replica, "reason": reason})
+                    reason = (
+                        f"session {running.session} lives {config.FENCE_WAIT_S} s after SIGKILL"
+                    )
+                    self._streams.index.events.note(
+                        {"event": "unfenced", "replica": replica, "reason": reason}
+                    )
                 self._late[replica] = now + config.FENCE_WAIT_S / 10
 
     @property

@@ -1,8 +1,9 @@
 """Which requests a journal has records of, and in which segments, floor 3.
 
-Owns: requests by key, the coldest first, and by segment. Promises: a request stays while a record of it lies anywhere, wanted or not, so that
-its end is not forgotten before its records are; the record of its end goes when nothing else is left that it would have to explain.
-Called by replay. It does not know what a request has, nor decide when one ends.
+Owns: requests by key, the coldest first, and by segment. Promises: a request stays while a record
+of it lies anywhere, wanted or not, so that its end is not forgotten before its records are; the
+record of its end goes when nothing else is left that it would have to explain. Called by replay. It
+does not know what a request has, nor decide when one ends.
 """
 
 from __future__ import annotations

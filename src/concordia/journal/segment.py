@@ -1,8 +1,9 @@
 """The pool of segments and the board of streams: the two shared files of a journal, floor 3.
 
-Owns: creating, attaching and mapping `pool` and `board`, and the words of the board's header. Promises: a pool is allocated before it is
-used (a sparse file on tmpfs ends in SIGBUS), kept out of core dumps, and refused when its size is not what the board says.
-Called by owner, client, detector and tools. It does not decide who gets a segment.
+Owns: creating, attaching and mapping `pool` and `board`, and the words of the board's header.
+Promises: a pool is allocated before it is used (a sparse file on tmpfs ends in SIGBUS), kept out of
+core dumps, and refused when its size is not what the board says. Called by owner, client, detector
+and tools. It does not decide who gets a segment.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class Pool:
 
     @staticmethod
     def create(path: Path, *, size: int, segment_bytes: int) -> Pool:
-        """Allocate and map a new pool; `path` may be a link to a file elsewhere or to a devdax device."""
+        """Allocate and map a new pool; `path` may be a link to a file elsewhere or to a devdax
+        device.
+        """
         if not path.exists():
             _allocate(path.resolve(), size)
         _check_pool(path, size)
@@ -100,7 +103,9 @@ class Board:
     def create(path: Path, *, segment_bytes: int, segment_count: int) -> Board:
         """A new board without streams."""
         if platform.machine() not in {"x86_64", "AMD64"}:
-            raise EnvironmentRefused(f"the journal's owner relies on x86-64, not {platform.machine()}")
+            raise EnvironmentRefused(
+                f"the journal's owner relies on x86-64, not {platform.machine()}"
+            )
         _allocate(path, _BOARD_BYTES)
         board = Board(path, writable=True)
         words = board._words
@@ -120,7 +125,9 @@ class Board:
         magic, words = board._words[0], board._words[1]
         if magic != abi.BOARD_MAGIC or words != abi.ABI_VERSION | abi.STREAM_CAPACITY << 32:
             board.close()
-            raise JournalRefused(f"{path} is no board of ABI {abi.ABI_VERSION} ({magic:#x} {words:#x})")
+            raise JournalRefused(
+                f"{path} is no board of ABI {abi.ABI_VERSION} ({magic:#x} {words:#x})"
+            )
         return board
 
     @property
@@ -161,7 +168,11 @@ class Board:
 
     def in_use(self) -> Iterator[Control]:
         """Every slot that an owner gave away and did not take back."""
-        return (control for control in self._slots if control.state != abi.STREAM_FREE or control.word("magic"))
+        return (
+            control
+            for control in self._slots
+            if control.state != abi.STREAM_FREE or control.word("magic")
+        )
 
     def registrations(self) -> dict[int, Registration]:
         """Registered replicas by the index of their entry."""
@@ -199,9 +210,7 @@ def attach(home: folder.Folder, *, writable: bool = False) -> tuple[Pool, Board]
     home.check()
     board = Board.attach(home.board, writable=writable)
     size = board.segment_bytes * board.segment_count
-    pool = Pool.attach(
-        home.pool, size=size, segment_bytes=board.segment_bytes, writable=writable
-    )
+    pool = Pool.attach(home.pool, size=size, segment_bytes=board.segment_bytes, writable=writable)
     return pool, board
 
 

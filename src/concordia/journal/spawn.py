@@ -1,8 +1,9 @@
 """Start the owner of a journal, or find the one that lives, floor 3.
 
-Owns: the start of the owner process and the wait for it. Promises: many that start one at the same time all get the same pid; the new
-process belongs to no parent, has a session of its own and keeps no pipe or terminal of ours open; every wait has a bound.
-Called by the router and by tools. It does not decide what happens to a journal that is there: owner.py does.
+Owns: the start of the owner process and the wait for it. Promises: many that start one at the same
+time all get the same pid; the new process belongs to no parent, has a session of its own and keeps
+no pipe or terminal of ours open; every wait has a bound. Called by the router and by tools. It does
+not decide what happens to a journal that is there: owner.py does.
 """
 
 from __future__ import annotations
@@ -96,7 +97,9 @@ def _await_ready(reader: int, home: Folder) -> int:
             raise WaitTimeout(f"no owner of {home.path} after {config.OWNER_START_S} s")
         data = os.read(reader, 4096)
         if not data:
-            raise JournalError(f"the owner of {home.path} ended before it was ready; see {home.log}")
+            raise JournalError(
+                f"the owner of {home.path} ended before it was ready; see {home.log}"
+            )
         text += data
     answer = json.loads(text)
     if "pid" in answer:
@@ -106,4 +109,6 @@ def _await_ready(reader: int, home: Folder) -> int:
         if found is not None:
             return found
         select.select([], [], [], config.OWNER_POLL_S)
-    raise (JournalRefused if answer["error"] == "JournalRefused" else JournalError)(answer["message"])
+    raise (JournalRefused if answer["error"] == "JournalRefused" else JournalError)(
+        answer["message"]
+    )

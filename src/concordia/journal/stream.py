@@ -1,9 +1,11 @@
 """Reader of one stream: records in order, and what its end means, floor 3.
 
-Owns: the place of a reader in a stream and the decision table of ends. Promises: what it yields is a prefix of what the writer committed,
-each header proven by salt, sequence, chain and CRC; it never skips a place. The first place that does not hold the next record is the
-end: OPEN while the writer lives, else CLEAN (untouched), TORN (what a crash leaves) or CORRUPT (something committed lies behind it, or the
-writer said that it was committed). Called by owner and tools. It does not check payloads: `has_sound_payload` does, for restore and verify.
+Owns: the place of a reader in a stream and the decision table of ends. Promises: what it yields is
+a prefix of what the writer committed, each header proven by salt, sequence, chain and CRC; it never
+skips a place. The first place that does not hold the next record is the end: OPEN while the writer
+lives, else CLEAN (untouched), TORN (what a crash leaves) or CORRUPT (something committed lies
+behind it, or the writer said that it was committed). Called by owner and tools. It does not check
+payloads: `has_sound_payload` does, for restore and verify.
 """
 
 from __future__ import annotations
@@ -79,7 +81,9 @@ class StreamReader:
         return found
 
     def classify(self, committed_count: int, *, is_final: bool) -> End:
-        """What the place that stopped `read` means; `committed_count` was loaded before that read."""
+        """What the place that stopped `read` means; `committed_count` was loaded before that
+        read.
+        """
         if self.sequence < committed_count:
             return End.CORRUPT  # the hint is stored after the commit word, with release order
         if not is_final:

@@ -1,7 +1,8 @@
 """One writer's stream as its owner keeps it, floor 3.
 
-Owns: `Stream`: who writes, which segments it has, how far it was read, and whether more may come. Promises: a value with one writer per word:
-lending adds segments, intake reads on and finds damage, streams seals and takes segments back. It does nothing by itself.
+Owns: `Stream`: who writes, which segments it has, how far it was read, and whether more may come.
+Promises: a value with one writer per word: lending adds segments, intake reads on and finds damage,
+streams seals and takes segments back. It does nothing by itself.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from concordia.journal.writer import StreamWriter
 class Stream:
     """One writer's stream."""
 
-    def __init__(self, control: Control, identity: Identity, reader: StreamReader, source: Source) -> None:
+    def __init__(
+        self, control: Control, identity: Identity, reader: StreamReader, source: Source
+    ) -> None:
         self.control = control
         self.identity = identity
         self.reader = reader
         self.source = source
-        self.segments: dict[int, int] = {entry.ordinal: entry.segment for entry in reader.lent.values()}
+        self.segments: dict[int, int] = {
+            entry.ordinal: entry.segment for entry in reader.lent.values()
+        }
         self.is_sealed = False
         self.is_released = False  # its writer is known to be dead, or is this process
         self.end = End.OPEN

@@ -1,9 +1,10 @@
 """Every stream of a journal as its owner keeps it: opening, sealing, giving back, floor 3.
 
-Owns: which writer has which slot, and when a segment is free again. Promises: a segment is given back only when nothing in it is wanted, no
-restore was just told of it, and its writer has moved past it or is known to be dead; nothing beyond a seal is ever read. Called by the
-owner's only thread, by the cleaner, and by desk for requests. It does not know sockets or processes: the owner tells it which writers
-are gone. What is lent is lending's to decide, what was read is intake's.
+Owns: which writer has which slot, and when a segment is free again. Promises: a segment is given
+back only when nothing in it is wanted, no restore was just told of it, and its writer has moved
+past it or is known to be dead; nothing beyond a seal is ever read. Called by the owner's only
+thread, by the cleaner, and by desk for requests. It does not know sockets or processes: the owner
+tells it which writers are gone. What is lent is lending's to decide, what was read is intake's.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Streams:
                 old.control.seal(old.sealed_count)  # an owner that died half-way through a seal
             stamp = 0
             is_copy = old.identity.writer_kind == abi.WRITER_CLEANER
-            for record in old.records:  # copies carry their originals' stamps: they sort beside them
+            # copies carry their originals' stamps: they sort beside them
+            for record in old.records:
                 stamp = record.stamp_ns if is_copy else max(stamp, record.stamp_ns)
                 arrivals.append((stamp, record, old.source))
             if is_copy:  # its writer was the owner before us
@@ -84,18 +86,25 @@ class Streams:
         identity = identity._replace(stream=self._next)
         control = self.board.control(slot)
         control.open(identity, label)
-        stream = Stream(control, identity, StreamReader(self.pool, identity.stream), source_of(identity))
+        stream = Stream(
+            control, identity, StreamReader(self.pool, identity.stream), source_of(identity)
+        )
         self.by_slot[slot] = stream
         self.lend(stream)
         return stream
 
     def open_own(self, *, rank: int, world: int, layout_hash: int) -> Stream:
         """A stream of this process, for the cleaner."""
-        identity = Identity(0, abi.WRITER_CLEANER, rank, world, self.board.owner_pid, 0, 0, layout_hash)
+        identity = Identity(
+            0, abi.WRITER_CLEANER, rank, world, self.board.owner_pid, 0, 0, layout_hash
+        )
         stream = self.open(identity, "cleaner")
         stream.source.is_final = stream.is_released = True
         stream.writer = StreamWriter(
-            self.pool.view, stream.control, segment_bytes=self.pool.segment_bytes, stream=stream.identity.stream
+            self.pool.view,
+            stream.control,
+            segment_bytes=self.pool.segment_bytes,
+            stream=stream.identity.stream,
         )
         return stream
 
@@ -118,10 +127,14 @@ class Streams:
 
     def scan_all(self) -> int:
         """Read what every stream has committed since; the number of records."""
-        return sum(self.intake.scan(stream) for stream in list(self.by_slot.values()) if stream.is_read)
+        return sum(
+            self.intake.scan(stream) for stream in list(self.by_slot.values()) if stream.is_read
+        )
 
     def seal(self, stream: Stream) -> int:
-        """The last record that will ever be read of this stream is fixed now; the number of records."""
+        """The last record that will ever be read of this stream is fixed now; the number of
+        records.
+        """
         if stream.is_sealed:
             return stream.control.sealed_count()
         if stream.end is not End.CORRUPT:
@@ -130,7 +143,9 @@ class Streams:
         return stream.reader.sequence
 
     def release(self, stream: Stream) -> None:
-        """The writer is dead for certain: its segments may serve others once nothing in them is wanted."""
+        """The writer is dead for certain: its segments may serve others once nothing in them is
+        wanted.
+        """
         self.seal(stream)
         if not stream.is_released:
             stream.is_released = True

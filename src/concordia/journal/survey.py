@@ -1,8 +1,10 @@
-"""What lies in a journal that nobody answers for: its streams, read from board and segments alone, floor 3.
+"""What lies in a journal that nobody answers for: its streams, read from board and segments alone,
+floor 3.
 
-Owns: finding the segments of every stream after its owner died, and reading a journal from outside. Promises: believes no word without
-its check (identity, seal, segment header, lending); what is damaged is reported in `Survey.damage`, never guessed. Called by an owner
-that adopts, and by inspect, verify and export. It changes nothing.
+Owns: finding the segments of every stream after its owner died, and reading a journal from outside.
+Promises: believes no word without its check (identity, seal, segment header, lending); what is
+damaged is reported in `Survey.damage`, never guessed. Called by an owner that adopts, and by
+inspect, verify and export. It changes nothing.
 """
 
 from __future__ import annotations
@@ -105,7 +107,9 @@ def _look_at(pool: Pool, control: Control) -> Found | None:
     is_last_there = start is not None and start.stream == identity.stream
     if state == abi.STREAM_OPEN and found.taken_count and not is_last_there:
         # The segment that is being written is never taken back, so the count is not to be believed.
-        found.damage.append(f"stream slot {control.slot}: no segment is its {found.taken_count - 1}th")
+        found.damage.append(
+            f"stream slot {control.slot}: no segment is its {found.taken_count - 1}th"
+        )
         found.taken_count = 0
     return found
 

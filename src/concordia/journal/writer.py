@@ -1,9 +1,12 @@
-"""Writer of one stream in Python: the cleaner's hand, and the reference that tests compare with, floor 3.
+"""Writer of one stream in Python: the cleaner's hand, and the reference that tests compare with,
+floor 3.
 
-Owns: the order of stores of one append, in the plainest form: payload, header, fence, commit word, then the counters. Promises: never
-waits; without a lent segment it counts the loss and raises JournalFull. Engines do not use it: theirs is compiled (runtime/executor).
-Here plain stores are enough, because the only live reader is the same process (the owner tells others where to look, through a
-socket), and a kill leaves exactly the stores made so far: `fence` marks where compiled code needs more, and tests enumerate its orders.
+Owns: the order of stores of one append, in the plainest form: payload, header, fence, commit word,
+then the counters. Promises: never waits; without a lent segment it counts the loss and raises
+JournalFull. Engines do not use it: theirs is compiled (runtime/executor). Here plain stores are
+enough, because the only live reader is the same process (the owner tells others where to look,
+through a socket), and a kill leaves exactly the stores made so far: `fence` marks where compiled
+code needs more, and tests enumerate its orders.
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ class Entry(NamedTuple):
 class StreamWriter:
     """Appends to one stream. Not thread-safe: a stream has one writer."""
 
-    def __init__(self, pool: memoryview, control: Control, *, segment_bytes: int, stream: int) -> None:
+    def __init__(
+        self, pool: memoryview, control: Control, *, segment_bytes: int, stream: int
+    ) -> None:
         self._pool = pool
         self._control = control
         self._segment_bytes = segment_bytes
@@ -53,11 +58,17 @@ class StreamWriter:
         self._chain = 0
         self._last_hash = 0
 
-    def append(self, entry: Entry, payload: bytes | memoryview, *, payload_hash: int | None = None) -> Record:
-        """Commit one record; raises JournalFull (and counts the loss) or JournalError (too large)."""
+    def append(
+        self, entry: Entry, payload: bytes | memoryview, *, payload_hash: int | None = None
+    ) -> Record:
+        """Commit one record; raises JournalFull (and counts the loss) or JournalError (too
+        large).
+        """
         size = record.record_bytes(len(payload))
         if size > self._segment_bytes - record.HEADER_BYTES:
-            raise JournalError(f"a record of {size} bytes does not fit a segment of {self._segment_bytes}")
+            raise JournalError(
+                f"a record of {size} bytes does not fit a segment of {self._segment_bytes}"
+            )
         if self._offset + size > self._end:
             self._take()
         hashed = record.payload_hash(payload) if payload_hash is None else payload_hash

@@ -1,8 +1,9 @@
 """How long a step of an engine may take, learned from the steps it took, floor 5.
 
-Owns: the robust fit of step time over tokens, per replica. Promises: a deadline is never below STEP_DEADLINE_MIN_S, and stays at the
-generous STEP_DEADLINE_UNLEARNED_S for sizes that nothing comparable was seen of; one slow or fast outlier does not move it. Called by the
-detector. It reads no clock and knows no process.
+Owns: the robust fit of step time over tokens, per replica. Promises: a deadline is never below
+STEP_DEADLINE_MIN_S, and stays at the generous STEP_DEADLINE_UNLEARNED_S for sizes that nothing
+comparable was seen of; one slow or fast outlier does not move it. Called by the detector. It reads
+no clock and knows no process.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from concordia import config
 class StepDeadline:
     """Time of a step as a + b x tokens, from medians per power of two of the token count.
 
-    A least-squares line would follow every starved step; and a median of slopes would undercut long prefills, whose attention grows faster than
-    their length. So `a` is the median of the smallest steps and `b` the steepest slope from there to any size seen.
+    A least-squares line would follow every starved step; and a median of slopes would undercut long
+    prefills, whose attention grows faster than their length. So `a` is the median of the smallest
+    steps and `b` the steepest slope from there to any size seen.
     """
 
     def __init__(self) -> None:
@@ -55,7 +57,9 @@ class StepDeadline:
         return max(config.STEP_DEADLINE_MIN_S, config.STEP_DEADLINE_FACTOR * expected)
 
     def longest_s(self) -> float:
-        """The deadline of the largest step that was seen often enough; generous while there is none."""
+        """The deadline of the largest step that was seen often enough; generous while there is
+        none.
+        """
         points = self._points()
         return self.deadline_s(int(points[-1][0])) if points else config.STEP_DEADLINE_UNLEARNED_S
 

@@ -1,9 +1,10 @@
 """Whether a replica has failed, decided from what was seen of it, floor 5.
 
-Owns: the decision, per replica, and the memory that it needs (learned step times, how long something stalled). Promises: the same samples
-give the same answer; a process that is starved of cores, or that computes, is not called hung: time counts against it only while its
-busiest thread slept. Called by the watch in serving/ about every WATCH_PERIOD_S. It reads no clock, no /proc and no journal, and does
-nothing about a fault.
+Owns: the decision, per replica, and the memory that it needs (learned step times, how long
+something stalled). Promises: the same samples give the same answer; a process that is starved of
+cores, or that computes, is not called hung: time counts against it only while its busiest thread
+slept. Called by the watch in serving/ about every WATCH_PERIOD_S. It reads no clock, no /proc and
+no journal, and does nothing about a fault.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class Detector:
     ) -> None:
         self.replica = replica
         self._read_times = read_times
-        # By writer; engines of one server may share what they learned, since they run the same model on alike parts of one machine.
+        # By writer; engines of one server may share what they learned, since they run the same
+        # model on alike parts of one machine.
         self._deadlines = {} if deadlines is None else deadlines
         self._steps: dict[str, _Step] = {}
         self._before: dict[str, StreamSample] = {}
@@ -202,7 +204,9 @@ class Detector:
         return self._deadlines.setdefault(label, StepDeadline())
 
     def _deadline_of(self, stream: StreamSample) -> float:
-        """With two steps under way the words name the later one only, and the earlier may be of any size."""
+        """With two steps under way the words name the later one only, and the earlier may be of any
+        size.
+        """
         if stream.step_started - stream.step_done <= 1:
             return self.deadline_s(stream.label, stream.step_tokens)
         deadlines = self._deadline(stream.label)
@@ -211,9 +215,11 @@ class Detector:
     def _learn(self, stream: StreamSample) -> None:
         """Take what steps have ended since the last sample into account.
 
-        A step's own stamps are seen when it ends between two samples or is the last one. An engine that schedules ahead announces the next
-        step before the one under way ends: what then lies between the two stamps is the time of the one that ended. Of many short steps
-        only their mean is seen. The size is the announced one each time; where that is wrong, medians outvote it.
+        A step's own stamps are seen when it ends between two samples or is the last one. An engine
+        that schedules ahead announces the next step before the one under way ends: what then lies
+        between the two stamps is the time of the one that ended. Of many short steps only their
+        mean is seen. The size is the announced one each time; where that is wrong, medians outvote
+        it.
         """
         before = self._before.get(stream.label)
         self._before[stream.label] = stream
@@ -238,9 +244,10 @@ class Detector:
 class _Stall:
     """How long the busiest thread of some processes neither ran nor waited for a core.
 
-    Between two looks the busiest thread is the one whose run plus run-queue time grew most; what is missing to wall time, all threads
-    slept. Run time alone is kept beside it, to bound a loop that never ends. Nothing is known of the time before the first look: it
-    counts STEP_SUSPECT_S at most, because whoever looks may have been starved too.
+    Between two looks the busiest thread is the one whose run plus run-queue time grew most; what is
+    missing to wall time, all threads slept. Run time alone is kept beside it, to bound a loop that
+    never ends. Nothing is known of the time before the first look: it counts STEP_SUSPECT_S at
+    most, because whoever looks may have been starved too.
     """
 
     def __init__(self, pids: tuple[int, ...], *, since_ns: int) -> None:

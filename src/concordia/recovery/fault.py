@@ -1,7 +1,8 @@
 """What a fault is, floor 5.
 
-Owns: the kinds of fault and the record of one. Promises: a fault is a frozen value that names its replica, the moment it was noticed and
-what was seen; it says nothing about what to do. Made by the detector, the router and the replica set; read by everyone above.
+Owns: the kinds of fault and the record of one. Promises: a fault is a frozen value that names its
+replica, the moment it was noticed and what was seen; it says nothing about what to do. Made by the
+detector, the router and the replica set; read by everyone above.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 
 
 class FaultKind(enum.Enum):
-    """How a replica, or a part of it, stopped doing its work. The value is the label that metrics and logs carry."""
+    """How a replica, or a part of it, stopped doing its work. The value is the label that metrics
+    and logs carry.
+    """
 
     PROCESS_DEATH = "process-death"
     PROCESS_STOPPED = "process-stopped"
@@ -27,7 +30,9 @@ class FaultKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault of one replica (its incarnation; 0 for the journal owner), noticed at `detected_ns` (CLOCK_MONOTONIC)."""
+    """One fault of one replica (its incarnation; 0 for the journal owner), noticed at `detected_ns`
+    (CLOCK_MONOTONIC).
+    """
 
     kind: FaultKind
     replica: int

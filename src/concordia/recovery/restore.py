@@ -1,9 +1,12 @@
-"""The way back: which records make up a request's KV, and whether their bytes are what was committed.
+"""The way back: which records make up a request's KV, and whether their bytes are what was
+committed.
 
-Owns: RestorePlan, and checking it. Promises: a plan exists only if for every rank its pieces are contiguous from token 0, lie within the pool
-and have the reader's layout and model; `verify` has hashed every byte with the xxhash library, independent of the code that wrote it, before anybody
-is promised a token; what does not fit is a RecoveryError with its reason, which means a cold start for that request and nothing else.
-Called by integrations from a thread of their own. It writes nothing: the applier does that, on the device.
+Owns: RestorePlan, and checking it. Promises: a plan exists only if for every rank its pieces are
+contiguous from token 0, lie within the pool and have the reader's layout and model; `verify` has
+hashed every byte with the xxhash library, independent of the code that wrote it, before anybody is
+promised a token; what does not fit is a RecoveryError with its reason, which means a cold start for
+that request and nothing else. Called by integrations from a thread of their own. It writes nothing:
+the applier does that, on the device.
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ from concordia.journal.coverage import Cut, Piece
 
 @dataclass(frozen=True, slots=True)
 class RestorePlan:
-    """KV of tokens [0, tokens), piece by piece, for every rank; key of each full block, 0 where it has none.
+    """KV of tokens [0, tokens), piece by piece, for every rank; key of each full block, 0 where it
+    has none.
 
-    `stamps` are the headers of the segments it lies in, as they were before anything was hashed: a segment that is given to another
-    stream gets another salt first, so while they are unchanged the pieces are where they were.
+    `stamps` are the headers of the segments it lies in, as they were before anything was hashed: a
+    segment that is given to another stream gets another salt first, so while they are unchanged the
+    pieces are where they were.
     """
 
     tokens: int
@@ -43,11 +48,18 @@ class RestorePlan:
 
 
 def plan_restore(
-    cut: Cut, *, world: int, layout_hash: int, pool: memoryview, segment_bytes: int, model_hash: int = 0
+    cut: Cut,
+    *,
+    world: int,
+    layout_hash: int,
+    pool: memoryview,
+    segment_bytes: int,
+    model_hash: int = 0,
 ) -> RestorePlan:
     """The plan that this cut allows; raises RecoveryError when it allows none.
 
-    `model_hash` is what would compute the KV here. Even records that name no model (0) serve only a reader who names none.
+    `model_hash` is what would compute the KV here. Even records that name no model (0) serve only a
+    reader who names none.
     """
     if cut.tokens <= 0:
         raise RecoveryError("the journal has nothing of it")
@@ -56,22 +68,29 @@ def plan_restore(
         _check_rank(found, cut.tokens, rank=rank, layout_hash=layout_hash, pool_bytes=len(pool))
         _check_model(found, model_hash)
     pieces = {rank: tuple(cut.pieces[rank]) for rank in range(world)}
-    starts = {p.pool_offset // segment_bytes * segment_bytes for found in pieces.values() for p in found}
+    starts = {
+        p.pool_offset // segment_bytes * segment_bytes for found in pieces.values() for p in found
+    }
     stamps = {at: _stamp(pool, at) for at in starts}
     return RestorePlan(cut.tokens, cut.incarnation, pieces, tuple(cut.block_keys), stamps)
 
 
 def verify(plan: RestorePlan, pool: memoryview, *, deadline: float) -> None:
-    """Hash every piece of every rank; raises Corruption for the first that differs, WaitTimeout at the deadline (monotonic)."""
+    """Hash every piece of every rank; raises Corruption for the first that differs, WaitTimeout at
+    the deadline (monotonic).
+    """
     for rank, pieces in plan.pieces.items():
         for done, piece in enumerate(pieces):
             if time.monotonic() >= deadline:
-                raise WaitTimeout(f"{done} of {len(pieces)} pieces of rank {rank} were verified in time")
+                raise WaitTimeout(
+                    f"{done} of {len(pieces)} pieces of rank {rank} were verified in time"
+                )
             end = piece.pool_offset + piece.payload_bytes
             found = record.payload_hash(pool[piece.pool_offset : end])
             if found != piece.payload_hash:
                 raise Corruption(
-                    f"tokens {piece.token_start}..{piece.token_end} of rank {rank} (stream {piece.stream:x}, record {piece.sequence}): "
+                    f"tokens {piece.token_start}..{piece.token_end} of rank {rank} (stream "
+                    f"{piece.stream:x}, record {piece.sequence}): "
                     f"payload hash {found:032x}, committed {piece.payload_hash:032x}"
                 )
             time.sleep(0)  # the engine's threads want the interpreter too
@@ -85,7 +104,8 @@ def _check_model(pieces: Sequence[Piece], model_hash: int) -> None:
     for piece in pieces:
         if piece.model_hash != model_hash:
             raise RecoveryError(
-                f"record {piece.sequence} of stream {piece.stream:x} was computed by another model, adapter or cache salt "
+                f"record {piece.sequence} of stream {piece.stream:x} was computed by another "
+                "model, adapter or cache salt "
                 f"({piece.model_hash:016x}, here {model_hash:016x})"
             )
 
@@ -99,10 +119,18 @@ def _check_rank(
         if piece.kind not in (abi.KIND_KV_TAIL, abi.KIND_KV_BLOCK):
             raise RecoveryError(f"{where} is of kind {piece.kind}")
         if piece.layout_hash not in (0, layout_hash):
-            raise RecoveryError(f"{where} has layout {piece.layout_hash:x}, this engine {layout_hash:x}")
+            raise RecoveryError(
+                f"{where} has layout {piece.layout_hash:x}, this engine {layout_hash:x}"
+            )
         if not piece.token_start <= at <= piece.token_end:
-            raise RecoveryError(f"{where} holds tokens {piece.token_start}..{piece.token_end}, needed from {at}")
-        if piece.pool_offset < 0 or piece.payload_bytes < 0 or piece.pool_offset + piece.payload_bytes > pool_bytes:
+            raise RecoveryError(
+                f"{where} holds tokens {piece.token_start}..{piece.token_end}, needed from {at}"
+            )
+        if (
+            piece.pool_offset < 0
+            or piece.payload_bytes < 0
+            or piece.pool_offset + piece.payload_bytes > pool_bytes
+        ):
             raise RecoveryError(f"{where} points outside the pool")
         at = piece.token_end
     if at < tokens:

@@ -1,9 +1,10 @@
 """One executor and everything it runs on, floor 3.
 
-Owns: a ring, an operator table, an executor and its scratch memory, for one writer of one stream. Promises: `install` compiles beside
-the running executor and swaps an installed name without losing or repeating a task; a candidate that does not compile, pass the lint
-or its self-test changes nothing; every wait has a bound; `close` runs what was handed in, then stops. Called by
-checkpoint/. Does not know regions or records: handlers do.
+Owns: a ring, an operator table, an executor and its scratch memory, for one writer of one stream.
+Promises: `install` compiles beside the running executor and swaps an installed name without losing
+or repeating a task; a candidate that does not compile, pass the lint or its self-test changes
+nothing; every wait has a bound; `close` runs what was handed in, then stops. Called by checkpoint/.
+Does not know regions or records: handlers do.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ class Runtime:
         region_address: int = 0,
         self_test: Callable[[Image], None] | None = None,
     ) -> Operator:
-        """Compile (or take from the cache), lint, prove and publish a handler; also the hot swap of an installed name."""
+        """Compile (or take from the cache), lint, prove and publish a handler; also the hot swap of
+        an installed name.
+        """
         image = self.device.build(source)
         if self_test is not None:
             self_test(image)
@@ -93,7 +96,8 @@ class Runtime:
             if self.device.needs_parking:
                 with self.parked():
                     operator = self._publish(name, image, region_address)
-                    # Nobody is inside, and whoever enters reads the new entry. Unloading takes as long as all the rest of a swap.
+                    # Nobody is inside, and whoever enters reads the new entry. Unloading takes as
+                    # long as all the rest of a swap.
                     if self.operators.retired_count > config.RETIRED_MAX:
                         self.operators.unload_retired()
                 return operator
@@ -114,7 +118,9 @@ class Runtime:
             raise
 
     def _unload_retired(self) -> None:
-        """Close replaced code once a task of the newest generation has started, which an empty task brings about."""
+        """Close replaced code once a task of the newest generation has started, which an empty task
+        brings about.
+        """
         if not self.operators.has_retired:
             return
         if not self._park_count and not self.operators.is_acknowledged():
@@ -133,12 +139,16 @@ class Runtime:
         return ticket
 
     def order_after(self, stream: int) -> None:
-        """Tasks handed in from now on run only after the work that is in this stream of the framework now. Waits for nothing; raises RingFull."""
+        """Tasks handed in from now on run only after the work that is in this stream of the
+        framework now. Waits for nothing; raises RingFull.
+        """
         self._require_open()
         self.executor.launch_after(stream, self._submit_gate)
 
     def run_burst(self, enqueue: Callable[[Any], None]) -> None:
-        """What `enqueue` puts into the executor's stream runs before all tasks that are handed in from now on. Waits for nothing; raises RingFull."""
+        """What `enqueue` puts into the executor's stream runs before all tasks that are handed in
+        from now on. Waits for nothing; raises RingFull.
+        """
         self._require_open()
         self.executor.launch_burst(enqueue, self._submit_gate)
 
@@ -183,7 +193,8 @@ class Runtime:
             self._require_open()
             if not self.executor.park(config.WAIT_PARK_S):
                 raise WaitTimeout(
-                    f"the executor did not leave within {config.WAIT_PARK_S} s: task {self.ring.load('head')} is still running"
+                    f"the executor did not leave within {config.WAIT_PARK_S} s: task "
+                    f"{self.ring.load('head')} is still running"
                 )
             self._park_count += 1
             try:
@@ -214,7 +225,9 @@ class Runtime:
         return self.ring.load("busy_ns")
 
     def close(self) -> None:
-        """Run what was handed in, stop, give everything back. Raises WaitTimeout, with the memory kept, if a handler hangs."""
+        """Run what was handed in, stop, give everything back. Raises WaitTimeout, with the memory
+        kept, if a handler hangs.
+        """
         with self._lock:
             if not self._is_open:
                 return
@@ -226,7 +239,8 @@ class Runtime:
             self._finalizer.detach()
             if not self.executor.close(config.WAIT_PARK_S):
                 raise WaitTimeout(
-                    f"the executor did not leave within {config.WAIT_PARK_S} s: its memory is kept until the process ends"
+                    f"the executor did not leave within {config.WAIT_PARK_S} s: its memory is "
+                    "kept until the process ends"
                 )
             self.operators.close()
             for address in self._scratch:
@@ -279,7 +293,8 @@ def _check_target(target: JournalTarget) -> None:
         or target.pool_bytes < target.segment_bytes
     ):
         raise JournalRefused(
-            f"pool and segment of {sizes} bytes: segments are whole leaves, and at least one fits the pool"
+            f"pool and segment of {sizes} bytes: segments are whole leaves, and at least one "
+            "fits the pool"
         )
     if target.pool_address % abi.LINE_BYTES or target.control_address % abi.LINE_BYTES:
         raise JournalRefused("pool and control page must start on a line")

@@ -1,8 +1,9 @@
 """The operator table, floor 3: which code an opcode means now.
 
-Owns: the table's memory, the entries and the code that they name. Promises: an entry is never changed while an executor may read it:
-a swap writes the opcode's other entry and flips one word; code is unloaded only after the executor acknowledged a newer generation.
-Called by executor.py, one thread at a time. Does not compile, and does not decide when to swap.
+Owns: the table's memory, the entries and the code that they name. Promises: an entry is never
+changed while an executor may read it: a swap writes the opcode's other entry and flips one word;
+code is unloaded only after the executor acknowledged a newer generation. Called by executor.py, one
+thread at a time. Does not compile, and does not decide when to swap.
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ class OperatorTable:
         return len(self._retired)
 
     def is_acknowledged(self) -> bool:
-        """Whether every task that starts from now on runs the newest generation, and none older still runs."""
+        """Whether every task that starts from now on runs the newest generation, and none older
+        still runs.
+        """
         return self._ring.load("generation_seen") >= self._generation
 
     def unload_retired(self) -> None:

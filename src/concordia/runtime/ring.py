@@ -1,8 +1,9 @@
 """The ring as host threads see it, floor 3.
 
-Owns: the ring's memory (header, slots, completions, arena) and turning a Task into a slot and a completion into a value. Promises: all
-ordered stores are in compiled code (kernels/ring.h), never here; `submit` takes microseconds, never waits and may be called by any
-thread; a full ring raises. Called by executor.py. Does not know what operators do, and does not send the executor in.
+Owns: the ring's memory (header, slots, completions, arena) and turning a Task into a slot and a
+completion into a value. Promises: all ordered stores are in compiled code (kernels/ring.h), never
+here; `submit` takes microseconds, never waits and may be called by any thread; a full ring raises.
+Called by executor.py. Does not know what operators do, and does not send the executor in.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ Ticket = NewType("Ticket", int)  # position of a task in its ring
 
 WORD_MASK: Final = (1 << 64) - 1
 
-# abi.TASK from its second word on is what a caller fills; publish, span and stamp are the compiled code's.
+# abi.TASK from its second word on is what a caller fills; publish, span and stamp are the compiled
+# code's.
 _TASK: Final = struct.Struct("<QIIIIQQQIIQIIQQQQQI4xQ")
 _COMPLETION: Final = struct.Struct("<QIIQQQQ16x")
 
@@ -32,7 +34,9 @@ _PENDING, _DONE, _FORGOTTEN = range(3)
 
 
 class Task(NamedTuple):
-    """What one slot says (a tuple: a frozen dataclass takes a microsecond longer to make). `blocks` and `payload` are copied into the ring's arena; `source` names bytes that lie elsewhere."""
+    """What one slot says (a tuple: a frozen dataclass takes a microsecond longer to make). `blocks`
+    and `payload` are copied into the ring's arena; `source` names bytes that lie elsewhere.
+    """
 
     opcode: int = 0
     kind: int = abi.TASK_NOOP
@@ -54,7 +58,9 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a task answered; `sequence` is that of the record it committed, None when it committed none."""
+    """What a task answered; `sequence` is that of the record it committed, None when it committed
+    none.
+    """
 
     status: int
     generation: int
@@ -79,7 +85,8 @@ class Ring:
     ) -> None:
         if slots < 4 or slots & (slots - 1) or arena_bytes % (slots * abi.LINE_BYTES):
             raise UsageError(
-                f"{slots} slots, {arena_bytes} bytes: want a power of two, and whole lines of arena per slot"
+                f"{slots} slots, {arena_bytes} bytes: want a power of two, and whole lines of "
+                "arena per slot"
             )
         self._library = device.library
         self._device = device
@@ -116,7 +123,9 @@ class Ring:
         self._library.store(self.address + self._words[name], value)
 
     def submit(self, task: Task, handle: int) -> tuple[Ticket, bool]:
-        """Hand a task in; True when the executor has to be launched (never with a handle that does so itself)."""
+        """Hand a task in; True when the executor has to be launched (never with a handle that does
+        so itself).
+        """
         try:
             ids = array("I", task.blocks).tobytes()
             filled = _TASK.pack(
@@ -143,11 +152,13 @@ class Ring:
         )
         if said == _FULL:
             raise RingFull(
-                f"{self.slot_count} slots of the ring are taken: task {task.opcode} was not handed in"
+                f"{self.slot_count} slots of the ring are taken: task {task.opcode} was not "
+                "handed in"
             )
         if said == _TOO_LARGE:
             raise UsageError(
-                f"{len(task.blocks)} blocks and {0 if payload is None else len(payload)} bytes do not fit half the ring's arena"
+                f"{len(task.blocks)} blocks and {0 if payload is None else len(payload)} "
+                "bytes do not fit half the ring's arena"
             )
         return Ticket(position.value), said == _NEEDS_LAUNCH
 
@@ -157,14 +168,18 @@ class Ring:
         return self._completion(self._library.read(self.address, ticket, found), ticket, found)
 
     def wait(self, ticket: Ticket, timeout_s: float, *, said_s: float | None = None) -> Completion:
-        """The same after waiting for it, outside the interpreter's lock; `said_s` is what the whole wait was given."""
+        """The same after waiting for it, outside the interpreter's lock; `said_s` is what the whole
+        wait was given.
+        """
         found = ctypes.create_string_buffer(abi.COMPLETION.size)
         said = self._library.wait(self.address, ticket, max(0, int(timeout_s * 1e9)), found)
         done = self._completion(said, ticket, found)
         if done is None:
             raise WaitTimeout(
-                f"task {ticket} is not done after {timeout_s if said_s is None else said_s} s: {self.load('head')} of {self.load('tail')} are, "
-                f"heartbeat {self.load('heartbeat')}, launch {self.load('launched')}, left {self.load('left')}"
+                f"task {ticket} is not done after {timeout_s if said_s is None else said_s} s: "
+                f"{self.load('head')} of {self.load('tail')} are, "
+                f"heartbeat {self.load('heartbeat')}, launch {self.load('launched')}, left "
+                f"{self.load('left')}"
             )
         return done
 
@@ -175,7 +190,8 @@ class Ring:
             return None
         if said == _FORGOTTEN:
             raise DeviceError(
-                f"task {ticket} was done long ago: its answer is kept for {config.COMPLETION_LAPS - 1} laps of {self.slot_count} tasks"
+                f"task {ticket} was done long ago: its answer is kept for "
+                f"{config.COMPLETION_LAPS - 1} laps of {self.slot_count} tasks"
             )
         _, status, generation, sequence, low, high, result = _COMPLETION.unpack(found.raw)
         return Completion(

@@ -1,8 +1,10 @@
 """Which replica new work may use, and who waits for one.
 
-Owns: the choice among active replicas, the replicas closed to new work, and the count of those who wait. Promises: a failed replica takes
-nothing more; one that was promoted takes nothing but its cohort until that has moved, also while the fault is still on its way to us; waiting is bounded in time and number; a full house is
-an error with a Retry-After, never a silent wait. Called by the router and by requests that are passed through.
+Owns: the choice among active replicas, the replicas closed to new work, and the count of those who
+wait. Promises: a failed replica takes nothing more; one that was promoted takes nothing but its
+cohort until that has moved, also while the fault is still on its way to us; waiting is bounded in
+time and number; a full house is an error with a Retry-After, never a silent wait. Called by the
+router and by requests that are passed through.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from concordia import config
 from concordia.errors import RequestRefused
 from concordia.serving.flight import ReplicaLike
 
-Wish = Callable[[], ReplicaLike | None]  # asked at each look: who was held may wish for what has just been chosen for another
+# asked at each look: who was held may wish for what has just been chosen for another
+Wish = Callable[[], ReplicaLike | None]
 
 
 class Admission:
@@ -65,7 +68,9 @@ class Admission:
         return min(active, key=self._total_load, default=None)
 
     async def acquire(self, wish: Wish = lambda: None) -> ReplicaLike:
-        """The replica for a new request; waits until there is one. Raises RequestRefused at the bound."""
+        """The replica for a new request; waits until there is one. Raises RequestRefused at the
+        bound.
+        """
         replica = self.choose(wish())
         if replica is not None:
             return replica
@@ -77,7 +82,8 @@ class Admission:
                 if left <= 0:
                     raise unavailable("no engine was there within the recovery timeout")
                 self._opened.clear()
-                # A replica may also appear without a failover, and nobody tells: look again now and then.
+                # A replica may also appear without a failover, and nobody tells: look again now and
+                # then.
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._opened.wait(), min(left, config.ADMISSION_POLL_S))
         finally:
@@ -126,7 +132,9 @@ class Admission:
         return self._moving > 0 or self._misses(self._active()) or self.choose() is not None
 
     def _misses(self, active: Sequence[ReplicaLike]) -> bool:
-        """Whether one that took new work is gone though we know of no fault: another thread may have replaced it already."""
+        """Whether one that took new work is gone though we know of no fault: another thread may
+        have replaced it already.
+        """
         return not self._known.keys() <= {r.incarnation for r in active} | self._failed
 
     def _total_load(self, replica: ReplicaLike) -> int:
@@ -136,7 +144,8 @@ class Admission:
 class Turnstile:
     """Keeps the members of a client's closed cohort in the order in which they came.
 
-    A batch's rows lie in the order of arrival, and its arithmetic depends on it; rendering prompts side by side would mix them up.
+    A batch's rows lie in the order of arrival, and its arithmetic depends on it; rendering prompts
+    side by side would mix them up.
     """
 
     def __init__(self) -> None:
@@ -144,7 +153,9 @@ class Turnstile:
 
     @contextlib.contextmanager
     def enter(self, name: str | None) -> Iterator[asyncio.Event]:
-        """Take a place in the queue of this name; the event is set once all who came before have left."""
+        """Take a place in the queue of this name; the event is set once all who came before have
+        left.
+        """
         turn = asyncio.Event()
         if name is None:
             turn.set()

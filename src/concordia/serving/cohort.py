@@ -1,10 +1,12 @@
 """The requests of one failed replica, and their way to the next.
 
-Owns: one failover, from the fault to the last member's submission. Promises: members are submitted in the order in which they first came, one
-after the other, all naming the same cohort and size; a member that leaves before is not counted, one that leaves between is submitted all
-the same and let go once the cohort runs, so that nobody waits for it; one that lost ATTEMPTS_MAX engines before a token came is set aside, for
-it may be what kills them; the new replica takes no other work before. Made by the router for each fault. Does not decide that there was a fault and does not
-kill: the replica set does.
+Owns: one failover, from the fault to the last member's submission. Promises: members are submitted
+in the order in which they first came, one after the other, all naming the same cohort and size; a
+member that leaves before is not counted, one that leaves between is submitted all the same and let
+go once the cohort runs, so that nobody waits for it; one that lost ATTEMPTS_MAX engines before a
+token came is set aside, for it may be what kills them; the new replica takes no other work before.
+Made by the router for each fault. Does not decide that there was a fault and does not kill: the
+replica set does.
 """
 
 from __future__ import annotations
@@ -53,11 +55,15 @@ class Cohort:
 
     @property
     def movable(self) -> list[Flight]:
-        """Those that another engine is given to; a request that kills each of them must not have them all."""
+        """Those that another engine is given to; a request that kills each of them must not have
+        them all.
+        """
         return [flight for flight in self.living if flight.attempts < config.ATTEMPTS_MAX]
 
     async def run(self, router: Submitter) -> ReplicaLike:
-        """Find a replica and move everybody there; returns the replica. Ends with CancelledError when that one fails too."""
+        """Find a replica and move everybody there; returns the replica. Ends with CancelledError
+        when that one fails too.
+        """
         started = time.monotonic()
         self.replica = await self._find(router)
         members = self.movable
@@ -90,7 +96,9 @@ class Cohort:
         return self.replica
 
     async def _find(self, router: Submitter) -> ReplicaLike:
-        """Ask for a replacement until there is one: members have deadlines of their own, so this loop needs none."""
+        """Ask for a replacement until there is one: members have deadlines of their own, so this
+        loop needs none.
+        """
         while True:
             try:
                 return await router.replace(self.failed, self.fault)
@@ -99,7 +107,9 @@ class Cohort:
                 await asyncio.sleep(config.REPLACE_RETRY_S)
 
     async def _let_go(self, members: Sequence[Flight]) -> None:
-        """Close the streams of members that left while the cohort was submitted, once the cohort runs."""
+        """Close the streams of members that left while the cohort was submitted, once the cohort
+        runs.
+        """
         if not any(flight.is_left for flight in members):
             return
         bound = time.monotonic() + config.RESTORE_WAIT_S
@@ -111,7 +121,9 @@ class Cohort:
 
 
 def _is_forming(flight: Flight, members: Sequence[Flight]) -> bool:
-    """Whether others of its client's own cohort are still to come: it cannot have begun, and waits for them on the new replica."""
+    """Whether others of its client's own cohort are still to come: it cannot have begun, and waits
+    for them on the new replica.
+    """
     wish = flight.request.cohort
     if wish is None:
         return False
@@ -120,10 +132,12 @@ def _is_forming(flight: Flight, members: Sequence[Flight]) -> bool:
 
 
 def _align(members: Sequence[Flight]) -> int:
-    """Let the members of each client's cohort go on after the same number of tokens; returns how many tokens come again.
+    """Let the members of each client's cohort go on after the same number of tokens; returns how
+    many tokens come again.
 
-    They took every step together. Where the engine died while it handed out a step's tokens, some clients have theirs and some do not; going on
-    from there would leave the members a step apart, and the batches of an unfailed run, which decide how sums are rounded, never form again.
+    They took every step together. Where the engine died while it handed out a step's tokens, some
+    clients have theirs and some do not; going on from there would leave the members a step apart,
+    and the batches of an unfailed run, which decide how sums are rounded, never form again.
     """
     again = 0
     named = [flight for flight in members if flight.request.cohort is not None]

@@ -1,8 +1,9 @@
 """The control socket: what `concordia status` and `concordia drain` talk to, floor 6.
 
-Owns: a Unix socket of mode 0600, one JSON line in and one out per connection. Promises: only this user gets an answer; a request has a size and
-a time limit; an unknown command or a failing one is answered, never raised into the server. Called by the service (server side) and the
-command line (`ask`).
+Owns: a Unix socket of mode 0600, one JSON line in and one out per connection. Promises: only this
+user gets an answer; a request has a size and a time limit; an unknown command or a failing one is
+answered, never raised into the server. Called by the service (server side) and the command line
+(`ask`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class ControlServer:
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
-        """Listen; the folder is private already, the socket is made so before anybody can connect."""
+        """Listen; the folder is private already, the socket is made so before anybody can
+        connect.
+        """
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
         try:
@@ -72,7 +75,9 @@ class ControlServer:
 
 
 def ask(path: pathlib.Path, command: str, *, timeout_s: float, **arguments: Any) -> Any:
-    """One command to a running server; raises UsageError when nobody answers, ConcordiaError with the server's own words."""
+    """One command to a running server; raises UsageError when nobody answers, ConcordiaError with
+    the server's own words.
+    """
     line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     line.settimeout(timeout_s)
     try:

@@ -1,7 +1,8 @@
 """The threads that a replica set works with, floor 6.
 
-Owns: every thread that starts, replaces or ends an engine. Promises: a thread is named after what it does; `join` knows all that still run.
-Used by the replica set and its keeper. It bounds nothing: there are a few per engine, and engines are bounded by their places.
+Owns: every thread that starts, replaces or ends an engine. Promises: a thread is named after what
+it does; `join` knows all that still run. Used by the replica set and its keeper. It bounds nothing:
+there are a few per engine, and engines are bounded by their places.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Token ids of one answer to its text, and where a stop string ends it.
 
-Owns: the text of one answer. Promises: the text depends on prompt and ids alone, never on how they were cut into chunks or on which replica
-made them; half a character is never given out; what is given out is never taken back, so text that could become a stop string is held
-until it is known. Called by a flight for every chunk. Does not know what a fault is: a seam is one more boundary between chunks.
+Owns: the text of one answer. Promises: the text depends on prompt and ids alone, never on how they
+were cut into chunks or on which replica made them; half a character is never given out; what is
+given out is never taken back, so text that could become a stop string is held until it is known.
+Called by a flight for every chunk. Does not know what a fault is: a seam is one more boundary
+between chunks.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ log = logging.getLogger(__name__)
 
 
 class Detokenizer:
-    """The growing text of one answer; `text` is all of it, `take` gives what has become certain since the last call."""
+    """The growing text of one answer; `text` is all of it, `take` gives what has become certain
+    since the last call.
+    """
 
     __slots__ = (
         "_given",
@@ -65,7 +69,8 @@ class Detokenizer:
     def push(self, ids: Sequence[int], *, is_stopped: bool) -> tuple[int, str | None]:
         """Take the next ids; `is_stopped` says that the last one ended the answer by itself.
 
-        Returns how many of them belong to the answer (fewer than given only after a stop string) and the stop string, if one was met.
+        Returns how many of them belong to the answer (fewer than given only after a stop string)
+        and the stop string, if one was met.
         """
         hidden = len(ids) - 1 if is_stopped and not self.includes_stop else len(ids)
         for index, token in enumerate(ids):
@@ -90,7 +95,9 @@ class Detokenizer:
         return piece
 
     def _find_stop(self, fresh: int) -> str | None:
-        """The stop string that ends first within the last `fresh` characters; cuts the text there."""
+        """The stop string that ends first within the last `fresh` characters; cuts the text
+        there.
+        """
         best: tuple[int, int, str] | None = None
         for stop in self._stop:
             start = self.text.find(stop, max(0, len(self.text) - fresh - len(stop) + 1))
@@ -111,7 +118,8 @@ class Detokenizer:
         except Exception as error:  # the library raises nothing narrower for this one case
             if not str(error).startswith(_INVALID_PREFIX):
                 raise
-            # Bytes that are no text at all leave the library's decoder without a valid prefix: start it anew, as the engine does.
+            # Bytes that are no text at all leave the library's decoder without a valid prefix:
+            # start it anew, as the engine does.
             self._stream = DecodeStream(skip_special_tokens=self._skips_special)
             piece = self._stream.step(self._tokenizer.backend, token)
         if self._joins_special:

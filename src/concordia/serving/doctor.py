@@ -1,7 +1,8 @@
 """What this machine has, and what protection that allows, floor 6.
 
-Owns: the examination behind `concordia doctor`. Promises: starts nothing, loads neither torch nor vLLM, changes nothing; every finding that
-limits protection says what to do. Called by the command line.
+Owns: the examination behind `concordia doctor`. Promises: starts nothing, loads neither torch nor
+vLLM, changes nothing; every finding that limits protection says what to do. Called by the command
+line.
 """
 
 from __future__ import annotations
@@ -88,13 +89,17 @@ class Examination:
 def examine() -> Examination:
     """Look at everything."""
     looks: tuple[Callable[[], Finding], ...] = (
-        _system, _device, _vllm, _compiler, _cores, _memory, _shared_memory, _journal, _privacy, _priority,
+        _system, _device, _vllm, _compiler, _cores, _memory, _shared_memory, _journal, _privacy,
+        _priority,
     )  # fmt: skip
     return Examination(tuple(look() for look in looks))
 
 
 def _system() -> Finding:
-    found = f"{platform.system()} {platform.release()} {platform.machine()}, Python {platform.python_version()}"
+    found = (
+        f"{platform.system()} {platform.release()} {platform.machine()}, Python "
+        f"{platform.python_version()}"
+    )
     is_known = platform.system() == "Linux" and platform.machine() in ("x86_64", "AMD64")
     advice = "" if is_known else "Concordia needs Linux on x86-64"
     return Finding("system", Grade.GOOD if is_known else Grade.MISSING, found, advice)
@@ -172,7 +177,10 @@ def _shared_memory() -> Finding:
     found = f"{usage.free // _MIB} of {usage.total // _MIB} MiB free"
     least = config.ENGINE_SHARED_BYTES + 2 * config.JOURNAL_BYTES_MIN
     if usage.free < least:
-        advice = f"needs {least // _MIB} MiB at least: docker run --shm-size=8g, or mount -o remount,size=8g /dev/shm"
+        advice = (
+            f"needs {least // _MIB} MiB at least: docker run --shm-size=8g, or mount -o "
+            "remount,size=8g /dev/shm"
+        )
         return Finding("/dev/shm", Grade.MISSING, found, advice)
     return Finding("/dev/shm", Grade.GOOD, found)
 
@@ -195,13 +203,27 @@ def _journal() -> Finding:
 def _privacy() -> Finding:
     """Prompts lie in the journal: whether they can get to a disk."""
     if not privacy.has_swap():
-        return Finding("privacy", Grade.GOOD, "there is no swap, and the journal stays out of core dumps")
+        return Finding(
+            "privacy", Grade.GOOD, "there is no swap, and the journal stays out of core dumps"
+        )
     most, size = privacy.lockable_bytes(), config.JOURNAL_BYTES_DEFAULT
     if most is None or most >= size:
         found = "all" if most is None else f"{most // _MIB} MiB"
-        return Finding("privacy", Grade.GOOD, f"the journal is locked in memory (up to {found}), and stays out of core dumps")
-    found = f"{most // _MIB} MiB may be locked of a journal of {size // _MIB}: prompts in it may be swapped to disk"
-    return Finding("privacy", Grade.LIMITED, found, "docker run --ulimit memlock=-1, LimitMEMLOCK=infinity, or no swap")
+        return Finding(
+            "privacy",
+            Grade.GOOD,
+            f"the journal is locked in memory (up to {found}), and stays out of core dumps",
+        )
+    found = (
+        f"{most // _MIB} MiB may be locked of a journal of {size // _MIB}: prompts in it may be "
+        "swapped to disk"
+    )
+    return Finding(
+        "privacy",
+        Grade.LIMITED,
+        found,
+        "docker run --ulimit memlock=-1, LimitMEMLOCK=infinity, or no swap",
+    )
 
 
 def _priority() -> Finding:

@@ -1,9 +1,11 @@
 """The vLLM flags of every replica, floor 6.
 
-Owns: which of a user's vLLM flags cannot be honoured and why, how they are read, and the command line that is made of them. Promises: a
-refused flag raises UsageError with what to do instead, before anything is started; a user's own `--kv-transfer-config` is joined with ours
-through MultiConnector, their logits processors with ours; everything else reaches vLLM as it was given. Called by the command line and
-Replica. It does not know vLLM's whole list: vLLM itself judges the rest.
+Owns: which of a user's vLLM flags cannot be honoured and why, how they are read, and the command
+line that is made of them. Promises: a refused flag raises UsageError with what to do instead,
+before anything is started; a user's own `--kv-transfer-config` is joined with ours through
+MultiConnector, their logits processors with ours; everything else reaches vLLM as it was given.
+Called by the command line and Replica. It does not know vLLM's whole list: vLLM itself judges the
+rest.
 """
 
 from __future__ import annotations
@@ -159,7 +161,9 @@ class EngineFlags:
         return self.number("--tensor-parallel-size", 1) * self.number("--pipeline-parallel-size", 1)
 
     def kv_transfer(self) -> dict[str, Any] | None:
-        """The user's own connector; raises UsageError when it is not a JSON object that names one."""
+        """The user's own connector; raises UsageError when it is not a JSON object that names
+        one.
+        """
         for name in self.names():
             if name.startswith(KV_TRANSFER + "."):
                 raise UsageError(
@@ -177,7 +181,9 @@ class EngineFlags:
         return found
 
     def generation_defaults(self, generation: Mapping[str, Any]) -> dict[str, Any]:
-        """What vLLM fills in for parameters that a client leaves out, from the model's generation config and these flags."""
+        """What vLLM fills in for parameters that a client leaves out, from the model's generation
+        config and these flags.
+        """
         source = self.value("--generation-config")
         if source not in (None, "auto", "vllm"):
             try:
@@ -222,7 +228,9 @@ def connector_config(*, journal: str, replica: int, device: str) -> dict[str, An
 
 
 def join_connectors(ours: dict[str, Any], theirs: dict[str, Any] | None) -> dict[str, Any]:
-    """Both connectors under vLLM's MultiConnector. Ours comes first: the first that has tokens loads them."""
+    """Both connectors under vLLM's MultiConnector. Ours comes first: the first that has tokens
+    loads them.
+    """
     if theirs is None:
         return ours
     if theirs["kv_connector"] != "MultiConnector":

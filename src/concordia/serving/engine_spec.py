@@ -1,8 +1,9 @@
 """What an engine is started with, floor 6.
 
-Owns: the settings that all engines of a server share, and the command line and environment made of them. Promises: nothing secret is on a
-command line; everything that vLLM would leave about goes into the engine's own folder; a user's environment variables win where they
-were set on purpose. Called by Replica. It starts nothing.
+Owns: the settings that all engines of a server share, and the command line and environment made of
+them. Promises: nothing secret is on a command line; everything that vLLM would leave about goes
+into the engine's own folder; a user's environment variables win where they were set on purpose.
+Called by Replica. It starts nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class EngineSpec:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def make_folder(self, name: str) -> pathlib.Path:
-        """The folder of one engine, with its TMPDIR in it; raises UsageError when sockets would not fit into its name."""
+        """The folder of one engine, with its TMPDIR in it; raises UsageError when sockets would not
+        fit into its name.
+        """
         folder = self.folder / name
         check_socket_room(folder)
         (folder / "t").mkdir(mode=0o700, parents=True)
@@ -90,7 +93,8 @@ class EngineSpec:
         cache = f"/tmp/torchinductor_{os.environ.get('USER', os.getuid())}"
         offline = {"HF_HUB_OFFLINE": "1"} if pathlib.Path(self.model).is_dir() else {}
         return {
-            # The first variable stays where it is: setproctitle finds the title of a process by its place.
+            # The first variable stays where it is: setproctitle finds the title of a process by its
+            # place.
             MARKER_ENV: str(incarnation),
             "TORCHINDUCTOR_CACHE_DIR": cache,  # would follow TMPDIR and be lost with it
             "VLLM_NO_USAGE_STATS": "1",

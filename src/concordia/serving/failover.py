@@ -1,7 +1,8 @@
 """The record of one failover, floor 6.
 
-Owns: who failed, who took the place, and how long each step took. Promises: `done` is set once, with either a replacement or an error. Filled by
-the replica set; read by the router through it and by `concordia status`. It does nothing by itself.
+Owns: who failed, who took the place, and how long each step took. Promises: `done` is set once,
+with either a replacement or an error. Filled by the replica set; read by the router through it and
+by `concordia status`. It does nothing by itself.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """What happens to flights when something of their replica fails.
 
-Owns: the failovers that run, and the suspicion that may become one. Promises: a fault is acted on once; all flights of the failed replica move
-together; a flight that was cut off alone is reported and, when no fault is found, submitted again alone, a bounded number of times; the
-replica set is called on threads of our own, never on the event loop. Used by the router alone. Does not detect, kill or start anything.
+Owns: the failovers that run, and the suspicion that may become one. Promises: a fault is acted on
+once; all flights of the failed replica move together; a flight that was cut off alone is reported
+and, when no fault is found, submitted again alone, a bounded number of times; the replica set is
+called on threads of our own, never on the event loop. Used by the router alone. Does not detect,
+kill or start anything.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ class Desk(Protocol):
 
 
 class FaultDesk:
-    """Call `start` on the event loop; faults then come from whatever thread the replica set uses."""
+    """Call `start` on the event loop; faults then come from whatever thread the replica set
+    uses.
+    """
 
     def __init__(
         self,
@@ -89,7 +93,9 @@ class FaultDesk:
         return len(self._cohorts)
 
     def is_moving(self, flight: Flight) -> bool:
-        """True while the flight's cohort is being submitted: a member that leaves now must still be counted."""
+        """True while the flight's cohort is being submitted: a member that leaves now must still be
+        counted.
+        """
         return any(
             flight in cohort.members and cohort.replica is not None
             for cohort, _ in self._cohorts.values()
@@ -103,7 +109,8 @@ class FaultDesk:
         failed = members[0].replica if members else self._admission.known(fault.replica)
         if failed is None or fault.replica in self._cohorts:
             self._admission.exclude(fault.replica)
-            return  # a standby, which the replica set replaces by itself, or a second sight of one fault
+            # a standby, which the replica set replaces by itself, or a second sight of one fault
+            return
         for moving, task in self._cohorts.values():
             if moving.replica is not None and moving.replica.incarnation == fault.replica:
                 task.cancel()  # it was moving its members to the very replica that has failed now
@@ -125,7 +132,9 @@ class FaultDesk:
         self._router.spawn(self._report(replica, detail[:500]))
 
     def suspect(self, flight: Flight, replica: ReplicaLike, detail: str) -> None:
-        """A flight was cut off: the replica set finds out whether its replica failed; if not, it tries again alone."""
+        """A flight was cut off: the replica set finds out whether its replica failed; if not, it
+        tries again alone.
+        """
         if flight.replica is not replica or flight.is_left:
             return
         flight.unseat(detail, deadline=self._deadline())
@@ -133,13 +142,22 @@ class FaultDesk:
         flight.posting = self._router.spawn(self._retry(flight, detail))
 
     def set_aside(self, flight: Flight, detail: str) -> None:
-        """A flight that may be what kills its engines: it is tried by itself, a while after the others went on."""
-        log.warning("request %s lost %d engines before its next token: it is tried alone later (%s)", flight.name, flight.attempts, detail)
+        """A flight that may be what kills its engines: it is tried by itself, a while after the
+        others went on.
+        """
+        log.warning(
+            "request %s lost %d engines before its next token: it is tried alone later (%s)",
+            flight.name,
+            flight.attempts,
+            detail,
+        )
         flight.replica = None
         flight.posting = self._router.spawn(self._try_later(flight))
 
     async def replace(self, failed: ReplicaLike, fault: Fault) -> ReplicaLike:
-        """Have the failed replica fenced and replaced; whoever failed before we heard of it is replaced in turn."""
+        """Have the failed replica fenced and replaced; whoever failed before we heard of it is
+        replaced in turn.
+        """
         while True:
             found: ReplicaLike = await self._call(self._replicas.fail_over, failed, fault)
             later = self._faults.get(found.incarnation)
@@ -168,7 +186,9 @@ class FaultDesk:
             self._admission.open(replica)
 
     async def _retry(self, flight: Flight, detail: str) -> None:
-        """Give the replica set a moment to find a fault, which takes the flight over; else submit it again."""
+        """Give the replica set a moment to find a fault, which takes the flight over; else submit
+        it again.
+        """
         await asyncio.sleep(config.SUSPECT_WAIT_S)
         if flight.attempts >= config.ATTEMPTS_MAX:
             flight.fail(RequestRefused(detail, status=500, kind="InternalServerError"))
@@ -197,7 +217,9 @@ class FaultDesk:
         return time.monotonic() + self._recovery_timeout_s
 
     async def _keep_time(self) -> None:
-        """End flights that nothing came back for within the recovery timeout; tell the replicas what they owe."""
+        """End flights that nothing came back for within the recovery timeout; tell the replicas
+        what they owe.
+        """
         while True:
             await asyncio.sleep(config.DEADLINE_POLL_S)
             for replica in self._replicas.active:
@@ -214,6 +236,8 @@ class FaultDesk:
 
 
 def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[[Fault], None], fault: Fault) -> None:
-    """Hand a fault to the event loop; one that comes while the server ends is of no use to anybody."""
+    """Hand a fault to the event loop; one that comes while the server ends is of no use to
+    anybody.
+    """
     if not loop.is_closed():
         loop.call_soon_threadsafe(callback, fault)

@@ -1,9 +1,10 @@
 """How an engine ends, floor 6.
 
-Owns: the steps of an end: out of sight, sealed, killed, given back, buried. Promises: nothing of a replica is used again before all its
-processes are confirmed dead; what takes long to die is killed again until it is dead or the server stops; a journal's owner that does not
-answer is said, and holds up no end. Called by the replica set and its keeper, on threads of theirs, and may block. It does not decide who
-ends, and nothing here is on the way to the next engine but `seal`.
+Owns: the steps of an end: out of sight, sealed, killed, given back, buried. Promises: nothing of a
+replica is used again before all its processes are confirmed dead; what takes long to die is killed
+again until it is dead or the server stops; a journal's owner that does not answer is said, and
+holds up no end. Called by the replica set and its keeper, on threads of theirs, and may block. It
+does not decide who ends, and nothing here is on the way to the next engine but `seal`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class Seals(Protocol):
 
 
 class Fencer:
-    """`end` does it all; a failover takes the steps one by one, with the next engine between them."""
+    """`end` does it all; a failover takes the steps one by one, with the next engine between
+    them.
+    """
 
     def __init__(self, roster: Roster, watch: Watch, journal: Seals | None) -> None:
         self._roster = roster
@@ -73,17 +76,21 @@ class Fencer:
             log.error("%s: %s", replica.name, error)
 
     def confirm(self, replica: Replica) -> bool:
-        """Kill what is left of it, see it dead, and give its part of the journal back; False when the server stops before."""
+        """Kill what is left of it, see it dead, and give its part of the journal back; False when
+        the server stops before.
+        """
         while replica.state is not State.DEAD:
             try:
                 replica.fence()
             except ReplicaError as error:
-                # On starved cores a killed process takes its time to give gigabytes back. Until then its place is taken.
+                # On starved cores a killed process takes its time to give gigabytes back. Until
+                # then its place is taken.
                 log.error("%s: %s", replica.name, error)
                 if self._roster.is_closed:
                     return False
                 continue
-            except OSError as error:  # of this process, as when it has too many files open: that passes
+            # of this process, as when it has too many files open: that passes
+            except OSError as error:
                 log.error("%s: %s", replica.name, error)
                 if not self._roster.wait_unless_closed(config.FENCE_RETRY_S):
                     return False

@@ -1,8 +1,10 @@
 """One answer in the making: what it is asked for, what has been received, where it goes on.
 
-Owns: the ids and log-probabilities of one answer and its place in the life of a request (States). Promises: an id is taken once, whatever was
-sent twice; the next submission starts exactly after the last id taken; a regenerated answer that differs from what was sent ends with an
-error, not with a different text. Called by the router (moves it) and its generation (reads it). Does no input or output of its own.
+Owns: the ids and log-probabilities of one answer and its place in the life of a request (States).
+Promises: an id is taken once, whatever was sent twice; the next submission starts exactly after the
+last id taken; a regenerated answer that differs from what was sent ends with an error, not with a
+different text. Called by the router (moves it) and its generation (reads it). Does no input or
+output of its own.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ class OutcomeLike(Protocol):
 
 
 class Flight:
-    """One answer; `order` is its arrival among all answers of this router, `name` its identity in the journal."""
+    """One answer; `order` is its arrival among all answers of this router, `name` its identity in
+    the journal.
+    """
 
     def __init__(
         self,
@@ -80,7 +84,8 @@ class Flight:
         self.is_left = False  # the client has gone
         self.attempts = 0  # submissions since the last token
         self.failovers = 0
-        self.deadline: float | None = None  # by when the next token must have come, once something broke
+        # by when the next token must have come, once something broke
+        self.deadline: float | None = None
         self.broken_at: float | None = None
         self.model = ""
         self.fingerprint: str | None = None
@@ -95,7 +100,8 @@ class Flight:
         limit = token_limit(request, len(prompt), context_tokens, defaults)
         self._asking = Asking(request, prompt, seed, limit, defaults)
         self._seam = Seam(len(prompt))
-        self._step_back: int | None = None  # ids after which the next submission goes on, if fewer than there are
+        # ids after which the next submission goes on, if fewer than there are
+        self._step_back: int | None = None
         self._is_regenerated = False
         self._resumed_at = 0  # tokens known at the last submission
         self._seat = Seat()
@@ -119,7 +125,9 @@ class Flight:
 
     @property
     def can_step_back(self) -> bool:
-        """Whether its next tokens can be generated once more and come out the same: no draw, or draws by position alone."""
+        """Whether its next tokens can be generated once more and come out the same: no draw, or
+        draws by position alone.
+        """
         return not self.regenerates and self.request.draw is not Sampler.GENERATOR
 
     @property
@@ -154,7 +162,9 @@ class Flight:
         return body
 
     def step_back(self, tokens: int) -> None:
-        """Let the next submission go on after this many tokens of the answer; those that come again are compared, not sent."""
+        """Let the next submission go on after this many tokens of the answer; those that come again
+        are compared, not sent.
+        """
         assert self.can_step_back or tokens == len(self.ids)
         self._step_back = tokens
 
@@ -164,10 +174,14 @@ class Flight:
         wish = self.request.cohort
         if wish is None:
             return None
-        return CohortTicket(config.CLIENT_COHORT_PREFIX + wish.name, wish.size, config.RESTORE_WAIT_S)
+        return CohortTicket(
+            config.CLIENT_COHORT_PREFIX + wish.name, wish.size, config.RESTORE_WAIT_S
+        )
 
     def shares_cohort(self, other: Flight) -> bool:
-        """Whether both belong to one cohort that their client asked for; a flight shares its own with itself."""
+        """Whether both belong to one cohort that their client asked for; a flight shares its own
+        with itself.
+        """
         mine, its = self.request.cohort, other.request.cohort
         return mine is not None and its is not None and mine.name == its.name
 
@@ -196,7 +210,9 @@ class Flight:
         self._seat.fail(error)
 
     def settle(self, outcome: OutcomeLike | None) -> None:
-        """Note which level the resumed answer reached; without an outcome everything known was computed again."""
+        """Note which level the resumed answer reached; without an outcome everything known was
+        computed again.
+        """
         self.is_settled = True
         self.restored_tokens = 0 if outcome is None else outcome.restored_tokens
         self.recomputed_tokens = self._resumed_at if outcome is None else outcome.recomputed_tokens
@@ -209,7 +225,9 @@ class Flight:
     # --- the reader's side
 
     async def next_stream(self) -> EventStream:
-        """The stream to read; waits for it. The router's clock ends the wait at the deadline that a fault set."""
+        """The stream to read; waits for it. The router's clock ends the wait at the deadline that a
+        fault set.
+        """
         return await self._seat.next()
 
     def absorb(self, event: Mapping[str, Any]) -> Piece | None:
@@ -237,7 +255,9 @@ class Flight:
         self._learn(event)
 
     def last_piece(self) -> Piece | None:
-        """The end of an answer that had all its tokens before its replica died; None while it lacks some."""
+        """The end of an answer that had all its tokens before its replica died; None while it lacks
+        some.
+        """
         if len(self.ids) < self._asking.limit or self.is_done:
             return None
         return self._take([], None if self.request.logprobs is None else [], "length", None)
@@ -288,7 +308,8 @@ class Flight:
         except EchoDiffers as error:
             if self.regenerates:
                 raise _differs(error.index) from error
-            # It was stepped back so that its cohort goes on in one step; it can as well go on by itself, from all its ids.
+            # It was stepped back so that its cohort goes on in one step; it can as well go on by
+            # itself, from all its ids.
             raise UpstreamBroken(str(error)) from error
 
     def _learn(self, event: Mapping[str, Any]) -> None:
@@ -301,7 +322,8 @@ class Flight:
 
 def _differs(index: int) -> RequestRefused:
     return RequestRefused(
-        f"the engine failed; its successor generated another token at position {index} of the answer, "
+        f"the engine failed; its successor generated another token at position {index} of the "
+        "answer, "
         "so the answer cannot go on",
         status=500,
         kind="ContinuationError",

@@ -1,7 +1,8 @@
 """The answers that are being made.
 
-Owns: every flight by its name, and how many each replica carries. Promises: a flight is here from before its first submission until it has
-landed; the counts are of now. Used by the router alone, on its event loop. Moves nothing.
+Owns: every flight by its name, and how many each replica carries. Promises: a flight is here from
+before its first submission until it has landed; the counts are of now. Used by the router alone, on
+its event loop. Moves nothing.
 """
 
 from __future__ import annotations
@@ -35,13 +36,21 @@ class FlightTable:
         return sum(flight.replica is replica for flight in self)
 
     def owed_by(self, replica: ReplicaLike) -> int:
-        """Answers that this replica owes their first event, for the detector; later ones it sees by the engine's steps.
+        """Answers that this replica owes their first event, for the detector; later ones it sees by
+        the engine's steps.
 
-        An answer that waits for a slow client is none of them: its engine may have ended it long ago.
+        An answer that waits for a slow client is none of them: its engine may have ended it long
+        ago.
         """
-        return sum(f.replica is replica and f.stream is not None and f.stream.is_silent for f in self)
+        return sum(
+            f.replica is replica and f.stream is not None and f.stream.is_silent for f in self
+        )
 
     def shared_replica(self, flight: Flight) -> ReplicaLike | None:
-        """Where the first of its client's cohort sits: members on two replicas would wait for each other in vain."""
-        others = [f for f in self if f is not flight and f.replica is not None and f.shares_cohort(flight)]
+        """Where the first of its client's cohort sits: members on two replicas would wait for each
+        other in vain.
+        """
+        others = [
+            f for f in self if f is not flight and f.replica is not None and f.shares_cohort(flight)
+        ]
         return min(others, key=lambda other: other.order).replica if others else None

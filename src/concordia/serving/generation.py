@@ -1,8 +1,9 @@
 """One client request being answered: its flights, read and written out.
 
-Owns: the order in which a client gets things: role, tokens, finish, usage, end. Promises: each exactly once; the answers of a request with
-several choices come as their tokens come; when the client goes, its flights go. Made by the router, driven by the server. Does not know
-replicas: a flight hands it one event stream after the other.
+Owns: the order in which a client gets things: role, tokens, finish, usage, end. Promises: each
+exactly once; the answers of a request with several choices come as their tokens come; when the
+client goes, its flights go. Made by the router, driven by the server. Does not know replicas: a
+flight hands it one event stream after the other.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Generation:
         self._fingerprint: str | None = None
 
     async def ready(self) -> None:
-        """Return once vLLM has accepted every part; raises RequestRefused while the status can still say so."""
+        """Return once vLLM has accepted every part; raises RequestRefused while the status can
+        still say so.
+        """
         try:
             for flight in self.flights:
                 await flight.next_stream()

@@ -1,7 +1,8 @@
 """Whether an engine's HTTP server answers, floor 6.
 
-Owns: one thread per replica that asks /health, and its last answer. Promises: an answer is stamped when it came; a server that does not
-answer holds up nobody but this thread. Called by the watch. It judges nothing: the detector does.
+Owns: one thread per replica that asks /health, and its last answer. Promises: an answer is stamped
+when it came; a server that does not answer holds up nobody but this thread. Called by the watch. It
+judges nothing: the detector does.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Heartbeat:
         self._now.set()
 
     def stop(self) -> None:
-        """End the thread; it is not waited for, since it may sit in a request that nobody answers."""
+        """End the thread; it is not waited for, since it may sit in a request that nobody
+        answers.
+        """
         self._stop.set()
         self._now.set()
 

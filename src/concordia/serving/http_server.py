@@ -1,7 +1,8 @@
 """The HTTP server, floor 6.
 
-Owns: uvicorn, from the first accepted connection to the last answer. Promises: a signal does not end it, the service does; while it is open
-connections are accepted, and at its end answers have a bound to finish in. Called by the service. It knows nothing of what is served.
+Owns: uvicorn, from the first accepted connection to the last answer. Promises: a signal does not
+end it, the service does; while it is open connections are accepted, and at its end answers have a
+bound to finish in. Called by the service. It knows nothing of what is served.
 """
 
 from __future__ import annotations

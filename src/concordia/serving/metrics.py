@@ -1,7 +1,8 @@
 """What Prometheus and `concordia status` are told.
 
-Owns: every metric with prefix concordia_ and the list of faults seen. Promises: a counter never goes back, also when an engine, whose own
-counts end with it, is replaced; counting costs no lock per token. Called by the router and the server. Decides nothing.
+Owns: every metric with prefix concordia_ and the list of faults seen. Promises: a counter never
+goes back, also when an engine, whose own counts end with it, is replaced; counting costs no lock
+per token. Called by the router and the server. Decides nothing.
 """
 
 from __future__ import annotations
@@ -23,17 +24,27 @@ _HELP: Final = {
     "faults": "faults noticed, by kind",
     "restored_tokens": "tokens whose state came back from the journal",
     "prefix_restored_tokens": "tokens of new requests whose state came back from the journal",
-    "prefixes_missed": "prefixes of new requests that the journal was known to have and could not give in time",
+    "prefixes_missed": (
+        "prefixes of new requests that the journal was known to have and could not give in time"
+    ),
     "recomputed_tokens": "tokens of resumed answers that were computed again",
-    "uncommitted_tokens": "tokens of resumed answers that the journal did not have yet, the last one apart",
-    "stepped_back_tokens": "tokens generated once more, and compared, so that a client's cohort goes on in one step",
+    "uncommitted_tokens": (
+        "tokens of resumed answers that the journal did not have yet, the last one apart"
+    ),
+    "stepped_back_tokens": (
+        "tokens generated once more, and compared, so that a client's cohort goes on in one step"
+    ),
     "hash_mismatches": "restored bytes that differed from what was committed",
     "journal_bytes": "payload bytes committed to the journal",
     "dropped_records": "records lost for want of a segment",
-    "append_seconds": "time that executors of engines spent in handlers, restores apart; told every ten seconds",
+    "append_seconds": (
+        "time that executors of engines spent in handlers, restores apart; told every ten seconds"
+    ),
     "corruptions": "records found damaged that no crash explains",
     "restore_seconds": "time that resumed requests took to be looked up, verified and loaded",
-    "restore_wait_seconds": "time from a resumed request's coming to its first step, with the wait for its cohort",
+    "restore_wait_seconds": (
+        "time from a resumed request's coming to its first step, with the wait for its cohort"
+    ),
     "engine_unprotected": "requests that lost protection in an engine",
     "tokens": "tokens sent to clients",
     "failovers": "failovers completed",
@@ -82,7 +93,9 @@ class Metrics:
         counts[labels] = counts.get(labels, 0) + value
 
     def protected(self, limit: str) -> None:
-        """A request that outlives its replica; `limit` names what of it cannot be restored, if anything."""
+        """A request that outlives its replica; `limit` names what of it cannot be restored, if
+        anything.
+        """
         self.count("requests", 1, "protected", limit)
 
     def unprotected(self, reason: str) -> None:
@@ -140,7 +153,9 @@ class Metrics:
         self.journal_free = int(stats.get("segments_free", 0)) * int(stats.get("segment_bytes", 0))
 
     def follow(self, name: str, source: str, value: float) -> None:
-        """Add what a counter of somebody else has grown since the last look; a smaller value is a new counter."""
+        """Add what a counter of somebody else has grown since the last look; a smaller value is a
+        new counter.
+        """
         last = self._last.get((name, source), 0.0)
         self._last[name, source] = value
         self.count(name, value - last if value >= last else value)

@@ -1,12 +1,14 @@
 """What a request needs to go on after a fault: the one table.
 
-Owns: the levels, the table NEEDS and the verdict over a request's parameters. Promises: every parameter that could make a continuation wrong
-has a row; what has no row keeps no history. Called by request parsing. Does not check whether values are valid: vLLM does.
+Owns: the levels, the table NEEDS and the verdict over a request's parameters. Promises: every
+parameter that could make a continuation wrong has a row; what has no row keeps no history. Called
+by request parsing. Does not check whether values are valid: vLLM does.
 
-A level is what a request needs, or what it reached, best first. STATE_EXACT is restored from the journal; where the journal lacks some tokens
-(PARTLY_RESTORED) or all (RE_PREFILL) they are computed again from their ids. SAMPLER_LOST is restored, but nothing can restore its sampler.
-REGENERATE starts from the prompt and suppresses what was sent while it comes out equal; PASS_THROUGH is forwarded as it is and ends with
-its replica.
+A level is what a request needs, or what it reached, best first. STATE_EXACT is restored from the
+journal; where the journal lacks some tokens (PARTLY_RESTORED) or all (RE_PREFILL) they are computed
+again from their ids. SAMPLER_LOST is restored, but nothing can restore its sampler. REGENERATE
+starts from the prompt and suppresses what was sent while it comes out equal; PASS_THROUGH is
+forwarded as it is and ends with its replica.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ _LABELS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """One row of the table: where `applies(value)` holds, the request needs `level`, because of `why`."""
+    """One row of the table: where `applies(value)` holds, the request needs `level`, because of
+    `why`.
+    """
 
     parameter: str
     level: Level
@@ -68,9 +72,10 @@ def _is_constraint(value: Any) -> bool:
     return not (isinstance(value, Mapping) and value.get("type") == "text") and _given(value)
 
 
-# Parameters without a row keep no history: temperature, top_p, top_k, min_p, logit_bias, allowed_token_ids, stop, ignore_eos, logprobs and the
-# like look at one position only. repetition_penalty asks only whether a token occurred in prompt *or* answer, so prompt + emitted gives the
-# same. min_tokens counts tokens of the answer: the remainder is sent. seed: see Sampler.
+# Parameters without a row keep no history: temperature, top_p, top_k, min_p, logit_bias,
+# allowed_token_ids, stop, ignore_eos, logprobs and the like look at one position only.
+# repetition_penalty asks only whether a token occurred in prompt *or* answer, so prompt + emitted
+# gives the same. min_tokens counts tokens of the answer: the remainder is sent. seed: see Sampler.
 NEEDS: Final = (
     Need("presence_penalty", Level.REGENERATE, _not_zero, "counts tokens of the answer only"),
     Need("frequency_penalty", Level.REGENERATE, _not_zero, "counts tokens of the answer only"),
@@ -114,7 +119,9 @@ NEEDS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What the server fills in for a parameter that the client left out (vLLM's generation config)."""
+    """What the server fills in for a parameter that the client left out (vLLM's generation
+    config).
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -128,9 +135,11 @@ class Defaults:
 
     @staticmethod
     def of(generation: Body, *, source: str | None, override: Body) -> Defaults:
-        """As vLLM takes them from the model's generation config, its --generation-config and --override-generation-config.
+        """As vLLM takes them from the model's generation config, its --generation-config and
+        --override-generation-config.
 
-        A model's own max_new_tokens is only what a chat gets that names none; one given by the flags bounds every request.
+        A model's own max_new_tokens is only what a chat gets that names none; one given by the
+        flags bounds every request.
         """
         is_models = source in (None, "auto")
         found = {**({} if source == "vllm" else generation), **override}

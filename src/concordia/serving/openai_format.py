@@ -1,8 +1,9 @@
 """The OpenAI wire format, as vLLM writes it.
 
-Owns: every byte of an answer that a client reads: stream events, whole responses, errors. Promises: fields, their order and their nulls are
-those of vLLM's own server, so a client cannot tell the router from the engine; what never changes within a stream is serialised once. Called
-by the router's generations and the server. Does not decide what is sent, only how.
+Owns: every byte of an answer that a client reads: stream events, whole responses, errors. Promises:
+fields, their order and their nulls are those of vLLM's own server, so a client cannot tell the
+router from the engine; what never changes within a stream is serialised once. Called by the
+router's generations and the server. Does not decide what is sent, only how.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from concordia.serving.tokenizer import Tokenizer
 
 DONE: Final = b"data: [DONE]\n\n"
 
-# Log-probabilities of one position: of the drawn token (None where vLLM has none), and the alternatives in vLLM's order.
+# Log-probabilities of one position: of the drawn token (None where vLLM has none), and the
+# alternatives in vLLM's order.
 TokenLogprobs = tuple[float | None, Sequence[tuple[int, float]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one upstream event adds to one answer; `start` is the index of ids[0] within the answer."""
+    """What one upstream event adds to one answer; `start` is the index of ids[0] within the
+    answer.
+    """
 
     index: int
     text: str
@@ -47,7 +51,9 @@ class AnswerView(Protocol):
 
 @dataclass(slots=True)
 class Usage:
-    """Token counts of a request; `details` is what vLLM says about cached tokens, if it was told to."""
+    """Token counts of a request; `details` is what vLLM says about cached tokens, if it was told
+    to.
+    """
 
     prompt: int = 0
     completion: int = 0
@@ -66,7 +72,9 @@ class Usage:
 
 @dataclass(slots=True)
 class Writer:
-    """Writes one request's answer; `model` and `fingerprint` are known once the engine has spoken."""
+    """Writes one request's answer; `model` and `fingerprint` are known once the engine has
+    spoken.
+    """
 
     request: GenerationRequest
     tokenizer: Tokenizer
@@ -93,8 +101,10 @@ class Writer:
         usage = self._running_usage(len(view.prompt), 0)
         ids = _compact(list(view.prompt)) if self.request.returns_ids else "null"
         return (
-            f'{self._head}{{"index":{index},"delta":{{"role":{_text(self.request.role)},"content":""}},'
-            f'"logprobs":null,"finish_reason":null}}]{usage},"prompt_token_ids":{ids},"prompt_text":null}}\n\n'
+            f'{self._head}{{"index":{index},'
+            f'"delta":{{"role":{_text(self.request.role)},"content":""}},'
+            f'"logprobs":null,"finish_reason":null}}]{usage},'
+            f'"prompt_token_ids":{ids},"prompt_text":null}}\n\n'
         ).encode()
 
     def event(self, view: AnswerView, piece: Piece) -> bytes:
@@ -119,7 +129,8 @@ class Writer:
                 prompt = _compact(list(view.prompt))
             choice = (
                 f'"text":{_text(piece.text)},"logprobs":{logprobs},"finish_reason":{finish},'
-                f'"stop_reason":{_compact(piece.stop_reason)},"prompt_token_ids":{prompt},"token_ids":{ids}'
+                f'"stop_reason":{_compact(piece.stop_reason)},'
+                f'"prompt_token_ids":{prompt},"token_ids":{ids}'
             )
         tail = ""
         if request.has_continuous_usage:

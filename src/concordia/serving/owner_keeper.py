@@ -1,7 +1,8 @@
 """The journal's owner, kept alive, floor 6.
 
-Owns: the start of the owner process and the watch over it. Promises: when it dies, that is said, counted as a fault, and another adopts the journal;
-after OWNER_RESTARTS_MAX deaths in a row the server goes on unprotected, loudly. Called by the service. It never reads the journal.
+Owns: the start of the owner process and the watch over it. Promises: when it dies, that is said,
+counted as a fault, and another adopts the journal; after OWNER_RESTARTS_MAX deaths in a row the
+server goes on unprotected, loudly. Called by the service. It never reads the journal.
 """
 
 from __future__ import annotations

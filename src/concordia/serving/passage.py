@@ -1,8 +1,9 @@
 """Requests that are passed through to a replica as they are.
 
-Owns: forwarding of what the router does not understand or cannot continue. Promises: the bytes go both ways unchanged; a request that got no
-byte of its answer yet is put to another replica after a fault, if it can be repeated; one that was cut off in its answer ends with one error
-that says so, and was counted as unprotected when it began. Called by the server.
+Owns: forwarding of what the router does not understand or cannot continue. Promises: the bytes go
+both ways unchanged; a request that got no byte of its answer yet is put to another replica after a
+fault, if it can be repeated; one that was cut off in its answer ends with one error that says so,
+and was counted as unprotected when it began. Called by the server.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ class Passage:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
             else:
-                # Read before the first byte goes out: then a fault costs the client nothing but time.
+                # Read before the first byte goes out: then a fault costs the client nothing but
+                # time.
                 data = await response.read()
                 await self._start(send, response)
                 await send({"type": "http.response.body", "body": data, "more_body": False})

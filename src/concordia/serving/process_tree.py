@@ -1,10 +1,11 @@
 """The processes of one replica, from the first to the last, floor 6.
 
-Owns: who belongs to a replica, the killing of all of it, and the shared-memory names that it leaves. Promises: a process belongs when it is
-of the leader's session, descends from a member, or carries the replica's marker (so one that starts a session of its own is found, too,
-because we are its subreaper); a signal reaches only the process meant (pidfd); `kill` returns after every member is confirmed dead, or
-raises ReplicaError naming who is left; a shared-memory file is removed only when no living process maps it. Called by Replica and the
-watch. It does not decide when to kill.
+Owns: who belongs to a replica, the killing of all of it, and the shared-memory names that it
+leaves. Promises: a process belongs when it is of the leader's session, descends from a member, or
+carries the replica's marker (so one that starts a session of its own is found, too, because we are
+its subreaper); a signal reaches only the process meant (pidfd); `kill` returns after every member
+is confirmed dead, or raises ReplicaError naming who is left; a shared-memory file is removed only
+when no living process maps it. Called by Replica and the watch. It does not decide when to kill.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class Process:
 
     @property
     def is_ending(self) -> bool:
-        """Dead, or on its way: giving back a large memory takes a while before the kernel calls it dead."""
+        """Dead, or on its way: giving back a large memory takes a while before the kernel calls it
+        dead.
+        """
         return self.state in _DEAD or bool(self.flags & _PF_EXITING)
 
 
@@ -107,7 +110,9 @@ def read_thread_times(pid: int) -> ThreadTimes:
 
 
 class ProcessTree:
-    """A replica's processes; `refresh` finds them, `kill` ends them. Finding may be done from several threads, killing from one."""
+    """A replica's processes; `refresh` finds them, `kill` ends them. Finding may be done from
+    several threads, killing from one.
+    """
 
     def __init__(self, leader: int, marker: str, names: SharedNames | None = None) -> None:
         self.leader = leader
@@ -160,9 +165,11 @@ class ProcessTree:
         self._names.note(self._members)
 
     def freeze(self) -> None:
-        """Stop every member but the helpers and note all that they use; for trees that were still being built.
+        """Stop every member but the helpers and note all that they use; for trees that were still
+        being built.
 
-        A process that is killed between making a shared-memory file and mapping it leaves a name that nobody knows.
+        A process that is killed between making a shared-memory file and mapping it leaves a name
+        that nobody knows.
         """
         deadline = time.monotonic() + config.FREEZE_S
         helpers = {p.pid for p in self.helpers()}
@@ -179,7 +186,8 @@ class ProcessTree:
     def kill(self, *, timeout_s: float, spare: Iterable[int] = ()) -> int:
         """SIGKILL every member except `spare` until none lives; returns how many were killed.
 
-        Raises ReplicaError at the bound. A process forked by one that is just dying is found by the next round.
+        Raises ReplicaError at the bound. A process forked by one that is just dying is found by the
+        next round.
         """
         deadline = time.monotonic() + timeout_s
         spared = set(spare)
@@ -197,24 +205,32 @@ class ProcessTree:
             self._wait_gone([p.pid for p in targets], deadline)
 
     def strike(self, *, spare: Iterable[int] = ()) -> None:
-        """Send SIGKILL to every member but `spare`, and wait for none: none runs another instruction of its own."""
+        """Send SIGKILL to every member but `spare`, and wait for none: none runs another
+        instruction of its own.
+        """
         spared = set(spare)
         for process in self.refresh():
             if process.pid not in spared:
                 self._signal(process.pid, signal.SIGKILL)
 
     def helpers(self) -> list[Process]:
-        """Members that only clean up names after the others have ended (Python's resource trackers)."""
+        """Members that only clean up names after the others have ended (Python's resource
+        trackers).
+        """
         return [p for p in self.members if b"resource_tracker" in _command(p.pid)]
 
     def wait_helpers(self, *, timeout_s: float) -> None:
-        """Let the trackers remove what the dead processes had registered; bounded, then they are killed too."""
+        """Let the trackers remove what the dead processes had registered; bounded, then they are
+        killed too.
+        """
         deadline = time.monotonic() + timeout_s
         self._wait_gone([p.pid for p in self.helpers()], deadline)
         self.kill(timeout_s=config.KILL_S)
 
     def remove_shared_names(self) -> list[str]:
-        """Unlink the shared-memory files that the tree mapped and nobody living maps; returns their names."""
+        """Unlink the shared-memory files that the tree mapped and nobody living maps; returns their
+        names.
+        """
         if self._members:
             raise ReplicaError(f"processes still live: {[p.pid for p in self.members]}")
         return self._names.remove(living_pids())
@@ -267,7 +283,9 @@ class ProcessTree:
                 waiting.discard(descriptor)
 
     def _reap(self, processes: Iterable[Process]) -> None:
-        """Collect dead members that were handed to us as orphans; the leader belongs to whoever started it."""
+        """Collect dead members that were handed to us as orphans; the leader belongs to whoever
+        started it.
+        """
         for process in processes:
             ours = process.session == self.leader or self._known.get(process.pid) == process.start
             orphan = process.parent == os.getpid() and process.pid != self.leader

@@ -1,8 +1,9 @@
 """The journal of a server, floor 6.
 
-Owns: the journal's owner, the line to it and the router's own stream, from before the first engine to after the last. Promises: while it is open
-somebody keeps an owner alive; at the end the owner is told to go and seen gone, and what does not go is said; a router whose records
-cannot be kept serves without them, loudly. Called by the service. It reads and writes no record.
+Owns: the journal's owner, the line to it and the router's own stream, from before the first engine
+to after the last. Promises: while it is open somebody keeps an owner alive; at the end the owner is
+told to go and seen gone, and what does not go is said; a router whose records cannot be kept serves
+without them, loudly. Called by the service. It reads and writes no record.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class Protection:
 
     @contextlib.contextmanager
     def recorder(self) -> Iterator[Recorder]:
-        """What the router writes its records with, in a stream of its own; blocks while that is opened."""
+        """What the router writes its records with, in a stream of its own; blocks while that is
+        opened.
+        """
         with contextlib.ExitStack() as stack:
             appender = None
             try:

@@ -1,9 +1,10 @@
 """What the router writes into the journal, and what it reads from it.
 
-Owns: the router's own stream (request parameters, token ids received) and its questions to the owner (what is committed). Promises: the
-event loop never waits for the journal: records are queued and written by one thread, questions are asked on others; a journal that is
-full or gone costs protection and is counted, never a token. Called by the router. Does not restore anything (connectors do) and does not
-read events (journal_events does).
+Owns: the router's own stream (request parameters, token ids received) and its questions to the
+owner (what is committed). Promises: the event loop never waits for the journal: records are queued
+and written by one thread, questions are asked on others; a journal that is full or gone costs
+protection and is counted, never a token. Called by the router. Does not restore anything
+(connectors do) and does not read events (journal_events does).
 """
 
 from __future__ import annotations
@@ -102,7 +103,9 @@ class Recorder:
         self._queue.put(_Tokens(flight.key, 1, 0, flight.prompt))
 
     def tokens(self, flight: Flight, piece: Piece) -> None:
-        """Ids that have been received. Called for every event: what can wait is done by the thread."""
+        """Ids that have been received. Called for every event: what can wait is done by the
+        thread.
+        """
         if piece.ids:
             start = len(flight.prompt) + piece.start
             self._queue.put(_Tokens(flight.key, flight.incarnation, start, piece.ids))
@@ -137,7 +140,9 @@ class Recorder:
                 self._waiting.pop(key, None)
 
     async def outcome(self, flight: Flight) -> Outcome | None:
-        """What the connector says of the flight's present incarnation; None when it says nothing."""
+        """What the connector says of the flight's present incarnation; None when it says
+        nothing.
+        """
         return await self._events.outcome(flight.name, flight.incarnation)
 
     async def follow(self, metrics: Metrics, flights: Callable[[], Sequence[Flight]]) -> None:
@@ -176,7 +181,9 @@ class Recorder:
             await asyncio.sleep(config.COMMIT_POLL_S)
 
     def _write(self) -> None:
-        """The thread: gather what has come in a moment, join token records of one request, append."""
+        """The thread: gather what has come in a moment, join token records of one request,
+        append.
+        """
         while True:
             batch = [self._queue.get()]
             time.sleep(config.RECORD_PERIOD_S)  # many small records become one, and one wake-up

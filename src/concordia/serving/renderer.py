@@ -1,7 +1,8 @@
 """Prompts to token ids, by the engine's own renderer.
 
-Owns: the questions put to vLLM's /tokenize, and their form. Promises: the ids are those that vLLM itself would use; a replica that fails
-meanwhile is reported and the question put to another, within the recovery timeout. Called by the router for each new request that came as text.
+Owns: the questions put to vLLM's /tokenize, and their form. Promises: the ids are those that vLLM
+itself would use; a replica that fails meanwhile is reported and the question put to another, within
+the recovery timeout. Called by the router for each new request that came as text.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class Renderer:
         while True:
             replica = await self._admission.acquire()
             try:
-                # A replica that hangs answers nothing: the detector sees that, but this question would wait for ever.
+                # A replica that hangs answers nothing: the detector sees that, but this question
+                # would wait for ever.
                 async with asyncio.timeout(config.RENDER_WAIT_S):
                     with self._admission.passing(replica):
                         found = await self._upstream.post(
@@ -83,7 +85,9 @@ class Renderer:
 
 
 def chat_body(chat: Body) -> dict[str, Any]:
-    """The body of the `/tokenize` that renders a chat's prompt as vLLM's own chat endpoint would."""
+    """The body of the `/tokenize` that renders a chat's prompt as vLLM's own chat endpoint
+    would.
+    """
     found = {name: chat[name] for name in _CHAT_FIELDS if chat.get(name) is not None}
     effort = chat.get("reasoning_effort")
     extra = {"documents": chat.get("documents"), "reasoning_effort": effort}

@@ -1,9 +1,10 @@
 """One engine: a vLLM process tree, from its start to its confirmed end, floor 6.
 
-Owns: how the processes of one engine are started, when they are ready, their states and allowed moves, their folder and log. Promises: an
-engine is a session of its own that dies with this process; it listens on loopback with a key of its own; all its files lie in its folder;
-after `fence` no process of it lives; after `bury` no file, socket or shared-memory name of it is left. Called by the replica set. It does
-not decide when to start, promote or fence.
+Owns: how the processes of one engine are started, when they are ready, their states and allowed
+moves, their folder and log. Promises: an engine is a session of its own that dies with this
+process; it listens on loopback with a key of its own; all its files lie in its folder; after
+`fence` no process of it lives; after `bury` no file, socket or shared-memory name of it is left.
+Called by the replica set. It does not decide when to start, promote or fence.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from concordia.serving.resources import Share
 from concordia.serving.run_folder import NAMES_FILE
 from concordia.serving.shared_names import SharedNames
 
-# Runs before vLLM: the engine dies when we do (the owner ends the rest of its session), and may start at low priority.
+# Runs before vLLM: the engine dies when we do (the owner ends the rest of its session), and may
+# start at low priority.
 _LAUNCHER: Final = """
 import ctypes, os, sys
 parent, nice, *command = sys.argv[1:]
@@ -68,7 +70,8 @@ MOVES: Final[Mapping[State, frozenset[State]]] = {
 class Replica:
     """One engine; making one starts its processes and returns at once.
 
-    Make it on a thread that lives as long as the server: the kernel ends a child with the thread that started it.
+    Make it on a thread that lives as long as the server: the kernel ends a child with the thread
+    that started it.
     """
 
     def __init__(
@@ -127,7 +130,9 @@ class Replica:
             return True
 
     def wait_ready(self, *, timeout_s: float) -> None:
-        """Return once the engine answers and has run once; raises ReplicaError with its own words when it ends or is late."""
+        """Return once the engine answers and has run once; raises ReplicaError with its own words
+        when it ends or is late.
+        """
         deadline = time.monotonic() + timeout_s
         look_at = 0.0
         ended = select.poll()
@@ -179,7 +184,9 @@ class Replica:
         self.tree.strike(spare=[p.pid for p in self.tree.helpers()])
 
     def fence(self, *, timeout_s: float = config.KILL_S) -> None:
-        """Kill every process of the engine and see it dead; raises ReplicaError naming who is left. May be repeated."""
+        """Kill every process of the engine and see it dead; raises ReplicaError naming who is left.
+        May be repeated.
+        """
         self.move(State.FENCING)
         with self._fence_lock:
             if self.state is State.DEAD:
@@ -193,7 +200,9 @@ class Replica:
             self.move(State.DEAD)
 
     def bury(self) -> list[str]:
-        """Remove what a fenced engine left; returns the shared-memory names that had to be removed."""
+        """Remove what a fenced engine left; returns the shared-memory names that had to be
+        removed.
+        """
         with self._fence_lock:
             if self._is_buried or self.state is not State.DEAD:
                 return []
@@ -243,7 +252,8 @@ class Replica:
         return lines[-1] if lines else "it said nothing"
 
     def _start_error(self) -> ReplicaError | UsageError:
-        # Looked at, not collected: as long as the leader is a zombie, its number is not given to another.
+        # Looked at, not collected: as long as the leader is a zombie, its number is not given to
+        # another.
         end = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         code = None if end is None else end.si_status
         words = self.last_words()
@@ -253,7 +263,8 @@ class Replica:
 
     def _run_once(self, deadline: float) -> None:
         """A first request, so that whatever is done lazily is done before somebody waits for it."""
-        # With log-probabilities: an engine that compiles does so for what ranks them at the first request that wants some.
+        # With log-probabilities: an engine that compiles does so for what ranks them at the first
+        # request that wants some.
         body = {
             "prompt": [1] * config.WARM_UP_TOKENS,
             "max_tokens": 2,
@@ -286,9 +297,12 @@ class Replica:
 
 
 def _reserve_port() -> socket.socket:
-    """A bound socket that never listens: nobody else is given its port, and a server that reuses addresses may listen there."""
+    """A bound socket that never listens: nobody else is given its port, and a server that reuses
+    addresses may listen there.
+    """
     reserved = socket.socket()
     reserved.bind((LOOPBACK, 0))
-    # Only now: the kernel gives one free port to any number of sockets that ask for it with this option.
+    # Only now: the kernel gives one free port to any number of sockets that ask for it with this
+    # option.
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return reserved

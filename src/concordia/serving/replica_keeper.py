@@ -1,8 +1,10 @@
 """The number of engines, kept, floor 6.
 
-Owns: when the next engine is started, and what its start comes to. Promises: a free place is filled; a start that fails is told and its engine
-ended; after each failure in a row the pause before the next start doubles, and after START_ATTEMPTS_MAX, or one that no repetition can
-mend, nothing is started until `hurry`; a standby has its full priority once it is loaded. Called by the replica set. It promotes nothing.
+Owns: when the next engine is started, and what its start comes to. Promises: a free place is
+filled; a start that fails is told and its engine ended; after each failure in a row the pause
+before the next start doubles, and after START_ATTEMPTS_MAX, or one that no repetition can mend,
+nothing is started until `hurry`; a standby has its full priority once it is loaded. Called by the
+replica set. It promotes nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ log = logging.getLogger(__name__)
 
 
 class ReplicaKeeper:
-    """Call `start`; it ends once the roster is closed. `hurry`, `rest` and `note_failure` are called under the roster's lock."""
+    """Call `start`; it ends once the roster is closed. `hurry`, `rest` and `note_failure` are
+    called under the roster's lock.
+    """
 
     def __init__(
         self,
@@ -49,7 +53,8 @@ class ReplicaKeeper:
         self._crew = crew
         self._tell = tell
         self._not_before = 0.0
-        # Engines are started on this thread alone: the kernel ends them with the thread that started them.
+        # Engines are started on this thread alone: the kernel ends them with the thread that
+        # started them.
         self._thread = threading.Thread(target=self._keep, name="replica-keeper", daemon=True)
 
     @property
@@ -78,11 +83,16 @@ class ReplicaKeeper:
         """One more in a row; the pause before the next doubles."""
         self.failed_count += 1
         if isinstance(error, UsageError):
-            self.failed_count = config.START_ATTEMPTS_MAX  # the same flags will not be better next time
+            # the same flags will not be better next time
+            self.failed_count = config.START_ATTEMPTS_MAX
         self.last_error = error
-        self.rest(min(config.START_PAUSE_S * 2 ** (self.failed_count - 1), config.START_PAUSE_MAX_S))
+        self.rest(
+            min(config.START_PAUSE_S * 2 ** (self.failed_count - 1), config.START_PAUSE_MAX_S)
+        )
         if self.has_given_up and self._roster.active:
-            log.error("no more standbys are started after %d failures: %s", self.failed_count, error)
+            log.error(
+                "no more standbys are started after %d failures: %s", self.failed_count, error
+            )
         self._roster.notify()
 
     def _keep(self) -> None:
@@ -126,12 +136,18 @@ class ReplicaKeeper:
         except (ConcordiaError, OSError) as error:
             self._give_up(replica, ReplicaError.of(error))
             return
-        replica.set_priority(0)  # here, not when it is promoted; after `add`, which finds its last processes
+        # here, not when it is promoted; after `add`, which finds its last processes
+        replica.set_priority(0)
         with self._roster.changed:
             if replica.move(State.STANDBY):
                 self.failed_count, self.last_error = 0, None
                 loaded_s = replica.ready_s or 0
-                log.info("%s is loaded after %.1f s (session %d)", replica.name, loaded_s, replica.session_id)
+                log.info(
+                    "%s is loaded after %.1f s (session %d)",
+                    replica.name,
+                    loaded_s,
+                    replica.session_id,
+                )
             else:
                 self._watch.remove(replica)
             self._roster.notify()

@@ -1,9 +1,10 @@
 """All engines of one server: so many that serve, so many that wait, floor 6.
 
-Owns: what happens when an engine fails, and who takes its place. Promises: a failed engine is sealed and struck before another takes its place; a
-place is filled by a loaded standby, else by the next engine that is ready; a fault is told once. Called by the service and the router, from
-any thread; its methods may block. It does not detect faults (the watch does), start engines (the keeper), or end them (the fencer), and
-does not know requests.
+Owns: what happens when an engine fails, and who takes its place. Promises: a failed engine is
+sealed and struck before another takes its place; a place is filled by a loaded standby, else by the
+next engine that is ready; a fault is told once. Called by the service and the router, from any
+thread; its methods may block. It does not detect faults (the watch does), start engines (the
+keeper), or end them (the fencer), and does not know requests.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ class ReplicaSet:
         self._callbacks.append(callback)
 
     def start(self, *, timeout_s: float = config.START_S) -> None:
-        """Start everything; returns when as many serve as shall. Raises what the first failed start says."""
+        """Start everything; returns when as many serve as shall. Raises what the first failed start
+        says.
+        """
         self._keeper.start()
         deadline = time.monotonic() + timeout_s
         with self._roster.changed:
@@ -83,7 +86,9 @@ class ReplicaSet:
                     raise ReplicaError(f"not ready after {timeout_s:.0f} s")
 
     def stop(self) -> None:
-        """End every engine and remove what it left; raises ReplicaError when one cannot be killed."""
+        """End every engine and remove what it left; raises ReplicaError when one cannot be
+        killed.
+        """
         self._roster.close()
         self._keeper.join(config.KILL_S)
         self._watch.stop()
@@ -95,7 +100,9 @@ class ReplicaSet:
             raise ReplicaError(f"engines that would not die: {', '.join(left)}")
 
     def report_fault(self, replica: Replica, kind: FaultKind, detail: str) -> None:
-        """Somebody saw an answer break off. It is a fault when the engine's server says so or no longer listens."""
+        """Somebody saw an answer break off. It is a fault when the engine's server says so or no
+        longer listens.
+        """
         if replica.state is not State.READY:
             return
         status = replica.health(timeout_s=config.API_PERIOD_S)
@@ -105,7 +112,9 @@ class ReplicaSet:
             self._watch.hurry(replica)
 
     def fail_over(self, replica: Replica, fault: Fault) -> Replica:
-        """The replica that takes this one's place, once there is one; the same for all who ask. Raises ReplicaError."""
+        """The replica that takes this one's place, once there is one; the same for all who ask.
+        Raises ReplicaError.
+        """
         with self._roster.changed:
             known = next((f for f in self.failovers if f.failed is replica), None)
             if known is None or (known.done.is_set() and known.error is not None):
@@ -150,8 +159,9 @@ class ReplicaSet:
     def _run_failover(self, failover: Failover) -> None:
         """Seal, strike, replace, then see the struck ones dead.
 
-        What is sealed is read safely whatever a dying writer still stores, so the next replica need not wait until the last page of the
-        failed one is given back; only its segments, cores and devices must. Without a seal it does wait.
+        What is sealed is read safely whatever a dying writer still stores, so the next replica need
+        not wait until the last page of the failed one is given back; only its segments, cores and
+        devices must. Without a seal it does wait.
         """
         failed = failover.failed
         try:
@@ -163,7 +173,9 @@ class ReplicaSet:
                 ending.join(2 * config.KILL_S)
             promoted = failover.replacement = self._wait_replacement(failover)
             passed_s = failover.replaced_s = failover.passed_s()
-            log.warning("%s serves in place of %s after %.3f s", promoted.name, failed.name, passed_s)
+            log.warning(
+                "%s serves in place of %s after %.3f s", promoted.name, failed.name, passed_s
+            )
         except (ConcordiaError, OSError) as error:
             failover.error = ReplicaError.of(error)
             log.error("%s has no replacement: %s", failed.name, error)
@@ -189,7 +201,8 @@ class ReplicaSet:
                     replica.set_priority(0)
                 if not self._wait_until(deadline):
                     raise ReplicaError(f"no engine was ready after {config.START_S:.0f} s")
-            # A moment for the resumed requests before the next standby's start takes its share of the cores.
+            # A moment for the resumed requests before the next standby's start takes its share of
+            # the cores.
             self._keeper.rest(config.STANDBY_DELAY_S)
         self._take_cores(promoted, failover.failed)
         return promoted
@@ -199,7 +212,9 @@ class ReplicaSet:
         return self._roster.changed.wait(deadline - time.monotonic())
 
     def _take_cores(self, promoted: Replica, failed: Replica) -> None:
-        """A standby that lay over another active replica's cores moves to those that have become free."""
+        """A standby that lay over another active replica's cores moves to those that have become
+        free.
+        """
         others = [r for r in self.active if r is not promoted]
         taken = {core for r in others for rank in r.share.cores for core in rank}
         own = [core for rank in promoted.share.cores for core in rank]

@@ -1,8 +1,9 @@
 """What a client asks for, checked.
 
-Owns: parsing of completion and chat requests. Promises: a parsed request is a frozen value; what the router must understand has been checked,
-everything else goes to vLLM as the client wrote it, and vLLM judges it. Called by the server. Does no input or output; what a parameter
-needs to go on after a fault is said in `need`, how a chat becomes token ids in `renderer`.
+Owns: parsing of completion and chat requests. Promises: a parsed request is a frozen value; what
+the router must understand has been checked, everything else goes to vLLM as the client wrote it,
+and vLLM judges it. Called by the server. Does no input or output; what a parameter needs to go on
+after a fault is said in `need`, how a chat becomes token ids in `renderer`.
 """
 
 from __future__ import annotations
@@ -24,20 +25,26 @@ class Endpoint(enum.Enum):
 
 
 class Sampler(enum.Enum):
-    """How the engine draws tokens: a generator that nothing restores, our counter plug-in, or vLLM's own (seed, position)."""
+    """How the engine draws tokens: a generator that nothing restores, our counter plug-in, or
+    vLLM's own (seed, position).
+    """
 
     GENERATOR = "generator"
     COUNTER = "counter"
     POSITION = "position"
 
 
-# What the router answers itself, or sends in a form of its own; everything else goes to vLLM as the client wrote it.
+# What the router answers itself, or sends in a form of its own; everything else goes to vLLM as the
+# client wrote it.
 _OWN_NAMES: Final = (
-    "messages prompt stream stream_options n logprobs top_logprobs max_tokens max_completion_tokens "
-    "min_tokens seed stop include_stop_str_in_output skip_special_tokens spaces_between_special_tokens "
+    "messages prompt stream stream_options n logprobs top_logprobs max_tokens "
+    "max_completion_tokens "
+    "min_tokens seed stop include_stop_str_in_output skip_special_tokens "
+    "spaces_between_special_tokens "
     "return_token_ids return_tokens_as_token_ids add_generation_prompt continue_final_message "
     "add_special_tokens chat_template chat_template_kwargs documents reasoning_effort "
-    "include_reasoning request_id concordia kv_transfer_params echo tools tool_choice parallel_tool_calls"
+    "include_reasoning request_id concordia kv_transfer_params echo tools tool_choice "
+    "parallel_tool_calls"
 )
 _OWN_FIELDS: Final = frozenset(_OWN_NAMES.split())
 
@@ -100,7 +107,9 @@ def parse(
     sampler: Sampler,
     chat_blocker: str | None = None,
 ) -> GenerationRequest:
-    """Check and classify one request; raises RequestRefused. `chat_blocker` names why no chat can be continued here."""
+    """Check and classify one request; raises RequestRefused. `chat_blocker` names why no chat can
+    be continued here.
+    """
     if not isinstance(body, dict):
         raise RequestRefused("the request body must be a JSON object")
     is_chat = endpoint is Endpoint.CHAT
@@ -159,7 +168,8 @@ def _draw(body: Body, defaults: Defaults, sampler: Sampler) -> Sampler | None:
     if values["temperature"] < config.GREEDY_TEMPERATURE:
         return None
     if sampler is Sampler.COUNTER and (
-        # The plug-in runs before the penalties, which would then change nothing; and what is out of range is vLLM's to refuse.
+        # The plug-in runs before the penalties, which would then change nothing; and what is out of
+        # range is vLLM's to refuse.
         values["repetition_penalty"] != 1.0
         or body.get("presence_penalty")
         or defaults.presence_penalty

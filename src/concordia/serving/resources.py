@@ -1,8 +1,9 @@
 """How the engines share one machine, floor 6.
 
-Owns: each engine's part of the machine, and the journal's. Promises: the parts never add up to more than there is; what the user set in a flag
-or an environment variable is kept; what cannot fit is refused with what to do. Called by the command line; replicas are started with their
-share. It starts nothing, and changes no setting of this process.
+Owns: each engine's part of the machine, and the journal's. Promises: the parts never add up to more
+than there is; what the user set in a flag or an environment variable is kept; what cannot fit is
+refused with what to do. Called by the command line; replicas are started with their share. It
+starts nothing, and changes no setting of this process.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def check_shared_memory(*, journal_bytes: int, where: pathlib.Path) -> None:
     free = shutil.disk_usage(SHARED_MEMORY).free
     if free < needed:
         raise EnvironmentRefused(
-            f"/dev/shm has {free >> 20} MiB free; the engines and the journal need {needed >> 20} MiB: "
+            f"/dev/shm has {free >> 20} MiB free; the engines and the journal need {needed >> 20} "
+            "MiB: "
             f"give it more (docker run --shm-size=8g, or mount -o remount,size=8g /dev/shm)"
             + (", or set a smaller --journal-size" if is_shared else "")
         )
@@ -102,8 +104,9 @@ def core_groups(
 ) -> list[list[list[int]]]:
     """Cores per engine and rank.
 
-    One core per rank is kept free for the HTTP server, scheduler and router, as vLLM does. All active engines have groups of their own;
-    standbys too when there are cores enough, else they lie over an active one's, which costs nothing while they only wait.
+    One core per rank is kept free for the HTTP server, scheduler and router, as vLLM does. All
+    active engines have groups of their own; standbys too when there are cores enough, else they lie
+    over an active one's, which costs nothing while they only wait.
     """
     spare = world if len(cores) > world * replicas else 0
     size = max(1, (len(cores) - spare) // (replicas * world))
@@ -146,17 +149,21 @@ def _cpu_shares(
         kv_bytes = flags.number("--kv-cache-memory-bytes", 0)
         if count * (kv_bytes + weights_bytes) > machine.memory_free_bytes:
             raise UsageError(
-                f"{count} engines with {kv_bytes >> 20} MiB of KV cache and {weights_bytes >> 20} MiB of weights each do not fit into "
-                f"{machine.memory_free_bytes >> 20} MiB of free memory: lower --kv-cache-memory-bytes, --replicas or --standby"
+                f"{count} engines with {kv_bytes >> 20} MiB of KV cache and {weights_bytes >> 20} "
+                "MiB of weights each do not fit into "
+                f"{machine.memory_free_bytes >> 20} MiB of free memory: lower "
+                "--kv-cache-memory-bytes, --replicas or --standby"
             )
     names = ("--enforce-eager", "--compilation-config", "--optimization-level")
     if not flags.has(*names) and not any(name.startswith("-O") for name in flags.names()):
-        # Compiling takes longer than all the rest of a start, and is repeated at each; it brought no tokens/s.
+        # Compiling takes longer than all the rest of a start, and is repeated at each; it brought
+        # no tokens/s.
         fixed.append("--enforce-eager")
     is_eager = "--enforce-eager" in fixed or flags.is_on("--enforce-eager")
     environment: dict[str, str] = {}
     if is_eager and "TORCH_COMPILE_DISABLE" not in os.environ:
-        # Else vLLM compiles what ranks log-probabilities when the first request wants some: 20 s, and 11 s from its cache.
+        # Else vLLM compiles what ranks log-probabilities when the first request wants some: 20 s,
+        # and 11 s from its cache.
         environment["TORCH_COMPILE_DISABLE"] = "1"
     if _BINDING in os.environ:
         note = f"cores as {_BINDING} says"
@@ -178,8 +185,10 @@ def _cpu_kv_bytes(machine: Machine, *, replicas: int, count: int, weights_bytes:
     kv_bytes = min(kv_bytes, config.CPU_KV_BYTES_MAX) >> 20 << 20
     if kv_bytes < config.CPU_KV_BYTES_MIN:
         raise UsageError(
-            f"{count} engines of {weights_bytes >> 20} MiB of weights do not fit into {machine.memory_free_bytes >> 20} MiB of "
-            f"free memory: use fewer --replicas or --standby, or set --kv-cache-memory-bytes yourself"
+            f"{count} engines of {weights_bytes >> 20} MiB of weights do not fit into "
+            f"{machine.memory_free_bytes >> 20} MiB of "
+            "free memory: use fewer --replicas or --standby, or set --kv-cache-memory-bytes "
+            "yourself"
         )
     return kv_bytes
 
@@ -191,7 +200,8 @@ def _gpu_shares(
     places = len(machine.gpus) // world
     if places == 0:
         raise UsageError(
-            f"{world} ranks need {world} GPUs and {len(machine.gpus)} can be used: lower --tensor-parallel-size"
+            f"{world} ranks need {world} GPUs and {len(machine.gpus)} can be used: lower "
+            "--tensor-parallel-size"
         )
     per_device = -(-count // places)  # engines that share a device, rounded up
     fixed: tuple[str, ...] = ()

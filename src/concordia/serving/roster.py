@@ -1,8 +1,9 @@
 """Which engines a server has, and the places that they take, floor 6.
 
-Owns: the list of replicas, the places for them (each with its share of the machine), and the lock under which the set is changed. Promises: a
-replica has its place from its start to its confirmed end; who waits on `changed` is woken whenever a replica was loaded or has ended, or the
-server stops. Used by the replica set and what it consists of. It starts, watches and ends nothing.
+Owns: the list of replicas, the places for them (each with its share of the machine), and the lock
+under which the set is changed. Promises: a replica has its place from its start to its confirmed
+end; who waits on `changed` is woken whenever a replica was loaded or has ended, or the server
+stops. Used by the replica set and what it consists of. It starts, watches and ends nothing.
 """
 
 from __future__ import annotations

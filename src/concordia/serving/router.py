@@ -1,9 +1,10 @@
 """Requests that outlive a replica.
 
-Owns: the table of flights and what happens to them when a replica fails. Promises: a flight sits on one replica at a time; after a fault all
-flights of that replica become one cohort; nothing but the recovery timeout, a refusal by vLLM or a regenerated answer that differs ends a
-flight with an error; a client that leaves is forgotten at once. Called by the server; the replica set calls back with faults. Does not
-detect, kill or start anything.
+Owns: the table of flights and what happens to them when a replica fails. Promises: a flight sits on
+one replica at a time; after a fault all flights of that replica become one cohort; nothing but the
+recovery timeout, a refusal by vLLM or a regenerated answer that differs ends a flight with an
+error; a client that leaves is forgotten at once. Called by the server; the replica set calls back
+with faults. Does not detect, kill or start anything.
 """
 
 from __future__ import annotations
@@ -101,7 +102,9 @@ class Router:
     # --- life
 
     async def start(self) -> None:
-        """Open the client session, learn what the model allows, listen for faults; needs an active replica."""
+        """Open the client session, learn what the model allows, listen for faults; needs an active
+        replica.
+        """
         await self.upstream.start()
         self.faults.start()
         if self._recorder is not None:
@@ -127,7 +130,9 @@ class Router:
         self.faults.stop()
 
     async def drain(self, timeout_s: float) -> int:
-        """Admit nothing more and wait for what runs; returns how many requests still ran at the bound."""
+        """Admit nothing more and wait for what runs; returns how many requests still ran at the
+        bound.
+        """
         self.admission.is_draining = True
         bound = time.monotonic() + timeout_s
         while self.in_flight and time.monotonic() < bound:
@@ -141,7 +146,9 @@ class Router:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Count a request that has come in while it has no flight: it waits, is rendered, or is passed through."""
+        """Count a request that has come in while it has no flight: it waits, is rendered, or is
+        passed through.
+        """
         self._entered_count += 1
         try:
             yield
@@ -209,7 +216,9 @@ class Router:
             self.faults.suspect(flight, flight.replica, detail)
 
     async def may_emit(self, flight: Flight, piece: Piece) -> None:
-        """Note what was received and, in that mode, wait until the state it depends on is committed."""
+        """Note what was received and, in that mode, wait until the state it depends on is
+        committed.
+        """
         self._fingerprint = flight.fingerprint or self._fingerprint
         self.metrics.count("tokens", len(piece.ids))
         if flight.broken_at is not None and piece.ids:
@@ -260,10 +269,14 @@ class Router:
         return True
 
     async def submit_alone(self, flight: Flight) -> None:
-        """The first submission, or that of a flight that was cut off without a fault of its replica."""
+        """The first submission, or that of a flight that was cut off without a fault of its
+        replica.
+        """
         ticket = flight.wished_ticket if flight.incarnation == 0 else None
         try:
-            flight.replica = await self.admission.acquire(lambda: self.flights.shared_replica(flight))
+            flight.replica = await self.admission.acquire(
+                lambda: self.flights.shared_replica(flight)
+            )
         except RequestRefused as error:
             flight.fail(error)
             return
@@ -300,7 +313,9 @@ class Router:
             self._recorder.admit(flight)
 
     async def _ask_fingerprint(self, replica: ReplicaLike, model: str) -> str | None:
-        """An answer that is cut at a stop string ends before vLLM has said its fingerprint, so it is asked for once."""
+        """An answer that is cut at a stop string ends before vLLM has said its fingerprint, so it
+        is asked for once.
+        """
         body = {"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0}
         body["kv_transfer_params"] = {"concordia": False}
         found = await self.upstream.post(

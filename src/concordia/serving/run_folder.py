@@ -1,8 +1,9 @@
 """The folder of one running server, by its port, floor 6.
 
-Owns: where a server's control socket and its engines' folders lie, and who may claim them. Promises: the folder is this user's alone; one
-living server per port (flock); what a server that was killed left is removed when its port is claimed again. Called by the service and
-by the commands that look for a server. It does not listen on anything.
+Owns: where a server's control socket and its engines' folders lie, and who may claim them.
+Promises: the folder is this user's alone; one living server per port (flock); what a server that
+was killed left is removed when its port is claimed again. Called by the service and by the commands
+that look for a server. It does not listen on anything.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class RunFolder:
 
     @classmethod
     def claim(cls, base: pathlib.Path, port: int) -> RunFolder:
-        """The folder of the server on this port; raises UsageError when another lives or the base is not ours alone."""
+        """The folder of the server on this port; raises UsageError when another lives or the base
+        is not ours alone.
+        """
         _make_private(base)
         _bury_dead(base)
         path = base / str(port)
@@ -57,7 +60,9 @@ class RunFolder:
 
 
 def default_base() -> pathlib.Path:
-    """Where servers of this user have their folders. Short: Unix sockets have names of at most 107 bytes."""
+    """Where servers of this user have their folders. Short: Unix sockets have names of at most 107
+    bytes.
+    """
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime and os.access(runtime, os.W_OK):
         return pathlib.Path(runtime) / "concordia"
@@ -65,7 +70,9 @@ def default_base() -> pathlib.Path:
 
 
 def find_control(base: pathlib.Path, port: int | None) -> pathlib.Path:
-    """The control socket of a living server; the only one there is when no port is named. Raises UsageError."""
+    """The control socket of a living server; the only one there is when no port is named. Raises
+    UsageError.
+    """
     living = {
         int(path.name): path / _CONTROL
         for path in (base.iterdir() if base.is_dir() else ())
@@ -86,7 +93,9 @@ def find_control(base: pathlib.Path, port: int | None) -> pathlib.Path:
 
 
 def _bury_dead(base: pathlib.Path) -> None:
-    """Remove what killed servers left; what still has living processes is left for the next time."""
+    """Remove what killed servers left; what still has living processes is left for the next
+    time.
+    """
     for path in base.iterdir():
         if not path.name.isdecimal() or not (path / _LOCK).exists():
             continue

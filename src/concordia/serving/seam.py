@@ -1,7 +1,8 @@
 """Where an answer was cut, and where it goes on.
 
-Owns: the incarnations of one answer, how far the KV of each may be used, and the ids that a successor is to generate once more. Promises: an id
-that comes again is compared with the one that was sent and never sent twice; KV that was computed after an id that differs is never restored.
+Owns: the incarnations of one answer, how far the KV of each may be used, and the ids that a
+successor is to generate once more. Promises: an id that comes again is compared with the one that
+was sent and never sent twice; KV that was computed after an id that differs is never restored.
 Called by the flight. Does not know why an answer was cut.
 """
 
@@ -11,7 +12,9 @@ from collections.abc import Sequence
 
 
 class EchoDiffers(Exception):
-    """A successor generated another id than the one that was sent; `index` is its place in the answer."""
+    """A successor generated another id than the one that was sent; `index` is its place in the
+    answer.
+    """
 
     def __init__(self, index: int) -> None:
         super().__init__(f"the engine generated another token at position {index} of the answer")
@@ -19,11 +22,14 @@ class EchoDiffers(Exception):
 
 
 class Seam:
-    """The seams of one answer; positions count from the answer's first token, bounds from the prompt's."""
+    """The seams of one answer; positions count from the answer's first token, bounds from the
+    prompt's.
+    """
 
     def __init__(self, prompt_tokens: int) -> None:
         self.incarnation = 0
-        self.bounds: dict[int, int] = {}  # incarnation -> tokens whose KV the next ones may take from it
+        # incarnation -> tokens whose KV the next ones may take from it
+        self.bounds: dict[int, int] = {}
         self._prompt_tokens = prompt_tokens
         self._echo: int | None = None  # the next id that is to come again
 
@@ -38,7 +44,9 @@ class Seam:
         self._echo = after if after < known else None
 
     def take(self, ids: Sequence[int], sent: Sequence[int], *, is_end: bool) -> int:
-        """How many of `ids` were sent before. Raises EchoDiffers when one is another, or the answer ends before all came again."""
+        """How many of `ids` were sent before. Raises EchoDiffers when one is another, or the answer
+        ends before all came again.
+        """
         if self._echo is None:
             return 0
         again = 0

@@ -1,7 +1,8 @@
 """The stream that an answer is read from, and the wait for the next one.
 
-Owns: which stream that is. Promises: a reader gets the newest stream, never one that was taken away before it ran; an error given here is what it
-gets; a reader that is cancelled takes nothing with it. Called by the flight. Does not open streams and knows no deadline.
+Owns: which stream that is. Promises: a reader gets the newest stream, never one that was taken away
+before it ran; an error given here is what it gets; a reader that is cancelled takes nothing with
+it. Called by the flight. Does not open streams and knows no deadline.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Seat:
         self._break_off(str(error))
 
     async def next(self) -> EventStream:
-        """The stream to read; waits for it as long as its caller lets it. Raises what `fail` was given."""
+        """The stream to read; waits for it as long as its caller lets it. Raises what `fail` was
+        given.
+        """
         while True:
             waited = self._next
             # Not awaited directly: a reader that is cancelled must not cancel it for the next.

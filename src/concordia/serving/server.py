@@ -1,9 +1,11 @@
 """The HTTP face: what an OpenAI client talks to.
 
-Owns: the ASGI application, its paths, the API key and the watch over clients that leave. Promises: completions and chats go through the
-router, everything else but /health and /metrics to a replica as it is; an error before the first byte has its HTTP status, one after it is
-the stream's last event; a client that leaves cancels what it asked for, at any moment. Run by the command line under uvicorn. Does not keep
-state of its own, and does nothing for the operator: status and drain are the control socket's.
+Owns: the ASGI application, its paths, the API key and the watch over clients that leave. Promises:
+completions and chats go through the router, everything else but /health and /metrics to a replica
+as it is; an error before the first byte has its HTTP status, one after it is the stream's last
+event; a client that leaves cancels what it asked for, at any moment. Run by the command line under
+uvicorn. Does not keep state of its own, and does nothing for the operator: status and drain are the
+control socket's.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """A whole server, from its first process to its last file, floor 6.
 
-Owns: the order in which journal, engines, router and HTTP are started and ended, and the signals and commands in between. Promises: whatever
-ends it, everything that was started is ended, in the opposite order; the exit code says whether a request was lost. Called by `start`, which
-has checked what can be checked before. It decides nothing about requests or faults.
+Owns: the order in which journal, engines, router and HTTP are started and ended, and the signals
+and commands in between. Promises: whatever ends it, everything that was started is ended, in the
+opposite order; the exit code says whether a request was lost. Called by `start`, which has checked
+what can be checked before. It decides nothing about requests or faults.
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ class Service:
         self._started = time.time()
 
     async def run(self) -> int:
-        """Start, serve until a signal or `concordia drain --stop`, end. Raises what the start raised."""
+        """Start, serve until a signal or `concordia drain --stop`, end. Raises what the start
+        raised.
+        """
         loop = asyncio.get_running_loop()
         for number in _STOP_SIGNALS:
             loop.add_signal_handler(number, self._on_signal)
@@ -140,14 +143,17 @@ class Service:
             if working.done():
                 working.result()
             else:
-                # The thread ends as soon as the replica set is told to stop; its error is then no news.
+                # The thread ends as soon as the replica set is told to stop; its error is then no
+                # news.
                 working.add_done_callback(lambda task: task.exception())
         finally:
             stopping.cancel()
 
     @property
     def _sampler(self) -> Sampler:
-        """How the engine draws: vLLM's V1 runner, which is all that a CPU has, keeps a generator that nothing restores."""
+        """How the engine draws: vLLM's V1 runner, which is all that a CPU has, keeps a generator
+        that nothing restores.
+        """
         return Sampler.COUNTER if self.settings.engine.device == "cpu" else Sampler.POSITION
 
     # --- serve

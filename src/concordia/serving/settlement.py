@@ -1,7 +1,8 @@
 """What became of the state of answers that were resumed.
 
-Owns: the counting of what a failover restored, recomputed and could not restore. Promises: an answer is settled once, by what the connector said
-of its last incarnation; where nobody says anything all of it counts as computed again. Called by the router. Keeps no tokens.
+Owns: the counting of what a failover restored, recomputed and could not restore. Promises: an
+answer is settled once, by what the connector said of its last incarnation; where nobody says
+anything all of it counts as computed again. Called by the router. Keeps no tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Settlement:
         for flight in flights:
             if not flight.failovers:
                 continue
-            async with flight.settling:  # its report and its end both ask, and the answer takes a while
+            # its report and its end both ask, and the answer takes a while
+            async with flight.settling:
                 if not flight.is_settled:
                     await self._settle(flight)
 
@@ -37,7 +39,9 @@ class Settlement:
         self._metrics.level(flight.level)
 
     async def count_uncommitted(self, flights: Sequence[Flight]) -> None:
-        """Count what the journal cannot give back: tokens known, minus the last, minus what was committed."""
+        """Count what the journal cannot give back: tokens known, minus the last, minus what was
+        committed.
+        """
         if self._recorder is None or not self._restores:
             return
         counts = await asyncio.gather(*(self._recorder.committed(flight) for flight in flights))

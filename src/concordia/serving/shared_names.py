@@ -1,9 +1,10 @@
 """The shared-memory names that a process tree leaves behind, floor 6.
 
-Owns: which files under /dev/shm the processes of one tree had mapped or open, and their removal. Promises: only files that the tree used are
-removed, and only when no living process uses them; folders (the journal is one) are never touched. Called by ProcessTree. Names are
-noted while processes live, by inode: a dead one no longer says, and a semaphore is mapped under a name that it soon loses. What is noted
-can be kept in a file, for whoever cleans up after us when we are killed.
+Owns: which files under /dev/shm the processes of one tree had mapped or open, and their removal.
+Promises: only files that the tree used are removed, and only when no living process uses them;
+folders (the journal is one) are never touched. Called by ProcessTree. Names are noted while
+processes live, by inode: a dead one no longer says, and a semaphore is mapped under a name that it
+soon loses. What is noted can be kept in a file, for whoever cleans up after us when we are killed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class SharedNames:
 
     @staticmethod
     def load(file: pathlib.Path) -> SharedNames:
-        """What was noted in this file; nothing when it is missing, damaged or older than the machine's last start."""
+        """What was noted in this file; nothing when it is missing, damaged or older than the
+        machine's last start.
+        """
         names = SharedNames()
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads(file.read_text(encoding="ascii"))
@@ -37,7 +40,9 @@ class SharedNames:
         return names
 
     def note(self, pids: Iterable[int], *, is_thorough: bool = False) -> None:
-        """Remember what these processes map; `is_thorough` adds what they have opened and not mapped yet."""
+        """Remember what these processes map; `is_thorough` adds what they have opened and not
+        mapped yet.
+        """
         before = len(self._inodes)
         for pid in pids:
             self._inodes |= _mapped(pid)

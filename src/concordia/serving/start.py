@@ -1,7 +1,8 @@
 """From flags to a running server: everything that is checked before anything is started, floor 6.
 
-Owns: the order of the checks and what is printed meanwhile. Promises: a check that fails raises before a process, file or socket of ours is left;
-the settings that come out are complete. Called by `concordia serve`. It knows nothing of requests.
+Owns: the order of the checks and what is printed meanwhile. Promises: a check that fails raises
+before a process, file or socket of ours is left; the settings that come out are complete. Called by
+`concordia serve`. It knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ log = logging.getLogger("concordia")
 
 
 def start(options: Mapping[str, Any], engine_arguments: Sequence[str]) -> int:
-    """Check, start, serve; returns the exit code. Raises UsageError for what is wrong with the request or the machine."""
+    """Check, start, serve; returns the exit code. Raises UsageError for what is wrong with the
+    request or the machine.
+    """
     flags = EngineFlags.parse(engine_arguments)
     engine = find_engine()
     _check_model(options["model"])
@@ -136,7 +139,9 @@ def _run(
 
 
 def _check_model(model: str) -> None:
-    """A name that looks like a path must be a folder with a config.json; any other is a hub's business."""
+    """A name that looks like a path must be a folder with a config.json; any other is a hub's
+    business.
+    """
     path = pathlib.Path(model)
     looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1 or path.exists()
     if not looks_local:
@@ -167,7 +172,8 @@ def _check_journal(journal: pathlib.Path, size_bytes: int) -> None:
         user = _living_user(home)
         if user is not None:
             raise UsageError(
-                f"{journal} is the journal of the server with process id {user}: name another --journal-dir"
+                f"{journal} is the journal of the server with process id {user}: name another "
+                "--journal-dir"
             )
         return  # what lies there is adopted or removed by the owner
     parent = journal
@@ -191,7 +197,9 @@ def _living_user(home: Folder) -> int | None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Our listening socket, before anything else is started, so that nobody can take the port meanwhile."""
+    """Our listening socket, before anything else is started, so that nobody can take the port
+    meanwhile.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -205,6 +213,7 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise UsageError(
-            f"port {port} of {host} cannot be used ({error.strerror}): stop what listens there or set --port"
+            f"port {port} of {host} cannot be used ({error.strerror}): stop what listens "
+            "there or set --port"
         ) from None
     return listener

@@ -1,7 +1,8 @@
 """What `concordia status` shows, floor 6.
 
-Owns: how a server describes its engines and journal, and how that is printed for people. Promises: the description is plain JSON values. Called by
-the service (describe) and the command line (render). It asks nobody anything that could block.
+Owns: how a server describes its engines and journal, and how that is printed for people. Promises:
+the description is plain JSON values. Called by the service (describe) and the command line
+(render). It asks nobody anything that could block.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def render(found: Mapping[str, Any]) -> str:
     for r in found["replicas"]:
         start = f"{r['start_s']:.1f} s" if r["start_s"] else "-"
         lines.append(
-            f"{r['name']:<8} {r['state']:<9} {r['session_id']:>8} {r['requests']:>8} {r['age_s']:>7.0f} s {start:>8}"
+            f"{r['name']:<8} {r['state']:<9} {r['session_id']:>8} {r['requests']:>8} "
+            f"{r['age_s']:>7.0f} s {start:>8}"
         )
     if found["failovers"]:
         lines += ["", f"{'failed':<8} {'by':<8} {'fault':<16} {'fenced':>9} {'replaced':>9}"]
@@ -69,7 +71,8 @@ def render(found: Mapping[str, Any]) -> str:
             f"{f[k]:.0f} ms" if f[k] is not None else "-" for k in ("fenced_ms", "replaced_ms")
         )
         lines.append(
-            f"{f['failed']:<8} {f['replacement'] or '-':<8} {f['kind']:<16} {fenced:>9} {replaced:>9}"
+            f"{f['failed']:<8} {f['replacement'] or '-':<8} {f['kind']:<16} {fenced:>9} "
+            f"{replaced:>9}"
         )
     if counters:
         lines += [

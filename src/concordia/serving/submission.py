@@ -1,7 +1,8 @@
 """What an engine is asked for, when an answer begins or goes on.
 
-Owns: the body of an upstream request. Promises: an answer that goes on after n of its tokens is asked for with exactly these, with what is left
-of its limits, and with the draws that come next. Called by the flight. Does not post it and keeps nothing.
+Owns: the body of an upstream request. Promises: an answer that goes on after n of its tokens is
+asked for with exactly these, with what is left of its limits, and with the draws that come next.
+Called by the flight. Does not post it and keeps nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ _SEED_MASK: Final = 2**62 - 1
 
 @dataclass(frozen=True, slots=True)
 class CohortTicket:
-    """Which cohort a submission belongs to; `deadline_s` bounds how long its members wait for each other."""
+    """Which cohort a submission belongs to; `deadline_s` bounds how long its members wait for each
+    other.
+    """
 
     name: str
     size: int
@@ -41,7 +44,9 @@ class Asking:
     defaults: Defaults
 
     def body(self, done: Sequence[int]) -> dict[str, Any]:
-        """The upstream request that goes on after the ids `done`, without what concerns the journal."""
+        """The upstream request that goes on after the ids `done`, without what concerns the
+        journal.
+        """
         request, count = self.request, len(done)
         is_as_asked = count == 0 and request.max_tokens is not None
         body: dict[str, Any] = {
@@ -67,7 +72,8 @@ class Asking:
         if draw is Sampler.POSITION:
             return {"seed": self.seed}
         if draw is Sampler.GENERATOR:
-            # Its generator starts anew after the seam: with the same seed it would repeat the noise of the answer's beginning.
+            # Its generator starts anew after the seam: with the same seed it would repeat the noise
+            # of the answer's beginning.
             return {"seed": (self.seed + done * _GOLDEN) & _SEED_MASK if done else self.seed}
         given, defaults = self.request.body, self.defaults
         values = {

@@ -1,8 +1,10 @@
 """The model's tokenizer, in a process that never loads torch.
 
-Owns: `Tokenizer` and how it is loaded. Promises: the same object of the `tokenizers` library that vLLM decodes with: transformers builds it
-in a child process from which torch is hidden, and it crosses as the library's own JSON. Called by the server's start. Does not encode:
-prompts are rendered by the engine. A model without a fast tokenizer has none here (`load` returns None): its requests are passed through.
+Owns: `Tokenizer` and how it is loaded. Promises: the same object of the `tokenizers` library that
+vLLM decodes with: transformers builds it in a child process from which torch is hidden, and it
+crosses as the library's own JSON. Called by the server's start. Does not encode: prompts are
+rendered by the engine. A model without a fast tokenizer has none here (`load` returns None): its
+requests are passed through.
 """
 
 from __future__ import annotations
@@ -49,9 +51,11 @@ class Tokenizer:
         return str(self.backend.decode(list(ids), skip_special_tokens=False))
 
     def name(self, token: int, before: Sequence[int]) -> str:
-        """How vLLM shows this token in log-probabilities; `before` are the ids of the answer ahead of it.
+        """How vLLM shows this token in log-probabilities; `before` are the ids of the answer ahead
+        of it.
 
-        A token that ends inside a character is shown as nothing, and the whole character at the token that completes it.
+        A token that ends inside a character is shown as nothing, and the whole character at the
+        token that completes it.
         """
         text = self._alone(token)
         if not text.endswith(REPLACEMENT):

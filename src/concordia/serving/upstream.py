@@ -1,8 +1,9 @@
 """HTTP to one replica's vLLM server.
 
-Owns: the client session and the event stream of one upstream answer. Promises: an event is given whole or not at all, however TCP cuts it;
-what the engine did wrong is UpstreamBroken, what the client did wrong is RequestRefused with vLLM's own words; nothing is retried here.
-Called by the router. A connection is used once: a server that closes an idle one must not look like a fault.
+Owns: the client session and the event stream of one upstream answer. Promises: an event is given
+whole or not at all, however TCP cuts it; what the engine did wrong is UpstreamBroken, what the
+client did wrong is RequestRefused with vLLM's own words; nothing is retried here. Called by the
+router. A connection is used once: a server that closes an idle one must not look like a fault.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _BROKEN: Final = (aiohttp.ClientError, ConnectionError, TimeoutError, asyncio.In
 
 
 class EventStream:
-    """The events of one answer; ends after [DONE], raises UpstreamBroken when the connection ends before."""
+    """The events of one answer; ends after [DONE], raises UpstreamBroken when the connection ends
+    before.
+    """
 
     __slots__ = ("_buffer", "_is_broken_off", "_response", "is_silent")
 
@@ -49,7 +52,9 @@ class EventStream:
             yield _event(line[len(_FIELD) :])
 
     def break_off(self, reason: str) -> None:
-        """Wake whoever reads with UpstreamBroken and close the connection; what was not read yet is never given."""
+        """Wake whoever reads with UpstreamBroken and close the connection; what was not read yet is
+        never given.
+        """
         self._is_broken_off = True
         self._buffer = b""
         self._response.content.set_exception(UpstreamBroken(reason))
@@ -73,7 +78,9 @@ class EventStream:
 
 
 class Upstream:
-    """One client session for all replicas; `headers` go with every request (the replicas' own API key)."""
+    """One client session for all replicas; `headers` go with every request (the replicas' own API
+    key).
+    """
 
     def __init__(self, headers: Mapping[str, str] | None = None) -> None:
         self._headers = dict(headers or {})

@@ -1,8 +1,10 @@
 """The eye on all replicas: one thread that gathers samples and asks their detectors, floor 6.
 
-Owns: the thread, the descriptors that it sleeps on, and what is read of /proc and of the journal's board. Promises: the end of a process wakes
-it at once, all else is looked at every WATCH_PERIOD_S, and what keeps us from looking ends no watch; a fault is told once per replica, on
-this thread; after `remove` the replica is not touched again. Called by the replica set. It decides nothing and kills nothing.
+Owns: the thread, the descriptors that it sleeps on, and what is read of /proc and of the journal's
+board. Promises: the end of a process wakes it at once, all else is looked at every WATCH_PERIOD_S,
+and what keeps us from looking ends no watch; a fault is told once per replica, on this thread;
+after `remove` the replica is not touched again. Called by the replica set. It decides nothing and
+kills nothing.
 """
 
 from __future__ import annotations
@@ -122,7 +124,9 @@ class Watch:
                 self._on_fault(replica, fault)
 
     def _try_look(self, entry: _Entry, now_ns: int, ended: set[tuple[int, int]]) -> Fault | None:
-        """Look, whatever keeps us from it: an error of this process, such as too many open files, is no fault of an engine."""
+        """Look, whatever keeps us from it: an error of this process, such as too many open files,
+        is no fault of an engine.
+        """
         try:
             return self._look(entry, now_ns, ended)
         except OSError as error:
@@ -160,7 +164,8 @@ class Watch:
                 entry.essential[process.pid] = process
                 descriptor = tree.pidfd(process.pid)
                 if descriptor is not None:
-                    # A copy: the tree closes its own when the process is gone, perhaps before we look.
+                    # A copy: the tree closes its own when the process is gone, perhaps before we
+                    # look.
                     copy = os.dup(descriptor)
                     entry.descriptors.append(copy)
                     data = (entry.replica.incarnation, process.pid)

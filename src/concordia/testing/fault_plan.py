@@ -1,8 +1,9 @@
 """Faults on purpose: which process of a replica is hit, how, and when.
 
-Owns: the finding of targets in a replica's process tree and the hitting. Promises: a signal goes only to a process of the session named;
-what was hit and when (monotonic nanoseconds) is returned. Called by the demo, the soak and fault tests; a user may import it to rehearse
-failures. Does not judge what happens next.
+Owns: the finding of targets in a replica's process tree and the hitting. Promises: a signal goes
+only to a process of the session named; what was hit and when (monotonic nanoseconds) is returned.
+Called by the demo, the soak and fault tests; a user may import it to rehearse failures. Does not
+judge what happens next.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ def hit(session_id: int, target: Target, number: signal.Signals) -> Hit:
 
 
 def make_forward_raise(trigger: pathlib.Path, session_id: int) -> Hit:
-    """Let the next forward of the replica with that session raise (it must run with RaisingProcessor)."""
+    """Let the next forward of the replica with that session raise (it must run with
+    RaisingProcessor).
+    """
     stamp = time.monotonic_ns()
     partial = trigger.with_suffix(".partial")
     partial.write_text(str(session_id), encoding="utf-8")

@@ -1,7 +1,8 @@
 """A small journal without an owner process, for tests of what lies above and inside it.
 
-Owns: `SmallJournal`: pool, board and streams in one process, with Python writers. Promises: files lie in the folder given and nowhere else;
-rounds of the owner happen when a test asks for them, never by time. Called by tests of the journal, restore and tools.
+Owns: `SmallJournal`: pool, board and streams in one process, with Python writers. Promises: files
+lie in the folder given and nowhere else; rounds of the owner happen when a test asks for them,
+never by time. Called by tests of the journal, restore and tools.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class SmallJournal:
         self.home.make()
         size = segments * segment_bytes
         self.pool = Pool.create(self.home.pool, size=size, segment_bytes=segment_bytes)
-        self.board = Board.create(self.home.board, segment_bytes=segment_bytes, segment_count=segments)
+        self.board = Board.create(
+            self.home.board, segment_bytes=segment_bytes, segment_count=segments
+        )
         self.streams = Streams(self.pool, self.board)
         self.streams.free.extend(range(segments))
         self.cleaner = Cleaner(self.streams)
@@ -49,7 +52,10 @@ class SmallJournal:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.pool.close()
         self.board.close()
@@ -67,7 +73,14 @@ class SmallJournal:
         """A stream that this process writes."""
         process = fence.find_process(os.getpid())
         identity = Identity(
-            0, writer_kind, rank, world, os.getpid(), process.start if process else 0, replica, layout_hash
+            0,
+            writer_kind,
+            rank,
+            world,
+            os.getpid(),
+            process.start if process else 0,
+            replica,
+            layout_hash,
         )
         stream = self.streams.open(identity, f"rank {rank} of replica {replica}")
         return stream, self.writer(stream)

@@ -1,7 +1,8 @@
 """Streaming questions through the real `openai` client, with every token and its time kept.
 
-Owns: what a client saw (`Answer`) and how two answers are compared. Promises: an answer keeps tokens in the order they came, never
-repairs or drops one. Called by the demo, the soak and the benchmarks. Does not start servers and does not break anything.
+Owns: what a client saw (`Answer`) and how two answers are compared. Promises: an answer keeps
+tokens in the order they came, never repairs or drops one. Called by the demo, the soak and the
+benchmarks. Does not start servers and does not break anything.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ class Question:
 
 @dataclass(slots=True)
 class Answer:
-    """What one client received: token ids, their log-probabilities and arrival times (seconds, monotonic)."""
+    """What one client received: token ids, their log-probabilities and arrival times (seconds,
+    monotonic).
+    """
 
     question: Question
     tokens: list[int] = field(default_factory=list)
@@ -145,7 +148,9 @@ async def ask_all(
     on_token: Callable[[Answer], None] | None = None,
     concordia: dict[str, Any] | None = None,
 ) -> list[Answer]:
-    """Ask all at once; with `cohort` they start in one step of the engine and stay its only work."""
+    """Ask all at once; with `cohort` they start in one step of the engine and stay its only
+    work.
+    """
     extension = dict(concordia or {})
     if cohort is not None:
         extension["cohort"] = {"id": cohort, "size": len(questions)}

@@ -1,7 +1,8 @@
 """What a figure was measured on.
 
-Owns: the `machine` entry of every result file. Promises: a dictionary of plain values; `commit` is that of the tree that produced the figure, as
-far as git knows it there, `source` names the package's own files whatever git knows: `python -m concordia.testing.machine` prints it for a tree.
+Owns: the `machine` entry of every result file. Promises: a dictionary of plain values; `commit` is
+that of the tree that produced the figure, as far as git knows it there, `source` names the
+package's own files whatever git knows: `python -m concordia.testing.machine` prints it for a tree.
 Called by the demo, the soak and the benchmarks.
 """
 
@@ -42,7 +43,9 @@ def source_hash() -> str:
     root = pathlib.Path(concordia.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(p for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts):
-        digest.update(f"{path.relative_to(root)}\n{path.stat().st_size}\n".encode() + path.read_bytes())
+        digest.update(
+            f"{path.relative_to(root)}\n{path.stat().st_size}\n".encode() + path.read_bytes()
+        )
     return digest.hexdigest()[:16]
 
 

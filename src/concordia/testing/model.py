@@ -1,7 +1,8 @@
 """A small random-weight Llama with a byte tokenizer, made on the spot.
 
-Owns: the shapes and the making of test models. Promises: the same name and seed give the same weights; the tokenizer round-trips every
-byte; nothing is downloaded. Called by the demo, the benchmarks and the engine tests. Needs torch and transformers; imports them late.
+Owns: the shapes and the making of test models. Promises: the same name and seed give the same
+weights; the tokenizer round-trips every byte; nothing is downloaded. Called by the demo, the
+benchmarks and the engine tests. Needs torch and transformers; imports them late.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ SHAPES: Final[dict[str, dict[str, int]]] = {
         "num_key_value_heads": 8,
     },
 }
-# Large enough that greedy answers vary: near-constant weights fall into two-token cycles and would hide a lost token.
+# Large enough that greedy answers vary: near-constant weights fall into two-token cycles and would
+# hide a lost token.
 INITIALIZER_RANGE: Final = {"tiny": 0.12, "140m": 0.06, "1b": 0.05}
 CHAT_TEMPLATE: Final = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
@@ -45,7 +47,8 @@ CHAT_TEMPLATE: Final = (
 def make_model(folder: pathlib.Path, *, shape: str = "140m", seed: int = 3) -> int:
     """Write a model and its tokenizer into `folder`; returns the number of parameters.
 
-    Raises KeyError for an unknown shape. A folder that already holds this shape and seed is left as it is.
+    Raises KeyError for an unknown shape. A folder that already holds this shape and seed is left as
+    it is.
     """
     stamp = folder / "concordia-model.json"
     wanted = {"shape": shape, "seed": seed, **SHAPES[shape]}

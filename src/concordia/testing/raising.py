@@ -1,7 +1,8 @@
 """A logits processor that raises when told to: a forward that fails inside a real engine.
 
-Owns: `RaisingProcessor`, given to vLLM by `--logits-processors concordia.testing.raising:RaisingProcessor`. Promises: without the trigger
-file named by CONCORDIA_TEST_RAISE_FILE it changes nothing. It never touches a logit.
+Owns: `RaisingProcessor`, given to vLLM by `--logits-processors
+concordia.testing.raising:RaisingProcessor`. Promises: without the trigger file named by
+CONCORDIA_TEST_RAISE_FILE it changes nothing. It never touches a logit.
 """
 
 from __future__ import annotations

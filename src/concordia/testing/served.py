@@ -1,7 +1,8 @@
 """A `concordia serve` child process, for those who test or measure from outside.
 
-Owns: start, readiness, status and end of one server. Promises: whatever happens in the `with` block, the server and all it started are
-gone after it, or `close` raises naming what is left. Called by the demo, the soak, the benchmarks and engine tests.
+Owns: start, readiness, status and end of one server. Promises: whatever happens in the `with`
+block, the server and all it started are gone after it, or `close` raises naming what is left.
+Called by the demo, the soak, the benchmarks and engine tests.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ class Served:
         self.close()
 
     def wait_ready(self, *, timeout_s: float, standbys: int = 0) -> None:
-        """Return once a replica serves and `standbys` wait; raises ReplicaError at the bound or when the server ends."""
+        """Return once a replica serves and `standbys` wait; raises ReplicaError at the bound or
+        when the server ends.
+        """
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if self.process.poll() is not None:

@@ -1,7 +1,8 @@
 """How long a rank's executor is at it for the journal.
 
-Owns: what was told of the executor's own clock. Promises: time is told once; what a restore takes is left out; it is looked at every
-APPENDS_TOLD_S, not in every step. Called by the worker side. What an engine spent since the last look dies with it.
+Owns: what was told of the executor's own clock. Promises: time is told once; what a restore takes
+is left out; it is looked at every APPENDS_TOLD_S, not in every step. Called by the worker side.
+What an engine spent since the last look dies with it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class AppendClock:
 
     @contextmanager
     def restoring(self) -> Iterator[None]:
-        """What the executor does meanwhile is no appending, a step's last appends that still run then included."""
+        """What the executor does meanwhile is no appending, a step's last appends that still run
+        then included.
+        """
         before_ns = self._read()
         try:
             yield

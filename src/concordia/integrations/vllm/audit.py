@@ -1,9 +1,11 @@
 """Whether the engine's blocks still hold what was committed of them.
 
-Owns: a sample of full blocks whose appends were committed, and a thread that hashes one of them at a time while the engine is idle. Promises: a
-block is compared only while nothing may write it: it leaves the sample before its bytes change; a difference is told once, with both hashes;
-the sample, the pace and every wait have bounds; an engine with work to do is left alone. It is a check on the write set and on memory:
-which side is wrong it cannot tell. Called by the worker side. It does not decide what a difference costs.
+Owns: a sample of full blocks whose appends were committed, and a thread that hashes one of them at
+a time while the engine is idle. Promises: a block is compared only while nothing may write it: it
+leaves the sample before its bytes change; a difference is told once, with both hashes; the sample,
+the pace and every wait have bounds; an engine with work to do is left alone. It is a check on the
+write set and on memory: which side is wrong it cannot tell. Called by the worker side. It does not
+decide what a difference costs.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ class Hasher(Protocol):
 
     def result(self, ticket: Any) -> Any: ...
     def wait(self, ticket: Any, timeout_s: float) -> Any: ...
-    def hash_kv(self, region: Any, *, kind: int, token_start: int, token_end: int, blocks: tuple[int, ...]) -> Any: ...
+    def hash_kv(
+        self, region: Any, *, kind: int, token_start: int, token_end: int, blocks: tuple[int, ...]
+    ) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +65,16 @@ class _Sample:
 class Audit:
     """The sample of one rank."""
 
-    def __init__(self, hasher: Hasher, region: Any, *, rank: int, say: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(
+        self, hasher: Hasher, region: Any, *, rank: int, say: Callable[[dict[str, Any]], None]
+    ) -> None:
         self._hasher = hasher
         self._region = region
         self._rank = rank
         self._say = say
         self._lock = threading.Lock()
-        self._samples: OrderedDict[int, _Sample] = OrderedDict()  # by block; looked at longest ago first
+        # by block; looked at longest ago first
+        self._samples: OrderedDict[int, _Sample] = OrderedDict()
         self._pending: list[_Sample] = []  # their appends were not done when we looked
         self._chosen: _Sample | None = None  # of the step at hand
         self._offered = 0
@@ -89,7 +96,9 @@ class Audit:
                 self._samples.pop(block, None)
 
     def offer(self, append: Append, write: Write, *, token_start: int, token_end: int) -> None:
-        """A full block is appended in this step; one of all that are offered is taken, each as likely."""
+        """A full block is appended in this step; one of all that are offered is taken, each as
+        likely.
+        """
         self._offered += 1
         if random.random() * self._offered < 1:
             self._chosen = _Sample(append, write, token_start, token_end)
@@ -108,16 +117,24 @@ class Audit:
             self._thread.join(config.WAIT_TASK_S)
 
     def _settle(self) -> None:
-        """Lock held: the choice of the last step joins the sample once it is known what was committed."""
+        """Lock held: the choice of the last step joins the sample once it is known what was
+        committed.
+        """
         if self._chosen is not None:
             self._pending.append(self._chosen)
             self._chosen = None
-        self._pending = [sample for sample in self._pending[-config.AUDIT_PENDING_MAX :] if not self._admit(sample)]
+        self._pending = [
+            sample
+            for sample in self._pending[-config.AUDIT_PENDING_MAX :]
+            if not self._admit(sample)
+        ]
         while len(self._samples) > config.AUDIT_BLOCKS_MAX:
             self._samples.popitem(last=False)
 
     def _admit(self, sample: _Sample) -> bool:
-        """Whether there is nothing more to wait for; a failed append, or one whose answer was not read in time, is no sample."""
+        """Whether there is nothing more to wait for; a failed append, or one whose answer was not
+        read in time, is no sample.
+        """
         append = sample.append
         if append.ticket is None:
             return append.is_done
@@ -141,7 +158,10 @@ class Audit:
     def _look(self) -> None:
         """Hash the block that was looked at longest ago, if the engine is idle."""
         with self._lock:
-            if self._idle_since is None or time.monotonic() - self._idle_since < config.AUDIT_IDLE_S:
+            if (
+                self._idle_since is None
+                or time.monotonic() - self._idle_since < config.AUDIT_IDLE_S
+            ):
                 return
             self._settle()
             if not self._samples:
@@ -149,13 +169,18 @@ class Audit:
             block, sample = next(iter(self._samples.items()))
             self._samples.move_to_end(block)
         ticket = self._hasher.hash_kv(
-            self._region, kind=abi.KIND_KV_BLOCK, token_start=sample.token_start, token_end=sample.token_end,
-            blocks=(block,),
+            self._region, kind=abi.KIND_KV_BLOCK, token_start=sample.token_start,
+            token_end=sample.token_end, blocks=(block,),
         )  # fmt: skip
         done = self._hasher.wait(ticket, config.WAIT_TASK_S)
         with self._lock:
-            # A step that came in between has taken from the sample what it writes: then the hash may be of new bytes.
-            if not done.is_ok or done.payload_hash == sample.committed or self._samples.get(block) is not sample:
+            # A step that came in between has taken from the sample what it writes: then the hash
+            # may be of new bytes.
+            if (
+                not done.is_ok
+                or done.payload_hash == sample.committed
+                or self._samples.get(block) is not sample
+            ):
                 return
             del self._samples[block]
             found = Difference(sample.write, sample.token_start, sample.token_end, sample.block)
@@ -166,7 +191,8 @@ class Audit:
         """Loud, and into the journal at once: an idle engine reports nothing to its scheduler."""
         write = found.write
         logger.error(
-            "Concordia: tokens %d..%d of %s are not what was committed of them (rank %d, block %d: %s); they are no longer promised",
+            ("Concordia: tokens %d..%d of %s are not what was committed of them (rank %d, "
+            "block %d: %s); they are no longer promised"),
             found.token_start, found.token_end, write.request, self._rank, found.block, hashes,
         )  # fmt: skip
         self._say(

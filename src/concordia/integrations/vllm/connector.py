@@ -1,9 +1,12 @@
-"""ConcordiaConnector: what vLLM loads by name (kv_connector_module_path concordia.integrations.vllm.connector).
+"""ConcordiaConnector: what vLLM loads by name (kv_connector_module_path
+concordia.integrations.vllm.connector).
 
-Owns: the mapping from vLLM's connector methods to one of two sides. Promises: no error of ours gets past the guest door; whatever was promised
-to the engine and cannot be kept is reported to it as a failed load; save_kv_layer does nothing, so full CUDA graphs stay possible;
-KV delivery is best effort (requires_kv_delivery is False). Called by vLLM's scheduler and workers, directly or through MultiConnector.
-It keeps no state but what must survive a shut door: blocks that the engine counts on.
+Owns: the mapping from vLLM's connector methods to one of two sides. Promises: no error of ours gets
+past the guest door; whatever was promised to the engine and cannot be kept is reported to it as a
+failed load; save_kv_layer does nothing, so full CUDA graphs stay possible; KV delivery is best
+effort (requires_kv_delivery is False). Called by vLLM's scheduler and workers, directly or through
+MultiConnector. It keeps no state but what must survive a shut door: blocks that the engine counts
+on.
 """
 
 from __future__ import annotations
@@ -64,7 +67,9 @@ class ConcordiaConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if self._worker is not None and isinstance(kv_connector_metadata, StepMetadata):
-            self._door.call("handle_preemptions", None, self._worker.before_step, kv_connector_metadata)
+            self._door.call(
+                "handle_preemptions", None, self._worker.before_step, kv_connector_metadata
+            )
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         meta = self._meta()
@@ -80,7 +85,9 @@ class ConcordiaConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def wait_for_layer_load(self, layer_name: str) -> None:
         return
 
-    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
+    ) -> None:
         return
 
     def wait_for_save(self) -> None:
@@ -111,11 +118,17 @@ class ConcordiaConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._scheduler is not None:
             self._door.call("on_new_request", None, self._scheduler.arrive, request)
 
-    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
         if self._scheduler is None:
             return 0, False
         return self._door.call(
-            "get_num_new_matched_tokens", (0, False), self._scheduler.match, request, num_computed_tokens
+            "get_num_new_matched_tokens",
+            (0, False),
+            self._scheduler.match,
+            request,
+            num_computed_tokens,
         )
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -123,16 +136,26 @@ class ConcordiaConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             return
         ids = list(blocks.get_block_ids()[0])
         if num_external_tokens > 0:
-            # Too many rather than too few: a block that is reported as failed is computed, one that is not is believed.
+            # Too many rather than too few: a block that is reported as failed is computed, one that
+            # is not is believed.
             self._promised.extend(ids)
-        self._door.call("update_state_after_alloc", None, self._scheduler.allocate, request, ids, num_external_tokens)
+        self._door.call(
+            "update_state_after_alloc",
+            None,
+            self._scheduler.allocate,
+            request,
+            ids,
+            num_external_tokens,
+        )
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         promised, self._promised = self._promised, []
         spoiled = StepMetadata(spoiled=promised)
         if self._scheduler is None:
             return spoiled
-        return self._door.call("build_connector_meta", spoiled, self._scheduler.build, scheduler_output)
+        return self._door.call(
+            "build_connector_meta", spoiled, self._scheduler.build, scheduler_output
+        )
 
     def update_connector_output(self, connector_output: Any) -> None:
         report = connector_output.kv_connector_worker_meta
@@ -144,7 +167,9 @@ class ConcordiaConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._door.call("request_finished", None, self._scheduler.finish, request)
         return False, None
 
-    def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished_all_groups(
+        self, request: Any, block_ids: Any
+    ) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished(request, block_ids)
 
     def reset_cache(self) -> bool:

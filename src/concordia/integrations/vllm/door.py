@@ -1,8 +1,10 @@
 """The guest door: where our errors stop.
 
-Owns: the one `except Exception` between Concordia and the engine it lives in. Promises: nothing that goes wrong behind the door reaches the
-engine; the first time it does, protection goes off for this side of this engine, with one log line that says where and why, and stays off.
-Called by the connector around every entry point. It does not decide what the engine is told instead: the caller names that.
+Owns: the one `except Exception` between Concordia and the engine it lives in. Promises: nothing
+that goes wrong behind the door reaches the engine; the first time it does, protection goes off for
+this side of this engine, with one log line that says where and why, and stays off. Called by the
+connector around every entry point. It does not decide what the engine is told instead: the caller
+names that.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import logging
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-logger = logging.getLogger("vllm.concordia")  # below vLLM's root, so that its handlers and levels apply
+# below vLLM's root, so that its handlers and levels apply
+logger = logging.getLogger("vllm.concordia")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -33,7 +36,9 @@ class GuestDoor:
         """What to do, once, when the door shuts; its own failures are ignored."""
         self._on_shut.append(action)
 
-    def call(self, entry: str, otherwise: T, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    def call(
+        self, entry: str, otherwise: T, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         """`action`'s answer, or `otherwise` when the door is shut or shuts now."""
         if self.reason is not None:
             return otherwise
@@ -48,7 +53,9 @@ class GuestDoor:
         try:
             action()
         except Exception as error:
-            logger.warning("Concordia: %s of %s failed: %s: %s", entry, self.label, type(error).__name__, error)
+            logger.warning(
+                "Concordia: %s of %s failed: %s: %s", entry, self.label, type(error).__name__, error
+            )
 
     def shut(self, reason: str, *, cause: BaseException | None = None) -> None:
         """Switch protection off for good, and say so."""
@@ -65,4 +72,6 @@ class GuestDoor:
             try:
                 action(reason)
             except Exception:
-                logger.exception("Concordia could not record that protection is off for %s", self.label)
+                logger.exception(
+                    "Concordia could not record that protection is off for %s", self.label
+                )

@@ -1,8 +1,9 @@
 """Who a request is, and which chained hash each of its blocks has.
 
-Owns: reading `kv_transfer_params["concordia"]`, which names were used, and the chain of block keys. Promises: what a client sends is checked before use; two requests
-get the same key for a block only when model, layout, adapter, salt and every token up to the block's end are the same; a private key is
-met by nobody but the request that made it. Called by the scheduler side. Knows no vLLM type.
+Owns: reading `kv_transfer_params["concordia"]`, which names were used, and the chain of block keys.
+Promises: what a client sends is checked before use; two requests get the same key for a block only
+when model, layout, adapter, salt and every token up to the block's end are the same; a private key
+is met by nobody but the request that made it. Called by the scheduler side. Knows no vLLM type.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from concordia.errors import UsageError
 from concordia.journal.record import request_key
 
 PARAMS_NAME: Final = "concordia"
-INCARNATION_STRIDE: Final = 1000  # record incarnation = router's incarnation x this + lives within the engine
+# record incarnation = router's incarnation x this + lives within the engine
+INCARNATION_STRIDE: Final = 1000
 INCARNATION_MAX: Final = (2**63 - 1) // INCARNATION_STRIDE - 1
 COHORT_SIZE_MAX: Final = 65536
 MASK: Final = (1 << 64) - 1
@@ -29,7 +31,9 @@ MASK: Final = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True)
 class CohortTicket:
-    """Which cohort a request resumes with, how many belong to it, and how long it may wait for them."""
+    """Which cohort a request resumes with, how many belong to it, and how long it may wait for
+    them.
+    """
 
     name: str
     size: int
@@ -37,7 +41,9 @@ class CohortTicket:
 
     @property
     def is_recovery(self) -> bool:
-        """Whether the router made it of a failed replica's requests, and not a client of its own."""
+        """Whether the router made it of a failed replica's requests, and not a client of its
+        own.
+        """
         return not self.name.startswith(config.CLIENT_COHORT_PREFIX)
 
 
@@ -52,7 +58,8 @@ class Identity:
     is_routed: bool = False  # a router of ours owns the request, and says when it has ended
     is_disabled: bool = False
     cohort: CohortTicket | None = None
-    bounds: Mapping[int, int] = field(default_factory=dict)  # earlier incarnation -> tokens of it that its client knew
+    # earlier incarnation -> tokens of it that its client knew
+    bounds: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def key(self) -> int:
@@ -61,7 +68,9 @@ class Identity:
 
 
 def parse_identity(params: Mapping[str, Any] | None, *, fallback: str) -> Identity:
-    """The identity in `params`, or one made from `fallback`; raises UsageError for what no router of ours sends."""
+    """The identity in `params`, or one made from `fallback`; raises UsageError for what no router
+    of ours sends.
+    """
     own = (params or {}).get(PARAMS_NAME)
     if own is None:
         return Identity(name=fallback)
@@ -71,7 +80,9 @@ def parse_identity(params: Mapping[str, Any] | None, *, fallback: str) -> Identi
         raise UsageError(f"kv_transfer_params.{PARAMS_NAME} is {type(own).__name__}, not an object")
     name = own.get("request", fallback)
     if not isinstance(name, str) or not 0 < len(name.encode()) <= config.REQUEST_NAME_BYTES_MAX:
-        raise UsageError(f"concordia.request must be 1 to {config.REQUEST_NAME_BYTES_MAX} bytes of text")
+        raise UsageError(
+            f"concordia.request must be 1 to {config.REQUEST_NAME_BYTES_MAX} bytes of text"
+        )
     return Identity(
         name=name,
         incarnation=_count(own, "incarnation", default=1, most=INCARNATION_MAX),
@@ -90,18 +101,24 @@ def seed_bytes(parts: Mapping[str, Any]) -> bytes:
 
 
 def model_hash(seed: bytes) -> int:
-    """What a record of KV says of its maker: 64 bits of the seed that its keys start from; never 0, which says nothing."""
+    """What a record of KV says of its maker: 64 bits of the seed that its keys start from; never 0,
+    which says nothing.
+    """
     return xxhash.xxh3_64_intdigest(seed) or 1
 
 
 class Roll:
-    """Every name and incarnation that an engine has had: two requests under one would mix their records, even one after the other."""
+    """Every name and incarnation that an engine has had: two requests under one would mix their
+    records, even one after the other.
+    """
 
     def __init__(self) -> None:
         self._names: dict[tuple[int, int], None] = {}  # in order of arrival
 
     def enter(self, identity: Identity) -> None:
-        """Raises UsageError for all but the first of its name and incarnation; the oldest of very many are forgotten."""
+        """Raises UsageError for all but the first of its name and incarnation; the oldest of very
+        many are forgotten.
+        """
         name = identity.key, identity.incarnation
         if name in self._names:
             raise UsageError("a request of its name and incarnation was here before")
@@ -134,8 +151,9 @@ class KeyChain:
 def private_key(shared: int, *, request: int, incarnation: int) -> int:
     """A key for a block whose tokens others computed too, but whose bytes are this request's own.
 
-    Two engines, or one engine in two batches, may compute different bytes for the same tokens. The first author has the shared key;
-    every other copy gets a key of its own, so that a reference always leads to the very bytes that the request had.
+    Two engines, or one engine in two batches, may compute different bytes for the same tokens. The
+    first author has the shared key; every other copy gets a key of its own, so that a reference
+    always leads to the very bytes that the request had.
     """
     data = b"private" + shared.to_bytes(16, "little") + request.to_bytes(16, "little")
     return xxhash.xxh3_128_intdigest(data + incarnation.to_bytes(8, "little"))

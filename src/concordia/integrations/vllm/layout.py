@@ -1,9 +1,10 @@
 """Where a token's bytes lie in an engine's KV tensors: first a guess, then proof.
 
-Owns: deriving a KvGeometry from shapes, strides and backend, and the probe that holds it against what a forward really wrote. Promises:
-a descriptor counts as proven only after single tokens changed exactly the bytes it predicts, in several layers; one byte changed elsewhere
-disproves it for good. Unproven or disproven means whole blocks, never guessed rows. Called by the worker side.
-A layout whose blocks are not one run of bytes per layer is refused with LayoutMismatch.
+Owns: deriving a KvGeometry from shapes, strides and backend, and the probe that holds it against
+what a forward really wrote. Promises: a descriptor counts as proven only after single tokens
+changed exactly the bytes it predicts, in several layers; one byte changed elsewhere disproves it
+for good. Unproven or disproven means whole blocks, never guessed rows. Called by the worker side. A
+layout whose blocks are not one run of bytes per layer is refused with LayoutMismatch.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from concordia import config
 from concordia.checkpoint.region import KvGeometry, Plane
 from concordia.errors import LayoutMismatch
 
-CHANGED_SHARE_MIN = 0.9  # new KV may equal old bytes here and there; far fewer changes mean that another token was there before
+# new KV may equal old bytes here and there; far fewer changes mean that another token was there
+# before
+CHANGED_SHARE_MIN = 0.9
 
 
 class Proof(enum.Enum):
@@ -51,7 +54,9 @@ def describe(
     head_dim_key: int | None,
     instruction_set: str,
 ) -> Layout:
-    """The layout of an engine's KV tensors; raises LayoutMismatch when blocks cannot be addressed."""
+    """The layout of an engine's KV tensors; raises LayoutMismatch when blocks cannot be
+    addressed.
+    """
     layers = _distinct(tensors)
     first = layers[0]
     for layer in layers:
@@ -106,8 +111,12 @@ class Probe:
         return bool(self._before)
 
     def capture(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Bytes before and after; to be called on the stream of the forward, judged once that is done."""
-        pairs = [(b, row[self._block].clone()) for b, row in zip(self._before, self._rows, strict=True)]
+        """Bytes before and after; to be called on the stream of the forward, judged once that is
+        done.
+        """
+        pairs = [
+            (b, row[self._block].clone()) for b, row in zip(self._before, self._rows, strict=True)
+        ]
         self._before = []
         return pairs
 
@@ -122,7 +131,10 @@ class Probe:
             changed = (before != after).cpu().numpy()
             stray = np.flatnonzero(changed & ~mask)
             if stray.size:
-                self.reason = f"token {token} changed byte {int(stray[0])} of its block, which the descriptor gives to another"
+                self.reason = (
+                    f"token {token} changed byte {int(stray[0])} of its block, which the "
+                    "descriptor gives to another"
+                )
                 self.proof = Proof.DISPROVEN
                 return self.proof
             elements = changed[mask].reshape(-1, self._geometry.element_bytes).any(axis=1)
@@ -141,9 +153,14 @@ class Probe:
 
 
 def predicted_bytes(geometry: KvGeometry, slot: int) -> npt.NDArray[np.bool_]:
-    """Which bytes of one layer's block belong to the token in this slot; one row per (plane, head, element) in order."""
+    """Which bytes of one layer's block belong to the token in this slot; one row per (plane, head,
+    element) in order.
+    """
     mask = np.zeros(geometry.block_bytes, dtype=bool)
-    for plane, dim in ((geometry.key, geometry.head_dim_key), (geometry.value, geometry.head_dim_value)):
+    for plane, dim in (
+        (geometry.key, geometry.head_dim_key),
+        (geometry.value, geometry.head_dim_value),
+    ):
         places = plane.place(*np.ogrid[: geometry.heads, slot : slot + 1, :dim])
         mask[(places[..., None] + np.arange(geometry.element_bytes)).ravel()] = True
     return mask
@@ -152,7 +169,8 @@ def predicted_bytes(geometry: KvGeometry, slot: int) -> npt.NDArray[np.bool_]:
 def in_words(geometry: KvGeometry) -> str:
     """For the log."""
     return (
-        f"{geometry.layers} layers, {geometry.block_count} blocks of {geometry.block_tokens} tokens, "
+        f"{geometry.layers} layers, {geometry.block_count} blocks of {geometry.block_tokens} "
+        "tokens, "
         f"{geometry.block_bytes} bytes each, {geometry.dtype}, {geometry.instruction_set}"
     )
 
@@ -173,7 +191,9 @@ def _rows(tensor: torch.Tensor, block_count: int) -> torch.Tensor:
     """The tensor as [block, byte], if a block is one run of bytes."""
     size = tensor.element_size()
     if tensor.dim() < 3 or tensor.shape[0] % block_count:
-        raise LayoutMismatch(f"KV tensor of shape {tuple(tensor.shape)} has no {block_count} blocks in front")
+        raise LayoutMismatch(
+            f"KV tensor of shape {tuple(tensor.shape)} has no {block_count} blocks in front"
+        )
     per_block = tensor.shape[0] // block_count  # kernels may use smaller blocks than the manager
     inner = sorted(zip(tensor.stride()[1:], tensor.shape[1:], strict=True))
     run = 1
@@ -196,7 +216,9 @@ _Shape = tuple[int, int, int, Plane, Plane]
 def _shape(
     tensor: torch.Tensor, block_count: int, block_tokens: int, head_dim_key: int | None, *, isa: str
 ) -> _Shape | None:
-    """Heads, dims and planes where the shape tells them: [B, H, N, K|V], or the older [B, 2, N, H, D]. No `isa`: not on a CPU."""
+    """Heads, dims and planes where the shape tells them: [B, H, N, K|V], or the older [B, 2, N, H,
+    D]. No `isa`: not on a CPU.
+    """
     size = tensor.element_size()
     if tensor.shape[0] != block_count:
         return None
@@ -220,7 +242,9 @@ def _shape(
 
 
 def _cpu_shape(tensor: torch.Tensor, *, heads: int, dim: int) -> _Shape | None:
-    """vLLM's CPU kernels: per (block, head) first K as [element][token], then V as [token][element]."""
+    """vLLM's CPU kernels: per (block, head) first K as [element][token], then V as
+    [token][element].
+    """
     if not tensor.is_contiguous():
         return None
     size, tokens = tensor.element_size(), int(tensor.shape[2])
@@ -231,9 +255,11 @@ def _cpu_shape(tensor: torch.Tensor, *, heads: int, dim: int) -> _Shape | None:
 
 
 def _amx_shape(tensor: torch.Tensor, *, heads: int, dim: int) -> _Shape | None:
-    """The same, where a CPU multiplies tiles (AMX): tiles of 16 columns by rows of two, which lie side by side.
+    """The same, where a CPU multiplies tiles (AMX): tiles of 16 columns by rows of two, which lie
+    side by side.
 
-    K is [token / 16][element / 2][16 tokens][2 elements], V is [element / 16][token / 2][16 elements][2 tokens].
+    K is [token / 16][element / 2][16 tokens][2 elements], V is [element / 16][token / 2][16
+    elements][2 tokens].
     """
     tokens = int(tensor.shape[2])
     if not tensor.is_contiguous() or tokens % 16 or dim % 16:
@@ -253,7 +279,9 @@ def _no_planes(row: torch.Tensor, block_tokens: int, tensor: torch.Tensor) -> _S
     return 1, dim, 0, plane, Plane(0, 0, 0, size)
 
 
-def describe_kv(vllm_config: Any, kv_cache_config: Any, tensors: Mapping[str, torch.Tensor]) -> Layout:
+def describe_kv(
+    vllm_config: Any, kv_cache_config: Any, tensors: Mapping[str, torch.Tensor]
+) -> Layout:
     """`describe` for the only group of a vLLM engine."""
     from concordia.integrations.vllm import compat
 

@@ -1,7 +1,7 @@
 """What a request gets from the journal before a step, and what a piece of its KV is, floor 7.
 
-Owns: the values that name it. Promises: plain and small, so that they travel to every worker. Made by the restorer, applied by the
-worker side. Does nothing by itself.
+Owns: the values that name it. Promises: plain and small, so that they travel to every worker. Made
+by the restorer, applied by the worker side. Does nothing by itself.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class PieceRange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a request gets from the journal before this step: pieces per rank, written to `blocks`."""
+    """What a request gets from the journal before this step: pieces per rank, written to
+    `blocks`.
+    """
 
     request: str
     blocks: tuple[int, ...]  # all blocks of the request, index 0 holds token 0
@@ -42,5 +44,7 @@ class Load:
     @property
     def tokens(self) -> int:
         """Tokens that come back, of the rank that has the most."""
-        return max((sum(p.token_end - p.token_start for p in found) for found in self.pieces.values()), default=0)
-
+        return max(
+            (sum(p.token_end - p.token_start for p in found) for found in self.pieces.values()),
+            default=0,
+        )

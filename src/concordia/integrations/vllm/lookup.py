@@ -1,8 +1,9 @@
 """Questions to the journal, asked on threads of our own.
 
-Owns: the queue of restore and prefix look-ups of one engine, and their answers. Promises: the scheduler's thread never waits for a socket or
-a hash here; every question has an answer by its deadline, and "cold" is always one. Called by the scheduler side.
-It does not know what the questions are.
+Owns: the queue of restore and prefix look-ups of one engine, and their answers. Promises: the
+scheduler's thread never waits for a socket or a hash here; every question has an answer by its
+deadline, and "cold" is always one. Called by the scheduler side. It does not know what the
+questions are.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ class Lookups:
                 answer = Answer(asked.ask(asked.deadline))
             except (ConcordiaError, OSError) as error:
                 answer = Answer(None, str(error))
-            except Exception as error:  # the thread's guest door: a question that fails is a cold start, said in its event
+            # the thread's guest door: a question that fails is a cold start, said in its event
+            except Exception as error:
                 answer = Answer(None, f"{type(error).__name__}: {error}")
             answer = replace(answer, took_s=time.monotonic() - started)
             with self._done:

@@ -1,7 +1,8 @@
 """What the two sides of the connector tell each other through vLLM, once per step.
 
-Owns: StepMetadata (scheduler to every worker) and WorkerReport (each worker back, added up). Promises: plain values that pickle small;
-a report adds up to what the worst rank saw. Called by both sides. Does nothing by itself.
+Owns: StepMetadata (scheduler to every worker) and WorkerReport (each worker back, added up).
+Promises: plain values that pickle small; a report adds up to what the worst rank saw. Called by
+both sides. Does nothing by itself.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
     writes: list[Write] = field(default_factory=list)
     reused: list[int] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
-    spoiled: list[int] = field(default_factory=list)  # promised to the engine and not to be had: report them as failed
+    # promised to the engine and not to be had: report them as failed
+    spoiled: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -35,11 +37,14 @@ class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
 
     step: int = 0
     lost: dict[str, str] = field(default_factory=dict)  # request -> why its appends failed for good
-    missed: dict[str, tuple[int, str]] = field(default_factory=dict)  # request -> (token from which it is not saved, why): may be tried again
-    loaded: dict[str, int] = field(default_factory=dict)  # request -> pieces whose bytes were not as committed
+    # request -> (token from which it is not saved, why): may be tried again
+    missed: dict[str, tuple[int, str]] = field(default_factory=dict)
+    # request -> pieces whose bytes were not as committed
+    loaded: dict[str, int] = field(default_factory=dict)
     load_s: dict[str, float] = field(default_factory=dict)  # the same requests -> how long it took
     append_ns: int = 0  # that handlers of all ranks ran, restores apart
-    differing: list[int] = field(default_factory=list)  # blocks that are not what was committed of them
+    # blocks that are not what was committed of them
+    differing: list[int] = field(default_factory=list)
     off: str | None = None  # why this worker protects nothing any more
 
     def aggregate(self, other: WorkerReport) -> WorkerReport:

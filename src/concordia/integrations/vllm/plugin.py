@@ -1,7 +1,8 @@
 """The entry point that vLLM calls in every process of an engine (group vllm.general_plugins).
 
-Owns: making `ConcordiaConnector` a name that `--kv-transfer-config` knows. Promises: never raises, imports neither torch nor a connector, and
-may be called again. Called by vLLM's plugin loader. Does not switch anything on: an engine without the connector is not touched.
+Owns: making `ConcordiaConnector` a name that `--kv-transfer-config` knows. Promises: never raises,
+imports neither torch nor a connector, and may be called again. Called by vLLM's plugin loader. Does
+not switch anything on: an engine without the connector is not touched.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def register() -> None:
         return  # registered already: a plug-in may be loaded more than once per process
     except Exception as error:  # the guest door of this entry point: vLLM must start without us
         logging.getLogger("vllm.concordia").warning(
-            "ConcordiaConnector is not registered by name (%s: %s); kv_connector_module_path=%s still works",
+            "ConcordiaConnector is not registered by name (%s: %s); "
+            "kv_connector_module_path=%s still works",
             type(error).__name__,
             error,
             MODULE,

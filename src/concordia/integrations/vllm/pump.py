@@ -1,9 +1,10 @@
 """From a step's writes to tasks of the executor, without holding the engine up.
 
-Owns: submission in step order, and which blocks unfinished appends still read. Promises: on a CPU device a write is submitted before `submit`
-returns; on a GPU a thread waits for the step's event first, so nothing is read before it was computed; `wait_for` returns once no unfinished
-append names the blocks, or says which requests stood in the way at its bound; a failed append is reported once per request.
-Called by the worker side. It does not know what a write means.
+Owns: submission in step order, and which blocks unfinished appends still read. Promises: on a CPU
+device a write is submitted before `submit` returns; on a GPU a thread waits for the step's event
+first, so nothing is read before it was computed; `wait_for` returns once no unfinished append names
+the blocks, or says which requests stood in the way at its bound; a failed append is reported once
+per request. Called by the worker side. It does not know what a write means.
 """
 
 from __future__ import annotations
@@ -73,9 +74,12 @@ class Batch:
 class AppendPump:
     """Submits batches and follows them to their end."""
 
-    def __init__(self, tickets: Tickets, *, is_threaded: bool, committed: Callable[[], int] | None = None) -> None:
+    def __init__(
+        self, tickets: Tickets, *, is_threaded: bool, committed: Callable[[], int] | None = None
+    ) -> None:
         self._tickets = tickets
-        self._committed = committed  # records that the stream has; as many as were submitted means that all are good
+        # records that the stream has; as many as were submitted means that all are good
+        self._committed = committed
         self._submitted = 0
         self._lock = threading.Condition()
         self._open: deque[Append] = deque()  # submitted or queued, oldest first
@@ -105,7 +109,9 @@ class AppendPump:
             self._send(batch)
 
     def collect(self) -> dict[str, Failure]:
-        """Retire finished appends; returns the requests that failed since the last call, with the reason."""
+        """Retire finished appends; returns the requests that failed since the last call, with the
+        reason.
+        """
         with self._lock:
             self._retire()
             if self._error is not None:
@@ -114,7 +120,9 @@ class AppendPump:
             return failed
 
     def count_other(self, count: int = 1) -> None:
-        """A record goes into the same stream past the pump; told before it is submitted, and taken back (-1) when it was refused."""
+        """A record goes into the same stream past the pump; told before it is submitted, and taken
+        back (-1) when it was refused.
+        """
         with self._lock:
             self._submitted += count
 
@@ -129,10 +137,11 @@ class AppendPump:
             self._queue.put(None)
 
     def wait_for(self, blocks: Iterable[int], *, timeout_s: float) -> list[str]:
-        """Wait until no unfinished append reads these blocks; returns the requests whose appends were given up for it.
+        """Wait until no unfinished append reads these blocks; returns the requests whose appends
+        were given up for it.
 
-        What the executor has already taken cannot be called back and might read the new bytes, so it gets WAIT_TASK_S; after that the
-        executor is broken and WaitTimeout says so.
+        What the executor has already taken cannot be called back and might read the new bytes, so
+        it gets WAIT_TASK_S; after that the executor is broken and WaitTimeout says so.
         """
         wanted = set(blocks)
         with self._lock:
@@ -146,7 +155,10 @@ class AppendPump:
             if self._wait_one(append, until):
                 continue
             if not self._give_up(append) and not self._wait_one(append, until + config.WAIT_TASK_S):
-                raise WaitTimeout(f"an append of {append.request} read blocks that the engine needs for {config.WAIT_TASK_S} s")
+                raise WaitTimeout(
+                    f"an append of {append.request} read blocks that the engine needs for "
+                    f"{config.WAIT_TASK_S} s"
+                )
             late.append(append.request)
         return late
 
@@ -175,7 +187,8 @@ class AppendPump:
                 return
             try:
                 self._send(batch)
-            except Exception as error:  # the thread's own guest door: `collect` raises it where the connector listens
+            # the thread's own guest door: `collect` raises it where the connector listens
+            except Exception as error:
                 with self._lock:
                     self._error = f"appending failed: {type(error).__name__}: {error}"
                     self._lock.notify_all()
@@ -191,7 +204,8 @@ class AppendPump:
                 if append.is_done:
                     continue
                 append.is_claimed = True
-                self._submitted += 1  # before it is: a record may be committed sooner than its ticket is known
+                # before it is: a record may be committed sooner than its ticket is known
+                self._submitted += 1
             try:
                 ticket = self._submit_one(append)
             except RingFull as error:
@@ -202,7 +216,9 @@ class AppendPump:
                 self._lock.notify_all()
 
     def _submit_one(self, append: Append) -> Any:
-        """A full ring is waited for on our own thread only; on the engine's the request loses protection instead."""
+        """A full ring is waited for on our own thread only; on the engine's the request loses
+        protection instead.
+        """
         until = time.monotonic() + (config.WAIT_TASK_S if self._thread is not None else 0.0)
         while True:
             try:
@@ -210,7 +226,9 @@ class AppendPump:
             except RingFull:
                 with self._lock:
                     self._retire()
-                    oldest = next((a for a in self._open if a.ticket is not None and not a.is_done), None)
+                    oldest = next(
+                        (a for a in self._open if a.ticket is not None and not a.is_done), None
+                    )
                 if oldest is None or time.monotonic() >= until:
                     raise
                 self._wait_one(oldest, until)
@@ -242,7 +260,9 @@ class AppendPump:
             return True
 
     def _retire(self) -> None:
-        """Lock held: take finished appends off the front; they finish in order, because the executor runs them in order."""
+        """Lock held: take finished appends off the front; they finish in order, because the
+        executor runs them in order.
+        """
         is_all = self._committed is not None and self._committed() == self._submitted
         if is_all and all(append.ticket is not None or append.is_done for append in self._open):
             for append in self._open:

@@ -1,7 +1,8 @@
 """What the journal is asked for a request, and when its answer is believed.
 
-Owns: the questions, as look-ups ask them. Promises: an answer is a plan of which every byte was hashed; a difference is believed only when a second
-look finds it too. Made by the restorer, asked on a look-up's thread. It neither waits nor decides who asks.
+Owns: the questions, as look-ups ask them. Promises: an answer is a plan of which every byte was
+hashed; a difference is believed only when a second look finds it too. Made by the restorer, asked
+on a look-up's thread. It neither waits nor decides who asks.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class Source:
 
 
 def cut_question(source: Source, track: Track, known: int) -> Callable[[float], RestorePlan]:
-    """The request's own KV of its first `known` tokens; where the journal has none, that of others with these tokens."""
+    """The request's own KV of its first `known` tokens; where the journal has none, that of others
+    with these tokens.
+    """
     made_by = track.model_hash
     size = source.block_tokens
     keys: list[int] = []
@@ -52,7 +55,9 @@ def cut_question(source: Source, track: Track, known: int) -> Callable[[float], 
     return _twice(question)
 
 
-def prefix_question(source: Source, keys: list[int], made_by: int) -> Callable[[float], RestorePlan]:
+def prefix_question(
+    source: Source, keys: list[int], made_by: int
+) -> Callable[[float], RestorePlan]:
     """The blocks of these keys, as far as the journal has them."""
 
     def question(deadline: float) -> RestorePlan:
@@ -68,15 +73,17 @@ def _match(source: Source, keys: list[int], made_by: int, deadline: float) -> Re
 
 def _verified(source: Source, cut: Any, made_by: int, deadline: float) -> RestorePlan:
     plan = plan_restore(
-        cut, world=source.world, layout_hash=source.layout_hash, pool=source.pool, segment_bytes=source.segment_bytes,
-        model_hash=made_by,
+        cut, world=source.world, layout_hash=source.layout_hash, pool=source.pool,
+        segment_bytes=source.segment_bytes, model_hash=made_by,
     )  # fmt: skip
     verify(plan, source.pool, deadline=deadline)
     return plan
 
 
 def _twice(question: Callable[[float], RestorePlan]) -> Callable[[float], RestorePlan]:
-    """Ask again before a difference is believed: the cleaner may have moved the bytes between the answer and the look."""
+    """Ask again before a difference is believed: the cleaner may have moved the bytes between the
+    answer and the look.
+    """
 
     def ask(deadline: float) -> RestorePlan:
         try:

@@ -1,9 +1,10 @@
 """Which KV a request may start from, and when it may start.
 
-Owns: look-ups, cohorts and the loads of the coming step. Promises: a token is offered to the engine only after every byte behind it was hashed;
-members of a cohort are offered theirs in the same scheduling pass; whoever waits has a bound, and at the bound starts cold; each request
-that asked to be restored is told of in one event. Called by the scheduler side, on the scheduler's thread.
-It never asks the journal itself: look-ups do, on theirs.
+Owns: look-ups, cohorts and the loads of the coming step. Promises: a token is offered to the engine
+only after every byte behind it was hashed; members of a cohort are offered theirs in the same
+scheduling pass; whoever waits has a bound, and at the bound starts cold; each request that asked to
+be restored is told of in one event. Called by the scheduler side, on the scheduler's thread. It
+never asks the journal itself: look-ups do, on theirs.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class _Waiting:
 
 @dataclass(slots=True)
 class StepLoads:
-    """What the coming step loads; keys of the blocks that are filled, by request and block index."""
+    """What the coming step loads; keys of the blocks that are filled, by request and block
+    index.
+    """
 
     loads: list[Load] = field(default_factory=list)
     keys: dict[str, dict[int, int]] = field(default_factory=dict)
@@ -79,9 +82,12 @@ class Restorer:
         self._waiting[request] = waiting
         if identity.is_restore:
             known = min(identity.tokens_known or len(track.tokens), len(track.tokens))
-            self._lookups.ask(request, cut_question(self._source, track, known), wait_s=config.RESTORE_WAIT_S)
+            self._lookups.ask(
+                request, cut_question(self._source, track, known), wait_s=config.RESTORE_WAIT_S
+            )
         elif identity.cohort is not None:
-            # Asked now, not when the cohort opens: the answers come one by one, and its members must start in one step.
+            # Asked now, not when the cohort opens: the answers come one by one, and its members
+            # must start in one step.
             self._ask_prefix(request, track, 0, bound=now + config.RESTORE_WAIT_S)
             waiting.is_undecided = self._lookups.is_asked(request)
         self._cohorts.join(request, identity.cohort, now=now)
@@ -107,9 +113,14 @@ class Restorer:
         if answer is None:
             return None
         if answer.plan is not None and not answer.plan.is_current(self._source.pool):
-            self._lookups.ask_again(request)  # the journal moved it while the request waited for room
+            # the journal moved it while the request waited for room
+            self._lookups.ask_again(request)
             return None
-        waiting.offered, waiting.reason, waiting.lookup_s = answer.plan, answer.reason, answer.took_s
+        waiting.offered, waiting.reason, waiting.lookup_s = (
+            answer.plan,
+            answer.reason,
+            answer.took_s,
+        )
         if answer.plan is None:
             return 0
         return max(0, min(answer.plan.tokens, len(track.tokens) - 1) - hit)
@@ -128,7 +139,14 @@ class Restorer:
         waiting.is_hit_own = self._filled.covers(plan, blocks, end=first)
         pieces = {
             rank: tuple(
-                PieceRef(p.kind, p.token_start, p.token_end, p.pool_offset, p.payload_bytes, p.payload_hash)
+                PieceRef(
+                    p.kind,
+                    p.token_start,
+                    p.token_end,
+                    p.pool_offset,
+                    p.payload_bytes,
+                    p.payload_hash,
+                )
                 for p in found
                 if p.token_start >= first * size and p.token_start < end
             )
@@ -140,7 +158,9 @@ class Restorer:
         self._step.keys[request] = {i: key for i, key in enumerate(keys) if key and i >= first}
 
     def take_step(self, scheduled: list[str]) -> StepLoads:
-        """The loads of the step that was just scheduled, and the end of waiting for its requests."""
+        """The loads of the step that was just scheduled, and the end of waiting for its
+        requests.
+        """
         step, self._step = self._step, StepLoads()
         self._filled.settle()
         loaded = {load.request for load in step.loads}
@@ -154,7 +174,9 @@ class Restorer:
         return step
 
     def confirm(self, request: str, mismatches: int, *, load_s: float = 0.0) -> None:
-        """Every rank has the bytes in place, or says how many pieces differ; the slowest took `load_s`."""
+        """Every rank has the bytes in place, or says how many pieces differ; the slowest took
+        `load_s`.
+        """
         facts = self._unsaid.pop(request, None)
         if facts is not None:
             facts["hash_mismatches"] = mismatches
@@ -181,7 +203,14 @@ class Restorer:
                 "Concordia: cohort %s goes on with %d of %d members, %d decided", cohort.name,
                 len(cohort.members), cohort.size, len(cohort.decided),
             )  # fmt: skip
-            self._say({"event": "cohort-late", "cohort": cohort.name, "size": cohort.size, "members": len(cohort.members)})
+            self._say(
+                {
+                    "event": "cohort-late",
+                    "cohort": cohort.name,
+                    "size": cohort.size,
+                    "members": len(cohort.members),
+                }
+            )
 
     def idle(self) -> None:
         """The engine has nothing to run: if it waits for us, give our threads a moment."""
@@ -192,10 +221,13 @@ class Restorer:
         self._lookups.close()
 
     def _ask_prefix(self, request: str, track: Track, hit: int, *, bound: float) -> None:
-        """Ask for a prefix that the journal is known to have, if that is more than the engine has itself."""
+        """Ask for a prefix that the journal is known to have, if that is more than the engine has
+        itself.
+        """
         size = self._source.block_tokens
         identity = track.identity
-        is_replay = identity.incarnation > 1 and not identity.is_restore  # restore was switched off for it
+        # restore was switched off for it
+        is_replay = identity.incarnation > 1 and not identity.is_restore
         if not self._is_prefix_restored or track.chain is None or identity.is_disabled or is_replay:
             return
         track.chain.extend(track.tokens, limit=len(track.tokens) - 1)
@@ -207,7 +239,8 @@ class Restorer:
         if count * size <= hit:
             return
         question = prefix_question(self._source, track.chain.keys[:count], track.model_hash)
-        # A closed cohort is asked for to get the same tokens again, and a prefix that is computed instead may round differently.
+        # A closed cohort is asked for to get the same tokens again, and a prefix that is computed
+        # instead may round differently.
         wait_s = config.LOOKUP_WAIT_S if identity.cohort is None else config.RESTORE_WAIT_S
         left_s = bound - time.monotonic()  # a cohort may have held it back already
         if left_s > 0:
@@ -218,17 +251,33 @@ class Restorer:
         plan = waiting.offered
         if not identity.is_restore and not is_loaded:
             if waiting.reason:
-                self._say({"event": "prefix-missed", "request": identity.name, "reason": waiting.reason})
+                self._say(
+                    {"event": "prefix-missed", "request": identity.name, "reason": waiting.reason}
+                )
             return
         known = len(waiting.track.tokens)
-        # The engine's own hit was not compared with anything now; it counts only where its blocks were filled from these records before.
-        restored = max(0, min(plan.tokens, known - 1) - waiting.hit) if plan is not None and is_loaded else 0
+        # The engine's own hit was not compared with anything now; it counts only where its blocks
+        # were filled from these records before.
+        restored = (
+            max(0, min(plan.tokens, known - 1) - waiting.hit)
+            if plan is not None and is_loaded
+            else 0
+        )
         level, reason = "cold", waiting.reason or "no more was committed"
         if plan is not None and is_loaded:
             is_whole = waiting.hit + restored == known - 1 and plan.incarnation > 0
-            level = "state-exact" if is_whole and waiting.is_hit_own else "partial" if plan.incarnation else "prefix"
+            level = (
+                "state-exact"
+                if is_whole and waiting.is_hit_own
+                else "partial"
+                if plan.incarnation
+                else "prefix"
+            )
             if is_whole and not waiting.is_hit_own:
-                reason = f"{waiting.hit} tokens are the engine's own, computed by itself or filled from other records"
+                reason = (
+                    f"{waiting.hit} tokens are the engine's own, computed by itself or filled "
+                    "from other records"
+                )
         facts: dict[str, Any] = {
             "event": "restored" if identity.is_restore else "prefix-restored",
             "request": identity.name,
@@ -247,5 +296,9 @@ class Restorer:
         if is_loaded:
             self._unsaid[request] = facts
         else:
-            logger.warning("Concordia: %s starts cold: %s", identity.name, waiting.reason or "nothing to restore")
+            logger.warning(
+                "Concordia: %s starts cold: %s",
+                identity.name,
+                waiting.reason or "nothing to restore",
+            )
             self._say(facts)

@@ -1,7 +1,8 @@
 """When a request whose appends failed may try again.
 
-Owns: the waits between tries. Promises: each failure doubles the wait, up to a bound, so that a full journal is not made fuller; a request
-counts as protected again only after it went without a failure for a while. Called by the scheduler side. Appends nothing itself.
+Owns: the waits between tries. Promises: each failure doubles the wait, up to a bound, so that a
+full journal is not made fuller; a request counts as protected again only after it went without a
+failure for a while. Called by the scheduler side. Appends nothing itself.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class Retries:
 
     def take_recovered(self, *, now: float) -> list[str]:
         """Requests that tried again and have not failed since."""
-        good = [name for name, wait in self._waits.items() if not wait.is_resting and now >= wait.until]
+        good = [
+            name for name, wait in self._waits.items() if not wait.is_resting and now >= wait.until
+        ]
         for name in good:
             del self._waits[name]
         return good

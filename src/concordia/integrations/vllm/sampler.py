@@ -1,9 +1,12 @@
-"""Sampling by counter, for engines whose own generator cannot be restored (vLLM's V1 runner, so every CPU engine).
+"""Sampling by counter, for engines whose own generator cannot be restored (vLLM's V1 runner, so
+every CPU engine).
 
-Owns: `CounterSampler`, a stock logits-processor plug-in. Promises: the token drawn depends on (seed, absolute position, logits) alone, so a
-resumed request draws what the unfailed one would have; requests without `concordia_seed` are not touched. The draw is Gumbel-max over the
-tempered, truncated distribution (Gumbel 1954; Maddison et al. 2014), with Philox4x64 (Salmon et al. 2011) as the counter-based generator.
-The router sends such a request as greedy, so that the engine's argmax takes the drawn token. Not for penalties: those keep a history.
+Owns: `CounterSampler`, a stock logits-processor plug-in. Promises: the token drawn depends on
+(seed, absolute position, logits) alone, so a resumed request draws what the unfailed one would
+have; requests without `concordia_seed` are not touched. The draw is Gumbel-max over the tempered,
+truncated distribution (Gumbel 1954; Maddison et al. 2014), with Philox4x64 (Salmon et al. 2011) as
+the counter-based generator. The router sends such a request as greedy, so that the engine's argmax
+takes the drawn token. Not for penalties: those keep a history.
 """
 
 from __future__ import annotations
@@ -56,7 +59,8 @@ class Draw:
     def noise(self, count: int) -> torch.Tensor:
         """Gumbel noise for this position, shape [count], float64."""
         position = self.prompt_count + len(self.outputs)
-        # The generator's own counter counts within one draw; the position has a word of its own, so draws never overlap.
+        # The generator's own counter counts within one draw; the position has a word of its own, so
+        # draws never overlap.
         philox = np.random.Philox(key=self.seed, counter=[0, position, 0, 0])
         uniform = np.random.Generator(philox).random(count)
         return torch.from_numpy(-np.log(-np.log(uniform + 2.0**-54)))

@@ -1,9 +1,10 @@
 """The connector in the scheduler: who is protected, what each step writes, what may be restored.
 
-Owns: the tracks of the engine's requests, the step number and the scheduler's stream. Promises: nothing here waits for a socket or another
-process, nor for a disk but to look at the files of an adapter; a request that cannot be protected is named once, with the reason, and the engine serves it all the same; every step is
-announced before it runs and reported done after. Called by connector.py behind the guest door.
-It moves no KV: the workers do.
+Owns: the tracks of the engine's requests, the step number and the scheduler's stream. Promises:
+nothing here waits for a socket or another process, nor for a disk but to look at the files of an
+adapter; a request that cannot be protected is named once, with the reason, and the engine serves it
+all the same; every step is announced before it runs and reported done after. Called by connector.py
+behind the guest door. It moves no KV: the workers do.
 """
 
 from __future__ import annotations
@@ -51,17 +52,30 @@ class SchedulerSide:
             pool, board = segment.attach(folder.Folder(settings.journal))
             opened.callback(pool.close)
             opened.callback(board.close)
-            layout_hash = 0 if why_not else _layout_hash(board, replica=settings.replica, world=self._world)
+            layout_hash = (
+                0 if why_not else _layout_hash(board, replica=settings.replica, world=self._world)
+            )
             self._scribe = Scribe(settings, client, layout_hash=layout_hash, world=self._world)
             opened.callback(self._scribe.close)
             if why_not is not None:
                 self._scribe.event({"event": "unprotected", "request": "*", "reason": why_not})
                 raise RecoveryError(why_not)
             self._block_tokens = compat.block_tokens(kv_cache_config)
-            self._seed = {**compat.model_identity(vllm_config), "layout": layout_hash, "block": self._block_tokens}
+            self._seed = {
+                **compat.model_identity(vllm_config),
+                "layout": layout_hash,
+                "block": self._block_tokens,
+            }
             self._writes = WriteSet(block_tokens=self._block_tokens)
             self._restorer = Restorer(
-                Source(client, pool.view, pool.segment_bytes, layout_hash, self._world, self._block_tokens),
+                Source(
+                    client,
+                    pool.view,
+                    pool.segment_bytes,
+                    layout_hash,
+                    self._world,
+                    self._block_tokens,
+                ),
                 say=self._scribe.event,
                 is_known=self._writes.is_journaled,
                 is_kept=self._writes.is_from_journal,
@@ -87,11 +101,16 @@ class SchedulerSide:
             return
         identity, parts = self._identify(request)
         seed = seed_bytes({**self._seed, **parts})
-        chain = KeyChain(seed, block_tokens=self._block_tokens) if compat.is_told_by_tokens(request) else None
+        chain = (
+            KeyChain(seed, block_tokens=self._block_tokens)
+            if compat.is_told_by_tokens(request)
+            else None
+        )
         track = Track(identity, chain, request.all_token_ids, model_hash(seed))
         track.is_protected = not identity.is_disabled
         self._writes.tracks[name] = track
-        self._learn()  # an idle engine makes no steps, and knows only what was there when it started
+        # an idle engine makes no steps, and knows only what was there when it started
+        self._learn()
         self._restorer.arrive(name, track)
 
     def match(self, request: Any, hit: int) -> tuple[int | None, bool]:
@@ -116,7 +135,9 @@ class SchedulerSide:
         self._try_again()
         given, self._given = self._given + compat.overwritten_blocks(output), []
         result = self._writes.step(
-            compat.scheduled_requests(output, hits=self._hits, loaded=loads.keys), step=self._step, given=given
+            compat.scheduled_requests(output, hits=self._hits, loaded=loads.keys),
+            step=self._step,
+            given=given,
         )
         for name in scheduled:
             self._hits.pop(name, None)
@@ -132,7 +153,11 @@ class SchedulerSide:
             self._restorer.idle()
             self._restorer.settle()
         return StepMetadata(
-            step=self._step, tokens=tokens, writes=result.writes, reused=result.reused, loads=loads.loads
+            step=self._step,
+            tokens=tokens,
+            writes=result.writes,
+            reused=result.reused,
+            loads=loads.loads,
         )
 
     def _learn(self) -> None:
@@ -159,7 +184,9 @@ class SchedulerSide:
             raise RecoveryError(f"a worker protects nothing any more: {report.off}")
 
     def finish(self, request: Any) -> None:
-        """The request has ended; one that a router owns is ended by the router, which may be resuming it elsewhere."""
+        """The request has ended; one that a router owns is ended by the router, which may be
+        resuming it elsewhere.
+        """
         name = request.request_id
         self._restorer.leave(name)
         self._hits.pop(name, None)
@@ -168,18 +195,27 @@ class SchedulerSide:
         track = self._writes.tracks.get(name)
         self._write_notes(self._writes.finish(name, step=self._step))
         if track is not None and track.is_started and not track.identity.is_routed:
-            self._scribe.end(track.identity.key, incarnation=track.incarnation, tokens=track.covered)
+            self._scribe.end(
+                track.identity.key, incarnation=track.incarnation, tokens=track.covered
+            )
 
     def forget_cache(self) -> None:
-        """The engine's cache was emptied, perhaps for other weights under the same name: nothing from before may be met again."""
+        """The engine's cache was emptied, perhaps for other weights under the same name: nothing
+        from before may be met again.
+        """
         self._seed["epoch"] = f"{os.getpid()}-{time.monotonic_ns()}"
         self._writes.forget_blocks(model_hash(seed_bytes(self._seed)))
-        reason = "the engine's cache was reset, perhaps for other weights: no other engine can go on with what it computes from here"
+        reason = (
+            "the engine's cache was reset, perhaps for other weights: no other engine can go on "
+            "with what it computes from here"
+        )
         logger.warning("Concordia: %s", reason)
         self._scribe.event({"event": "unprotected", "request": "*", "reason": reason})
 
     def shut(self, reason: str) -> None:
-        """The guest door has shut: everybody here is unprotected, and no step that was announced may look unfinished for ever."""
+        """The guest door has shut: everybody here is unprotected, and no step that was announced
+        may look unfinished for ever.
+        """
         self._scribe.rest()
         reason = f"protection is off: {reason}"
         for name, track in list(self._writes.tracks.items()):
@@ -193,7 +229,9 @@ class SchedulerSide:
     # --- leaves
 
     def _identify(self, request: Any) -> tuple[Identity, dict[str, Any]]:
-        """Who the request is, and what beside the model determines its KV; who has no name that can be used is served without protection."""
+        """Who the request is, and what beside the model determines its KV; who has no name that can
+        be used is served without protection.
+        """
         own = self._own_name(request.request_id)
         identity = nobody = Identity(name=own, is_disabled=True)
         try:
@@ -201,7 +239,8 @@ class SchedulerSide:
             self._roll.enter(identity)
             return identity, compat.request_seed_parts(request, self._adapters)
         except UsageError as error:
-            identity, reason = nobody, str(error)  # not the name that it gave: that is another's, or none
+            # not the name that it gave: that is another's, or none
+            identity, reason = nobody, str(error)
         except RecoveryError as error:
             identity, reason = replace(identity, is_disabled=True), str(error)
         self._unprotect(request.request_id, identity, reason)
@@ -212,7 +251,9 @@ class SchedulerSide:
         return f"{self._settings.replica:x}.{os.getpid():x}:{request}"
 
     def _learn_at_start(self) -> None:
-        """Know the journal's keys before the first request comes; without them prefixes are computed, not restored."""
+        """Know the journal's keys before the first request comes; without them prefixes are
+        computed, not restored.
+        """
         try:
             self._scribe.refresh()
         except (ConcordiaError, OSError) as error:
@@ -225,7 +266,9 @@ class SchedulerSide:
             self._lose(name, reason)
 
     def _miss(self, name: str, token: int, reason: str) -> None:
-        """From this token on it is not saved; nothing is lost of it yet, so it is appended again a little later."""
+        """From this token on it is not saved; nothing is lost of it yet, so it is appended again a
+        little later.
+        """
         track = self._writes.tracks.get(name)
         if track is None or not track.is_protected:
             return
@@ -261,7 +304,9 @@ class SchedulerSide:
 
 
 def _layout_hash(board: segment.Board, *, replica: int, world: int) -> int:
-    """The layout that this engine's workers opened their streams with; they do so before the scheduler exists."""
+    """The layout that this engine's workers opened their streams with; they do so before the
+    scheduler exists.
+    """
     found = []
     for control in board.in_use():
         identity = control.identity()

@@ -1,8 +1,10 @@
-"""The scheduler side's own stream: block keys, events, endings, and the words that the detector reads.
+"""The scheduler side's own stream: block keys, events, endings, and the words that the detector
+reads.
 
-Owns: one host Checkpointer with a stream of kind WRITER_SCHEDULER, and a thread for what is slow: the heartbeat, the journal's list of known
-keys, endings that must not come too early. Promises: no call waits for the journal or its owner; what cannot be written is said once in
-the log. Called by the scheduler side. It does not decide what is written.
+Owns: one host Checkpointer with a stream of kind WRITER_SCHEDULER, and a thread for what is slow:
+the heartbeat, the journal's list of known keys, endings that must not come too early. Promises: no
+call waits for the journal or its owner; what cannot be written is said once in the log. Called by
+the scheduler side. It does not decide what is written.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ _LOW: Final = 0xFFFFFFFFFFFFFFFF
 
 @dataclass(slots=True)
 class _Noted:
-    """A note on its way; without it blocks that only a key names would be lost, so it is written again until its bound."""
+    """A note on its way; without it blocks that only a key names would be lost, so it is written
+    again until its bound.
+    """
 
     note: KeyNote
     payload: bytes
@@ -43,7 +47,9 @@ class _Noted:
 class Scribe:
     """Writes what the scheduler side knows."""
 
-    def __init__(self, settings: Settings, client: JournalClient, *, layout_hash: int, world: int) -> None:
+    def __init__(
+        self, settings: Settings, client: JournalClient, *, layout_hash: int, world: int
+    ) -> None:
         self._client = client
         self._layout_hash = layout_hash
         self._world = world
@@ -86,7 +92,9 @@ class Scribe:
         self._checkpointer.step_done(step)
 
     def rest(self) -> None:
-        """No step will be announced any more: what the detector sees must not look like a step that never ends."""
+        """No step will be announced any more: what the detector sees must not look like a step that
+        never ends.
+        """
         self._waiting = 0
         self._checkpointer.step_done(self._step)
         self._checkpointer.heartbeat(0)
@@ -110,14 +118,18 @@ class Scribe:
     def event(self, facts: dict[str, Any]) -> None:
         """What happened to a request, for the router and for people."""
         key = request_key(str(facts.get("request", "")))
-        self._append(json.dumps(facts).encode(), kind=abi.KIND_EVENT, key=key, incarnation=0, step=self._step)
+        self._append(
+            json.dumps(facts).encode(), kind=abi.KIND_EVENT, key=key, incarnation=0, step=self._step
+        )
 
     def unprotected(self) -> None:
         """One request more has lost protection."""
         self._checkpointer.count_unprotected()
 
     def end(self, key: int, *, incarnation: int, tokens: int) -> None:
-        """A request that no router owns has ended; said a little later, when its last blocks are in."""
+        """A request that no router owns has ended; said a little later, when its last blocks are
+        in.
+        """
         self._endings.append((time.monotonic() + config.FINISH_LINGER_S, key, incarnation, tokens))
 
     def take_known(self) -> tuple[set[int], int] | None:
@@ -134,7 +146,9 @@ class Scribe:
         self._checkpointer.close()
         self._attachment.close()
 
-    def _append(self, payload: bytes, *, kind: int, key: int, incarnation: int, step: int, tokens: int = 0) -> None:
+    def _append(
+        self, payload: bytes, *, kind: int, key: int, incarnation: int, step: int, tokens: int = 0
+    ) -> None:
         try:
             self._checkpointer.append_bytes(
                 payload, kind=kind, key=key, incarnation=incarnation, token_end=tokens, step=step
@@ -146,13 +160,19 @@ class Scribe:
         note = noted.note
         try:
             noted.ticket = self._checkpointer.append_bytes(
-                noted.payload, kind=abi.KIND_BLOCK_KEY, key=note.key, incarnation=note.incarnation, step=noted.step
+                noted.payload,
+                kind=abi.KIND_BLOCK_KEY,
+                key=note.key,
+                incarnation=note.incarnation,
+                step=noted.step,
             )
         except RingFull:
             noted.ticket = None
 
     def _follow_notes(self) -> None:
-        """Retire notes that are committed, write again those that found the journal full, give up those past their bound."""
+        """Retire notes that are committed, write again those that found the journal full, give up
+        those past their bound.
+        """
         with self._lock:
             notes, self._notes = self._notes, deque()
         for noted in notes:
@@ -189,7 +209,9 @@ class Scribe:
         self._read_known(0)
 
     def _refresh(self, before_step: int) -> None:
-        """All keys are read when some were cleaned away, and else now and then, for those that others wrote."""
+        """All keys are read when some were cleaned away, and else now and then, for those that
+        others wrote.
+        """
         with self._lock:
             before_step = min([before_step, *(noted.step for noted in self._notes)])
         evicted = int(self._client.stats()["evicted_blocks"])
@@ -207,7 +229,12 @@ class Scribe:
         while self._endings and self._endings[0][0] <= now:
             _, key, incarnation, tokens = self._endings.popleft()
             self._append(
-                b"", kind=abi.KIND_FINISH, key=key, incarnation=incarnation, step=self._step, tokens=tokens
+                b"",
+                kind=abi.KIND_FINISH,
+                key=key,
+                incarnation=incarnation,
+                step=self._step,
+                tokens=tokens,
             )
 
     def _complain(self, words: str) -> None:

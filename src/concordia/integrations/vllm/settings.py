@@ -1,7 +1,8 @@
 """What `kv_connector_extra_config` may say.
 
-Owns: the connector's settings. Promises: an unknown name or a wrong type is refused with the name, so that a misspelt switch cannot silently
-leave an engine unprotected. Called by the connector. Reads nothing else.
+Owns: the connector's settings. Promises: an unknown name or a wrong type is refused with the name,
+so that a misspelt switch cannot silently leave an engine unprotected. Called by the connector.
+Reads nothing else.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ LAYOUTS = ("auto", "blocks")
 @dataclass(frozen=True, slots=True)
 class Settings:
     """
-    journal         the journal's folder
-    replica         incarnation number of the replica, 0 for an engine that belongs to none
-    device          "auto", "host" or "cuda:<index>"
-    layout          "auto", or "blocks" to save whole blocks only
-    is_prefix_restored  whether a prefix that the journal has is restored for any request that replays it
+    journal         the journal's folder replica         incarnation number of the replica, 0 for an
+    engine that belongs to none device          "auto", "host" or "cuda:<index>" layout
+    "auto", or "blocks" to save whole blocks only is_prefix_restored  whether a prefix that the
+    journal has is restored for any request that replays it
     """
 
     journal: pathlib.Path
@@ -48,7 +48,9 @@ class Settings:
         for name, value in given.items():
             kind = kinds[str(names[name])]
             if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-                raise UsageError(f"kv_connector_extra_config.{name} must be {names[name]}, not {value!r}")
+                raise UsageError(
+                    f"kv_connector_extra_config.{name} must be {names[name]}, not {value!r}"
+                )
         settings = Settings(journal=journal, **given)
         if settings.layout not in LAYOUTS:
             raise UsageError(f"kv_connector_extra_config.layout must be one of {LAYOUTS}")

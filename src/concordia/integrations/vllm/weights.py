@@ -1,9 +1,11 @@
 """What weights are, as far as their files tell.
 
-Owns: fingerprints of the files of models and adapters. Promises: equal fingerprints mean files of equal names, sizes and times, with equal bytes
-at every place looked at; at most WEIGHT_SAMPLES places of a file are read, so that it costs milliseconds; what has no files here is None;
-an adapter whose files change while the engine runs is refused from then on, because the engine may have loaded either. Called by
-compat.py and the scheduler side. It downloads nothing and does not know what the files mean.
+Owns: fingerprints of the files of models and adapters. Promises: equal fingerprints mean files of
+equal names, sizes and times, with equal bytes at every place looked at; at most WEIGHT_SAMPLES
+places of a file are read, so that it costs milliseconds; what has no files here is None; an adapter
+whose files change while the engine runs is refused from then on, because the engine may have loaded
+either. Called by compat.py and the scheduler side. It downloads nothing and does not know what the
+files mean.
 """
 
 from __future__ import annotations
@@ -19,22 +21,29 @@ from concordia.errors import RecoveryError
 
 WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz", ".tensors")
 CODE_SUFFIXES: Final = (".py",)  # a model that brings its own code computes what that says
-ADAPTER_SETTINGS: Final = "adapter_config.json"  # an adapter's scale; a model's own settings are read from the engine
+# an adapter's scale; a model's own settings are read from the engine
+ADAPTER_SETTINGS: Final = "adapter_config.json"
 REPOSITORY_FILES: Final = ("config.json", "params.json", ADAPTER_SETTINGS)
 
 Fingerprint: TypeAlias = list[list[str | int]]  # name, size, time, and of what was read a digest
 
 
 def fingerprint(path: pathlib.Path) -> Fingerprint | None:
-    """What the weights at `path`, a folder or one file, are; None when there are none that can be read."""
+    """What the weights at `path`, a folder or one file, are; None when there are none that can be
+    read.
+    """
     try:
         return [[*_state(file), _digest(file)] for file in _files(path)] or None
     except OSError:
         return None
 
 
-def locate(name: str, *, revision: str | None = None, cache: str | None = None) -> pathlib.Path | None:
-    """Where the files of a model or adapter lie that is named by path or by repository; None when they are not here."""
+def locate(
+    name: str, *, revision: str | None = None, cache: str | None = None
+) -> pathlib.Path | None:
+    """Where the files of a model or adapter lie that is named by path or by repository; None when
+    they are not here.
+    """
     path = pathlib.Path(name)
     if path.exists():
         return path
@@ -57,23 +66,31 @@ class Adapters:
         self._seen: dict[tuple[str, int, str], tuple[Fingerprint, Fingerprint]] = {}
 
     def identify(self, name: str, number: int, path: str) -> list[object]:
-        """What names this adapter and its content; raises RecoveryError when its content cannot be told."""
+        """What names this adapter and its content; raises RecoveryError when its content cannot be
+        told.
+        """
         folder = locate(path)
         seen = self._seen.get((name, number, path))
         if seen is None:
             seen = self._look(name, folder)
             if len(self._seen) >= config.ADAPTERS_KNOWN_MAX:
-                raise RecoveryError(f"this engine has had {len(self._seen)} adapters; no more are told apart")
+                raise RecoveryError(
+                    f"this engine has had {len(self._seen)} adapters; no more are told apart"
+                )
             self._seen[name, number, path] = seen
         elif folder is None or _states(folder) != seen[0]:
-            raise RecoveryError("the files of its adapter have changed since the engine first used it")
+            raise RecoveryError(
+                "the files of its adapter have changed since the engine first used it"
+            )
         return [name, number, path, seen[1]]
 
     def _look(self, name: str, folder: pathlib.Path | None) -> tuple[Fingerprint, Fingerprint]:
         states = None if folder is None else _states(folder)
         content = None if folder is None else fingerprint(folder)
         if not states or not content:
-            raise RecoveryError("the files of its adapter cannot be read, so what it computes has no name")
+            raise RecoveryError(
+                "the files of its adapter cannot be read, so what it computes has no name"
+            )
         return states, content
 
 
@@ -98,7 +115,9 @@ def _state(file: pathlib.Path) -> list[str | int]:
 
 
 def _digest(file: pathlib.Path) -> str:
-    """Of pieces spread evenly over the file, the whole of a small one: images and stores set every time to the same."""
+    """Of pieces spread evenly over the file, the whole of a small one: images and stores set every
+    time to the same.
+    """
     digest = xxhash.xxh3_128()
     piece, count = config.WEIGHT_SAMPLE_BYTES, config.WEIGHT_SAMPLES
     with file.open("rb") as opened:

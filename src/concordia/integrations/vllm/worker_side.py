@@ -1,9 +1,11 @@
 """The connector in a worker: one rank's KV out to the journal and back.
 
-Owns: this rank's stream, its Checkpointer, the KV region and what is known about its layout. Promises: an entry point only enqueues, except
-where bytes must be in place before the engine goes on (a restore, a block about to be overwritten), and those waits are bounded; bytes that
-were promised to the engine and cannot be had are reported as failed loads, never left to chance; unproven layouts are saved as
-whole blocks. Called by connector.py behind the guest door. It decides nothing about requests.
+Owns: this rank's stream, its Checkpointer, the KV region and what is known about its layout.
+Promises: an entry point only enqueues, except where bytes must be in place before the engine goes
+on (a restore, a block about to be overwritten), and those waits are bounded; bytes that were
+promised to the engine and cannot be had are reported as failed loads, never left to chance;
+unproven layouts are saved as whole blocks. Called by connector.py behind the guest door. It decides
+nothing about requests.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ class WorkerSide:
         self._clock: AppendClock | None = None
         self._block_tokens = compat.block_tokens(kv_cache_config) if self._why_not is None else 0
         self._is_cuda = False
-        self._refused: set[str] = set()  # requests whose load failed in this step: their blocks hold nothing to save
+        # requests whose load failed in this step: their blocks hold nothing to save
+        self._refused: set[str] = set()
         self._report = WorkerReport()
 
     def register_kv_caches(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -64,7 +67,8 @@ class WorkerSide:
         if self._why_not is not None:
             raise RecoveryError(self._why_not)
         if self._checkpointer is not None:
-            self.close()  # the engine has made its KV memory anew: what was known of the old one is over
+            # the engine has made its KV memory anew: what was known of the old one is over
+            self.close()
         try:
             self._open(describe_kv(self._vllm_config, self._kv_cache_config, tensors))
         except BaseException:
@@ -94,7 +98,10 @@ class WorkerSide:
             self._checkpointer, is_threaded=self._is_cuda, committed=lambda: control.committed_count
         )
         self._applier = Applier(
-            self._checkpointer, self._region, rank=self._rank, pool_address=self._attachment.target.pool_address
+            self._checkpointer,
+            self._region,
+            rank=self._rank,
+            pool_address=self._attachment.target.pool_address,
         )
         if not (self._is_cuda and compat.may_sleep(self._vllm_config)):
             self._audit = Audit(self._checkpointer, self._region, rank=self._rank, say=self.event)
@@ -111,15 +118,20 @@ class WorkerSide:
     # --- the order of one step
 
     def before_step(self, meta: StepMetadata) -> None:
-        """Nothing of this step is written yet: let go of what it overwrites, and keep what the probe compares."""
+        """Nothing of this step is written yet: let go of what it overwrites, and keep what the
+        probe compares.
+        """
         self._report.step = meta.step
         self._refused.clear()
         pump, probe = self._live_pump(), self._probe
         assert probe is not None
         self._collect()  # by now the step before is saved, and one look tells so
         if self._audit is not None:
-            self._audit.step([*meta.reused, *(block for write in meta.writes for block in write.blocks)])
-        pump.wait_for(meta.reused, timeout_s=config.BLOCK_REUSE_WAIT_S)  # whom it gave up for that is collected
+            self._audit.step(
+                [*meta.reused, *(block for write in meta.writes for block in write.blocks)]
+            )
+        # whom it gave up for that is collected
+        pump.wait_for(meta.reused, timeout_s=config.BLOCK_REUSE_WAIT_S)
         if probe.proof is Proof.UNKNOWN and not meta.loads:
             for write in meta.writes:
                 if write.tail is not None and write.tail[1] - write.tail[0] == 1:
@@ -127,12 +139,15 @@ class WorkerSide:
                     break
 
     def load(self, meta: StepMetadata) -> set[int]:
-        """Fill the blocks of resumed requests, hash and compare them in place; returns the blocks that are not as committed."""
+        """Fill the blocks of resumed requests, hash and compare them in place; returns the blocks
+        that are not as committed.
+        """
         failed: set[int] = set()
         if self._applier is None:
             raise RecoveryError(self._why_not or "the engine never registered its KV memory")
         if self._is_cuda and meta.loads:
-            # The executor has a stream of its own: what earlier steps still write into these blocks must have landed before we do.
+            # The executor has a stream of its own: what earlier steps still write into these blocks
+            # must have landed before we do.
             torch.cuda.current_stream().synchronize()
         self._refused.update(load.request for load in meta.loads)
         for load in meta.loads:
@@ -167,9 +182,11 @@ class WorkerSide:
         return report
 
     def abandon(self) -> None:
-        """The guest door has shut: nothing of ours may read or write the engine's blocks from here on.
+        """The guest door has shut: nothing of ours may read or write the engine's blocks from here
+        on.
 
-        The caller is the engine's own thread, so no block changes hands while what the executor has taken runs out, within a bound.
+        The caller is the engine's own thread, so no block changes hands while what the executor has
+        taken runs out, within a bound.
         """
         if self._audit is not None:
             self._audit.close()
@@ -192,7 +209,9 @@ class WorkerSide:
             self._attachment.close()
         if self._client is not None:
             self._client.close()
-        self._clock = self._audit = self._pump = self._applier = self._checkpointer = self._attachment = self._client = None
+        self._clock = self._audit = self._pump = self._applier = self._checkpointer = (
+            self._attachment
+        ) = self._client = None
 
     # --- leaves
 
@@ -280,7 +299,9 @@ class WorkerSide:
         assert self._probe is not None
         reason = f"KV layout {self._probe.proof.name.lower()}: {self._probe.reason}"
         logger.warning(
-            "Concordia saves whole KV blocks on rank %d: %s. Nothing is lost by it but speed.", self._rank, reason
+            "Concordia saves whole KV blocks on rank %d: %s. Nothing is lost by it but speed.",
+            self._rank,
+            reason,
         )
         self.event({"event": "whole-blocks", "rank": self._rank, "reason": reason})
 
@@ -292,7 +313,10 @@ class WorkerSide:
             self._pump.count_other()
         try:
             self._checkpointer.append_bytes(
-                json.dumps(facts).encode(), kind=abi.KIND_EVENT, key=request_key(str(facts.get("request", ""))), incarnation=0
+                json.dumps(facts).encode(),
+                kind=abi.KIND_EVENT,
+                key=request_key(str(facts.get("request", ""))),
+                incarnation=0,
             )
         except ConcordiaError as error:
             logger.warning("Concordia could not record %s: %s", facts, error)

@@ -1,9 +1,10 @@
 """What a step writes into the KV cache, and what of it the journal must be given.
 
-Owns: the engine's block tables as the journal sees them. Promises: after a step, every token below `covered` of a protected request has its
-bytes appended, or a key that names them; `covered` never passes a token that may still be rejected; a block's key is forgotten the moment
-the block is given to somebody else; KV that was computed anew never shares a record incarnation with the KV before it. Called by
-the scheduler side once per step. Knows no vLLM type and does no I/O.
+Owns: the engine's block tables as the journal sees them. Promises: after a step, every token below
+`covered` of a protected request has its bytes appended, or a key that names them; `covered` never
+passes a token that may still be rejected; a block's key is forgotten the moment the block is given
+to somebody else; KV that was computed anew never shares a record incarnation with the KV before it.
+Called by the scheduler side once per step. Knows no vLLM type and does no I/O.
 """
 
 from __future__ import annotations
@@ -34,13 +35,18 @@ class Scheduled:
     start: int
     end: int
     drafts: int = 0
-    hit: int = 0  # with `replaces`: tokens found in the engine's own prefix cache, whole blocks; the rest is newly given
-    loaded_keys: Mapping[int, int] = field(default_factory=dict)  # block index -> key of the record it is filled from
+    # with `replaces`: tokens found in the engine's own prefix cache, whole blocks; the rest is
+    # newly given
+    hit: int = 0
+    # block index -> key of the record it is filled from
+    loaded_keys: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """What one request appends in one step: full blocks as (index, block id), then the partial last block."""
+    """What one request appends in one step: full blocks as (index, block id), then the partial last
+    block.
+    """
 
     request: str
     key: int
@@ -71,8 +77,10 @@ class StepWrites:
 
     writes: list[Write] = field(default_factory=list)
     notes: list[KeyNote] = field(default_factory=list)
-    reused: list[int] = field(default_factory=list)  # blocks given out in this step: nothing may still read their old bytes
-    lost: list[tuple[str, str]] = field(default_factory=list)  # (request, why it is unprotected from here)
+    # blocks given out in this step: nothing may still read their old bytes
+    reused: list[int] = field(default_factory=list)
+    # (request, why it is unprotected from here)
+    lost: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -80,7 +88,8 @@ class Track:
     """One request that the engine holds."""
 
     identity: Identity
-    chain: KeyChain | None  # None: its tokens alone do not determine its KV, so its blocks are nobody else's
+    # None: its tokens alone do not determine its KV, so its blocks are nobody else's
+    chain: KeyChain | None
     tokens: Sequence[int]  # the engine's own list: grows as ids become known
     model_hash: int = 0  # what computes its KV, for its records and for whoever restores them
     lives: int = 0
@@ -93,10 +102,14 @@ class Track:
 
     @property
     def incarnation(self) -> int:
-        return self.identity.incarnation * INCARNATION_STRIDE + min(self.lives, INCARNATION_STRIDE - 1)
+        return self.identity.incarnation * INCARNATION_STRIDE + min(
+            self.lives, INCARNATION_STRIDE - 1
+        )
 
     def renew(self) -> None:
-        """From here the request's KV is computed anew; nothing written before may be mixed with it."""
+        """From here the request's KV is computed anew; nothing written before may be mixed with
+        it.
+        """
         self.lives += 1
         self.covered = 0
         self.named = 0
@@ -111,10 +124,15 @@ class WriteSet:
         self.foreign: set[int] = set()  # keys of block records that other engines wrote
         self.authored: dict[int, int] = {}  # shared keys that this engine wrote first -> step
         self._block_tokens = block_tokens
-        self._resident: dict[int, tuple[int, int]] = {}  # block id -> (key of the record with its bytes, step it was named)
+        # block id -> (key of the record with its bytes, step it was named)
+        self._resident: dict[int, tuple[int, int]] = {}
 
-    def step(self, scheduled: Iterable[Scheduled], *, step: int, given: Iterable[int] = ()) -> StepWrites:
-        """The writes of one step; `given` are blocks that the engine handed out, copies into or zeroes beside those scheduled."""
+    def step(
+        self, scheduled: Iterable[Scheduled], *, step: int, given: Iterable[int] = ()
+    ) -> StepWrites:
+        """The writes of one step; `given` are blocks that the engine handed out, copies into or
+        zeroes beside those scheduled.
+        """
         result = StepWrites()
         self._release(given, result)
         for item in scheduled:
@@ -127,13 +145,17 @@ class WriteSet:
                 continue
             if len(track.blocks) * self._block_tokens < item.end - item.drafts:
                 self.lose(item.request)
-                result.lost.append((item.request, f"{len(track.blocks)} blocks known for {item.end} tokens"))
+                result.lost.append(
+                    (item.request, f"{len(track.blocks)} blocks known for {item.end} tokens")
+                )
                 continue
             self._append(track, item, step, result)
         return result
 
     def finish(self, request: str, *, step: int) -> StepWrites:
-        """Name what can still be named and let the request go; its blocks stay known as long as the engine keeps them."""
+        """Name what can still be named and let the request go; its blocks stay known as long as the
+        engine keeps them.
+        """
         result = StepWrites()
         track = self.tracks.pop(request, None)
         if track is not None and track.is_protected and track.chain is not None:
@@ -142,18 +164,24 @@ class WriteSet:
         return result
 
     def lose(self, request: str) -> None:
-        """The worker cannot append for this request: what its blocks hold is not (all) in the journal."""
+        """The worker cannot append for this request: what its blocks hold is not (all) in the
+        journal.
+        """
         track = self.tracks.get(request)
         if track is not None:
             track.is_protected = False
             self._unname(track.blocks)
 
     def disown(self, blocks: Sequence[int]) -> None:
-        """What these blocks hold is not what their records say: whoever relies on their keys must append them too."""
+        """What these blocks hold is not what their records say: whoever relies on their keys must
+        append them too.
+        """
         self._unname(blocks)
 
     def rewind(self, request: str, token: int) -> None:
-        """From this token on the request's KV is not in the journal; it lies in the cache as before and is appended again."""
+        """From this token on the request's KV is not in the journal; it lies in the cache as before
+        and is appended again.
+        """
         track = self.tracks.get(request)
         if track is None or token >= track.covered:
             return
@@ -163,7 +191,8 @@ class WriteSet:
         self._unname(track.blocks[first:])
 
     def _unname(self, blocks: Sequence[int]) -> None:
-        """Perhaps no record has these blocks' bytes; whoever relied on their keys must append them too.
+        """Perhaps no record has these blocks' bytes; whoever relied on their keys must append them
+        too.
 
         Perhaps one has: so a shared key stays taken, and never gets to name other bytes.
         """
@@ -171,14 +200,20 @@ class WriteSet:
         if not gone:
             return
         for track in self.tracks.values():
-            first = next((i for i, block in enumerate(track.blocks[: track.named]) if block in gone), None)
+            first = next(
+                (i for i, block in enumerate(track.blocks[: track.named]) if block in gone), None
+            )
             if first is not None:
                 track.covered = min(track.covered, first * self._block_tokens)
                 track.named = first
 
     def learn(self, known: set[int], *, before_step: int) -> None:
-        """Take the journal's own list of keys; what is missing there, and not new, has been cleaned away."""
-        for key in [k for k, step in self.authored.items() if step < before_step and k not in known]:
+        """Take the journal's own list of keys; what is missing there, and not new, has been cleaned
+        away.
+        """
+        for key in [
+            k for k, step in self.authored.items() if step < before_step and k not in known
+        ]:
             del self.authored[key]
         for block, (key, step) in list(self._resident.items()):
             if step < before_step and key not in known:
@@ -186,7 +221,9 @@ class WriteSet:
         self.foreign = known.difference(self.authored)
 
     def forget_blocks(self, model_hash: int) -> None:
-        """Name nothing by what was computed so far; requests that run go on under names of their own, and as another model's."""
+        """Name nothing by what was computed so far; requests that run go on under names of their
+        own, and as another model's.
+        """
         self._resident.clear()
         self.authored.clear()
         self.foreign.clear()
@@ -198,8 +235,12 @@ class WriteSet:
         return key in self.authored or key in self.foreign
 
     def is_from_journal(self, block: int, key: int) -> bool:
-        """Whether the block was filled from a record of this key, and holds it still; what was computed here is not from there."""
-        return bool(key) and key not in self.authored and self._resident.get(block, (0, 0))[0] == key
+        """Whether the block was filled from a record of this key, and holds it still; what was
+        computed here is not from there.
+        """
+        return (
+            bool(key) and key not in self.authored and self._resident.get(block, (0, 0))[0] == key
+        )
 
     def _take_blocks(self, track: Track, item: Scheduled, step: int, result: StepWrites) -> None:
         size = self._block_tokens
@@ -209,7 +250,8 @@ class WriteSet:
             track.blocks = list(item.blocks)
             self._release(track.blocks[item.hit // size :], result)
             for index, key in item.loaded_keys.items():
-                # A key that two engines gave to different bytes names ours only if we did not write it too.
+                # A key that two engines gave to different bytes names ours only if we did not write
+                # it too.
                 if key not in self.authored:
                     self._resident[track.blocks[index]] = (key, step)
                     self.foreign.add(key)
@@ -229,8 +271,13 @@ class WriteSet:
         full: list[tuple[int, int]] = []
         for index in range(track.covered // size, sure_end // size):
             block = track.blocks[index]
-            # A block that was complete before this step, and whose bytes a record has: its key is enough.
-            if (index + 1) * size > item.start or block not in self._resident or track.chain is None:
+            # A block that was complete before this step, and whose bytes a record has: its key is
+            # enough.
+            if (
+                (index + 1) * size > item.start
+                or block not in self._resident
+                or track.chain is None
+            ):
                 self._resident.pop(block, None)
                 full.append((index, block))
         tail_start = max(track.covered, sure_end // size * size)
@@ -239,7 +286,14 @@ class WriteSet:
             tail = (tail_start, sure_end, track.blocks[tail_start // size])
         if full or tail:
             result.writes.append(
-                Write(item.request, track.identity.key, track.incarnation, tuple(full), tail, track.model_hash)
+                Write(
+                    item.request,
+                    track.identity.key,
+                    track.incarnation,
+                    tuple(full),
+                    tail,
+                    track.model_hash,
+                )
             )
         track.covered = sure_end
         if track.chain is not None:
@@ -250,20 +304,26 @@ class WriteSet:
         """Note the keys of covered blocks, as far as their token ids are known."""
         assert track.chain is not None
         entries: list[tuple[int, int]] = []
-        for index in range(track.named, min(len(track.chain.keys), track.covered // self._block_tokens)):
+        for index in range(
+            track.named, min(len(track.chain.keys), track.covered // self._block_tokens)
+        ):
             block = track.blocks[index]
             key, _ = self._resident.get(block, (0, 0))
             if not key:
                 key = track.chain.keys[index]
                 if self.is_journaled(key):
-                    key = private_key(key, request=track.identity.key, incarnation=track.incarnation)
+                    key = private_key(
+                        key, request=track.identity.key, incarnation=track.incarnation
+                    )
                 else:
                     self.authored[key] = step
                 self._resident[block] = (key, step)
             entries.append((index, key))
         if entries:
             track.named += len(entries)
-            result.notes.append(KeyNote(request, track.identity.key, track.incarnation, tuple(entries)))
+            result.notes.append(
+                KeyNote(request, track.identity.key, track.incarnation, tuple(entries))
+            )
 
     def _release(self, blocks: Iterable[int], result: StepWrites) -> None:
         for block in blocks:
