@@ -2,16 +2,18 @@
 
 Two servers stand side by side, one without the connector and the journal; they are asked in turn (A
 B, B A, ...), and each pair gives one ratio. Writes the median ratio with its 95 % interval (order
-statistics) to benchmarks/results/cost_cpu.json and prints it.
+statistics) to benchmarks/results/cost_cpu.json and prints it. The servers are started anew several
+times, because two engines of one configuration differ, too.
 
 With --one-engine both arms are one engine, asked past the router, with and without the connector's
-work for each request: two engines of one configuration differ by more than protection costs.
+work for each request.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import json
 import math
@@ -19,6 +21,7 @@ import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -80,6 +83,12 @@ def main(arguments: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument(
+        "--starts",
+        type=int,
+        default=4,
+        help="how often the servers are started anew: two of one kind differ, too",
+    )
     parser.add_argument("--requests", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--shape", default="140m")
@@ -100,32 +109,47 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     model = options.folder / f"model-{options.shape}-3"
     make_model(model, shape=options.shape)
-    protection = ["--commit", options.commit]
+    rows: list[dict[str, float]] = []
+    for start in range(options.starts):
+        servers = start_servers(model, options, is_plain_first=start % 2 == 1)
+        with servers as arms:
+            pairs = range(len(rows), options.pairs * (start + 1) // options.starts)
+            rows += measure(*arms, options, pairs)
+    return report(rows, options)
+
+
+@contextlib.contextmanager
+def start_servers(
+    model: pathlib.Path, options: argparse.Namespace, *, is_plain_first: bool
+) -> Iterator[tuple[Arm, Arm]]:
+    """The protected arm and the plain one, ready and warm."""
     common = [
         *("--replicas", "1", "--standby", "0", "--served-model-name", "bench"),
         *("--dtype", "bfloat16", "--max-model-len", "4096"),
         *("--kv-cache-memory-bytes", str(512 << 20)),
     ]
-    stamp = time.time_ns()
+    journal = f"/dev/shm/concordia-bench-{time.time_ns()}"
+    flags = {
+        "protected": [*common, "--commit", options.commit, "--journal-dir", journal],
+        "plain": [*common, "--no-protect"],
+    }
     if options.one_engine:
-        flags = [*common, *protection, "--journal-dir", f"/dev/shm/concordia-bench-{stamp}"]
-        with Served(model, flags, log=options.folder / "bench-protected.log") as served:
-            with console.status("starting a server"):
-                served.wait_ready(timeout_s=START_TIMEOUT_S)
-            return report(measure(*arms_of(served), options), options)
-    with (
-        Served(
-            model,
-            [*common, *protection, "--journal-dir", f"/dev/shm/concordia-bench-{stamp}"],
-            log=options.folder / "bench-protected.log",
-        ) as protected,
-        Served(model, [*common, "--no-protect"], log=options.folder / "bench-plain.log") as plain,
-    ):
-        with console.status("starting two servers"):
-            protected.wait_ready(timeout_s=START_TIMEOUT_S)
-            plain.wait_ready(timeout_s=START_TIMEOUT_S)
-        rows = measure(Arm(protected.url), Arm(plain.url), options)
-    return report(rows, options)
+        del flags["plain"]
+    with contextlib.ExitStack() as stack:
+        served = {}
+        for name in sorted(flags, reverse=not is_plain_first):
+            log = options.folder / f"bench-{name}.log"
+            served[name] = stack.enter_context(Served(model, flags[name], log=log))
+        with console.status(f"starting {len(served)} server(s)"):
+            for server in served.values():
+                server.wait_ready(timeout_s=START_TIMEOUT_S)
+        if options.one_engine:
+            arms = arms_of(served["protected"])
+        else:
+            arms = Arm(served["protected"].url), Arm(served["plain"].url)
+        for arm in arms:
+            load(arm, options, seed=1)  # warm-up, not counted
+        yield arms
 
 
 def arms_of(served: Served) -> tuple[Arm, Arm]:
@@ -144,27 +168,26 @@ def arms_of(served: Served) -> tuple[Arm, Arm]:
     return Arm(url, key), Arm(url, key, {"kv_transfer_params": {"concordia": False}})
 
 
-def measure(protected: Arm, plain: Arm, options: argparse.Namespace) -> list[dict[str, float]]:
-    def one(arm: Arm, seed: int) -> float:
-        load = tokens_per_second(
-            arm,
-            requests=options.requests,
-            tokens=options.tokens,
-            seed=seed,
-            words_max=options.words,
-        )
-        return asyncio.run(load)
+def load(arm: Arm, options: argparse.Namespace, *, seed: int) -> float:
+    """Tokens per second of one load."""
+    requests, tokens, words = options.requests, options.tokens, options.words
+    return asyncio.run(
+        tokens_per_second(arm, requests=requests, tokens=tokens, seed=seed, words_max=words)
+    )
 
-    for arm in (protected, plain):
-        one(arm, 1)  # warm-up, not counted
+
+def measure(
+    protected: Arm, plain: Arm, options: argparse.Namespace, pairs: range
+) -> list[dict[str, float]]:
+    """Both arms, in turn, once for each pair."""
     rows = []
-    for pair in range(options.pairs):
+    for pair in pairs:
         first, second = (protected, plain) if pair % 2 == 0 else (plain, protected)
         # In one engine each arm has questions of its own: what the first computed would be the
         # second's prefix.
         apart = 1000 if options.one_engine else 0
         speeds = {
-            id(arm): one(arm, 100 + pair + place * apart)
+            id(arm): load(arm, options, seed=100 + pair + place * apart)
             for place, arm in enumerate((first, second))
         }
         with_, without = speeds[id(protected)], speeds[id(plain)]
@@ -184,6 +207,7 @@ def report(rows: list[dict[str, float]], options: argparse.Namespace) -> int:
         "what": "tokens/s with protection over tokens/s without, "
         + ("of one engine, past the router" if options.one_engine else "both through the router"),
         "machine": machine(),
+        "starts": options.starts,
         "requests": options.requests,
         "tokens_per_request": options.tokens,
         "shape": options.shape,

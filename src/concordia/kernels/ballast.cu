@@ -1,11 +1,13 @@
 // What the executor's launch must give to handlers that it was not linked with.
 //
-// Owns: one function that is never called, whose need of registers and stack is as large as the lint allows. Promises: the linker sees
-// its address taken, counts it as a possible target of the executor's pointer call, and so gives every launch that much. GPU only.
-// Called by nobody: CUDA has no other way to say "launch with this many registers". Does no work.
+// Owns: one function that is never called, whose need of registers and stack is as large as the
+// lint allows. Promises: the linker sees its address taken, counts it as a possible target of the
+// executor's pointer call, and so gives every launch that much. GPU only. Called by nobody: CUDA
+// has no other way to say "launch with this many registers". Does no work.
 #include "call.h"
 
-constexpr int kLive = 24;  // of 64 bits each, with as many products under way: more than 64 registers hold
+// of 64 bits each, with as many products under way: more than 64 registers hold
+constexpr int kLive = 24;
 constexpr int kFrameWords = 512 / 8;  // FRAME_BYTES_MAX of loader.py
 
 extern "C" __device__ __noinline__ void concordia_ballast(Call* call, uint64_t lane) {

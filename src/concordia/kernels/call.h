@@ -1,8 +1,9 @@
 // One call of a handler: what it is given, who runs it, what it answers.
 //
-// Owns: Call, the lanes and their barriers. Promises: all lanes of an executor enter a handler together, see the same Call, and leave
-// together; lane 0 (the leader) alone writes Call, and the others read it after a grid_sync. Every way out of a handler must be taken
-// by all lanes alike. Called by executor.cu and by every handler. Does not touch ring or journal.
+// Owns: Call, the lanes and their barriers. Promises: all lanes of an executor enter a handler
+// together, see the same Call, and leave together; lane 0 (the leader) alone writes Call, and the
+// others read it after a grid_sync. Every way out of a handler must be taken by all lanes alike.
+// Called by executor.cu and by every handler. Does not touch ring or journal.
 #pragma once
 #include "portable.h"
 
@@ -22,7 +23,8 @@ struct Call {
   const uint8_t* arena;
   uint64_t arena_bytes;
   Journal* journal;
-  uint8_t* stage;  // payload before it is verified or crosses the bus; stage_bytes is a multiple of kLeafBytes
+  // payload before it is verified or crosses the bus; stage_bytes is a multiple of kLeafBytes
+  uint8_t* stage;
   uint64_t stage_bytes;
   uint32_t* ids;  // device shape: the task's block ids
   uint64_t id_capacity;
@@ -50,7 +52,8 @@ struct Call {
 
 typedef void (*HandlerFunction)(Call* call, uint64_t lane);
 
-// A handler is a file that includes this one and defines HANDLER { ... } once. The loader looks for these two names.
+// A handler is a file that includes this one and defines HANDLER { ... } once. The loader looks for
+// these two names.
 #if CONCORDIA_CUDA
 #define HANDLER                                                                   \
   extern "C" __device__ void concordia_handler(Call* call, uint64_t lane);        \
@@ -59,13 +62,15 @@ typedef void (*HandlerFunction)(Call* call, uint64_t lane);
   extern "C" __device__ void concordia_handler(Call* call, uint64_t lane)
 #else
 #define HANDLER                                                                    \
-  extern "C" __attribute__((visibility("default"), used)) const uint64_t concordia_handler_abi = kAbiVersion; \
+  extern "C" __attribute__((visibility("default"), used)) const uint64_t                  \
+      concordia_handler_abi = kAbiVersion;                                                \
   EXPORT void concordia_handler(Call* call, uint64_t lane)
 #endif
 
 #if CONCORDIA_CUDA
-// All lanes of all CTAs. The add releases what this CTA wrote (its lanes came through the CTA's barrier) and the poll acquires what
-// the other CTAs wrote; both at device scope, for no other processor takes part.
+// All lanes of all CTAs. The add releases what this CTA wrote (its lanes came through the CTA's
+// barrier) and the poll acquires what the other CTAs wrote; both at device scope, for no other
+// processor takes part.
 FUNCTION void grid_sync(Call* call) {
   __syncthreads();
   if (gridDim.x == 1) return;
@@ -92,12 +97,14 @@ FUNCTION void grid_sync(Call* call) {
     store<kRelease, kDevice>(&barrier->phase, phase + 1);  // pairs with the acquire below
     return;
   }
-  while (load<kAcquire, kDevice>(&barrier->phase) == phase) yield_lane();  // more lanes than cores must not spin each other out
+  // more lanes than cores must not spin each other out
+  while (load<kAcquire, kDevice>(&barrier->phase) == phase) yield_lane();
 }
 #endif
 
-// Runs body(i) for every i below count, spread over all lanes: neighbours on the GPU, so that a warp's accesses are one; a stretch
-// each on the CPU, so that two lanes never share a cache line but at the seams.
+// Runs body(i) for every i below count, spread over all lanes: neighbours on the GPU, so that a
+// warp's accesses are one; a stretch each on the CPU, so that two lanes never share a cache line
+// but at the seams.
 template <class Body>
 FUNCTION void for_each_lane(const Call* call, uint64_t lane, uint64_t count, Body body) {
 #if CONCORDIA_CUDA
@@ -109,7 +116,8 @@ FUNCTION void for_each_lane(const Call* call, uint64_t lane, uint64_t count, Bod
 #endif
 }
 
-// Ends a handler: every lane returns what this returns. Lane 0 notes the status, and the first one noted stays.
+// Ends a handler: every lane returns what this returns. Lane 0 notes the status, and the first one
+// noted stays.
 FUNCTION void refuse(Call* call, uint64_t lane, uint64_t status) {
   if (lane == 0 && call->status == kStatusOk) call->status = status;
 }
@@ -136,7 +144,8 @@ FUNCTION void zero_words(uint64_t* target_ptr, uint64_t words) {
 }
 
 // All lanes of a CPU copy one stretch.
-FUNCTION void copy_together(const Call* call, uint64_t lane, uint8_t* target_ptr, const uint8_t* source_ptr, uint64_t bytes) {
+FUNCTION void copy_together(const Call* call, uint64_t lane, uint8_t* target_ptr,
+                            const uint8_t* source_ptr, uint64_t bytes) {
   const uint64_t share = align_up((bytes + call->lanes - 1) / call->lanes, kLineBytes);
   const uint64_t start = smaller(bytes, share * lane);
   copy_bytes(target_ptr + start, source_ptr + start, smaller(bytes, start + share) - start);

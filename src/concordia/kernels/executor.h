@@ -1,15 +1,19 @@
 // The executor: takes tasks from a ring in order and runs each with all its lanes.
 //
-// Owns: the consumer's side of the ring, and the leader's part in residency: leave when idle, when the lease is over, or when asked to.
-// Promises: every published task is run exactly once; the operator is read when its task starts, once, for all lanes; a task that names
-// no operator is answered with kStatusBadTask; nothing here waits without looking at stop. Called by executor.cu (GPU) and host.cpp.
-// Does not relaunch itself: who launched it looks at the ring once more after it left.
+// Owns: the consumer's side of the ring, and the leader's part in residency: leave when idle, when
+// the lease is over, or when asked to. Promises: every published task is run exactly once; the
+// operator is read when its task starts, once, for all lanes; a task that names no operator is
+// answered with kStatusBadTask; nothing here waits without looking at stop. Called by executor.cu
+// (GPU) and host.cpp. Does not relaunch itself: who launched it looks at the ring once more after
+// it left.
 #pragma once
 #include "journal.h"
 #include "ring.h"
 
-// Tasks that are fetched together: on a GPU eight trips over the bus take as long as one. A CPU has the ring in its cache.
-constexpr uint64_t kFetchedMost = 8;  // the host's compiler makes the state that a GPU starts with: it must have the same size
+// Tasks that are fetched together: on a GPU eight trips over the bus take as long as one. A CPU has
+// the ring in its cache.
+// the host's compiler makes the state that a GPU starts with: it must have the same size
+constexpr uint64_t kFetchedMost = 8;
 constexpr uint64_t kFetchAhead = CONCORDIA_CUDA ? kFetchedMost : 1;
 constexpr uint64_t kFetchedNs = 50000;  // fetched tasks run without a look at `stop` for so long
 constexpr uint64_t kNearIds = 8;
@@ -41,8 +45,9 @@ struct Executor {
   Call call;
 };
 
-// Leader: says that this launch is over, then looks at the ring once more. True: really left. False: a task came in between and the word
-// is taken back; if its producer saw it and launched once more, that launch comes after this one and finds the ring empty.
+// Leader: says that this launch is over, then looks at the ring once more. True: really left.
+// False: a task came in between and the word is taken back; if its producer saw it and launched
+// once more, that launch comes after this one and finds the ring empty.
 FUNCTION bool leave(Executor* executor, uint64_t launch, bool is_forced) {
   RingHeader* ring = executor->ring;
   (void)CONCORDIA_STEP(0);
@@ -53,20 +58,26 @@ FUNCTION bool leave(Executor* executor, uint64_t launch, bool is_forced) {
   return false;
 }
 
-// Leading team: copies the tasks that are published from executor->position on. True if the first of them is there.
+// Leading team: copies the tasks that are published from executor->position on. True if the first
+// of them is there.
 FUNCTION bool fetch_tasks(Executor* executor, uint64_t lane) {
   const uint64_t position = executor->position + lane;
   bool is_there = false;
   if (lane < kFetchAhead) {
-    const Task* slot = reinterpret_cast<const Task*>(executor->slots) + (position & executor->slot_mask);
+    const Task* slot =
+        reinterpret_cast<const Task*>(executor->slots) + (position & executor->slot_mask);
     Fetched* fetched = &executor->fetched[lane];
-    is_there = load<kAcquire, kSystem>(&slot->publish) == position + 1;  // pairs with submit(): slot and arguments are there
+    // pairs with submit(): slot and arguments are there
+    is_there = load<kAcquire, kSystem>(&slot->publish) == position + 1;
     fetched->mark = is_there ? position + 1 : 0;
     if (is_there) {
-      if (lane == 0) executor->generation = load<kRelaxed, kSystem>(&executor->ring->generation);  // after the acquire above; its entry is acquired
+      // after the acquire above; its entry is acquired
+      if (lane == 0) executor->generation = load<kRelaxed, kSystem>(&executor->ring->generation);
       if constexpr (kFetchAhead > 1) {
-        const uint8_t* ids_ptr = executor->call.arena + (position & executor->slot_mask) * executor->window;
-        for (uint64_t i = 0; i < kNearIds * 4; i += 16) copy_wide(reinterpret_cast<uint8_t*>(fetched->ids) + i, ids_ptr + i);
+        const uint8_t* ids_ptr =
+            executor->call.arena + (position & executor->slot_mask) * executor->window;
+        for (uint64_t i = 0; i < kNearIds * 4; i += 16)
+          copy_wide(reinterpret_cast<uint8_t*>(fetched->ids) + i, ids_ptr + i);
       }
       fetched->task = *slot;
     }
@@ -80,10 +91,14 @@ FUNCTION bool fetch_tasks(Executor* executor, uint64_t lane) {
 FUNCTION bool take_fetched(Executor* executor, uint64_t at_ns) {
   Call* call = &executor->call;
   const uint64_t ahead = executor->position - executor->fetched_from;
-  if (ahead >= kFetchAhead || executor->fetched[ahead].mark != executor->position + 1 || at_ns - executor->fetched_ns > kFetchedNs) return false;
+  if (ahead >= kFetchAhead || executor->fetched[ahead].mark != executor->position + 1 ||
+      at_ns - executor->fetched_ns > kFetchedNs)
+    return false;
   call->task = executor->fetched[ahead].task;
   call->near_ids = executor->fetched[ahead].ids;
-  const bool is_near = kFetchAhead > 1 && call->task.blocks == (executor->position & executor->slot_mask) * executor->window;
+  const bool is_near =
+      kFetchAhead > 1 &&
+      call->task.blocks == (executor->position & executor->slot_mask) * executor->window;
   call->near_id_count = is_near ? kNearIds : 0;
   return true;
 }
@@ -94,7 +109,8 @@ FUNCTION bool next_task(Executor* executor, uint64_t lane, uint64_t launch, uint
   const uint64_t idle_since_ns = now_ns();
   for (;;) {
     if (from_leader(lane == 0 && take_fetched(executor, now_ns()))) {
-      // A closed gate ends the launch: the one that may pass was put behind a framework's work, and looks at the ring when that is done.
+      // A closed gate ends the launch: the one that may pass was put behind a framework's work, and
+      // looks at the ring when that is done.
       const Task* task = &executor->call.task;
       if (from_leader(task->kind != kTaskGate || task->arg <= launch)) return true;
       break;
@@ -108,9 +124,12 @@ FUNCTION bool next_task(Executor* executor, uint64_t lane, uint64_t launch, uint
     const bool is_there = fetch_tasks(executor, lane);
     const uint64_t at_ns = now_ns();
     if (lane == 0) executor->fetched_ns = at_ns;
-    if (from_leader(stop != 0 || at_ns - entered_ns > executor->lease_ns || CONCORDIA_STEP(2))) break;
+    if (from_leader(stop != 0 || at_ns - entered_ns > executor->lease_ns || CONCORDIA_STEP(2)))
+      break;
     if (is_there) continue;
-    if (from_leader(lane == 0 && at_ns - idle_since_ns > executor->idle_ns && leave(executor, launch, false))) return false;
+    if (from_leader(lane == 0 && at_ns - idle_since_ns > executor->idle_ns &&
+                    leave(executor, launch, false)))
+      return false;
     pause_lane();
   }
   if (lane == 0) {
@@ -132,7 +151,8 @@ FUNCTION const Operator* find_operator(Executor* executor, uint64_t opcode) {
   if (opcode == 0 || opcode >= kOperatorCapacity) return nullptr;
   const uint64_t i = opcode % kKeptOperators;
   if (executor->kept_opcode[i] != opcode) {
-    const uint64_t entry = load<kAcquire, kSystem>(reinterpret_cast<const uint64_t*>(ring->operators) + opcode);
+    const uint64_t entry =
+        load<kAcquire, kSystem>(reinterpret_cast<const uint64_t*>(ring->operators) + opcode);
     if (entry == 0) return nullptr;
     executor->kept[i] = *reinterpret_cast<const Operator*>(entry);
     executor->kept_opcode[i] = opcode;
@@ -161,16 +181,19 @@ FUNCTION void start_task(Executor* executor) {
   executor->handler = reinterpret_cast<HandlerFunction>(call->op->function);
 }
 
-// Leader: answers the task, and gives its slot back, with the next fence: a record that follows brings one along.
+// Leader: answers the task, and gives its slot back, with the next fence: a record that follows
+// brings one along.
 FUNCTION void finish_task(Executor* executor) {
   RingHeader* ring = executor->ring;
   Call* call = &executor->call;
   settle_answer(call);
   const uint64_t position = executor->position, span = call->task.span;
-  Completion* completion = reinterpret_cast<Completion*>(executor->completions) + (position & executor->completion_mask);
+  Completion* completion =
+      reinterpret_cast<Completion*>(executor->completions) + (position & executor->completion_mask);
   uint64_t* words = reinterpret_cast<uint64_t*>(completion);
   const uint64_t generation = call->op != nullptr ? call->op->generation : 0;
-  const uint64_t answer[] = {call->status | generation << 32, call->sequence, call->payload_hash[0], call->payload_hash[1], call->result};
+  const uint64_t answer[] = {call->status | generation << 32, call->sequence, call->payload_hash[0],
+                             call->payload_hash[1], call->result};
   executor->position = position + (span == 0 || span > executor->slot_mask ? 1 : span);
   executor->busy_ns += now_ns() - executor->started_ns;
   executor->done_count += 1;
@@ -219,7 +242,8 @@ FUNCTION void run_executor(Executor* executor, uint64_t lane, uint64_t launch) {
     const HandlerFunction handler = executor->handler;
     if (handler != nullptr) handler(call, lane);
     (void)CONCORDIA_STEP(4);
-    grid_sync(call);  // no lane is inside the handler any more, and none still reads what the leader changes next
+    // no lane is inside the handler any more, and none still reads what the leader changes next
+    grid_sync(call);
     if (lane == 0) finish_task(executor);
   }
 }

@@ -1,9 +1,12 @@
-// The two checks that a record carries: XXH3-128 over its payload and the header before it, CRC32C over its own header.
+// The two checks that a record carries: XXH3-128 over its payload and the header before it, CRC32C
+// over its own header.
 //
-// Owns: both computations. Promises: the values are those of the xxhash and crc32c libraries, for any number of lanes, so that a host
-// without this code can verify a journal. Only XXH3's path for long inputs is here, for lengths of at least 256 that are multiples of
-// 64: leaves (4096 bytes, zero-padded), the padded list of their digests, and headers. XXH3 is specified in the xxHash project's
-// document; its eight accumulators depend on each other only at the end, which stream.h uses to spread a leaf over a warp.
+// Owns: both computations. Promises: the values are those of the xxhash and crc32c libraries, for
+// any number of lanes, so that a host without this code can verify a journal. Only XXH3's path for
+// long inputs is here, for lengths of at least 256 that are multiples of 64: leaves (4096 bytes,
+// zero-padded), the padded list of their digests, and headers. XXH3 is specified in the xxHash
+// project's document; its eight accumulators depend on each other only at the end, which stream.h
+// uses to spread a leaf over a warp.
 #pragma once
 #include "call.h"
 
@@ -13,7 +16,8 @@ constexpr uint64_t kPrime64_3 = 0x165667b19e3779f9ull, kPrime64_4 = 0x85ebca77c2
 constexpr uint64_t kPrime64_5 = 0x27d4eb2f165667c5ull, kPrimeMix = 0x165667919e3779f9ull;
 constexpr uint64_t kStripeBytes = 64, kStripesPerBlock = 16, kSecretBytes = 192;
 
-// XXH3's default secret as little-endian words; one word more, for reads that start within the last.
+// XXH3's default secret as little-endian words; one word more, for reads that start within the
+// last.
 TABLE uint64_t kSecret[25] = {
     0xbe4ba423396cfeb8ull, 0x1cad21f72c81017cull, 0xdb979083e96dd4deull, 0x1f67b3b7a4a44072ull,
     0x78e5c0cc4ee679cbull, 0x2172ffcc7dd05a82ull, 0x8e2443f7744608b8ull, 0x4c263a81e69035e0ull,
@@ -29,7 +33,10 @@ FUNCTION uint64_t secret_at(uint64_t offset) {
 }
 
 FUNCTION uint64_t first_sum(uint64_t j) {
-  const uint64_t even = j == 0 ? kPrime32_3 : j == 2 ? kPrime64_2 : j == 4 ? kPrime64_4 : kPrime64_5;
+  const uint64_t even = j == 0   ? kPrime32_3
+                        : j == 2 ? kPrime64_2
+                        : j == 4 ? kPrime64_4
+                                 : kPrime64_5;
   const uint64_t odd = j == 1 ? kPrime64_1 : j == 3 ? kPrime64_3 : j == 5 ? kPrime32_2 : kPrime32_1;
   return j % 2 == 0 ? even : odd;
 }
@@ -54,7 +61,8 @@ FUNCTION void finish_hash(const uint64_t* sums_ptr, uint64_t bytes, uint64_t* ha
   hash_ptr[1] = merge_sums(sums_ptr, kSecretBytes - 64 - 11, ~(bytes * kPrime64_2));
 }
 
-// Accumulator j over the whole input: what one GPU thread does. Words are read twice, by j and by its neighbour, from cache.
+// Accumulator j over the whole input: what one GPU thread does. Words are read twice, by j and by
+// its neighbour, from cache.
 FUNCTION uint64_t sum_one(const uint8_t* data_ptr, uint64_t bytes, uint64_t j) {
   const uint64_t* words = reinterpret_cast<const uint64_t*>(data_ptr);
   const uint64_t stripes = (bytes - 1) / kStripeBytes;
@@ -88,13 +96,15 @@ FUNCTION Sums load_sums(const void* data_ptr) {
 
 FUNCTION Sums add_stripe(Sums sums, const uint8_t* data_ptr, Sums secret) {
   const Sums data = load_sums(data_ptr), key = data ^ secret;
-  return sums + __builtin_shufflevector(data, data, 1, 0, 3, 2, 5, 4, 7, 6) + (key & 0xffffffffu) * (key >> 32);
+  return sums + __builtin_shufflevector(data, data, 1, 0, 3, 2, 5, 4, 7, 6) +
+         (key & 0xffffffffu) * (key >> 32);
 }
 
 // All eight accumulators at once: what one CPU lane does.
 FUNCTION void hash_long(const uint8_t* data_ptr, uint64_t bytes, uint64_t* hash_ptr) {
   const uint64_t stripes = (bytes - 1) / kStripeBytes;
-  Sums sums = {first_sum(0), first_sum(1), first_sum(2), first_sum(3), first_sum(4), first_sum(5), first_sum(6), first_sum(7)};
+  Sums sums = {first_sum(0), first_sum(1), first_sum(2), first_sum(3),
+               first_sum(4), first_sum(5), first_sum(6), first_sum(7)};
   const Sums scramble = load_sums(kSecret + 16);
   uint64_t stripe = 0;
   for (; stripe + kStripesPerBlock <= stripes; stripe += kStripesPerBlock) {
@@ -105,7 +115,8 @@ FUNCTION void hash_long(const uint8_t* data_ptr, uint64_t bytes, uint64_t* hash_
   for (uint64_t i = 0; stripe < stripes; ++i, ++stripe)
     sums = add_stripe(sums, data_ptr + stripe * kStripeBytes, load_sums(kSecret + i));
   const uint8_t* secret_ptr = reinterpret_cast<const uint8_t*>(kSecret);
-  sums = add_stripe(sums, data_ptr + bytes - kStripeBytes, load_sums(secret_ptr + kSecretBytes - 64 - 7));
+  sums = add_stripe(sums, data_ptr + bytes - kStripeBytes,
+                    load_sums(secret_ptr + kSecretBytes - 64 - 7));
   finish_hash(reinterpret_cast<const uint64_t*>(&sums), bytes, hash_ptr);
 }
 #endif
@@ -117,10 +128,12 @@ CONSTANT uint64_t root_bytes(uint64_t leaves) {
   return leaves * 16 < kRootBytesMin ? kRootBytesMin : align_up(leaves * 16, kStripeBytes);
 }
 
-// All lanes of a CPU: digests of the leaves of [data_ptr, data_ptr + bytes), each at digest(leaf). The last leaf is padded in a copy,
-// because what follows in the pool is not ours to write. Device shape has stream.h for this.
+// All lanes of a CPU: digests of the leaves of [data_ptr, data_ptr + bytes), each at digest(leaf).
+// The last leaf is padded in a copy, because what follows in the pool is not ours to write. Device
+// shape has stream.h for this.
 template <class Digest>
-FUNCTION void hash_leaves(Call* call, uint64_t lane, const uint8_t* data_ptr, uint64_t bytes, Digest digest) {
+FUNCTION void hash_leaves(Call* call, uint64_t lane, const uint8_t* data_ptr, uint64_t bytes,
+                          Digest digest) {
   for_each_lane(call, lane, leaf_count(bytes), [=](uint64_t leaf) {
     const uint8_t* leaf_ptr = data_ptr + leaf * kLeafBytes;
     const uint64_t rest = bytes - leaf * kLeafBytes;
@@ -132,12 +145,14 @@ FUNCTION void hash_leaves(Call* call, uint64_t lane, const uint8_t* data_ptr, ui
   });
 }
 
-// All lanes of a CPU: the payload hash of [data_ptr, data_ptr + bytes) into call->payload_hash, for everyone to read.
+// All lanes of a CPU: the payload hash of [data_ptr, data_ptr + bytes) into call->payload_hash, for
+// everyone to read.
 FUNCTION void hash_payload(Call* call, uint64_t lane, const uint8_t* data_ptr, uint64_t bytes) {
   const uint64_t leaves = leaf_count(bytes), padded = root_bytes(leaves);
   uint64_t* digests = reinterpret_cast<uint64_t*>(call->digests);
   hash_leaves(call, lane, data_ptr, bytes, [=](uint64_t leaf) { return digests + 2 * leaf; });
-  for_each_lane(call, lane, padded / 8 - leaves * 2, [=](uint64_t i) { digests[leaves * 2 + i] = 0; });
+  for_each_lane(call, lane, padded / 8 - leaves * 2,
+                [=](uint64_t i) { digests[leaves * 2 + i] = 0; });
   grid_sync(call);
   if (lane == 0) hash_long(call->digests, padded, call->payload_hash);
   grid_sync(call);
@@ -172,9 +187,11 @@ TABLE CrcPowers kCrcPowers = crc_powers();
 
 constexpr uint64_t kHeaderWords = 63;  // words of four bytes before a header's own CRC
 
-// What word i of a header adds to the header's CRC. The CRC is linear, so the words need no order: XOR of all, then inverted.
+// What word i of a header adds to the header's CRC. The CRC is linear, so the words need no order:
+// XOR of all, then inverted.
 FUNCTION uint32_t crc_share(const uint8_t* header_ptr, uint64_t i) {
-  const uint32_t word = reinterpret_cast<const uint32_t*>(header_ptr)[i] ^ (i == 0 ? 0xffffffffu : 0);
+  const uint32_t word =
+      reinterpret_cast<const uint32_t*>(header_ptr)[i] ^ (i == 0 ? 0xffffffffu : 0);
   return crc_multiply(word, kCrcPowers.power[kHeaderWords - i]);
 }
 
@@ -183,7 +200,8 @@ FUNCTION uint32_t header_crc(const uint8_t* header_ptr) {
   uint64_t crc = 0xffffffffu;
   for (uint64_t i = 0; i < kHeaderWords / 2; ++i)
     crc = __builtin_ia32_crc32di(crc, reinterpret_cast<const uint64_t*>(header_ptr)[i]);
-  return ~__builtin_ia32_crc32si((uint32_t)crc, reinterpret_cast<const uint32_t*>(header_ptr)[kHeaderWords - 1]);
+  return ~__builtin_ia32_crc32si((uint32_t)crc,
+                                 reinterpret_cast<const uint32_t*>(header_ptr)[kHeaderWords - 1]);
 #else
   uint32_t crc = 0;
 #if CONCORDIA_CUDA

@@ -1,8 +1,9 @@
 // What Python calls: submission, completions, control words, and the executor of the CPU device.
 //
-// Owns: the threads of the CPU executor, their sleep and their launches. Promises: calls named concordia_* take plain words, check what
-// they are given and never throw; nothing here waits without a bound. A GPU device uses the submitting half only and launches by itself.
-// Called through ctypes by device/host.py and runtime/ring.py. Does not know handlers or regions.
+// Owns: the threads of the CPU executor, their sleep and their launches. Promises: calls named
+// concordia_* take plain words, check what they are given and never throw; nothing here waits
+// without a bound. A GPU device uses the submitting half only and launches by itself. Called
+// through ctypes by device/host.py and runtime/ring.py. Does not know handlers or regions.
 #include <dirent.h>
 #include <errno.h>
 #include <pthread.h>
@@ -12,7 +13,8 @@
 
 #include "executor.h"
 
-// Everything an executor is made of; filled by Python, the same for a GPU, where the addresses are the device's.
+// Everything an executor is made of; filled by Python, the same for a GPU, where the addresses are
+// the device's.
 struct ExecutorPlan {
   uint64_t ring;
   uint64_t pool, pool_bytes, segment_bytes, control;
@@ -28,7 +30,8 @@ struct Host {
   pthread_cond_t launched, returned;
   uint64_t return_count;  // lanes that came back from a launch, ever
   uint64_t park_depth;
-  uint64_t rescue_count;  // work found without an executor by the bounded sleep: the leave protocol failed
+  // work found without an executor by the bounded sleep: the leave protocol failed
+  uint64_t rescue_count;
   bool is_closing;
   pthread_t* threads;
 };
@@ -38,16 +41,24 @@ struct Lane {
   uint64_t lane;
 };
 
-constexpr uint64_t kSleepNs = 100000000;  // an idle lane looks this often, although it is woken for every launch
-constexpr uint64_t kSpinNs = 20000;       // a waiter spins this long before it sleeps: most tasks are done by then
+// an idle lane looks this often, although it is woken for every launch
+constexpr uint64_t kSleepNs = 100000000;
+// a waiter spins this long before it sleeps: most tasks are done by then
+constexpr uint64_t kSpinNs = 20000;
 
-static struct timespec at_ns(uint64_t ns) { return {(time_t)(ns / 1000000000u), (long)(ns % 1000000000u)}; }
+static struct timespec at_ns(uint64_t ns) {
+  return {(time_t)(ns / 1000000000u), (long)(ns % 1000000000u)};
+}
 
-static uint64_t launched_of(const Host* host) { return load<kAcquire, kSystem>(&host->ring->launched); }
+static uint64_t launched_of(const Host* host) {
+  return load<kAcquire, kSystem>(&host->ring->launched);
+}
 
 // Under the mutex: sends the executor in, unless it is in, or parked.
 static void launch_locked(Host* host) {
-  if (load<kRelaxed, kSystem>(&host->ring->stop) != 0 || load_full(&host->ring->left) != launched_of(host)) return;
+  if (load<kRelaxed, kSystem>(&host->ring->stop) != 0 ||
+      load_full(&host->ring->left) != launched_of(host))
+    return;
   store<kRelease, kSystem>(&host->ring->launched, launched_of(host) + 1);
   pthread_cond_broadcast(&host->launched);
 }
@@ -63,7 +74,8 @@ static uint64_t next_launch(Host* host, uint64_t lane, uint64_t last) {
   pthread_mutex_lock(&host->mutex);
   while (launched_of(host) == last && !host->is_closing) {
     const struct timespec until = at_ns(now_ns() + kSleepNs);
-    if (pthread_cond_timedwait(&host->launched, &host->mutex, &until) != ETIMEDOUT || lane != 0) continue;
+    if (pthread_cond_timedwait(&host->launched, &host->mutex, &until) != ETIMEDOUT || lane != 0)
+      continue;
     if (load<kRelaxed, kSystem>(&host->ring->stop) == 0 && needs_launch(host->ring)) {
       host->rescue_count += 1;
       launch_locked(host);
@@ -83,7 +95,8 @@ static void* run_lane(void* argument) {
     const uint64_t now = next_launch(host, mine.lane, last);
     if (now == 0) return nullptr;
     last = now;
-    grid_sync(&host->executor->call);  // all lanes are out of the launch before: a GPU's stream order gives the same
+    // all lanes are out of the launch before: a GPU's stream order gives the same
+    grid_sync(&host->executor->call);
     run_executor(host->executor, mine.lane, last);
     pthread_mutex_lock(&host->mutex);
     host->return_count += 1;
@@ -116,14 +129,16 @@ static void fill_executor(Executor* executor, const ExecutorPlan* plan) {
   call->lanes = plan->lanes;
 }
 
-// Every processor that some thread of this process may use. An engine binds the thread that opens us to one core, and its compute
-// threads to one each: lanes that inherited that would share a core with the work that they protect.
+// Every processor that some thread of this process may use. An engine binds the thread that opens
+// us to one core, and its compute threads to one each: lanes that inherited that would share a core
+// with the work that they protect.
 static cpu_set_t usable_processors() {
   cpu_set_t all, one;
   CPU_ZERO(&all);
   DIR* tasks = opendir("/proc/self/task");
   while (const struct dirent* entry = tasks != nullptr ? readdir(tasks) : nullptr)
-    if (sched_getaffinity(atoi(entry->d_name), sizeof(one), &one) == 0 && entry->d_name[0] != '.') CPU_OR(&all, &all, &one);
+    if (sched_getaffinity(atoi(entry->d_name), sizeof(one), &one) == 0 && entry->d_name[0] != '.')
+      CPU_OR(&all, &all, &one);
   if (tasks != nullptr) closedir(tasks);
   return all;
 }
@@ -169,7 +184,8 @@ EXPORT uint64_t concordia_abi() { return kAbiVersion; }
 
 EXPORT uint64_t concordia_executor_bytes() { return sizeof(Executor); }
 
-// An executor as it starts, to be copied to `target`, where it will run. The ring of the plan must be filled in already.
+// An executor as it starts, to be copied to `target`, where it will run. The ring of the plan must
+// be filled in already.
 EXPORT void concordia_executor_image(void* image_ptr, const ExecutorPlan* plan, uint64_t target) {
   Executor* executor = static_cast<Executor*>(image_ptr);
   fill_executor(executor, plan);
@@ -182,7 +198,8 @@ EXPORT Host* concordia_open(const ExecutorPlan* plan) {
   if (host == nullptr) return nullptr;
   host->ring = reinterpret_cast<RingHeader*>(plan->ring);
   host->lanes = plan->lanes;
-  host->executor = static_cast<Executor*>(aligned_alloc(alignof(Executor), align_up(sizeof(Executor), alignof(Executor))));
+  host->executor = static_cast<Executor*>(
+      aligned_alloc(alignof(Executor), align_up(sizeof(Executor), alignof(Executor))));
   host->threads = static_cast<pthread_t*>(calloc(plan->lanes, sizeof(pthread_t)));
   pthread_condattr_t monotonic;
   pthread_condattr_init(&monotonic);
@@ -199,7 +216,8 @@ EXPORT Host* concordia_open(const ExecutorPlan* plan) {
   return nullptr;
 }
 
-// Asks the executor to leave and waits until every lane is out; false when it did not within the bound, and then it is not parked.
+// Asks the executor to leave and waits until every lane is out; false when it did not within the
+// bound, and then it is not parked.
 EXPORT bool concordia_park(Host* host, uint64_t timeout_ns) {
   const struct timespec until = at_ns(now_ns() + timeout_ns);
   pthread_mutex_lock(&host->mutex);
@@ -224,7 +242,8 @@ EXPORT void concordia_unpark(Host* host) {
   pthread_mutex_unlock(&host->mutex);
 }
 
-// Ends the threads. False when they did not leave within the bound; then nothing is freed, for they may still run.
+// Ends the threads. False when they did not leave within the bound; then nothing is freed, for they
+// may still run.
 EXPORT bool concordia_close(Host* host, uint64_t timeout_ns) {
   if (!concordia_park(host, timeout_ns)) return false;
   pthread_mutex_lock(&host->mutex);
@@ -243,19 +262,26 @@ EXPORT uint64_t concordia_rescues(Host* host) {
   return count;
 }
 
-// Hands in a task. With a host it is launched here; without one, kSubmittedNeedsLaunch is the caller's to act on.
-EXPORT int concordia_submit(RingHeader* ring, Host* host, const Task* task, const void* ids_ptr, uint64_t id_count, const void* payload_ptr,
-                            uint64_t payload_bytes, uint64_t* position_ptr) {
-  const int submitted = submit(ring, task, {ids_ptr, id_count, payload_ptr, payload_bytes}, position_ptr);
+// Hands in a task. With a host it is launched here; without one, kSubmittedNeedsLaunch is the
+// caller's to act on.
+EXPORT int concordia_submit(RingHeader* ring, Host* host, const Task* task, const void* ids_ptr,
+                            uint64_t id_count, const void* payload_ptr, uint64_t payload_bytes,
+                            uint64_t* position_ptr) {
+  const int submitted =
+      submit(ring, task, {ids_ptr, id_count, payload_ptr, payload_bytes}, position_ptr);
   if (submitted != kSubmittedNeedsLaunch || host == nullptr) return submitted;
   launch(host);
   return kSubmitted;
 }
 
-EXPORT int concordia_read(const RingHeader* ring, uint64_t position, Completion* found_ptr) { return read_completion(ring, position, found_ptr); }
+EXPORT int concordia_read(const RingHeader* ring, uint64_t position, Completion* found_ptr) {
+  return read_completion(ring, position, found_ptr);
+}
 
-// Waits for a completion: a short spin, then naps that grow, because the executor does not signal (a GPU cannot).
-EXPORT int concordia_wait(const RingHeader* ring, uint64_t position, uint64_t timeout_ns, Completion* found_ptr) {
+// Waits for a completion: a short spin, then naps that grow, because the executor does not signal
+// (a GPU cannot).
+EXPORT int concordia_wait(const RingHeader* ring, uint64_t position, uint64_t timeout_ns,
+                          Completion* found_ptr) {
   const uint64_t started_ns = now_ns();
   uint64_t nap_ns = 10000;
   for (;;) {
@@ -274,18 +300,25 @@ EXPORT int concordia_wait(const RingHeader* ring, uint64_t position, uint64_t ti
 
 EXPORT bool concordia_needs_launch(const RingHeader* ring) { return needs_launch(ring); }
 
-EXPORT uint64_t concordia_load(const uint64_t* word_ptr) { return load<kAcquire, kSystem>(word_ptr); }
+EXPORT uint64_t concordia_load(const uint64_t* word_ptr) {
+  return load<kAcquire, kSystem>(word_ptr);
+}
 
-EXPORT void concordia_store(uint64_t* word_ptr, uint64_t value) { store<kRelease, kSystem>(word_ptr, value); }
+EXPORT void concordia_store(uint64_t* word_ptr, uint64_t value) {
+  store<kRelease, kSystem>(word_ptr, value);
+}
 
-// The table entry first, then the generation: an executor that acknowledges the generation has the new operator.
-EXPORT void concordia_publish_operator(RingHeader* ring, uint64_t opcode, uint64_t operator_address, uint64_t generation) {
+// The table entry first, then the generation: an executor that acknowledges the generation has the
+// new operator.
+EXPORT void concordia_publish_operator(RingHeader* ring, uint64_t opcode, uint64_t operator_address,
+                                       uint64_t generation) {
   if (opcode >= kOperatorCapacity) return;
   store<kRelease, kSystem>(reinterpret_cast<uint64_t*>(ring->operators) + opcode, operator_address);
   store<kRelease, kSystem>(&ring->generation, generation);
 }
 
-// Host words of a stream's control page, for the detector: details first, then the word that it polls.
+// Host words of a stream's control page, for the detector: details first, then the word that it
+// polls.
 EXPORT void concordia_announce_step(StreamControl* control, uint64_t step, uint64_t tokens) {
   store<kRelaxed, kSystem>(&control->step_tokens, tokens);
   store<kRelaxed, kSystem>(&control->step_started_ns, now_ns());
@@ -303,6 +336,7 @@ EXPORT void concordia_heartbeat(StreamControl* control, uint64_t waiting_count) 
 }
 
 EXPORT void concordia_count_unprotected(StreamControl* control, uint64_t count) {
-  // One host thread at a time writes this line, so load and store suffice; an add keeps it right if two ever meet.
+  // One host thread at a time writes this line, so load and store suffice; an add keeps it right if
+  // two ever meet.
   __atomic_fetch_add(&control->unprotected_count, count, __ATOMIC_RELEASE);
 }

@@ -1,15 +1,18 @@
 // How a record gets into the journal: reserve, payload, commit.
 //
-// Owns: the writer's place in its stream. Promises: sequences have no gap; a record is either wholly committed or not there (its commit
-// word, last and released after everything, carries salt and sequence); a writer without a segment drops the record, counts it and goes
-// on. Reads of the control page are checked before they become addresses. Called by handlers, all lanes together. Never waits.
+// Owns: the writer's place in its stream. Promises: sequences have no gap; a record is either
+// wholly committed or not there (its commit word, last and released after everything, carries salt
+// and sequence); a writer without a segment drops the record, counts it and goes on. Reads of the
+// control page are checked before they become addresses. Called by handlers, all lanes together.
+// Never waits.
 //
-//   segment:  SegmentHeader | record | record | ... | rest too short for the next record
-//   record:   RecordHeader 256 | payload, zero-padded to 128 | commit word 8, line filled up to 128
+// segment:  SegmentHeader | record | record | ... | rest too short for the next record record:
+// RecordHeader 256 | payload, zero-padded to 128 | commit word 8, line filled up to 128
 #pragma once
 #include "stream.h"
 
-// Tests make the executor leave, or lose its core, between any two of its steps; a release kernel has no such thing.
+// Tests make the executor leave, or lose its core, between any two of its steps; a release kernel
+// has no such thing.
 #ifndef CONCORDIA_STEP
 #define CONCORDIA_STEP(place) false
 #endif
@@ -41,13 +44,16 @@ CONSTANT uint64_t record_bytes(uint64_t payload_bytes) {
 }
 
 FUNCTION void write_header(uint8_t* target_ptr, const void* header_ptr) {
-  for (uint64_t i = 0; i < 256; i += 16) copy_wide(target_ptr + i, static_cast<const uint8_t*>(header_ptr) + i);
+  for (uint64_t i = 0; i < 256; i += 16)
+    copy_wide(target_ptr + i, static_cast<const uint8_t*>(header_ptr) + i);
 }
 
-// Leader: takes the next lent segment and writes its header; false when none is lent or the entry cannot be true.
+// Leader: takes the next lent segment and writes its header; false when none is lent or the entry
+// cannot be true.
 FUNCTION bool take_segment(Call* call, Journal* journal) {
   StreamControl* control = journal->control;
-  const uint64_t lent = load<kAcquire, kSystem>(&control->lent_count);  // pairs with the owner's release after it filled the entry
+  // pairs with the owner's release after it filled the entry
+  const uint64_t lent = load<kAcquire, kSystem>(&control->lent_count);
   if (journal->taken >= lent || lent - journal->taken > kLentCapacity) return false;
   const uint64_t* entry = control->lent + 2 * (journal->taken % kLentCapacity);
   const uint64_t segment = entry[0] & 0xffffffffu, ordinal = entry[0] >> 32, salt = entry[1];
@@ -73,7 +79,8 @@ FUNCTION bool take_segment(Call* call, Journal* journal) {
   journal->taken += 1;
   journal->layout_hash = control->layout_hash;
   write_header(journal->pool + journal->segment_start, header);
-  store<kRelease, kSystem>(&control->taken_count, journal->taken);  // the owner may reuse the entry: we have read it
+  // the owner may reuse the entry: we have read it
+  store<kRelease, kSystem>(&control->taken_count, journal->taken);
   return true;
 }
 
@@ -81,21 +88,26 @@ FUNCTION bool take_segment(Call* call, Journal* journal) {
 FUNCTION uint64_t find_room(Call* call, Journal* journal, uint64_t payload_bytes) {
   if (journal->pool == nullptr) return kStatusJournalFull;
   const uint64_t bytes = record_bytes(payload_bytes);
-  if (payload_bytes > journal->segment_bytes || bytes > journal->segment_bytes - sizeof(SegmentHeader)) return kStatusTooLarge;
-  if (journal->offset + bytes <= journal->segment_bytes || take_segment(call, journal)) return kStatusOk;
+  if (payload_bytes > journal->segment_bytes ||
+      bytes > journal->segment_bytes - sizeof(SegmentHeader))
+    return kStatusTooLarge;
+  if (journal->offset + bytes <= journal->segment_bytes || take_segment(call, journal))
+    return kStatusOk;
   journal->dropped += 1;
   store<kRelaxed, kSystem>(&journal->control->dropped_count, journal->dropped);
   return kStatusJournalFull;
 }
 
-// All lanes: a place in the pool for the payload of the next record, or null, with the reason in call->status. The place is ours until
-// the next reserve; without a commit it is simply used again.
+// All lanes: a place in the pool for the payload of the next record, or null, with the reason in
+// call->status. The place is ours until the next reserve; without a commit it is simply used again.
 FUNCTION uint8_t* reserve_record(Call* call, uint64_t lane, uint64_t payload_bytes) {
   if (lane == 0) {
     Journal* journal = call->journal;
-    const uint64_t status = call->status == kStatusOk ? find_room(call, journal, payload_bytes) : call->status;
+    const uint64_t status =
+        call->status == kStatusOk ? find_room(call, journal, payload_bytes) : call->status;
     call->place = nullptr;
-    if (status == kStatusOk) call->place = journal->pool + journal->segment_start + journal->offset + sizeof(RecordHeader);
+    if (status == kStatusOk)
+      call->place = journal->pool + journal->segment_start + journal->offset + sizeof(RecordHeader);
     refuse(call, lane, status);
   }
   grid_sync(call);
@@ -103,12 +115,15 @@ FUNCTION uint8_t* reserve_record(Call* call, uint64_t lane, uint64_t payload_byt
 }
 
 // Word t of the header of the record at hand, before its CRC: each lane of a team makes one.
-FUNCTION uint64_t record_word(const Call* call, const RecordNames& names, uint64_t payload_bytes, uint64_t t) {
+FUNCTION uint64_t record_word(const Call* call, const RecordNames& names, uint64_t payload_bytes,
+                              uint64_t t) {
   const Journal* journal = call->journal;
   const Task* task = &call->task;
 #if !CONCORDIA_CUDA
-  static_assert(__builtin_offsetof(RecordHeader, stamp_ns) == 16 * 8, "the words below are those of RecordHeader");
-  static_assert(__builtin_offsetof(RecordHeader, model_hash) == 18 * 8, "the words below are those of RecordHeader");
+  static_assert(__builtin_offsetof(RecordHeader, stamp_ns) == 16 * 8,
+                "the words below are those of RecordHeader");
+  static_assert(__builtin_offsetof(RecordHeader, model_hash) == 18 * 8,
+                "the words below are those of RecordHeader");
 #endif
   switch (t) {
     case 0: return kRecordMagic | (uint64_t)kAbiVersion << 32 | names.kind << 48;
@@ -133,7 +148,8 @@ FUNCTION uint64_t record_word(const Call* call, const RecordNames& names, uint64
   }
 }
 
-// The writer's counters on its control page; after a settle(), so that a reader who sees a count finds its records.
+// The writer's counters on its control page; after a settle(), so that a reader who sees a count
+// finds its records.
 FUNCTION void count_records(const Journal* journal) {
   StreamControl* control = journal->control;
   if (control == nullptr) return;
@@ -146,7 +162,8 @@ FUNCTION void count_records(const Journal* journal) {
 FUNCTION void flush_answer(Call* call) {
   if (call->answer_word == nullptr) return;
   count_records(call->journal);
-  store_settled(call->answer_word, call->answer_value);  // pairs with the acquire in read_completion()
+  // pairs with the acquire in read_completion()
+  store_settled(call->answer_word, call->answer_value);
   (void)CONCORDIA_STEP(3);
   store_settled(call->head_word, call->head_value);  // pairs with the acquire in claim()
   call->answer_word = nullptr;
@@ -159,15 +176,18 @@ FUNCTION void settle_answer(Call* call) {
   flush_answer(call);
 }
 
-// Leading team: payload and its hash are there; the header, then the word that makes the record count.
-FUNCTION void publish_record(Call* call, uint64_t lane, const RecordNames& names, uint64_t payload_bytes) {
+// Leading team: payload and its hash are there; the header, then the word that makes the record
+// count.
+FUNCTION void publish_record(Call* call, uint64_t lane, const RecordNames& names,
+                             uint64_t payload_bytes) {
   Journal* journal = call->journal;
   uint8_t* place = call->place;
   const uint64_t padded = align_up(payload_bytes, kLineBytes);
 #if CONCORDIA_CUDA
   const uint64_t word = record_word(call, names, payload_bytes, lane);
   team_sync();  // the hash of the header before is read: this one's takes its place
-  reinterpret_cast<uint64_t*>(place - sizeof(RecordHeader))[lane] = finish_header(word, journal->previous_hash);
+  reinterpret_cast<uint64_t*>(place - sizeof(RecordHeader))[lane] =
+      finish_header(word, journal->previous_hash);
 #else
   const uint8_t* header_ptr = reinterpret_cast<const uint8_t*>(&call->header);
   for (uint64_t t = 0; t < sizeof(RecordHeader) / 8; ++t)
@@ -179,25 +199,30 @@ FUNCTION void publish_record(Call* call, uint64_t lane, const RecordNames& names
 #endif
   team_sync();
   if (lane != 0) return;
-  settle();  // header and payload; with them the answer of the task before, which waited for this fence
+  // header and payload; with them the answer of the task before, which waited for this fence
+  settle();
   flush_answer(call);
   // Pairs with the acquire of whoever validates the record, here or in another process.
-  store_settled(reinterpret_cast<uint64_t*>(place + padded), journal->salt ^ ((journal->sequence + 1) * kCommitMultiplier));
+  store_settled(reinterpret_cast<uint64_t*>(place + padded),
+                journal->salt ^ ((journal->sequence + 1) * kCommitMultiplier));
   journal->offset += record_bytes(payload_bytes);
   journal->committed_bytes += record_bytes(payload_bytes);
-  call->sequence = journal->sequence++;  // the count on the control page follows when the task is answered, after a fence
+  // the count on the control page follows when the task is answered, after a fence
+  call->sequence = journal->sequence++;
   call->place = nullptr;
 }
 
 // All lanes: commits the payload that lies at call->place, whose hash is in call->payload_hash.
-FUNCTION void commit_record(Call* call, uint64_t lane, const RecordNames& names, uint64_t payload_bytes) {
+FUNCTION void commit_record(Call* call, uint64_t lane, const RecordNames& names,
+                            uint64_t payload_bytes) {
   grid_sync(call);  // every lane's payload is released to the leader
   if (is_leading_team(lane)) publish_record(call, lane, names, payload_bytes);
   grid_sync(call);
 }
 
 // All lanes, device shape: commits the payload that was streamed to call->place.
-FUNCTION void commit_streamed(Call* call, uint64_t lane, const RecordNames& names, uint64_t payload_bytes) {
+FUNCTION void commit_streamed(Call* call, uint64_t lane, const RecordNames& names,
+                              uint64_t payload_bytes) {
   grid_sync(call);  // payload and digests of every team are released to the leading one
   if (is_leading_team(lane)) {
     hash_root(call->digests, leaf_count(payload_bytes), call->payload_hash);

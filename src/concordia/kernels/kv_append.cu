@@ -1,4 +1,5 @@
-// Handler: appends the KV of a token range as one record. Task: token range, its blocks, record_kind.
+// Handler: appends the KV of a token range as one record. Task: token range, its blocks,
+// record_kind.
 #include "journal.h"
 #include "kv.h"
 

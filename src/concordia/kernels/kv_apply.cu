@@ -1,9 +1,11 @@
-// Handler: writes a record's payload back into the region, if its hash is task.key. What is hashed is the staged copy that is then
-// written, so that nothing can change in between. Task: range and blocks as in kv_append, source and source_bytes, key = expected hash.
+// Handler: writes a record's payload back into the region, if its hash is task.key. What is hashed
+// is the staged copy that is then written, so that nothing can change in between. Task: range and
+// blocks as in kv_append, source and source_bytes, key = expected hash.
 #include "journal.h"
 #include "kv.h"
 
-FUNCTION bool is_within(uint64_t start, uint64_t bytes, const uint8_t* outer_ptr, uint64_t outer_bytes) {
+FUNCTION bool is_within(uint64_t start, uint64_t bytes, const uint8_t* outer_ptr,
+                        uint64_t outer_bytes) {
   const uint64_t outer = reinterpret_cast<uint64_t>(outer_ptr);
   return start >= outer && bytes <= outer_bytes && start - outer <= outer_bytes - bytes;
 }
@@ -17,7 +19,8 @@ HANDLER {
   const Journal* journal = call->journal;
   const bool is_ours = is_within(task->source, range.bytes, journal->pool, journal->pool_bytes) ||
                        is_within(task->source, range.bytes, call->arena, call->arena_bytes);
-  if (range.bytes != task->source_bytes || task->source % 16 != 0 || !is_ours) return refuse(call, lane, kStatusBadTask);
+  if (range.bytes != task->source_bytes || task->source % 16 != 0 || !is_ours)
+    return refuse(call, lane, kStatusBadTask);
   if (range.bytes > call->stage_bytes) return refuse(call, lane, kStatusTooLarge);
   const uint8_t* source = reinterpret_cast<const uint8_t*>(task->source);
   if constexpr (kDeviceShape) {

@@ -1,4 +1,5 @@
-// Handler: the hash of what the region holds now for a token range, in the byte order of kv_append. Writes nothing.
+// Handler: the hash of what the region holds now for a token range, in the byte order of kv_append.
+// Writes nothing.
 #include "stream.h"
 #include "kv.h"
 

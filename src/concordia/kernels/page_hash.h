@@ -1,10 +1,12 @@
 // Hashes of pages of one leaf, eight by a warp, at the speed of the memory.
 //
-// Owns: the layout of that work. Promises: the values are XXH3-128 of each page's 4096 bytes, as the xxhash library gives them. Four lanes take a
-// page, each one pair of XXH3's accumulators over all 64 stripes: the algorithm swaps the two words of a pair, which are 16 bytes that one load brings, so
-// no lane needs another's data before the very end. GPU only. Called by page_scan.cu and page_burst.cu.
+// Owns: the layout of that work. Promises: the values are XXH3-128 of each page's 4096 bytes, as
+// the xxhash library gives them. Four lanes take a page, each one pair of XXH3's accumulators over
+// all 64 stripes: the algorithm swaps the two words of a pair, which are 16 bytes that one load
+// brings, so no lane needs another's data before the very end. GPU only. Called by page_scan.cu and
+// page_burst.cu.
 //
-//   lane = 4 * page + p: words 2p and 2p + 1 of every stripe of 64 bytes
+// lane = 4 * page + p: words 2p and 2p + 1 of every stripe of 64 bytes
 #pragma once
 #include "page_table.h"
 #include "stream.h"
@@ -43,7 +45,8 @@ FUNCTION Digest hash_page(const uint8_t* page_ptr) {
 #pragma unroll
     for (uint32_t k = 0; k < kLoadsAhead; ++k) {
       uint64_t key_a = key[k], key_b = key[k + 1];
-      if (k == kLoadsAhead - 1 && half == kHalves - 1) key_a = last_secret(2 * p), key_b = last_secret(2 * p + 1);
+      if (k == kLoadsAhead - 1 && half == kHalves - 1)
+        key_a = last_secret(2 * p), key_b = last_secret(2 * p + 1);
       a += keyed_product(data[k].word[0], key_a) + data[k].word[1];
       b += keyed_product(data[k].word[1], key_b) + data[k].word[0];
     }
@@ -58,7 +61,8 @@ FUNCTION Digest hash_page(const uint8_t* page_ptr) {
 }
 
 // A whole warp, one of `warps`: notes the pages in [first, end) that differ from the table.
-FUNCTION void find_dirty(const Pages& pages, uint64_t first, uint64_t end, uint64_t warp, uint64_t warps) {
+FUNCTION void find_dirty(const Pages& pages, uint64_t first, uint64_t end, uint64_t warp,
+                         uint64_t warps) {
   const uint32_t t = threadIdx.x % 32;
   const bool is_judge = t % 4 == 0;
 #pragma unroll 1
@@ -70,7 +74,8 @@ FUNCTION void find_dirty(const Pages& pages, uint64_t first, uint64_t end, uint6
     Wide known = {};
     if (is_judge) known = *reinterpret_cast<const Wide*>(pages.table + 2 * page);
     const Digest found = hash_page(pages.base_ptr + page * kLeafBytes);
-    if (is_judge && is_there && (found.low != known.word[0] || found.high != known.word[1])) note_page(pages, page);
+    if (is_judge && is_there && (found.low != known.word[0] || found.high != known.word[1]))
+      note_page(pages, page);
   }
 }
 #endif

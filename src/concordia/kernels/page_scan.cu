@@ -1,11 +1,14 @@
-// Handler: appends pages of an opaque region as KIND_PAGE records, many pages each. Task: with block ids these pages, whatever their hash (a
-// write set); with arg 1 those that a burst has noted; else the pages of [token_start, token_end) whose hash differs from the table's. Answers how
-// many pages were appended.
+// Handler: appends pages of an opaque region as KIND_PAGE records, many pages each. Task: with block
+// ids these pages, whatever their hash (a write set); with arg 1 those that a burst has noted; else
+// the pages of [token_start, token_end) whose hash differs from the table's. Answers how many pages
+// were appended.
 //
-// A page's table entry is the hash of the bytes that were committed, taken on their way into the journal: a page may change while it is
-// scanned, and is then found again. A page of one leaf has the leaf's digest, a larger one the root over its leaves' digests.
+// A page's table entry is the hash of the bytes that were committed, taken on their way into the
+// journal: a page may change while it is scanned, and is then found again. A page of one leaf has
+// the leaf's digest, a larger one the root over its leaves' digests.
 //
-//   payload:  one leaf of page numbers, u32, zero-padded | page | page | ...     the record's tokens are [0, number of pages)
+//   payload:  one leaf of page numbers, u32, zero-padded | page | page | ...
+//   The record's tokens are [0, number of pages).
 #include "journal.h"
 #include "page_hash.h"
 
@@ -25,10 +28,13 @@ struct PageWords {
     const uint64_t at = offset - kLeafBytes;
     return base_ptr + pages[at / kPageBytes] * kPageBytes + at % kPageBytes;
   }
-  FUNCTION_MEMBER uint64_t operator()(uint64_t offset) const { return *reinterpret_cast<const uint64_t*>(address(offset)); }
+  FUNCTION_MEMBER uint64_t operator()(uint64_t offset) const {
+    return *reinterpret_cast<const uint64_t*>(address(offset));
+  }
 };
 
-// One team: the hash of a page of several leaves from digests that others' follow at once, which a CPU's padding must leave alone.
+// One team: the hash of a page of several leaves from digests that others' follow at once, which a
+// CPU's padding must leave alone.
 FUNCTION void hash_digests(uint8_t* digests_ptr, uint64_t* hash_ptr) {
 #if CONCORDIA_CUDA
   hash_root(digests_ptr, kPageLeaves, hash_ptr);
@@ -40,7 +46,8 @@ FUNCTION void hash_digests(uint8_t* digests_ptr, uint64_t* hash_ptr) {
 }
 
 // All lanes: notes the pages of one leaf each in [first, end) that differ from the table.
-FUNCTION void find_leaves(const Call* call, uint64_t lane, const Pages& pages, uint64_t first, uint64_t end) {
+FUNCTION void find_leaves(const Call* call, uint64_t lane, const Pages& pages, uint64_t first,
+                          uint64_t end) {
 #if CONCORDIA_CUDA
   find_dirty(pages, first, end, lane / kTeamLanes, call->lanes / kTeamLanes);
 #else
@@ -53,26 +60,32 @@ FUNCTION void find_leaves(const Call* call, uint64_t lane, const Pages& pages, u
 #endif
 }
 
-// All lanes: the same for pages of several leaves, as many at once as there is room for their digests.
-FUNCTION void find_roots(Call* call, uint64_t lane, const Pages& pages, uint64_t first, uint64_t end) {
+// All lanes: the same for pages of several leaves, as many at once as there is room for their
+// digests.
+FUNCTION void find_roots(Call* call, uint64_t lane, const Pages& pages, uint64_t first,
+                         uint64_t end) {
   uint8_t* digests = call->digests;
   const auto digest = [=](uint64_t leaf) {
-    return reinterpret_cast<uint64_t*>(digests + leaf / kPageLeaves * kRootBytes + leaf % kPageLeaves * 16);
+    return reinterpret_cast<uint64_t*>(digests + leaf / kPageLeaves * kRootBytes +
+                                       leaf % kPageLeaves * 16);
   };
   const uint64_t batch = call->digest_bytes / kRootBytes;
 #pragma unroll 1
   for (; first < end; first += batch) {
     const uint64_t count = smaller(batch, end - first), bytes = count * kPageBytes;
     const uint8_t* start_ptr = pages.base_ptr + first * kPageBytes;
-    if constexpr (kDeviceShape) stream_whole_leaves(call, lane, bytes, nullptr, MemoryWords{start_ptr, bytes}, digest);
+    if constexpr (kDeviceShape)
+      stream_whole_leaves(call, lane, bytes, nullptr, MemoryWords{start_ptr, bytes}, digest);
     else hash_leaves(call, lane, start_ptr, bytes, digest);
     grid_sync(call);
     for (uint64_t i = lane / kTeamLanes; i < count; i += call->lanes / kTeamLanes) {
-      uint64_t* hash = reinterpret_cast<uint64_t*>(digests + i * kRootBytes);  // over the digests, which are read before
+      // over the digests, which are read before
+      uint64_t* hash = reinterpret_cast<uint64_t*>(digests + i * kRootBytes);
       hash_root(digests + i * kRootBytes, kPageLeaves, hash);
       team_sync();
       const uint64_t* known = pages.table + 2 * (first + i);
-      if (team_lane() == 0 && (hash[0] != known[0] || hash[1] != known[1])) note_page(pages, first + i);
+      if (team_lane() == 0 && (hash[0] != known[0] || hash[1] != known[1]))
+        note_page(pages, first + i);
     }
     grid_sync(call);
   }
@@ -83,9 +96,12 @@ FUNCTION void take_named(Call* call, uint64_t lane, const Pages& pages) {
   if (!is_leading_team(lane)) return;
   const Task* task = &call->task;
   const uint64_t count = task->block_count, page_count = call->region->block_count;
-  bool is_bad = count > page_count || task->blocks % 4 != 0 || task->blocks > call->arena_bytes || count * 4 > call->arena_bytes - task->blocks;
+  bool is_bad = count > page_count || task->blocks % 4 != 0 || task->blocks > call->arena_bytes ||
+                count * 4 > call->arena_bytes - task->blocks;
   if (!is_bad) {
-    const uint32_t* ids = count <= call->near_id_count ? call->near_ids : reinterpret_cast<const uint32_t*>(call->arena + task->blocks);
+    const uint32_t* ids = count <= call->near_id_count
+                              ? call->near_ids
+                              : reinterpret_cast<const uint32_t*>(call->arena + task->blocks);
     for (uint64_t i = team_lane(); i < count; i += kTeamLanes) {
       const uint32_t page = ids[i];
       if (page >= page_count) is_bad = true;
@@ -96,18 +112,23 @@ FUNCTION void take_named(Call* call, uint64_t lane, const Pages& pages) {
   if (lane == 0) *pages.found_count = count;
 }
 
-// All lanes: what the table says of pages that were just appended, from the digests of the leaves behind the numbers' leaf.
-FUNCTION void learn_pages(const Call* call, uint64_t lane, const Pages& pages, const uint32_t* found, uint64_t count) {
+// All lanes: what the table says of pages that were just appended, from the digests of the leaves
+// behind the numbers' leaf.
+FUNCTION void learn_pages(const Call* call, uint64_t lane, const Pages& pages,
+                          const uint32_t* found, uint64_t count) {
   for (uint64_t i = lane / kTeamLanes; i < count; i += call->lanes / kTeamLanes) {
     uint8_t* digests_ptr = call->digests + (1 + i * kPageLeaves) * 16;
     uint64_t* entry = pages.table + 2 * found[i];
     if constexpr (kPageLeaves > 1) hash_digests(digests_ptr, entry);
-    else if (team_lane() == 0) entry[0] = reinterpret_cast<const uint64_t*>(digests_ptr)[0], entry[1] = reinterpret_cast<const uint64_t*>(digests_ptr)[1];
+    else if (team_lane() == 0)
+      entry[0] = reinterpret_cast<const uint64_t*>(digests_ptr)[0],
+      entry[1] = reinterpret_cast<const uint64_t*>(digests_ptr)[1];
   }
 }
 
 // All lanes: one record of `count` pages; false when the journal refuses it.
-FUNCTION bool append_pages(Call* call, uint64_t lane, const Pages& pages, const uint32_t* found, uint64_t count) {
+FUNCTION bool append_pages(Call* call, uint64_t lane, const Pages& pages, const uint32_t* found,
+                           uint64_t count) {
   const uint64_t bytes = kLeafBytes + count * kPageBytes;
   uint32_t* numbers = reinterpret_cast<uint32_t*>(call->stage);
   for (uint64_t i = lane; i < kNumbersMost; i += call->lanes) numbers[i] = i < count ? found[i] : 0;
@@ -117,10 +138,13 @@ FUNCTION bool append_pages(Call* call, uint64_t lane, const Pages& pages, const 
   const PageWords words = {call->stage, pages.base_ptr, found};
   if constexpr (kDeviceShape) {
     uint64_t* digests = reinterpret_cast<uint64_t*>(call->digests);
-    stream_whole_leaves(call, lane, bytes, place, words, [=](uint64_t leaf) { return digests + 2 * leaf; });
+    stream_whole_leaves(call, lane, bytes, place, words,
+                        [=](uint64_t leaf) { return digests + 2 * leaf; });
     commit_streamed(call, lane, names, bytes);
   } else {
-    for_each_lane(call, lane, bytes / kLeafBytes, [=](uint64_t leaf) { copy_bytes(place + leaf * kLeafBytes, words.address(leaf * kLeafBytes), kLeafBytes); });
+    for_each_lane(call, lane, bytes / kLeafBytes, [=](uint64_t leaf) {
+      copy_bytes(place + leaf * kLeafBytes, words.address(leaf * kLeafBytes), kLeafBytes);
+    });
     grid_sync(call);
     hash_payload(call, lane, place, bytes);
     commit_record(call, lane, names, bytes);
@@ -142,8 +166,10 @@ HANDLER {
   const Task* task = &call->task;
   const Region* region = call->region;
   const bool is_named = task->block_count != 0;
-  const bool is_range = task->token_start < task->token_end && region != nullptr && task->token_end <= region->block_count;
-  if (region == nullptr || region->page_hashes == 0 || !(is_named || is_range)) return refuse(call, lane, kStatusBadTask);
+  const bool is_range = task->token_start < task->token_end && region != nullptr &&
+                        task->token_end <= region->block_count;
+  if (region == nullptr || region->page_hashes == 0 || !(is_named || is_range))
+    return refuse(call, lane, kStatusBadTask);
   const Pages pages = pages_of(region);
   const uint64_t most = pages_most(call);
   if (most == 0) return refuse(call, lane, kStatusTooLarge);
@@ -152,7 +178,8 @@ HANDLER {
   } else if (task->arg != kPagesNoted) {
     if (lane == 0) *pages.found_count = 0;
     grid_sync(call);
-    if constexpr (kPageLeaves == 1) find_leaves(call, lane, pages, task->token_start, task->token_end);
+    if constexpr (kPageLeaves == 1)
+      find_leaves(call, lane, pages, task->token_start, task->token_end);
     else find_roots(call, lane, pages, task->token_start, task->token_end);
   }
   grid_sync(call);

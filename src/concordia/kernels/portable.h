@@ -1,8 +1,10 @@
-// What one kernel source needs of two compilers: NVRTC for the GPU, the system C++ compiler for the CPU device.
+// What one kernel source needs of two compilers: NVRTC for the GPU, the system C++ compiler for the
+// CPU device.
 //
-// Owns: ordered access to shared words, who a lane is, waiting a little, the clock. Promises: the same source has the same meaning on
-// both sides; no free fences (ThreadSanitizer does not know them) but for store_full, the one place where a store must be seen before a
-// later load. Called by every kernel. Inline PTX lives here and nowhere else. Does not know rings, tasks or journals.
+// Owns: ordered access to shared words, who a lane is, waiting a little, the clock. Promises: the
+// same source has the same meaning on both sides; no free fences (ThreadSanitizer does not know
+// them) but for store_full, the one place where a store must be seen before a later load. Called by
+// every kernel. Inline PTX lives here and nowhere else. Does not know rings, tasks or journals.
 #pragma once
 #include "abi.h"
 
@@ -25,8 +27,9 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// The GPU works in fine grains: a team of lanes takes a leaf, and every word is loaded, hashed and stored in one pass (stream.h). A CPU lane
-// moves whole rows straight into the pool and hashes them there. Tests give the CPU the GPU's shape, so that these paths run everywhere.
+// The GPU works in fine grains: a team of lanes takes a leaf, and every word is loaded, hashed and
+// stored in one pass (stream.h). A CPU lane moves whole rows straight into the pool and hashes them
+// there. Tests give the CPU the GPU's shape, so that these paths run everywhere.
 #ifndef CONCORDIA_DEVICE_SHAPE
 #define CONCORDIA_DEVICE_SHAPE CONCORDIA_CUDA
 #endif
@@ -68,16 +71,19 @@ FUNCTION void store(uint64_t* word_ptr, uint64_t value) {
 
 // A store that every later load of this lane comes after, as all others see it.
 FUNCTION void store_full(uint64_t* word_ptr, uint64_t value) {
-  asm volatile("st.relaxed.sys.global.u64 [%0], %1;\n\tfence.sc.sys;" :: "l"(word_ptr), "l"(value) : "memory");
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;\n\tfence.sc.sys;"
+               :: "l"(word_ptr), "l"(value) : "memory");
 }
 
 // The load that follows store_full on either side.
 FUNCTION uint64_t load_full(const uint64_t* word_ptr) { return load<kAcquire, kSystem>(word_ptr); }
 
-// Adds to a word that only lanes of this executor touch; never over the bus, where no such thing exists. Returns the value before.
+// Adds to a word that only lanes of this executor touch; never over the bus, where no such thing
+// exists. Returns the value before.
 FUNCTION uint64_t add_device(uint64_t* word_ptr, uint64_t value) {
   uint64_t before;
-  asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;" : "=l"(before) : "l"(word_ptr), "l"(value) : "memory");
+  asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;"
+               : "=l"(before) : "l"(word_ptr), "l"(value) : "memory");
   return before;
 }
 
@@ -86,23 +92,32 @@ FUNCTION uint64_t now_ns() {
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
   return now;
 }
-// Orders everything before it before everything after it, for all processors: then store_settled may follow, many for one fence.
+// Orders everything before it before everything after it, for all processors: then store_settled
+// may follow, many for one fence.
 FUNCTION void settle() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
-FUNCTION void store_settled(uint64_t* word_ptr, uint64_t value) { store<kRelaxed, kSystem>(word_ptr, value); }
+FUNCTION void store_settled(uint64_t* word_ptr, uint64_t value) {
+  store<kRelaxed, kSystem>(word_ptr, value);
+}
 
 // The value of the lane whose number in the warp differs in this bit.
-FUNCTION uint64_t exchange_lanes(uint64_t value, uint32_t bit) { return __shfl_xor_sync(0xffffffffu, value, bit); }
+FUNCTION uint64_t exchange_lanes(uint64_t value, uint32_t bit) {
+  return __shfl_xor_sync(0xffffffffu, value, bit);
+}
 FUNCTION bool any_in_team(bool is_true) { return __any_sync(0xffffffffu, is_true); }
 FUNCTION uint64_t from_leader(uint64_t value) { return __shfl_sync(0xffffffffu, value, 0); }
-FUNCTION uint64_t lane_value(uint64_t value, uint32_t lane) { return __shfl_sync(0xffffffffu, value, lane); }
+FUNCTION uint64_t lane_value(uint64_t value, uint32_t lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
 FUNCTION uint64_t team_lane() { return threadIdx.x % 32; }
 
 FUNCTION void pause_lane() { asm volatile("nanosleep.u32 50;"); }
 FUNCTION void yield_lane() { pause_lane(); }
 FUNCTION void prefetch(const uint8_t*) {}  // a GPU hides latency with other warps
-// Into the second-level cache: few warps have too few loads under way to hide the memory's latency. Whole 16 bytes, both.
+// Into the second-level cache: few warps have too few loads under way to hide the memory's latency.
+// Whole 16 bytes, both.
 FUNCTION void fetch_ahead(const uint8_t* data_ptr, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(data_ptr), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
+               :: "l"(data_ptr), "r"(bytes) : "memory");
 }
 FUNCTION bool is_cta_leader() { return threadIdx.x == 0; }
 FUNCTION uint32_t cta_count() { return gridDim.x; }
@@ -117,7 +132,9 @@ FUNCTION void copy_wide(uint8_t* target_ptr, const uint8_t* source_ptr) {
 #else
 
 constexpr int builtin_order(Order order) {
-  return order == kRelaxed ? __ATOMIC_RELAXED : order == kAcquire ? __ATOMIC_ACQUIRE : __ATOMIC_RELEASE;
+  return order == kRelaxed   ? __ATOMIC_RELAXED
+         : order == kAcquire ? __ATOMIC_ACQUIRE
+                             : __ATOMIC_RELEASE;
 }
 
 template <Order order, Scope scope>
@@ -130,19 +147,25 @@ FUNCTION void store(uint64_t* word_ptr, uint64_t value) {
   __atomic_store_n(word_ptr, value, builtin_order(order));
 }
 
-// A store that every later load_full comes after: a locked exchange, which is a full barrier and costs the same as a fence.
+// A store that every later load_full comes after: a locked exchange, which is a full barrier and
+// costs the same as a fence.
 FUNCTION void store_full(uint64_t* word_ptr, uint64_t value) {
   (void)__atomic_exchange_n(word_ptr, value, __ATOMIC_SEQ_CST);
 }
-FUNCTION uint64_t load_full(const uint64_t* word_ptr) { return __atomic_load_n(word_ptr, __ATOMIC_SEQ_CST); }
+FUNCTION uint64_t load_full(const uint64_t* word_ptr) {
+  return __atomic_load_n(word_ptr, __ATOMIC_SEQ_CST);
+}
 
 FUNCTION uint64_t add_device(uint64_t* word_ptr, uint64_t value) {
   return __atomic_fetch_add(word_ptr, value, __ATOMIC_ACQ_REL);
 }
 
-// A release store each: what the GPU does with one fence costs nothing here, and ThreadSanitizer knows no fences.
+// A release store each: what the GPU does with one fence costs nothing here, and ThreadSanitizer
+// knows no fences.
 FUNCTION void settle() {}
-FUNCTION void store_settled(uint64_t* word_ptr, uint64_t value) { store<kRelease, kSystem>(word_ptr, value); }
+FUNCTION void store_settled(uint64_t* word_ptr, uint64_t value) {
+  store<kRelease, kSystem>(word_ptr, value);
+}
 
 FUNCTION bool any_in_team(bool is_true) { return is_true; }
 FUNCTION uint64_t from_leader(uint64_t value) { return value; }
@@ -161,11 +184,18 @@ FUNCTION void pause_lane() {
 #endif
 }
 FUNCTION void yield_lane() { sched_yield(); }
-FUNCTION void prefetch(const uint8_t* line_ptr) { __builtin_prefetch(line_ptr); }  // any address: it never faults
-FUNCTION uint64_t mul_high(uint64_t a, uint64_t b) { return (uint64_t)(((unsigned __int128)a * b) >> 64); }
-FUNCTION void copy_wide(uint8_t* target_ptr, const uint8_t* source_ptr) { memcpy(target_ptr, source_ptr, 16); }
+// any address: it never faults
+FUNCTION void prefetch(const uint8_t* line_ptr) { __builtin_prefetch(line_ptr); }
+FUNCTION uint64_t mul_high(uint64_t a, uint64_t b) {
+  return (uint64_t)(((unsigned __int128)a * b) >> 64);
+}
+FUNCTION void copy_wide(uint8_t* target_ptr, const uint8_t* source_ptr) {
+  memcpy(target_ptr, source_ptr, 16);
+}
 #endif
 
-CONSTANT uint64_t align_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
+CONSTANT uint64_t align_up(uint64_t value, uint64_t unit) {
+  return (value + unit - 1) / unit * unit;
+}
 
 FUNCTION uint64_t smaller(uint64_t a, uint64_t b) { return a < b ? a : b; }
