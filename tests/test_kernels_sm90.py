@@ -71,7 +71,7 @@ def test_handler_passes_the_lint_when_compiled_for_sm90(
 
 def test_burst_fills_a_multiprocessor_when_compiled_for_sm90(compiler: CudaCompiler) -> None:
     facts = read_facts(compiler.kernel(burst_source()).cubin)
-    assert facts.registers["concordia_page_burst"] <= nvrtc.REGISTERS_MAX  # else one CTA of 512 threads fits, not two
+    assert facts.registers["concordia_page_burst"] <= nvrtc.REGISTERS_MAX
     assert facts.frame_bytes["concordia_page_burst"] == 0
 
 

@@ -311,15 +311,19 @@ class Checkpointer(StreamWords):
         """Append just these pages, which the caller knows to have changed; nothing is scanned."""
         return self._submit_pages(region, blocks=pages, key=key, incarnation=incarnation, step=step)
 
-    def _submit_pages(self, region: PageRegion, **words: Any) -> Ticket:
-        task = Task(
+    def pages_task(self, region: PageRegion, **words: Any) -> Task:
+        """What `append_pages` and `scan_pages` submit, for a producer that does so by itself."""
+        return Task(
             opcode=region.scan.opcode,
             kind=abi.TASK_CHECKPOINT,
             region=region.number,
             record_kind=abi.KIND_PAGE,
             **words,
         )
-        ticket = self._page_tasks[region.number] = self.runtime.submit(task)
+
+    def _submit_pages(self, region: PageRegion, **words: Any) -> Ticket:
+        ticket = self.runtime.submit(self.pages_task(region, **words))
+        self._page_tasks[region.number] = ticket
         return ticket
 
     def result(self, ticket: Ticket) -> Completion | None:

@@ -16,7 +16,7 @@ from concordia.device.cuda_context import CudaContext
 from concordia.device.loader import CudaImage
 
 THREADS: Final = 512
-CTAS_EACH: Final = 2  # of a multiprocessor: with 64 registers a thread, that fills it
+CTAS_EACH: Final = 1  # of a multiprocessor: with 128 registers a thread, that fills it
 
 
 class Burst:

@@ -2,22 +2,30 @@
 
 Owns: CUDA C++ to PTX (NVRTC) and PTX to a linked cubin (nvJitLink). Promises: needs no driver and
 no GPU; always relocatable (a pointer to a whole-program function is only an index into its own
-kernel's constants); both sides of an indirect call get the same register cap; a failure is
+kernel's constants); both sides of an indirect call get the same register cap and preserve the same
+registers; a failure is
 CompileError with the compiler's own words. Called by cuda.py, and by tests on machines without a
 GPU. Does not cache, judge or load: compiler.py and loader.py do.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from concordia.errors import CompileError, EnvironmentRefused
 
-# 1024 threads share 65536 registers. The executor's CTA may be that wide, so every function that it
+# 512 threads share 65536 registers. The executor's CTA is that wide, so every function that it
 # calls fits it.
-REGISTERS_MAX: Final = 64
+REGISTERS_MAX: Final = 128
+# The executor keeps next to nothing in registers, and by the usual convention a handler would save
+# 62 of them for it: with 16 warps 2 us of each task. PTX has a word for it from version 9.0 on.
+PRESERVED: Final = b".abi_preserve 0"
+_PTX_VERSION: Final = re.compile(rb"^\.version (\d+)\.", re.MULTILINE)
+_FUNCTION: Final = re.compile(rb"\.func\s+concordia_\w+\s*\([^)]*\)")
+_POINTER: Final = re.compile(rb"\.callprototype\s*\(\)\s*_\s*\([^)]*\)")
 STANDARD: Final = "--std=c++17"
 # one mistake in a header can cost a hundred messages; the first ones tell
 LOG_BYTES_MAX: Final = 4000
@@ -29,7 +37,8 @@ def versions() -> str:
     status, major, minor = nvrtc.nvrtcVersion()
     if int(status):
         raise EnvironmentRefused(f"NVRTC does not answer: {status.name}")
-    return f"nvrtc {major}.{minor} nvjitlink {'.'.join(map(str, nvjitlink.version()))}"
+    linker = ".".join(map(str, nvjitlink.version()))
+    return f"nvrtc {major}.{minor} nvjitlink {linker} {PRESERVED.decode()}"
 
 
 def compile_ptx(
@@ -59,7 +68,7 @@ def compile_ptx(
         (status,) = nvrtc.nvrtcGetPTX(program, ptx)
         if int(status):
             raise CompileError(f"{name}: no PTX: {status.name}")
-        return bytes(ptx).rstrip(b"\0")
+        return _with_preserved(bytes(ptx).rstrip(b"\0"))
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
@@ -87,6 +96,16 @@ def link_cubin(
         raise CompileError(f"{name}: {error}\n{told}") from error
     finally:
         nvjitlink.destroy(handle)
+
+
+def _with_preserved(ptx: bytes) -> bytes:
+    """The same with our calling convention, on both sides of the executor's calls."""
+    version = _PTX_VERSION.search(ptx)
+    if version is None or int(version[1]) < 9:
+        return ptx
+    for pattern in (_FUNCTION, _POINTER):
+        ptx = pattern.sub(lambda found: found[0] + b" " + PRESERVED, ptx)
+    return ptx
 
 
 def _bindings() -> tuple[Any, Any]:

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from concordia.device.driver import ExecutorPlan
     from concordia.device.host import HostLibrary
 
-# of a CTA: with 64 registers each half of a multiprocessor, so that a neighbour still fits beside
-# it
+# of a CTA: with 128 registers each all of a multiprocessor. Half of it, with twice the registers
+# saved and restored or half the loads under way, made scans half as fast.
 THREADS: Final = 512
 CTAS_MAX: Final = 8  # more of them resident make a neighbour's matrix product several times slower
 KERNEL: Final = b"concordia_executor"

@@ -6,8 +6,8 @@
 // has no other way to say "launch with this many registers". Does no work.
 #include "call.h"
 
-// of 64 bits each, with as many products under way: more than 64 registers hold
-constexpr int kLive = 24;
+// of 64 bits each, with as many products under way: more than 128 registers hold
+constexpr int kLive = 56;
 constexpr int kFrameWords = 512 / 8;  // FRAME_BYTES_MAX of loader.py
 
 extern "C" __device__ __noinline__ void concordia_ballast(Call* call, uint64_t lane) {

@@ -11,7 +11,7 @@ constexpr uint64_t kStateWords = sizeof(Executor) / 8;
 static_assert(sizeof(Executor) % 8 == 0 && sizeof(Executor) <= 16384,
               "the state is copied in words and leaves room for a neighbour");
 
-extern "C" __global__ void __launch_bounds__(1024)
+extern "C" __global__ void __launch_bounds__(512)
     concordia_executor(Executor* executor, uint64_t launch) {
   __shared__ alignas(128) uint64_t state[kStateWords];
   const uint64_t lane = (uint64_t)blockIdx.x * blockDim.x + threadIdx.x;

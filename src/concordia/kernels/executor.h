@@ -11,12 +11,12 @@
 #include "ring.h"
 
 // Tasks that are fetched together: on a GPU eight trips over the bus take as long as one. A CPU has
-// the ring in its cache.
-// the host's compiler makes the state that a GPU starts with: it must have the same size
+// the ring in its cache. The host's compiler makes the state that a GPU starts with, so its size is
+// the same for both.
 constexpr uint64_t kFetchedMost = 8;
 constexpr uint64_t kFetchAhead = CONCORDIA_CUDA ? kFetchedMost : 1;
 constexpr uint64_t kFetchedNs = 50000;  // fetched tasks run without a look at `stop` for so long
-constexpr uint64_t kNearIds = 8;
+constexpr uint64_t kNearIds = 32;
 constexpr uint64_t kKeptOperators = 16;
 
 struct Fetched {
@@ -36,10 +36,11 @@ struct Executor {
   uint64_t slots, slot_mask, completions, completion_mask, window;
   uint64_t heartbeat, busy_ns, done_count;
   uint64_t fetched_from, fetched_ns;
-  uint64_t generation;  // read with the fetched tasks
+  uint64_t generation;  // of the operator table, as this launch or this task found it
   uint64_t kept_generation;  // of the operators kept below
   uint64_t kept_opcode[kKeptOperators];
   Operator kept[kKeptOperators];
+  Region kept_region[kKeptOperators];
   alignas(16) Fetched fetched[kFetchedMost];
   Journal journal;
   Call call;
@@ -58,33 +59,64 @@ FUNCTION bool leave(Executor* executor, uint64_t launch, bool is_forced) {
   return false;
 }
 
+FUNCTION const Task* slot_of(const Executor* executor, uint64_t position) {
+  return reinterpret_cast<const Task*>(executor->slots) + (position & executor->slot_mask);
+}
+
+#if CONCORDIA_CUDA
+// A task and its first ids come in pieces of 16 bytes, each lane one piece of four slots: all of
+// them are asked for before the first is waited for, so eight tasks take one trip over the bus.
+constexpr uint32_t kTaskPieces = sizeof(Task) / 16, kPieces = kTaskPieces + kNearIds / 4;
+constexpr uint32_t kSlotsAtOnce = kTeamLanes / kPieces, kTurns = kFetchAhead / kSlotsAtOnce;
+static_assert(sizeof(Task) % 16 == 0 && kTeamLanes % kPieces == 0, "a lane has the same piece");
+
+FUNCTION void copy_slots(Executor* executor, uint32_t lane, uint32_t there) {
+  const uint32_t piece = lane % kPieces, first = lane / kPieces;
+  const bool is_task = piece < kTaskPieces;
+  const uint64_t position = executor->position;
+  Wide found[kTurns];
+#pragma unroll
+  for (uint32_t turn = 0; turn < kTurns; ++turn) {
+    const uint32_t ahead = first + turn * kSlotsAtOnce;
+    const uint64_t index = (position + ahead) & executor->slot_mask;
+    const uint8_t* from = is_task ? reinterpret_cast<const uint8_t*>(executor->slots) +
+                                        index * sizeof(Task) + piece * 16
+                                  : executor->call.arena + index * executor->window +
+                                        (piece - kTaskPieces) * 16;
+    if (there >> ahead & 1) found[turn] = *reinterpret_cast<const Wide*>(from);
+  }
+#pragma unroll
+  for (uint32_t turn = 0; turn < kTurns; ++turn) {
+    const uint32_t ahead = first + turn * kSlotsAtOnce;
+    Fetched* fetched = &executor->fetched[ahead];
+    uint8_t* to = is_task ? reinterpret_cast<uint8_t*>(&fetched->task) + piece * 16
+                          : reinterpret_cast<uint8_t*>(fetched->ids) + (piece - kTaskPieces) * 16;
+    if (there >> ahead & 1) *reinterpret_cast<Wide*>(to) = found[turn];
+    if (piece == 0) fetched->mark = there >> ahead & 1 ? position + ahead + 1 : 0;
+  }
+}
+#else
+FUNCTION void copy_slots(Executor* executor, uint32_t, uint32_t) {
+  executor->fetched[0].mark = executor->position + 1;
+  // after the acquire of the slot; the entry that it counts is acquired when it is used
+  executor->generation = load<kRelaxed, kSystem>(&executor->ring->generation);
+  executor->fetched[0].task = *slot_of(executor, executor->position);
+}
+#endif
+
 // Leading team: copies the tasks that are published from executor->position on. True if the first
 // of them is there.
 FUNCTION bool fetch_tasks(Executor* executor, uint64_t lane) {
   const uint64_t position = executor->position + lane;
-  bool is_there = false;
-  if (lane < kFetchAhead) {
-    const Task* slot =
-        reinterpret_cast<const Task*>(executor->slots) + (position & executor->slot_mask);
-    Fetched* fetched = &executor->fetched[lane];
-    // pairs with submit(): slot and arguments are there
-    is_there = load<kAcquire, kSystem>(&slot->publish) == position + 1;
-    fetched->mark = is_there ? position + 1 : 0;
-    if (is_there) {
-      // after the acquire above; its entry is acquired
-      if (lane == 0) executor->generation = load<kRelaxed, kSystem>(&executor->ring->generation);
-      if constexpr (kFetchAhead > 1) {
-        const uint8_t* ids_ptr =
-            executor->call.arena + (position & executor->slot_mask) * executor->window;
-        for (uint64_t i = 0; i < kNearIds * 4; i += 16)
-          copy_wide(reinterpret_cast<uint8_t*>(fetched->ids) + i, ids_ptr + i);
-      }
-      fetched->task = *slot;
-    }
-  }
+  // pairs with submit(): slot and arguments are there, for the whole team once it has met
+  const uint32_t there =
+      team_bits(lane < kFetchAhead &&
+                load<kAcquire, kSystem>(&slot_of(executor, position)->publish) == position + 1);
+  if ((there & 1) == 0) return false;
+  copy_slots(executor, (uint32_t)lane, there);
   if (lane == 0) executor->fetched_from = executor->position;
   team_sync();
-  return from_leader(is_there);
+  return true;
 }
 
 // Leader: makes a fetched task the one at hand; false when it was not fetched, or too long ago.
@@ -154,7 +186,10 @@ FUNCTION const Operator* find_operator(Executor* executor, uint64_t opcode) {
     const uint64_t entry =
         load<kAcquire, kSystem>(reinterpret_cast<const uint64_t*>(ring->operators) + opcode);
     if (entry == 0) return nullptr;
-    executor->kept[i] = *reinterpret_cast<const Operator*>(entry);
+    const Operator found = *reinterpret_cast<const Operator*>(entry);
+    executor->kept[i] = found;
+    if (found.region != 0)
+      executor->kept_region[i] = *reinterpret_cast<const Region*>(found.region);
     executor->kept_opcode[i] = opcode;
   }
   return &executor->kept[i];
@@ -177,7 +212,8 @@ FUNCTION void start_task(Executor* executor) {
     call->status = kStatusBadTask;
     return;
   }
-  call->region = reinterpret_cast<const Region*>(call->op->region);
+  // Our copy of the region: it does not change while it is registered.
+  if (call->op->region != 0) call->region = executor->kept_region + (call->op - executor->kept);
   executor->handler = reinterpret_cast<HandlerFunction>(call->op->function);
 }
 
@@ -219,6 +255,8 @@ FUNCTION void read_ring(Executor* executor) {
   executor->completions = ring->completions;
   executor->completion_mask = ring->completion_count - 1;
   executor->window = ring->arena_bytes / ring->slot_count;
+  // A GPU's operators change only while nobody is inside.
+  executor->generation = load<kAcquire, kSystem>(&ring->generation);
   executor->fetched_ns = 0;  // what the launch before fetched and did not take is fetched again
   executor->fetched_from = executor->position + kFetchAhead;
 }

@@ -114,38 +114,48 @@ FUNCTION uint8_t* reserve_record(Call* call, uint64_t lane, uint64_t payload_byt
   return call->place;
 }
 
-// Word t of the header of the record at hand, before its CRC: each lane of a team makes one.
-FUNCTION uint64_t record_word(const Call* call, const RecordNames& names, uint64_t payload_bytes,
-                              uint64_t t) {
+// Leader: the header of the record at hand, but for its CRC. What it is made of is read first: on a
+// GPU a load after a store waits for it, since both might be of the same word.
+FUNCTION void fill_header(Call* call, const RecordNames& names, uint64_t payload_bytes) {
   const Journal* journal = call->journal;
   const Task* task = &call->task;
-#if !CONCORDIA_CUDA
-  static_assert(__builtin_offsetof(RecordHeader, stamp_ns) == 16 * 8,
-                "the words below are those of RecordHeader");
-  static_assert(__builtin_offsetof(RecordHeader, model_hash) == 18 * 8,
-                "the words below are those of RecordHeader");
-#endif
-  switch (t) {
-    case 0: return kRecordMagic | (uint64_t)kAbiVersion << 32 | names.kind << 48;
-    case 1: return journal->salt;
-    case 2: return journal->sequence;
-    case 3: return journal->previous_hash[0];
-    case 4: return journal->previous_hash[1];
-    case 5: return task->key[0];
-    case 6: return task->key[1];
-    case 7: return task->incarnation;
-    case 8: return task->region | (uint64_t)task->flags << 32;
-    case 9: return (names.token_start & 0xffffffffu) | names.token_end << 32;
-    case 10: return payload_bytes;
-    case 11: return call->payload_hash[0];
-    case 12: return call->payload_hash[1];
-    case 13: return call->op->handler_hash;
-    case 14: return call->region != nullptr ? call->region->layout_hash : journal->layout_hash;
-    case 15: return task->step;
-    case 16: return task->stamp_ns;
-    case 18: return task->model_hash;
-    default: return 0;
-  }
+  const uint64_t salt = journal->salt, sequence = journal->sequence;
+  const uint64_t previous[2] = {journal->previous_hash[0], journal->previous_hash[1]};
+  const uint64_t key[2] = {task->key[0], task->key[1]}, incarnation = task->incarnation;
+  const uint32_t region = task->region, flags = task->flags;
+  const uint64_t hash[2] = {call->payload_hash[0], call->payload_hash[1]};
+  const uint64_t handler_hash = call->op->handler_hash, step = task->step, stamp = task->stamp_ns;
+  const uint64_t layout_hash =
+      call->region != nullptr ? call->region->layout_hash : journal->layout_hash;
+  const uint64_t model_hash = task->model_hash;
+  RecordHeader* header = &call->header;
+  header->magic = kRecordMagic;
+  header->version = kAbiVersion;
+  header->kind = (uint16_t)names.kind;
+  header->salt = salt;
+  header->sequence = sequence;
+  header->previous_hash[0] = previous[0];
+  header->previous_hash[1] = previous[1];
+  header->key[0] = key[0];
+  header->key[1] = key[1];
+  header->incarnation = incarnation;
+  header->region = region;
+  header->flags = flags;
+  header->token_start = (uint32_t)names.token_start;
+  header->token_end = (uint32_t)names.token_end;
+  header->payload_bytes = payload_bytes;
+  header->payload_hash[0] = hash[0];
+  header->payload_hash[1] = hash[1];
+  header->handler_hash = handler_hash;
+  header->layout_hash = layout_hash;
+  header->step = step;
+  header->stamp_ns = stamp;
+  header->origin = 0;
+  header->model_hash = model_hash;
+  header->header_crc = 0;
+  // A segment's header, which is made in the same place, may have left words behind.
+  for (uint64_t i = 0; i < sizeof(header->reserved); i += 4)
+    *reinterpret_cast<uint32_t*>(header->reserved + i) = 0;
 }
 
 // The writer's counters on its control page; after a settle(), so that a reader who sees a count
@@ -183,15 +193,14 @@ FUNCTION void publish_record(Call* call, uint64_t lane, const RecordNames& names
   Journal* journal = call->journal;
   uint8_t* place = call->place;
   const uint64_t padded = align_up(payload_bytes, kLineBytes);
+  if (lane == 0) fill_header(call, names, payload_bytes);
 #if CONCORDIA_CUDA
-  const uint64_t word = record_word(call, names, payload_bytes, lane);
-  team_sync();  // the hash of the header before is read: this one's takes its place
+  team_sync();
+  const uint64_t word = reinterpret_cast<const uint64_t*>(&call->header)[lane];
   reinterpret_cast<uint64_t*>(place - sizeof(RecordHeader))[lane] =
       finish_header(word, journal->previous_hash);
 #else
   const uint8_t* header_ptr = reinterpret_cast<const uint8_t*>(&call->header);
-  for (uint64_t t = 0; t < sizeof(RecordHeader) / 8; ++t)
-    reinterpret_cast<uint64_t*>(&call->header)[t] = record_word(call, names, payload_bytes, t);
   if (!kDeviceShape) zero_bytes(place + payload_bytes, padded - payload_bytes);
   call->header.header_crc = header_crc(header_ptr);
   hash_long(header_ptr, sizeof(RecordHeader), journal->previous_hash);
@@ -212,22 +221,26 @@ FUNCTION void publish_record(Call* call, uint64_t lane, const RecordNames& names
   call->place = nullptr;
 }
 
-// All lanes: commits the payload that lies at call->place, whose hash is in call->payload_hash.
+// All lanes: commits the payload that lies at call->place, whose hash is in call->payload_hash. The
+// next reserve, or the end of the handler, is where all lanes meet again.
 FUNCTION void commit_record(Call* call, uint64_t lane, const RecordNames& names,
                             uint64_t payload_bytes) {
   grid_sync(call);  // every lane's payload is released to the leader
   if (is_leading_team(lane)) publish_record(call, lane, names, payload_bytes);
-  grid_sync(call);
+}
+
+// Leading team, after a grid_sync: the same for a payload whose leaves' digests are in
+// call->digests.
+FUNCTION void commit_digests(Call* call, uint64_t lane, const RecordNames& names,
+                             uint64_t payload_bytes) {
+  hash_root(call->digests, leaf_count(payload_bytes), call->payload_hash);
+  team_sync();
+  publish_record(call, lane, names, payload_bytes);
 }
 
 // All lanes, device shape: commits the payload that was streamed to call->place.
 FUNCTION void commit_streamed(Call* call, uint64_t lane, const RecordNames& names,
                               uint64_t payload_bytes) {
   grid_sync(call);  // payload and digests of every team are released to the leading one
-  if (is_leading_team(lane)) {
-    hash_root(call->digests, leaf_count(payload_bytes), call->payload_hash);
-    team_sync();
-    publish_record(call, lane, names, payload_bytes);
-  }
-  grid_sync(call);
+  if (is_leading_team(lane)) commit_digests(call, lane, names, payload_bytes);
 }

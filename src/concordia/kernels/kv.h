@@ -240,10 +240,11 @@ class RegionWords {
 
   // Rows and blocks begin and end with stretches where they are made of them; payloads of blocks
   // are linear where leaves end with blocks.
-  static constexpr bool kIsLinear = kIsRaw && kBlockBytes % kLeafBytes == 0;
+  static constexpr bool kIsLinear =
+      kIsRaw && kBlockBytes % kLeafBytes == 0 && kRawBytes >= 16;
   static constexpr bool kHasStretches =
-      kIsRaw ? kRawBytes >= 8 && kBlockBytes % kStretchBytes == 0
-             : is_row(kPlanes[0]) && kChunkBytes >= 8 &&
+      kIsRaw ? kRawBytes >= 16 && kBlockBytes % kStretchBytes == 0
+             : is_row(kPlanes[0]) && kChunkBytes >= 16 &&
                    KV_KEY_DIM * kElementBytes % kStretchBytes == 0 &&
                    (KV_VALUE_DIM == 0 ||
                     (is_row(kPlanes[1]) && KV_VALUE_DIM * kElementBytes % kStretchBytes == 0));

@@ -6,7 +6,7 @@
 // takes. Launched by device/burst.py in the executor's stream, between two stays.
 #include "page_hash.h"
 
-extern "C" __global__ void __launch_bounds__(512, 2)
+extern "C" __global__ void __launch_bounds__(512)
     concordia_page_burst(const Region* region, uint64_t first, uint64_t end) {
   const uint64_t lane = (uint64_t)blockIdx.x * blockDim.x + threadIdx.x;
   find_dirty(pages_of(region), first, end, lane / 32, (uint64_t)gridDim.x * blockDim.x / 32);

@@ -13,15 +13,30 @@
 
 #if CONCORDIA_CUDA
 constexpr uint32_t kPagesEach = 8;  // of a warp
-constexpr uint32_t kLoadsAhead = 8;  // stripes of a page whose loads are under way at once
-constexpr uint32_t kHalves = kLeafBytes / kStripeBytes / kLoadsAhead;
+constexpr uint32_t kHalf = kStripesPerBlock / 2;  // stripes whose loads are under way at once
+constexpr uint32_t kBlocks = kLeafBytes / kStripeBytes / kStripesPerBlock;
 
 struct Digest {
   uint64_t low, high;
 };
 
-FUNCTION uint64_t mix_pair(uint64_t first, uint64_t second, uint64_t offset) {
-  return mix_product(first ^ secret_at(offset), second ^ secret_at(offset + 8));
+// What a lane needs of the secret, in registers: reading it again for each page would take the
+// loads' turns.
+struct PageKeys {
+  uint64_t word[kStripesPerBlock + 1];  // stripe i has words i and i + 1
+  Pair last;
+};
+FUNCTION PageKeys page_keys() {
+  const uint32_t p = threadIdx.x % 4;
+  PageKeys keys;
+#pragma unroll
+  for (uint32_t i = 0; i <= kStripesPerBlock; ++i) keys.word[i] = kSecret[2 * p + i];
+  keys.last = {last_secret(2 * p), last_secret(2 * p + 1)};
+  return keys;
+}
+
+FUNCTION uint64_t mix_pair(Pair sum, uint64_t offset) {
+  return mix_product(sum.a ^ secret_at(offset), sum.b ^ secret_at(offset + 8));
 }
 
 // Adds over the four lanes of a page.
@@ -30,33 +45,40 @@ FUNCTION uint64_t add_pairs(uint64_t value) {
   return value + exchange_lanes(value, 2);
 }
 
-// All lanes of a warp: the hash of the page at `page_ptr`, the same for the four lanes of a page.
-FUNCTION Digest hash_page(const uint8_t* page_ptr) {
-  const uint32_t p = threadIdx.x % 4;
-  const Wide* at = reinterpret_cast<const Wide*>(page_ptr) + p;
-  const uint64_t* secret = kSecret + 2 * p;
-  uint64_t a = first_sum(2 * p), b = first_sum(2 * p + 1);
-#pragma unroll 1
-  for (uint32_t half = 0; half < kHalves; ++half) {
-    Wide data[kLoadsAhead];
+FUNCTION void load_half(const Wide* from, Wide* data) {
 #pragma unroll
-    for (uint32_t k = 0; k < kLoadsAhead; ++k) data[k] = at[4 * (half * kLoadsAhead + k)];
-    const uint64_t* key = secret + half % 2 * kLoadsAhead;
+  for (uint32_t k = 0; k < kHalf; ++k) data[k] = from[4 * k];
+}
+
+FUNCTION void add_half(const PageKeys& keys, uint32_t first, const Wide* data, bool is_end,
+                       Pair* sum) {
 #pragma unroll
-    for (uint32_t k = 0; k < kLoadsAhead; ++k) {
-      uint64_t key_a = key[k], key_b = key[k + 1];
-      if (k == kLoadsAhead - 1 && half == kHalves - 1)
-        key_a = last_secret(2 * p), key_b = last_secret(2 * p + 1);
-      a += keyed_product(data[k].word[0], key_a) + data[k].word[1];
-      b += keyed_product(data[k].word[1], key_b) + data[k].word[0];
-    }
-    if (half % 2 == 1 && half != kHalves - 1) {  // a block of 16 stripes is done
-      a = (a ^ a >> 47 ^ secret[16]) * kPrime32_1;
-      b = (b ^ b >> 47 ^ secret[17]) * kPrime32_1;
-    }
+  for (uint32_t k = 0; k < kHalf; ++k) {
+    const Pair usual = {keys.word[first + k], keys.word[first + k + 1]};
+    add_words(sum, data[k], is_end && k == kHalf - 1 ? keys.last : usual);
   }
-  const uint64_t low = add_pairs(mix_pair(a, b, 11 + 16 * p));
-  const uint64_t high = add_pairs(mix_pair(a, b, kSecretBytes - 64 - 11 + 16 * p));
+}
+
+// All lanes of a warp: the hash of the page at `at`, the same for the four lanes of a page. `near`
+// holds the page's first half block, and then that of the page at `next`: loads never pause.
+FUNCTION Digest hash_page(const PageKeys& keys, const Wide* at, const Wide* next, Wide* near) {
+  const uint32_t p = threadIdx.x % 4;
+  Pair sum = {first_sum(2 * p), first_sum(2 * p + 1)};
+#pragma unroll 1
+  for (uint32_t block = 0; block < kBlocks; ++block) {
+    const bool is_end = block == kBlocks - 1;
+    Wide far[kHalf];
+    load_half(at + 4 * kHalf, far);
+    add_half(keys, 0, near, false, &sum);
+    at = is_end ? next : at + 4 * kStripesPerBlock;
+    load_half(at, near);
+    add_half(keys, kHalf, far, is_end, &sum);
+    if (is_end) break;
+    sum.a = (sum.a ^ sum.a >> 47 ^ kSecret[16 + 2 * p]) * kPrime32_1;
+    sum.b = (sum.b ^ sum.b >> 47 ^ kSecret[17 + 2 * p]) * kPrime32_1;
+  }
+  const uint64_t low = add_pairs(mix_pair(sum, 11 + 16 * p));
+  const uint64_t high = add_pairs(mix_pair(sum, kSecretBytes - 64 - 11 + 16 * p));
   return {avalanche(low + kLeafBytes * kPrime64_1), avalanche(high + ~(kLeafBytes * kPrime64_2))};
 }
 
@@ -65,15 +87,21 @@ FUNCTION void find_dirty(const Pages& pages, uint64_t first, uint64_t end, uint6
                          uint64_t warps) {
   const uint32_t t = threadIdx.x % 32;
   const bool is_judge = t % 4 == 0;
+  const uint64_t stride = warps * kPagesEach;
+  const auto place = [=](uint64_t page) {
+    const uint64_t there = page < end ? page : end - 1;
+    return reinterpret_cast<const Wide*>(pages.base_ptr + there * kLeafBytes) + t % 4;
+  };
+  uint64_t page = first + warp * kPagesEach + t / 4;
+  const PageKeys keys = page_keys();
+  Wide near[kHalf];
+  load_half(place(page), near);
 #pragma unroll 1
-  for (uint64_t start = first + warp * kPagesEach; start < end; start += warps * kPagesEach) {
-    const uint64_t next = start + warps * kPagesEach + t;
-    if (t < kPagesEach && next < end) fetch_ahead(pages.base_ptr + next * kLeafBytes, kLeafBytes);
-    const bool is_there = start + t / 4 < end;
-    const uint64_t page = is_there ? start + t / 4 : end - 1;
+  for (uint64_t start = first + warp * kPagesEach; start < end; start += stride, page += stride) {
+    const bool is_there = page < end;
     Wide known = {};
-    if (is_judge) known = *reinterpret_cast<const Wide*>(pages.table + 2 * page);
-    const Digest found = hash_page(pages.base_ptr + page * kLeafBytes);
+    if (is_judge && is_there) known = *reinterpret_cast<const Wide*>(pages.table + 2 * page);
+    const Digest found = hash_page(keys, place(page), place(page + stride), near);
     if (is_judge && is_there && (found.low != known.word[0] || found.high != known.word[1]))
       note_page(pages, page);
   }

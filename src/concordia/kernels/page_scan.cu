@@ -1,14 +1,14 @@
-// Handler: appends pages of an opaque region as KIND_PAGE records, many pages each. Task: with block
-// ids these pages, whatever their hash (a write set); with arg 1 those that a burst has noted; else
-// the pages of [token_start, token_end) whose hash differs from the table's. Answers how many pages
-// were appended.
+// Handler: appends pages of an opaque region as KIND_PAGE records, many pages each. Task: with
+// block ids these pages, whatever their hash (a write set); with arg 1 those that a burst has
+// noted; else the pages of [token_start, token_end) whose hash differs from the table's. Answers
+// how many pages were appended.
 //
 // A page's table entry is the hash of the bytes that were committed, taken on their way into the
 // journal: a page may change while it is scanned, and is then found again. A page of one leaf has
 // the leaf's digest, a larger one the root over its leaves' digests.
 //
-//   payload:  one leaf of page numbers, u32, zero-padded | page | page | ...
-//   The record's tokens are [0, number of pages).
+// payload:  one leaf of page numbers, u32, zero-padded | page | page | ... The record's tokens are
+// [0, number of pages).
 #include "journal.h"
 #include "page_hash.h"
 
@@ -17,21 +17,25 @@ static_assert(kPageBytes % kLeafBytes == 0, "a page is whole leaves");
 constexpr uint64_t kRootBytes = root_bytes(kPageLeaves);
 constexpr uint64_t kNumbersMost = kLeafBytes / 4;
 
-// The words of a record's payload.
+// The words of a record's pages.
 struct PageWords {
   static constexpr bool kHasStretches = true, kIsLinear = true;  // a leaf lies in one page
-  const uint8_t* numbers_ptr;
   const uint8_t* base_ptr;
   const uint32_t* pages;
   FUNCTION_MEMBER const uint8_t* address(uint64_t offset) const {
-    if (offset < kLeafBytes) return numbers_ptr + offset;
-    const uint64_t at = offset - kLeafBytes;
-    return base_ptr + pages[at / kPageBytes] * kPageBytes + at % kPageBytes;
+    return base_ptr + pages[offset / kPageBytes] * kPageBytes + offset % kPageBytes;
   }
   FUNCTION_MEMBER uint64_t operator()(uint64_t offset) const {
     return *reinterpret_cast<const uint64_t*>(address(offset));
   }
 };
+
+// Eight bytes of the leaf of page numbers.
+FUNCTION uint64_t number_word(const uint32_t* found, uint64_t count, uint64_t offset) {
+  const uint64_t i = offset / 4;
+  const uint64_t low = i < count ? found[i] : 0, high = i + 1 < count ? found[i + 1] : 0;
+  return low | high << 32;
+}
 
 // One team: the hash of a page of several leaves from digests that others' follow at once, which a
 // CPU's padding must leave alone.
@@ -91,32 +95,29 @@ FUNCTION void find_roots(Call* call, uint64_t lane, const Pages& pages, uint64_t
   }
 }
 
-// Leading team: takes the pages that the task names; refuses it when one is not the region's.
-FUNCTION void take_named(Call* call, uint64_t lane, const Pages& pages) {
-  if (!is_leading_team(lane)) return;
+// Leading team: checks the pages that the task names, and refuses it when one is not the region's.
+// Those that did not come along with the task are copied to where scans put theirs.
+FUNCTION void take_named(Call* call, const Pages& pages, const uint32_t* named) {
   const Task* task = &call->task;
   const uint64_t count = task->block_count, page_count = call->region->block_count;
   bool is_bad = count > page_count || task->blocks % 4 != 0 || task->blocks > call->arena_bytes ||
                 count * 4 > call->arena_bytes - task->blocks;
   if (!is_bad) {
-    const uint32_t* ids = count <= call->near_id_count
-                              ? call->near_ids
-                              : reinterpret_cast<const uint32_t*>(call->arena + task->blocks);
+    const uint32_t* arena = reinterpret_cast<const uint32_t*>(call->arena + task->blocks);
     for (uint64_t i = team_lane(); i < count; i += kTeamLanes) {
-      const uint32_t page = ids[i];
+      const uint32_t page = named == pages.found ? arena[i] : named[i];
       if (page >= page_count) is_bad = true;
-      pages.found[i] = page;
+      if (named == pages.found) pages.found[i] = page;
     }
   }
-  if (any_in_team(is_bad)) refuse(call, lane, kStatusBadTask);
-  if (lane == 0) *pages.found_count = count;
+  if (any_in_team(is_bad)) refuse(call, team_lane(), kStatusBadTask);
 }
 
-// All lanes: what the table says of pages that were just appended, from the digests of the leaves
-// behind the numbers' leaf.
-FUNCTION void learn_pages(const Call* call, uint64_t lane, const Pages& pages,
-                          const uint32_t* found, uint64_t count) {
-  for (uint64_t i = lane / kTeamLanes; i < count; i += call->lanes / kTeamLanes) {
+// One of `teams` teams: what the table says of pages that were just appended, from the digests of
+// the leaves behind the numbers' leaf.
+FUNCTION void learn_pages(const Call* call, const Pages& pages, const uint32_t* found,
+                          uint64_t count, uint64_t team, uint64_t teams) {
+  for (uint64_t i = team; i < count; i += teams) {
     uint8_t* digests_ptr = call->digests + (1 + i * kPageLeaves) * 16;
     uint64_t* entry = pages.table + 2 * found[i];
     if constexpr (kPageLeaves > 1) hash_digests(digests_ptr, entry);
@@ -126,32 +127,52 @@ FUNCTION void learn_pages(const Call* call, uint64_t lane, const Pages& pages,
   }
 }
 
-// All lanes: one record of `count` pages; false when the journal refuses it.
+// All lanes, device shape: payload and digests of one record. The last team has the numbers.
+FUNCTION void stream_pages(Call* call, uint64_t lane, const PageWords& words, uint64_t count,
+                           uint8_t* place) {
+  uint64_t* digests = reinterpret_cast<uint64_t*>(call->digests);
+  const uint32_t* found = words.pages;
+  stream_whole_leaves(call, lane, count * kPageBytes, place + kLeafBytes, words,
+                      [=](uint64_t leaf) { return digests + 2 * (1 + leaf); });
+  if (lane / kTeamLanes != call->lanes / kTeamLanes - 1) return;
+  hash_words(
+      kLeafBytes, [=](uint32_t offset) { return number_word(found, count, offset); },
+      [=](uint32_t offset, uint64_t word) {
+        *reinterpret_cast<uint64_t*>(place + offset) = word;
+      },
+      digests);
+}
+
+// All lanes: one record of `count` pages; false when the journal refuses it, or the task was.
 FUNCTION bool append_pages(Call* call, uint64_t lane, const Pages& pages, const uint32_t* found,
                            uint64_t count) {
   const uint64_t bytes = kLeafBytes + count * kPageBytes;
-  uint32_t* numbers = reinterpret_cast<uint32_t*>(call->stage);
-  for (uint64_t i = lane; i < kNumbersMost; i += call->lanes) numbers[i] = i < count ? found[i] : 0;
   uint8_t* place = reserve_record(call, lane, bytes);
   if (place == nullptr) return false;
   const RecordNames names = {kKindPage, 0, count};
-  const PageWords words = {call->stage, pages.base_ptr, found};
+  const PageWords words = {pages.base_ptr, found};
+  const uint64_t team = lane / kTeamLanes, teams = call->lanes / kTeamLanes;
   if constexpr (kDeviceShape) {
-    uint64_t* digests = reinterpret_cast<uint64_t*>(call->digests);
-    stream_whole_leaves(call, lane, bytes, place, words,
-                        [=](uint64_t leaf) { return digests + 2 * leaf; });
-    commit_streamed(call, lane, names, bytes);
+    stream_pages(call, lane, words, count, place);
+    grid_sync(call);
+    // The leading team commits; what the others do meanwhile is not waited for with the answer.
+    if (team == 0) commit_digests(call, lane, names, bytes);
+    if (teams == 1) learn_pages(call, pages, found, count, 0, 1);
+    else if (team != 0) learn_pages(call, pages, found, count, team - 1, teams - 1);
   } else {
-    for_each_lane(call, lane, bytes / kLeafBytes, [=](uint64_t leaf) {
-      copy_bytes(place + leaf * kLeafBytes, words.address(leaf * kLeafBytes), kLeafBytes);
+    for_each_lane(call, lane, kLeafBytes / 8, [=](uint64_t i) {
+      reinterpret_cast<uint64_t*>(place)[i] = number_word(found, count, 8 * i);
+    });
+    for_each_lane(call, lane, bytes / kLeafBytes - 1, [=](uint64_t leaf) {
+      const uint64_t offset = leaf * kLeafBytes;
+      copy_bytes(place + kLeafBytes + offset, words.address(offset), kLeafBytes);
     });
     grid_sync(call);
     hash_payload(call, lane, place, bytes);
     commit_record(call, lane, names, bytes);
+    learn_pages(call, pages, found, count, team, teams);
   }
-  learn_pages(call, lane, pages, found, count);
   if (lane == 0) call->result += count;
-  grid_sync(call);  // the digests are read
   return true;
 }
 
@@ -160,6 +181,15 @@ FUNCTION uint64_t pages_most(const Call* call) {
   const uint64_t room = call->journal->segment_bytes - sizeof(SegmentHeader) - record_bytes(0);
   const uint64_t leaves = smaller(room / kLeafBytes, call->digest_bytes / 16);
   return leaves < 1 + kPageLeaves ? 0 : smaller(kNumbersMost, (leaves - 1) / kPageLeaves);
+}
+
+// All lanes: as many records as it takes.
+FUNCTION void append_all(Call* call, uint64_t lane, const Pages& pages, const uint32_t* found,
+                         uint64_t count) {
+  const uint64_t most = pages_most(call);
+  if (most == 0) return refuse(call, lane, kStatusTooLarge);
+  for (uint64_t first = 0; first < count; first += most)
+    if (!append_pages(call, lane, pages, found + first, smaller(most, count - first))) return;
 }
 
 HANDLER {
@@ -171,11 +201,14 @@ HANDLER {
   if (region == nullptr || region->page_hashes == 0 || !(is_named || is_range))
     return refuse(call, lane, kStatusBadTask);
   const Pages pages = pages_of(region);
-  const uint64_t most = pages_most(call);
-  if (most == 0) return refuse(call, lane, kStatusTooLarge);
   if (is_named) {
-    take_named(call, lane, pages);
-  } else if (task->arg != kPagesNoted) {
+    // Few came along with the task, and lie close by.
+    const bool are_near = task->block_count <= call->near_id_count;
+    const uint32_t* named = are_near ? call->near_ids : pages.found;
+    if (is_leading_team(lane)) take_named(call, pages, named);
+    return append_all(call, lane, pages, named, task->block_count);
+  }
+  if (task->arg != kPagesNoted) {
     if (lane == 0) *pages.found_count = 0;
     grid_sync(call);
     if constexpr (kPageLeaves == 1)
@@ -183,10 +216,5 @@ HANDLER {
     else find_roots(call, lane, pages, task->token_start, task->token_end);
   }
   grid_sync(call);
-  const bool is_refused = call->status != kStatusOk;
-  const uint64_t count = load<kRelaxed, kDevice>(pages.found_count);
-  grid_sync(call);  // every lane has read both before the leader goes on to change the first
-  if (is_refused) return;
-  for (uint64_t first = 0; first < count; first += most)
-    if (!append_pages(call, lane, pages, pages.found + first, smaller(most, count - first))) return;
+  append_all(call, lane, pages, pages.found, load<kRelaxed, kDevice>(pages.found_count));
 }

@@ -104,6 +104,7 @@ FUNCTION uint64_t exchange_lanes(uint64_t value, uint32_t bit) {
   return __shfl_xor_sync(0xffffffffu, value, bit);
 }
 FUNCTION bool any_in_team(bool is_true) { return __any_sync(0xffffffffu, is_true); }
+FUNCTION uint32_t team_bits(bool is_true) { return __ballot_sync(0xffffffffu, is_true); }
 FUNCTION uint64_t from_leader(uint64_t value) { return __shfl_sync(0xffffffffu, value, 0); }
 FUNCTION uint64_t lane_value(uint64_t value, uint32_t lane) {
   return __shfl_sync(0xffffffffu, value, lane);
@@ -113,12 +114,6 @@ FUNCTION uint64_t team_lane() { return threadIdx.x % 32; }
 FUNCTION void pause_lane() { asm volatile("nanosleep.u32 50;"); }
 FUNCTION void yield_lane() { pause_lane(); }
 FUNCTION void prefetch(const uint8_t*) {}  // a GPU hides latency with other warps
-// Into the second-level cache: few warps have too few loads under way to hide the memory's latency.
-// Whole 16 bytes, both.
-FUNCTION void fetch_ahead(const uint8_t* data_ptr, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-               :: "l"(data_ptr), "r"(bytes) : "memory");
-}
 FUNCTION bool is_cta_leader() { return threadIdx.x == 0; }
 FUNCTION uint32_t cta_count() { return gridDim.x; }
 FUNCTION uint32_t cta_index() { return blockIdx.x; }
@@ -168,6 +163,7 @@ FUNCTION void store_settled(uint64_t* word_ptr, uint64_t value) {
 }
 
 FUNCTION bool any_in_team(bool is_true) { return is_true; }
+FUNCTION uint32_t team_bits(bool is_true) { return is_true; }
 FUNCTION uint64_t from_leader(uint64_t value) { return value; }
 FUNCTION uint64_t team_lane() { return 0; }
 

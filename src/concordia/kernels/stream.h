@@ -6,9 +6,10 @@
 // the rest of its last 8 bytes. Used in device shape only. Called by journal.h and handlers, all
 // lanes together.
 //
-// One team takes one leaf. On the GPU lane t of a warp reads word t % 8 of stripes t / 8, t / 8 +
-// 4, ...: 256 bytes side by side per load. XXH3's accumulator j adds up over the 16 stripes of a
-// block in any order, so four lanes share it.
+// One team takes one leaf. On the GPU lane t of a warp takes 16 bytes, words 2 * (t % 4) and the
+// next one, of stripes t / 4, t / 4 + 8, ...: 512 bytes side by side per load. Those two words are
+// all that a pair of XXH3's accumulators takes from a stripe, and accumulators add up over the 16
+// stripes of a block in any order: eight lanes share a pair and meet once per block.
 #pragma once
 #include "hash.h"
 
@@ -21,71 +22,66 @@ constexpr uint32_t kStretchBytes = 128;
 constexpr uint64_t kTeamLanes = 32;
 FUNCTION void team_sync() { __syncwarp(); }
 
-// What lane t contributes to, and the secret words that it needs.
+// Which accumulators lane t contributes to (2 * pair and the next), and which stripes it takes.
 struct TeamPlace {
-  uint32_t word, group;  // of a stripe; which of four stripes
+  uint32_t pair, group;  // lane = 4 * group + pair
 };
-FUNCTION TeamPlace team_place() { return {threadIdx.x % 8, threadIdx.x / 8 % 4}; }
+FUNCTION TeamPlace team_place() { return {threadIdx.x % 4, threadIdx.x / 4 % 8}; }
 
-// Adds over the four lanes that share an accumulator, so that each of them has the sum.
-FUNCTION uint64_t add_groups(uint64_t value) {
-  value += exchange_lanes(value, 8);
-  return value + exchange_lanes(value, 16);
+// After add_groups a lane has one accumulator: this one.
+FUNCTION uint32_t accumulator_of(TeamPlace place) { return 2 * place.pair + place.group % 2; }
+
+struct Pair {
+  uint64_t a, b;
+};
+FUNCTION Pair keys_at(TeamPlace place, uint32_t stripe) {
+  const uint64_t* key = kSecret + stripe + 2 * place.pair;
+  return {key[0], key[1]};
 }
 
 FUNCTION uint64_t last_secret(uint32_t word) { return secret_at(kSecretBytes - 64 - 7 + 8 * word); }
-
-// All accumulators, one per lane and four times over -> both halves of the hash. Group 0 computes
-// the low half, group 1 the high half.
-FUNCTION void finish_team(uint64_t sum, uint64_t bytes, uint64_t* hash_ptr) {
-  const TeamPlace place = team_place();
-  const uint64_t next = exchange_lanes(sum, 1);
-  const uint64_t offset = (place.group == 0 ? 11 : kSecretBytes - 64 - 11) + 8 * place.word;
-  uint64_t mixed =
-      place.word % 2 == 0 ? mix_product(sum ^ secret_at(offset), next ^ secret_at(offset + 8)) : 0;
-  mixed += exchange_lanes(mixed, 2);
-  mixed += exchange_lanes(mixed, 4);
-  mixed += place.group == 0 ? bytes * kPrime64_1 : ~(bytes * kPrime64_2);
-  mixed = avalanche(mixed);
-  if (place.word == 0 && place.group < 2) hash_ptr[place.group] = mixed;
+FUNCTION Pair last_keys(TeamPlace place) {
+  return {last_secret(2 * place.pair), last_secret(2 * place.pair + 1)};
 }
-
-// A lane's words of one block: of stripes 4 * i + its group. By value, never by address: an array
-// in local memory would make every load wait for the one before.
-struct Four {
-  uint64_t a, b, c, d;
-};
 
 FUNCTION uint64_t keyed_product(uint64_t word, uint64_t secret) {
   const uint64_t key = word ^ secret;
   return (key & 0xffffffffu) * (key >> 32);
 }
 
-// What a block adds to the lane's accumulator, when all its stripes are there; the last of a leaf
-// has a key of its own.
-FUNCTION uint64_t whole_block(Four word, TeamPlace place, bool has_last, uint64_t last_key) {
-  const uint64_t* secret = kSecret + place.group + place.word;
-  const uint64_t fourth = has_last && place.group == 3 ? last_key : secret[12];
-  const uint64_t product = keyed_product(word.a, secret[0]) + keyed_product(word.b, secret[4]) +
-                           keyed_product(word.c, secret[8]) + keyed_product(word.d, fourth);
-  return add_groups(product + exchange_lanes(word.a + word.b + word.c + word.d, 1));
+// What 16 bytes of a stripe add to a pair of accumulators: XXH3 gives each its neighbour's word.
+FUNCTION void add_words(Pair* sum, Wide data, Pair key) {
+  sum->a += keyed_product(data.word[0], key.a) + data.word[1];
+  sum->b += keyed_product(data.word[1], key.b) + data.word[0];
 }
 
-// The same for a block that may end early: stripes behind `last` add nothing, `last` has its own
-// key. Stripes count from this block.
-FUNCTION uint64_t part_block(Four word, TeamPlace place, uint32_t last, uint64_t last_key) {
-  const uint64_t* secret = kSecret + place.group + place.word;
-  const auto product = [=](uint64_t data, uint32_t i) {
-    const uint32_t stripe = 4 * i + place.group;
-    return stripe > last ? 0 : keyed_product(data, stripe == last ? last_key : secret[4 * i]);
-  };
-  const uint64_t sum =
-      product(word.a, 0) + product(word.b, 1) + product(word.c, 2) + product(word.d, 3);
-  return add_groups(sum + exchange_lanes(word.a + word.b + word.c + word.d, 1));
+// Adds over the eight groups; even ones then have the first of the pair, odd ones the second.
+FUNCTION uint64_t add_groups(Pair sum, TeamPlace place) {
+  const bool is_odd = place.group % 2 != 0;
+  uint64_t mine = (is_odd ? sum.b : sum.a) + exchange_lanes(is_odd ? sum.a : sum.b, 4);
+  mine += exchange_lanes(mine, 8);
+  return mine + exchange_lanes(mine, 16);
 }
 
-FUNCTION uint64_t scramble(uint64_t sum, const TeamPlace& place) {
-  return (sum ^ sum >> 47 ^ kSecret[16 + place.word]) * kPrime32_1;
+FUNCTION uint64_t scramble(uint64_t sum, TeamPlace place) {
+  return (sum ^ sum >> 47 ^ kSecret[16 + accumulator_of(place)]) * kPrime32_1;
+}
+
+// All accumulators, as add_groups leaves them -> both halves of the hash. Groups 0 and 1 compute
+// the low half, groups 2 and 3 the high half.
+FUNCTION void finish_team(uint64_t sum, uint64_t bytes, uint64_t* hash_ptr) {
+  const TeamPlace place = team_place();
+  const bool is_odd = place.group % 2 != 0, is_high = place.group / 2 % 2 != 0;
+  const uint64_t other = exchange_lanes(sum, 4);
+  const uint64_t first = is_odd ? other : sum, second = is_odd ? sum : other;
+  const uint64_t offset = (is_high ? kSecretBytes - 64 - 11 : 11) + 16 * place.pair;
+  uint64_t mixed = mix_product(first ^ secret_at(offset), second ^ secret_at(offset + 8));
+  mixed += exchange_lanes(mixed, 1);
+  mixed += exchange_lanes(mixed, 2);
+  mixed += is_high ? ~(bytes * kPrime64_2) : bytes * kPrime64_1;
+  mixed = avalanche(mixed);
+  if (place.pair == 0 && place.group == 0) hash_ptr[0] = mixed;
+  if (place.pair == 0 && place.group == 2) hash_ptr[1] = mixed;
 }
 
 // The whole team: the hash of `bytes` bytes that load(offset) gives in words; sink(offset, word)
@@ -94,20 +90,20 @@ template <class Load, class Sink>
 FUNCTION void hash_words(uint32_t bytes, Load load, Sink sink, uint64_t* hash_ptr) {
   const TeamPlace place = team_place();
   const uint32_t last = bytes / (uint32_t)kStripeBytes - 1;
-  const uint64_t last_key = last_secret(place.word);
-  uint64_t sum = first_sum(place.word);
+  uint64_t sum = first_sum(accumulator_of(place));
 #pragma unroll 1
   for (uint32_t block = 0; block <= last; block += kStripesPerBlock) {
-    const uint32_t first = (block + place.group) * (uint32_t)kStripeBytes + 8 * place.word;
-    const auto take = [=](uint32_t i) {
-      return block + 4 * i + place.group <= last ? load(first + i * 256) : 0;
-    };
-    const auto give = [=](uint32_t i, uint64_t word) {
-      if (block + 4 * i + place.group <= last) sink(first + i * 256, word);
-    };
-    const Four word = {take(0), take(1), take(2), take(3)};
-    give(0, word.a), give(1, word.b), give(2, word.c), give(3, word.d);
-    sum += part_block(word, place, last - block, last_key);
+    Pair part = {};
+#pragma unroll
+    for (uint32_t i = place.group; i < kStripesPerBlock; i += 8) {
+      if (block + i > last) continue;
+      const uint32_t from = (block + i) * (uint32_t)kStripeBytes + 16 * place.pair;
+      const Wide data = {load(from), load(from + 8)};
+      sink(from, data.word[0]);
+      sink(from + 8, data.word[1]);
+      add_words(&part, data, block + i == last ? last_keys(place) : keys_at(place, i));
+    }
+    sum += add_groups(part, place);
     // The last stripe comes after the last scrambling, wherever it lies.
     if (block + kStripesPerBlock <= last) sum = scramble(sum, place);
   }
@@ -115,41 +111,38 @@ FUNCTION void hash_words(uint32_t bytes, Load load, Sink sink, uint64_t* hash_pt
 }
 
 // The whole team: one leaf that is all there. Every lane finds one stretch of 128 bytes and the
-// others ask it where it lies; in the k-th access of 256 bytes lane t takes word t. Eight accesses
-// are under way at once.
+// others ask it where it lies; the k-th access takes the k-th 512 bytes. All eight accesses are
+// under way at once.
 template <class Words>
 FUNCTION void hash_whole_leaf(const Words& words, uint32_t start, uint8_t* target_ptr,
                               uint64_t* hash_ptr) {
+  constexpr uint32_t kAccesses = kLeafBytes / 512;
   const TeamPlace place = team_place();
   const uint32_t t = threadIdx.x % 32;
-  const uint64_t last_key = last_secret(place.word);
   const uint64_t stretch =
       reinterpret_cast<uint64_t>(words.address(start + (Words::kIsLinear ? 0 : t * kStretchBytes)));
-  const auto take = [=](uint32_t k) {
-    const uint64_t from = Words::kIsLinear ? stretch + 256 * k + 8 * t
-                                           : lane_value(stretch, 2 * k + t / 16) + t % 16 * 8;
-    return *reinterpret_cast<const uint64_t*>(from);
-  };
-  uint64_t* target = reinterpret_cast<uint64_t*>(target_ptr + start) + t;
-  const auto give = [=](uint32_t k, Four word) {
-    if (target_ptr == nullptr) return;
-    target[32 * k] = word.a, target[32 * k + 32] = word.b, target[32 * k + 64] = word.c,
-                target[32 * k + 96] = word.d;
-  };
-  uint64_t sum = first_sum(place.word);
-  {
-    const Four one = {take(0), take(1), take(2), take(3)},
-               two = {take(4), take(5), take(6), take(7)};
-    give(0, one), give(4, two);
-    sum = scramble(sum + whole_block(one, place, false, 0), place);
-    sum = scramble(sum + whole_block(two, place, false, 0), place);
+  Wide data[kAccesses];
+#pragma unroll
+  for (uint32_t k = 0; k < kAccesses; ++k) {
+    const uint64_t from = Words::kIsLinear ? stretch + 512 * k + 16 * t
+                                           : lane_value(stretch, 4 * k + t / 8) + t % 8 * 16;
+    data[k] = *reinterpret_cast<const Wide*>(from);
   }
-  {
-    const Four three = {take(8), take(9), take(10), take(11)},
-               four = {take(12), take(13), take(14), take(15)};
-    give(8, three), give(12, four);
-    sum = scramble(sum + whole_block(three, place, false, 0), place);
-    sum += whole_block(four, place, true, last_key);
+  if (target_ptr != nullptr) {
+    Wide* target = reinterpret_cast<Wide*>(target_ptr + start) + t;
+#pragma unroll
+    for (uint32_t k = 0; k < kAccesses; ++k) target[32 * k] = data[k];
+  }
+  const Pair near = keys_at(place, place.group), far = keys_at(place, place.group + 8);
+  uint64_t sum = first_sum(accumulator_of(place));
+#pragma unroll
+  for (uint32_t block = 0; block < kAccesses / 2; ++block) {
+    const bool is_end = block == kAccesses / 2 - 1;
+    Pair part = {};
+    add_words(&part, data[2 * block], near);
+    add_words(&part, data[2 * block + 1], is_end && place.group == 7 ? last_keys(place) : far);
+    sum += add_groups(part, place);
+    if (!is_end) sum = scramble(sum, place);
   }
   finish_team(sum, kLeafBytes, hash_ptr);
 }
@@ -166,12 +159,14 @@ FUNCTION uint64_t finish_header(uint64_t word, uint64_t* hash_ptr) {
   for (uint32_t distance = 1; distance < 32; distance *= 2)
     crc ^= (uint32_t)exchange_lanes(crc, distance);
   if (t == 31) word = (word & 0xffffffffu) | (uint64_t)~crc << 32;
-  // a header is four stripes, so lane t holds word t % 8 of stripe t / 8
+  // A header is four stripes: the first half of the lanes takes two words each.
   const TeamPlace place = team_place();
-  const uint64_t key =
-      word ^ (place.group == 3 ? last_secret(place.word) : kSecret[place.group + place.word]);
-  const uint64_t sum = add_groups((key & 0xffffffffu) * (key >> 32) + exchange_lanes(word, 1));
-  finish_team(first_sum(place.word) + sum, 256, hash_ptr);
+  const Wide data = {lane_value(word, 2 * t % 32), lane_value(word, (2 * t + 1) % 32)};
+  Pair part = {};
+  add_words(&part, data, place.group == 3 ? last_keys(place) : keys_at(place, place.group));
+  if (place.group > 3) part = {};
+  const uint64_t sum = first_sum(accumulator_of(place)) + add_groups(part, place);
+  finish_team(sum, 256, hash_ptr);
   return word;
 }
 #else

@@ -73,6 +73,23 @@ class Completion:
         return self.status == abi.STATUS_OK
 
 
+def pack_task(task: Task) -> tuple[bytes, bytes]:
+    """A task as a producer hands it in, and its block ids; raises UsageError when a number does not
+    fit.
+    """
+    try:
+        ids = array("I", task.blocks).tobytes()
+        filled = _TASK.pack(
+            *(0, task.opcode, task.kind, task.region, task.record_kind),
+            *(task.key & WORD_MASK, task.key >> 64, task.incarnation),
+            *(task.token_start, task.token_end, 0, 0, task.flags),
+            *(task.source, task.source_bytes, task.step, 0, task.arg, 0, task.model_hash),
+        )
+    except (struct.error, OverflowError, TypeError) as error:
+        raise UsageError(f"a number does not fit its place in a task: {error}: {task}") from error
+    return filled, ids
+
+
 class Ring:
     """One ring, for the host threads of one process."""
 
@@ -126,18 +143,7 @@ class Ring:
         """Hand a task in; True when the executor has to be launched (never with a handle that does
         so itself).
         """
-        try:
-            ids = array("I", task.blocks).tobytes()
-            filled = _TASK.pack(
-                *(0, task.opcode, task.kind, task.region, task.record_kind),
-                *(task.key & WORD_MASK, task.key >> 64, task.incarnation),
-                *(task.token_start, task.token_end, 0, 0, task.flags),
-                *(task.source, task.source_bytes, task.step, 0, task.arg, 0, task.model_hash),
-            )
-        except (struct.error, OverflowError, TypeError) as error:
-            raise UsageError(
-                f"a number does not fit its place in a task: {error}: {task}"
-            ) from error
+        filled, ids = pack_task(task)
         payload = task.payload
         position = ctypes.c_uint64()
         said = self._library.submit(
