@@ -157,7 +157,7 @@ def arms_of(served: Served) -> tuple[Arm, Arm]:
     status = served.status()
     if status is None:
         raise ConcordiaError("the server does not answer")
-    (replica,) = status["replicas"]
+    (replica,) = [r for r in status["replicas"] if r["state"] == "ready"]
     environment = pathlib.Path(f"/proc/{replica['session_id']}/environ").read_bytes().split(b"\0")
     (key,) = [
         entry.partition(b"=")[2].decode()

@@ -135,9 +135,10 @@ class Soak:
                 return found
         raise ConcordiaError("the server does not answer; last lines:\n" + self.served.tail())
 
-    def inject(self, plan: Round) -> list[str]:
-        """Hit the planned target; returns what was hit (empty: it was not there)."""
-        status = self.status()
+    def inject(self, plan: Round, status: dict[str, Any]) -> list[str]:
+        """Hit the planned target of a server of this status; returns what was hit (empty: it was
+        not there).
+        """
         states = {r["state"]: r["session_id"] for r in status["replicas"]}
         number = signal.SIGSTOP if plan.way == "SIGSTOP" else signal.SIGKILL
         if plan.target == "owner":
@@ -175,17 +176,19 @@ class Soak:
         hits: list[str] = []
         at_hit: list[int] = []
         if plan.moment == "idle":
-            hits += self.inject(plan)
+            hits += self.inject(plan, before)
         asking = asyncio.create_task(self.ask(questions, on_token))
         wanted = {"prefill": 0.0, "idle": 2.0}.get(plan.moment, plan.share) * total
         while not asking.done() and time.monotonic() - started < ROUND_TIMEOUT_S:
             await asyncio.wait({asking}, timeout=0.02)
             if not hits and seen.total() >= wanted:
-                hits += await asyncio.to_thread(self.inject, plan)
+                # By the status from before: asking takes a second, and the answers no longer.
+                hits += await asyncio.to_thread(self.inject, plan, before)
                 at_hit = [seen[question.text] for question in questions]
                 if plan.moment == "recovery" and plan.target not in ("owner", "router", "standby"):
                     await asyncio.sleep(rng.uniform(0.0, 1.0))
-                    hits += await asyncio.to_thread(self.inject, plan)
+                    status = await asyncio.to_thread(self.status)
+                    hits += await asyncio.to_thread(self.inject, plan, status)
         asking.cancel() if not asking.done() else None
         answers = await asyncio.gather(asking, return_exceptions=True)
         row = {"seed": plan.seed, "target": plan.target, "way": plan.way, "moment": plan.moment}

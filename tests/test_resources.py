@@ -183,6 +183,24 @@ def test_devices_and_their_memory_are_divided_when_there_are_gpus(
     assert all(share.flags == wanted for share in plan.shares)
 
 
+@pytest.mark.parametrize(
+    ("flags", "world", "kv_gib"),
+    [
+        (["--kv-cache-memory-bytes", str(12 << 30)], 1, 12),
+        (["--kv-cache-memory-bytes", str(12 << 30), "-tp", "2"], 2, 24),
+        (["--gpu-memory-utilization", "0.5"], 1, 80 * 0.5 - 3 - 16),
+        (["--gpu-memory-utilization", "0.5", "-tp", "2"], 2, 2 * (80 * 0.5 - 3 - 8)),
+    ],
+)
+def test_journal_follows_the_kv_cache_when_it_lies_on_gpus(flags: list[str], world: int, kv_gib: float) -> None:
+    machine = replace(MACHINE, gpus=("0", "1"), gpu_bytes=80 << 30, shared_free_bytes=1 << 40)
+    plan = divide(
+        machine, GPU, EngineFlags.parse(flags), replicas=1, standbys=0, weights_bytes=16 << 30, journal_bytes=None
+    )
+    assert plan.kv_bytes == int(kv_gib * 2**30)
+    assert plan.journal_bytes == int(1.25 * kv_gib * 2**30)
+
+
 def test_too_few_gpus_are_refused_when_ranks_need_more() -> None:
     with pytest.raises(UsageError, match="lower --tensor-parallel-size"):
         divide(

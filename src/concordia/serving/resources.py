@@ -44,7 +44,7 @@ class Plan:
 
     shares: tuple[Share, ...]
     journal_bytes: int
-    kv_bytes: int | None  # per engine; None where the engine measures it itself
+    kv_bytes: int | None  # per engine, on all its ranks; None where nobody knows before it runs
     notes: tuple[str, ...]
 
 
@@ -71,7 +71,7 @@ def divide(
     """Every engine's part. Raises UsageError where the parts would not fit."""
     count = replicas + standbys
     if engine.device == "cuda":
-        shares, kv_bytes, notes = _gpu_shares(machine, flags, count)
+        shares, kv_bytes, notes = _gpu_shares(machine, flags, count, weights_bytes)
     else:
         shares, kv_bytes, notes = _cpu_shares(
             machine, flags, replicas=replicas, count=count, weights_bytes=weights_bytes
@@ -194,7 +194,7 @@ def _cpu_kv_bytes(machine: Machine, *, replicas: int, count: int, weights_bytes:
 
 
 def _gpu_shares(
-    machine: Machine, flags: EngineFlags, count: int
+    machine: Machine, flags: EngineFlags, count: int, weights_bytes: int
 ) -> tuple[tuple[Share, ...], int | None, tuple[str, ...]]:
     world = flags.world_size
     places = len(machine.gpus) // world
@@ -206,21 +206,29 @@ def _gpu_shares(
     per_device = -(-count // places)  # engines that share a device, rounded up
     fixed: tuple[str, ...] = ()
     notes = []
-    if flags.value("--kv-cache-memory-bytes") is None and per_device > 1:
+    kv_bytes = None
+    if flags.value("--kv-cache-memory-bytes") is not None:
+        kv_bytes = world * flags.number("--kv-cache-memory-bytes", 0)
+    else:
         given = flags.value("--gpu-memory-utilization")
         try:
             whole = float(given) if given is not None else config.GPU_UTILIZATION
         except ValueError:
             raise UsageError(f"--gpu-memory-utilization wants a number, not {given!r}") from None
         part = int(1000 * whole / per_device) / 1000
-        fixed = ("--gpu-memory-utilization", f"{part:.3f}")
-        notes.append(f"{per_device} engines share a GPU: each takes {part:.0%} of its memory")
+        if per_device > 1:
+            fixed = ("--gpu-memory-utilization", f"{part:.3f}")
+            notes.append(f"{per_device} engines share a GPU: each takes {part:.0%} of its memory")
+        if machine.gpu_bytes:
+            # What the engine will measure as left over, about: only the journal's size hangs on it.
+            left = part * machine.gpu_bytes - config.GPU_WORK_BYTES - weights_bytes / world
+            kv_bytes = max(0, int(left)) * world
     shares = []
     for slot in range(count):
         place = slot % places
         devices = machine.gpus[place * world : (place + 1) * world]
         shares.append(Share({"CUDA_VISIBLE_DEVICES": ",".join(devices)}, fixed))
-    return tuple(shares), None, tuple(notes)
+    return tuple(shares), kv_bytes, tuple(notes)
 
 
 def _memory_is_set(flags: EngineFlags) -> bool:

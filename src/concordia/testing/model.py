@@ -35,10 +35,17 @@ SHAPES: Final[dict[str, dict[str, int]]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
     },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
 }
 # Large enough that greedy answers vary: near-constant weights fall into two-token cycles and would
 # hide a lost token.
-INITIALIZER_RANGE: Final = {"tiny": 0.12, "140m": 0.06, "1b": 0.05}
+INITIALIZER_RANGE: Final = {"tiny": 0.12, "140m": 0.06, "1b": 0.05, "8b": 0.04}
 CHAT_TEMPLATE: Final = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 )
@@ -61,6 +68,14 @@ def make_model(folder: pathlib.Path, *, shape: str = "140m", seed: int = 3) -> i
     parameters = _write_weights(folder, vocabulary, shape=shape, seed=seed)
     stamp.write_text(json.dumps({**wanted, "parameters": parameters}), encoding="utf-8")
     return parameters
+
+
+def make_skeleton(folder: pathlib.Path, *, shape: str) -> None:
+    """Write what a model is without its weights, for engines that make up their own (vLLM's
+    `--load-format dummy`). Raises KeyError for an unknown shape.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _config(_write_tokenizer(folder), shape).save_pretrained(str(folder))
 
 
 def _write_tokenizer(folder: pathlib.Path) -> dict[str, int]:
@@ -87,23 +102,30 @@ def _write_weights(
     folder: pathlib.Path, vocabulary: dict[str, int], *, shape: str, seed: int
 ) -> int:
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        max_position_embeddings=8192,
-        bos_token_id=vocabulary["<s>"],
-        eos_token_id=vocabulary["</s>"],
-        pad_token_id=vocabulary["<pad>"],
-        initializer_range=INITIALIZER_RANGE[shape],
-        tie_word_embeddings=False,
-        **SHAPES[shape],
-    )
+    config = _config(vocabulary, shape)
     torch.manual_seed(seed)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(str(folder))
     return sum(p.numel() for p in model.parameters())
+
+
+def _config(vocabulary: dict[str, int], shape: str) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=131072 if shape == "8b" else 8192,
+        bos_token_id=vocabulary["<s>"],
+        eos_token_id=vocabulary["</s>"],
+        pad_token_id=vocabulary["<pad>"],
+        initializer_range=INITIALIZER_RANGE[shape],
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+        **SHAPES[shape],
+    )
 
 
 if __name__ == "__main__":
