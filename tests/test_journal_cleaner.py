@@ -126,6 +126,24 @@ def test_oldest_unused_block_goes_first_when_room_is_needed(tmp_path: Path, monk
         assert set(used) <= set(left)
 
 
+def test_writer_finds_room_when_it_fills_many_segments_between_two_rounds(tmp_path: Path) -> None:
+    with SmallJournal(tmp_path / "journal", segments=60, segment_bytes=1 << 15) as journal:
+        stream, writer = journal.open()
+        _, keys = journal.open(writer_kind=abi.WRITER_SCHEDULER)
+        blocks = 3 * 9  # of three segments
+        for key in range(1, 80):
+            for block in range(blocks):
+                append_block(writer, key, block)
+            keys.append(Entry(abi.KIND_BLOCK_KEY, key, 1), key_payload({block: key * 1000 + block for block in range(blocks)}))
+            keys.append(Entry(abi.KIND_FINISH, key, 1), b"")
+            journal.streams.scan_all()
+            journal.streams.index.settle(1e18)
+            journal.round()
+        assert stream.control.dropped_count == 0
+        assert journal.cleaner.evicted_blocks > 60 * 9
+        assert journal.cleaner.unprotected_requests == 0
+
+
 def test_coldest_request_loses_protection_by_name_when_nothing_else_can_go(tmp_path: Path) -> None:
     with SmallJournal(tmp_path / "journal", segments=12, segment_bytes=1 << 15) as journal:
         stream, writer = journal.open()

@@ -64,6 +64,7 @@ OWNER_ANSWER_S: Final = 5.0  # an owner that is busy with a seal answers within 
 FENCE_WAIT_S: Final = 10.0
 CUT_PIN_S: Final = 30.0  # a place told to a restore stays for this long: three times its own bound
 CONDEMN_GRACE_S: Final = 5.0  # engines refresh what they believe of the journal's keys every second
+PACE_S: Final = 0.25  # what writers took in so long must be free, or cleaning is urgent
 LOSS_EVENT_S: Final = 1.0  # one event per stream and second, with the number of records lost since
 HINT_SETTLE_S: Final = 0.1  # stores of a running writer are seen within microseconds
 # of the streams, for the cleaner: one per rank and layout, or nothing could ever free one

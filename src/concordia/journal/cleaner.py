@@ -11,6 +11,7 @@ enough. Called by the owner, a bounded step at a time.
 from __future__ import annotations
 
 import time
+from collections import deque
 
 from concordia import abi, config
 from concordia.errors import JournalError
@@ -29,6 +30,7 @@ class Cleaner:
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
+        self._pace: deque[tuple[float, int]] = deque()  # when, segments lent by then
         self._own: dict[tuple[int, int, int], Stream] = {}
         # segments with a damaged payload: left as they are, and reported
         self._unsound: dict[int, Held] = {}
@@ -51,20 +53,22 @@ class Cleaner:
     def step(self) -> None:
         """One bounded piece of work, if there is any to do."""
         streams = self._streams
+        hurried = self._hurried()
         if streams.slots_free < abi.STREAM_CAPACITY // 4:
             self._empty_stream()
-        if len(streams.free) >= self.low:
+        wanted = max(self.low, min(hurried, streams.pool.segment_count // 4))
+        if len(streams.free) >= wanted:
             return
         streams.index.drop_superseded()
         size = streams.pool.segment_bytes
         if streams.give_back_empty() or self._empty_one(size // 2) or not streams.cleanable():
             return  # without a segment that can be emptied, nothing let go would come back
-        is_urgent = len(streams.free) <= config.CLEANER_SEGMENTS
+        is_urgent = len(streams.free) <= max(config.CLEANER_SEGMENTS, hurried)
         if is_urgent:  # requests that have ended need not wait for their last keys now
             streams.index.settle(time.monotonic() + config.FINISH_GRACE_S)
         if (
-            self._drop_blocks(is_urgent=is_urgent)
-            or not is_urgent
+            self._drop_blocks(wanted - len(streams.free), is_urgent=is_urgent)
+            or len(streams.free) > config.CLEANER_SEGMENTS
             or self._empty_one(size * 7 // 8)
         ):
             return
@@ -180,15 +184,27 @@ class Cleaner:
             return
         self._own[rank, world, layout_hash] = opened
 
-    def _drop_blocks(self, *, is_urgent: bool) -> bool:
-        """Name unreferenced blocks for one segment's worth, drop those named before; True if any
+    def _hurried(self) -> int:
+        """Segments that writers took within PACE_S: a prefill writes several GB/s, and what is free
+        must last until the next that are let go of are.
+        """
+        now, lent = time.monotonic(), self._streams.lending.lent_count
+        self._pace.append((now, lent))
+        while self._pace[0][0] < now - config.PACE_S:
+            self._pace.popleft()
+        return lent - self._pace[0][1]
+
+    def _drop_blocks(self, missing: int, *, is_urgent: bool) -> bool:
+        """Name unreferenced blocks for so many segments, drop those named before; True if any
         went.
         """
-        now = time.monotonic()
-        keys = self._streams.index.keys
-        wanted = self._streams.pool.segment_bytes - keys.condemned_bytes()
+        now, streams = time.monotonic(), self._streams
+        keys = streams.index.keys
+        wanted = missing * streams.pool.segment_bytes - keys.condemned_bytes()
         while wanted > 0 and (size := keys.condemn_oldest(now)):
             wanted -= size
         dropped = keys.drop_condemned(now, is_urgent=is_urgent)
         self.evicted_blocks += dropped
+        if dropped:
+            streams.give_back_empty()
         return dropped > 0

@@ -22,6 +22,7 @@ class Lending:
 
     def __init__(self) -> None:
         self.free: deque[int] = deque()
+        self.lent_count = 0  # ever, to writers
 
     def supply(self, stream: Stream, *, open_count: int) -> None:
         """Lend ahead: much to ranks while there is much, one to each of `open_count` streams before
@@ -46,6 +47,7 @@ class Lending:
             if spare <= 0 or (lent > taken and spare <= open_count):
                 return
             self.lend(stream, lent)
+            self.lent_count += 1
             lent += 1
 
     def supply_own(self, stream: Stream) -> bool:

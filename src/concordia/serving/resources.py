@@ -206,23 +206,23 @@ def _gpu_shares(
     per_device = -(-count // places)  # engines that share a device, rounded up
     fixed: tuple[str, ...] = ()
     notes = []
+    given = flags.value("--gpu-memory-utilization")
+    try:
+        whole = float(given) if given is not None else config.GPU_UTILIZATION
+    except ValueError:
+        raise UsageError(f"--gpu-memory-utilization wants a number, not {given!r}") from None
+    part = int(1000 * whole / per_device) / 1000
+    if per_device > 1:
+        # Also beside --kv-cache-memory-bytes: vLLM starts only where so much memory is free.
+        fixed = ("--gpu-memory-utilization", f"{part:.3f}")
+        notes.append(f"{per_device} engines share a GPU: each takes {part:.0%} of its memory")
     kv_bytes = None
     if flags.value("--kv-cache-memory-bytes") is not None:
         kv_bytes = world * flags.number("--kv-cache-memory-bytes", 0)
-    else:
-        given = flags.value("--gpu-memory-utilization")
-        try:
-            whole = float(given) if given is not None else config.GPU_UTILIZATION
-        except ValueError:
-            raise UsageError(f"--gpu-memory-utilization wants a number, not {given!r}") from None
-        part = int(1000 * whole / per_device) / 1000
-        if per_device > 1:
-            fixed = ("--gpu-memory-utilization", f"{part:.3f}")
-            notes.append(f"{per_device} engines share a GPU: each takes {part:.0%} of its memory")
-        if machine.gpu_bytes:
-            # What the engine will measure as left over, about: only the journal's size hangs on it.
-            left = part * machine.gpu_bytes - config.GPU_WORK_BYTES - weights_bytes / world
-            kv_bytes = max(0, int(left)) * world
+    elif machine.gpu_bytes:
+        # What the engine will measure as left over, about: only the journal's size hangs on it.
+        left = part * machine.gpu_bytes - config.GPU_WORK_BYTES - weights_bytes / world
+        kv_bytes = max(0, int(left)) * world
     shares = []
     for slot in range(count):
         place = slot % places
