@@ -154,6 +154,28 @@ def test_submission_is_refused_when_arguments_exceed_half_the_arena(runtime: Run
             runtime.submit(wrong)
 
 
+def test_tasks_handed_in_together_run_in_order_with_their_own_ids(runtime: Runtime) -> None:
+    operator = runtime.install("echo", source(ECHO))
+    tasks = [Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE, blocks=range(n)) for n in (0, 3, 600, 1, 40)]
+    for _ in range(7):  # so that some of them meet the end of the ring
+        tickets = runtime.submit_many(tasks)
+        answers = [runtime.wait(ticket).result for ticket in tickets]
+        assert answers == [len(task.blocks) * 1_000_000_000 for task in tasks]
+    assert runtime.submit_many([]) == []
+
+
+def test_as_many_tasks_are_taken_as_there_is_room_for_when_they_come_together(runtime: Runtime) -> None:
+    gate = Gate(runtime)
+    tickets = runtime.submit_many([Task()] * 100)
+    assert len(tickets) == 63
+    with pytest.raises(RingFull, match="64 slots"):
+        runtime.submit_many([Task()])
+    with pytest.raises(UsageError, match="do not fit"):
+        runtime.submit_many([Task(blocks=range(1 << 16))])
+    gate.open()
+    assert runtime.wait(tickets[-1]).is_ok
+
+
 def test_task_is_answered_when_it_names_no_operator(runtime: Runtime) -> None:
     for opcode in (0, 77, abi.OPERATOR_CAPACITY - 1, abi.OPERATOR_CAPACITY, 0xFFFFFFFF):
         assert (

@@ -152,7 +152,7 @@ class Checkpointer(StreamWords):
         """
         self.runtime.order_after(stream)
 
-    def append_kv(
+    def kv_task(
         self,
         region: Region,
         *,
@@ -164,28 +164,36 @@ class Checkpointer(StreamWords):
         blocks: Sequence[int],
         step: int,
         model_hash: int = 0,
-    ) -> Ticket:
-        """Append [token_start, token_end) as one record; the first block holds token_start. Only
-        enqueues.
+    ) -> Task:
+        """The task that appends [token_start, token_end) as one record; the first block holds
+        token_start.
 
         `model_hash` names what computed the bytes; who restores them must name the same.
         """
-        return self.runtime.submit(
-            Task(
-                opcode=region.append.opcode,
-                kind=abi.TASK_APPEND,
-                region=region.number,
-                record_kind=kind,
-                key=key,
-                incarnation=incarnation,
-                token_start=token_start,
-                token_end=token_end,
-                blocks=blocks,
-                flags=region.geometry.block_tokens,
-                step=step,
-                model_hash=model_hash,
-            )
+        return Task(
+            opcode=region.append.opcode,
+            kind=abi.TASK_APPEND,
+            region=region.number,
+            record_kind=kind,
+            key=key,
+            incarnation=incarnation,
+            token_start=token_start,
+            token_end=token_end,
+            blocks=blocks,
+            flags=region.geometry.block_tokens,
+            step=step,
+            model_hash=model_hash,
         )
+
+    def append_kv(self, region: Region, **words: Any) -> Ticket:
+        """Submit one `kv_task` of the same words. Only enqueues."""
+        return self.runtime.submit(self.kv_task(region, **words))
+
+    def submit_many(self, tasks: Sequence[Task]) -> list[Ticket]:
+        """Enqueue in this order, as many as there is room for; raises RingFull when there is
+        none.
+        """
+        return self.runtime.submit_many(tasks)
 
     def append_bytes(
         self,

@@ -60,6 +60,18 @@ class HostLibrary:
             _WORD,
             _ADDRESS,
         )
+        self.submit_many = function(
+            quick,
+            "submit_many",
+            int32,
+            _ADDRESS,
+            _ADDRESS,
+            _BYTES,
+            _BYTES,
+            _WORD,
+            _ADDRESS,
+            _ADDRESS,
+        )
         self.read = function(quick, "read", int32, _ADDRESS, _WORD, _ADDRESS)
         self.load = function(quick, "load", _WORD, _ADDRESS)
         self.store = function(quick, "store", None, _ADDRESS, _WORD)

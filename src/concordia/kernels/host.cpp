@@ -274,6 +274,27 @@ EXPORT int concordia_submit(RingHeader* ring, Host* host, const Task* task, cons
   return kSubmitted;
 }
 
+// Hands in tasks one after the other, each with as many of the ids as its block_count says, until
+// one is refused; *count_ptr says how many were accepted. One launch at the end is enough for all.
+EXPORT int concordia_submit_many(RingHeader* ring, Host* host, const Task* tasks,
+                                 const uint32_t* ids, uint64_t count, uint64_t* positions,
+                                 uint64_t* count_ptr) {
+  bool needs_launch = false;
+  int said = kSubmitted;
+  uint64_t done = 0;
+  for (; done < count; ++done) {
+    const uint64_t id_count = tasks[done].block_count;
+    said = submit(ring, tasks + done, {ids, id_count, nullptr, 0}, positions + done);
+    if (said != kSubmitted && said != kSubmittedNeedsLaunch) break;
+    needs_launch |= said == kSubmittedNeedsLaunch;
+    ids += id_count;
+  }
+  *count_ptr = done;
+  if (needs_launch && host != nullptr) launch(host);
+  if (done < count) return needs_launch && host == nullptr ? kSubmittedNeedsLaunch : said;
+  return needs_launch && host == nullptr ? kSubmittedNeedsLaunch : kSubmitted;
+}
+
 EXPORT int concordia_read(const RingHeader* ring, uint64_t position, Completion* found_ptr) {
   return read_completion(ring, position, found_ptr);
 }

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -137,6 +137,19 @@ class Runtime:
         if needs_launch:
             self.executor.launch()
         return ticket
+
+    def submit_many(self, tasks: Sequence[Task]) -> list[Ticket]:
+        """Hand in tasks without payloads, in this order, as many as there is room for; raises
+        RingFull when there is none. Any thread.
+        """
+        if not self._is_open:
+            raise DeviceError("this runtime is closed")
+        if self.executor.lost is not None:
+            raise self.executor.lost
+        tickets, needs_launch = self.ring.submit_many(tasks, self.executor.handle)
+        if needs_launch:
+            self.executor.launch()
+        return tickets
 
     def order_after(self, stream: int) -> None:
         """Tasks handed in from now on run only after the work that is in this stream of the

@@ -82,7 +82,7 @@ def pack_task(task: Task) -> tuple[bytes, bytes]:
         filled = _TASK.pack(
             *(0, task.opcode, task.kind, task.region, task.record_kind),
             *(task.key & WORD_MASK, task.key >> 64, task.incarnation),
-            *(task.token_start, task.token_end, 0, 0, task.flags),
+            *(task.token_start, task.token_end, 0, len(task.blocks), task.flags),
             *(task.source, task.source_bytes, task.step, 0, task.arg, 0, task.model_hash),
         )
     except (struct.error, OverflowError, TypeError) as error:
@@ -156,17 +156,37 @@ class Ring:
             0 if payload is None else len(payload),
             ctypes.byref(position),
         )
+        self._refuse(said, task)
+        return Ticket(position.value), said == _NEEDS_LAUNCH
+
+    def _refuse(self, said: int, task: Task) -> None:
         if said == _FULL:
             raise RingFull(
                 f"{self.slot_count} slots of the ring are taken: task {task.opcode} was not "
                 "handed in"
             )
         if said == _TOO_LARGE:
+            size = 0 if task.payload is None else len(task.payload)
             raise UsageError(
-                f"{len(task.blocks)} blocks and {0 if payload is None else len(payload)} "
-                "bytes do not fit half the ring's arena"
+                f"{len(task.blocks)} blocks and {size} bytes do not fit half the ring's arena"
             )
-        return Ticket(position.value), said == _NEEDS_LAUNCH
+
+    def submit_many(self, tasks: Sequence[Task], handle: int) -> tuple[list[Ticket], bool]:
+        """Hand in tasks without payloads, as many as there is room for; raises RingFull when not
+        even the first has.
+
+        One call for all of them, so that the executor finds them together.
+        """
+        packed = [pack_task(task) for task in tasks]
+        filled = b"".join(part for part, _ in packed)
+        ids = b"".join(part for _, part in packed)
+        positions, count = (ctypes.c_uint64 * len(tasks))(), ctypes.c_uint64()
+        said = self._library.submit_many(
+            *(self.address, handle, filled, ids, len(tasks), positions, ctypes.byref(count))
+        )
+        if count.value == 0 and tasks:
+            self._refuse(said, tasks[0])
+        return [Ticket(position) for position in positions[: count.value]], said == _NEEDS_LAUNCH
 
     def result(self, ticket: Ticket) -> Completion | None:
         """What a task answered, None while it is pending."""

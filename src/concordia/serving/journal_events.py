@@ -160,7 +160,7 @@ def describe_loss(event: Mapping[str, Any]) -> str | None:
     """One line for an event by which somebody has less than they may believe; None for any
     other.
     """
-    name, request = event.get("event"), event.get("request")
+    name, request = event.get("event"), event.get("request") or event.get("key")
     reason = event.get("reason") or "no reason given"
     if name == "unprotected":
         return f"unprotected: {request}: {reason}"
@@ -170,6 +170,8 @@ def describe_loss(event: Mapping[str, Any]) -> str | None:
             f"not restored whole: {request}: {restored} tokens restored, {recomputed} recomputed: "
             f"{reason}"
         )
+    if name == "whole-blocks":
+        return f"rank {event.get('rank')} saves whole KV blocks, which costs more: {reason}"
     if name == "prefix-missed":
         return f"prefix computed anew: {request}: {reason}"
     if name == "corruption":

@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -34,20 +34,21 @@ class Event(Protocol):
 
 
 class Tickets(Protocol):
-    """The part of a Checkpointer that following tasks needs."""
+    """The part of a Checkpointer that submitting and following tasks needs."""
 
+    def submit_many(self, tasks: Sequence[Any]) -> list[Any]: ...
     def result(self, ticket: Any) -> Any: ...
     def wait(self, ticket: Any, timeout_s: float) -> Any: ...
 
 
 @dataclass(slots=True)
 class Append:
-    """One append: how to submit it, and which blocks it reads until it is done."""
+    """One append: its task, and which blocks it reads until it is done."""
 
     request: str
     start: int  # first token that is not saved if this fails
     blocks: tuple[int, ...]
-    submit: Callable[[], Any]
+    task: Any
     ticket: Any = None
     is_claimed: bool = False  # being submitted: it cannot be called back any more
     is_done: bool = False
@@ -199,39 +200,44 @@ class AppendPump:
             batch.event.synchronize()
         if batch.before is not None:
             batch.before()
-        for append in batch.appends:
-            with self._lock:
-                if append.is_done:
-                    continue
+        with self._lock:
+            claimed = [append for append in batch.appends if not append.is_done]
+            for append in claimed:
                 append.is_claimed = True
-                # before it is: a record may be committed sooner than its ticket is known
-                self._submitted += 1
-            try:
-                ticket = self._submit_one(append)
-            except RingFull as error:
-                self._fail(append, str(error))
-                continue
-            with self._lock:
-                append.ticket = ticket
-                self._lock.notify_all()
+            # before they are: a record may be committed sooner than its ticket is known
+            self._submitted += len(claimed)
+        self._submit(claimed)
 
-    def _submit_one(self, append: Append) -> Any:
-        """A full ring is waited for on our own thread only; on the engine's the request loses
+    def _submit(self, appends: list[Append]) -> None:
+        """All in one call, so that the executor finds them together and has done soon.
+
+        A full ring is waited for on our own thread only; on the engine's the requests lose
         protection instead.
         """
         until = time.monotonic() + (config.WAIT_TASK_S if self._thread is not None else 0.0)
-        while True:
+        while appends:
             try:
-                return append.submit()
-            except RingFull:
-                with self._lock:
-                    self._retire()
-                    oldest = next(
-                        (a for a in self._open if a.ticket is not None and not a.is_done), None
-                    )
-                if oldest is None or time.monotonic() >= until:
-                    raise
-                self._wait_one(oldest, until)
+                tickets = self._tickets.submit_many([append.task for append in appends])
+            except RingFull as error:
+                if not self._make_room(until):
+                    self._fail(appends, str(error))
+                    return
+                continue
+            with self._lock:
+                for append, ticket in zip(appends, tickets, strict=False):
+                    append.ticket = ticket
+                self._lock.notify_all()
+            appends = appends[len(tickets) :]
+
+    def _make_room(self, until: float) -> bool:
+        """Wait for the oldest append under way; False when there is none, or at the bound."""
+        with self._lock:
+            self._retire()
+            oldest = next((a for a in self._open if a.ticket is not None and not a.is_done), None)
+        if oldest is None or time.monotonic() >= until:
+            return False
+        self._wait_one(oldest, until)
+        return True
 
     def _wait_one(self, append: Append, until: float) -> bool:
         with self._lock:
@@ -287,11 +293,12 @@ class AppendPump:
             reason = STATUS_WORDS.get(done.status, f"status {done.status}")
             self._note(append, reason, may_pass=done.status == abi.STATUS_JOURNAL_FULL)
 
-    def _fail(self, append: Append, reason: str) -> None:
+    def _fail(self, appends: list[Append], reason: str) -> None:
         with self._lock:
-            self._submitted -= 1
-            self._free(append)
-            self._note(append, reason, may_pass=True)
+            self._submitted -= len(appends)
+            for append in appends:
+                self._free(append)
+                self._note(append, reason, may_pass=True)
             self._lock.notify_all()
 
     def _note(self, append: Append, reason: str, *, may_pass: bool) -> None:

@@ -270,20 +270,18 @@ class WorkerSide:
         checkpointer, region = self._checkpointer, self._region
         assert checkpointer is not None
 
-        def submit() -> Any:
-            return checkpointer.append_kv(
-                region,
-                kind=piece.kind,
-                key=write.key,
-                incarnation=write.incarnation,
-                token_start=piece.start,
-                token_end=piece.end,
-                blocks=(piece.block,),
-                step=step,
-                model_hash=write.model_hash,
-            )
-
-        append = Append(write.request, piece.start, (piece.block,), submit)
+        task = checkpointer.kv_task(
+            region,
+            kind=piece.kind,
+            key=write.key,
+            incarnation=write.incarnation,
+            token_start=piece.start,
+            token_end=piece.end,
+            blocks=(piece.block,),
+            step=step,
+            model_hash=write.model_hash,
+        )
+        append = Append(write.request, piece.start, (piece.block,), task)
         batch.appends.append(append)
         return append
 
