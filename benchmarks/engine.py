@@ -100,8 +100,11 @@ class Client:
 
 
 def make_prompts(count: int, tokens: int, rng: random.Random) -> list[list[int]]:
-    """Prompts that share no block with any other."""
-    return [[rng.randrange(1, 250) for _ in range(tokens)] for _ in range(count)]
+    """Prompts that share no block with any other, of lengths that differ by a block: else all of
+    them would fill their blocks in the same step, which arrivals at random do not.
+    """
+    lengths = [tokens - rng.randrange(16) for _ in range(count)]
+    return [[rng.randrange(1, 250) for _ in range(length)] for length in lengths]
 
 
 def decode_figures(streams: list[Stream]) -> tuple[float, float]:

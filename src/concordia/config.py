@@ -17,7 +17,9 @@ from typing import Final
 RING_SLOTS: Final = 4096  # a step of 256 requests submits at most 512 tasks: eight steps of slack
 RING_ARENA_BYTES: Final = 8 << 20  # block lists and byte payloads of the tasks in flight
 LEASE_NS: Final = 10_000_000  # longest that a foreign driver call can be held up by us
-IDLE_NS: Final = 200_000  # a CUDA executor leaves after this much silence
+# A CUDA executor leaves after this much silence: a step's tasks come together, and while it sits on
+# a multiprocessor, whoever wants all of them needs a second wave.
+IDLE_NS: Final = 20_000
 WAIT_TASK_S: Final = 5.0  # a task that takes longer is a fault of the executor
 # replaced handlers that a GPU keeps loaded, some 100 KB each, before a swap takes the time to
 # unload them
@@ -74,6 +76,7 @@ CLEANER_SEGMENTS: Final = 2
 SOCKET_MESSAGE_BYTES_MAX: Final = 64 << 20
 
 # --- connector
+RESTORE_CTAS: Final = 8  # they read 36 GB/s over the bus, one reads 13; the engine waits for them
 # before the names of cohorts that clients ask for; the router's own are hexadecimal
 CLIENT_COHORT_PREFIX: Final = "client-"
 RESTORE_WAIT_S: Final = (

@@ -39,7 +39,7 @@ class Code(Protocol):
         """Address of the entry function, as the operator table wants it."""
 
     def close(self) -> None:
-        """Unload; only while the executor is parked and no table names the code."""
+        """Unload; only once no table names the code and no executor can be inside it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 from concordia import abi, config
 from concordia.device.compiler import HandlerSource
-from concordia.device.driver import Device, Executor, ExecutorPlan, Image
+from concordia.device.driver import Code, Device, Executor, ExecutorPlan, Image
 from concordia.device.memory import JournalTarget
 from concordia.errors import ConcordiaError, DeviceError, JournalRefused, RingFull, WaitTimeout
 from concordia.runtime.op_table import Operator, OperatorTable
@@ -94,23 +94,25 @@ class Runtime:
         with self._lock:
             self._require_open()
             if self.device.needs_parking:
+                # Loading and unloading wait for the executor to leave, at the end of its lease; its
+                # tasks go on meanwhile. Only between two stays may the table change.
+                code = self.device.load(image)
                 with self.parked():
-                    operator = self._publish(name, image, region_address)
-                    # Nobody is inside, and whoever enters reads the new entry. Unloading takes as
-                    # long as all the rest of a swap.
-                    if self.operators.retired_count > config.RETIRED_MAX:
-                        self.operators.unload_retired()
+                    operator = self._publish(name, image, code, region_address)
+                # Whoever has entered since reads the new entry.
+                if self.operators.retired_count > config.RETIRED_MAX:
+                    self.operators.unload_retired()
                 return operator
             self._unload_retired()
-            operator = self._publish(name, image, region_address)
+            code = self.device.load(image)
+            operator = self._publish(name, image, code, region_address)
             try:
                 self._unload_retired()
             except WaitTimeout as error:
                 logger.warning("%s is swapped, its old code stays loaded for now: %s", name, error)
             return operator
 
-    def _publish(self, name: str, image: Image, region_address: int) -> Operator:
-        code = self.device.load(image)
+    def _publish(self, name: str, image: Image, code: Code, region_address: int) -> Operator:
         try:
             return self.operators.publish(name, image, code, region_address=region_address)
         except ConcordiaError:

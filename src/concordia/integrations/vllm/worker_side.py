@@ -49,6 +49,9 @@ class WorkerSide:
         self._client: JournalClient | None = None
         self._attachment: Any = None
         self._checkpointer: Checkpointer | None = None
+        # for restores: on a GPU with an executor of its own, which is wide, for nothing else runs
+        # then; elsewhere the same
+        self._mover: Checkpointer | None = None
         self._region: Any = None
         self._layout: Layout | None = None
         self._probe: Probe | None = None
@@ -92,14 +95,20 @@ class WorkerSide:
         )
         self._checkpointer = Checkpointer.open(device, self._attachment.target, lanes=1)
         self._region = self._checkpointer.register_kv(layout.geometry, layout.addresses)
+        self._mover, region = self._checkpointer, self._region
+        if self._is_cuda:
+            self._mover = Checkpointer(
+                self._checkpointer.device, self._attachment.target, lanes=config.RESTORE_CTAS
+            )
+            region = self._mover.register_kv(layout.geometry, layout.addresses)
         self._clock = AppendClock(self._checkpointer.runtime.busy_ns)
         control = self._attachment.board.control(self._attachment.slot)
         self._pump = AppendPump(
             self._checkpointer, is_threaded=self._is_cuda, committed=lambda: control.committed_count
         )
         self._applier = Applier(
-            self._checkpointer,
-            self._region,
+            self._mover,
+            region,
             rank=self._rank,
             pool_address=self._attachment.target.pool_address,
         )
@@ -193,8 +202,7 @@ class WorkerSide:
         if self._pump is not None:
             self._pump.abandon()
         self._clock = None
-        if self._checkpointer is not None:
-            self._checkpointer.close()
+        self._close_checkpointers()
 
     def close(self) -> None:
         """Let the appends finish, within a bound, and end the stream."""
@@ -203,17 +211,22 @@ class WorkerSide:
         if self._pump is not None:
             self._pump.drain(timeout_s=config.WAIT_TASK_S)
             self._pump.close()
-        if self._checkpointer is not None:
-            self._checkpointer.close()
+        self._close_checkpointers()
         if self._attachment is not None:
             self._attachment.close()
         if self._client is not None:
             self._client.close()
-        self._clock = self._audit = self._pump = self._applier = self._checkpointer = (
-            self._attachment
-        ) = self._client = None
+        self._clock = self._audit = self._pump = self._applier = None
+        self._checkpointer = self._mover = self._attachment = self._client = None
 
     # --- leaves
+
+    def _close_checkpointers(self) -> None:
+        """The first owns the device."""
+        if self._mover is not None and self._mover is not self._checkpointer:
+            self._mover.close()
+        if self._checkpointer is not None:
+            self._checkpointer.close()
 
     def _live_pump(self) -> AppendPump:
         if self._pump is None:

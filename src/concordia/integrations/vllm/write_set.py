@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 from concordia.integrations.vllm.identity import (
     INCARNATION_STRIDE,
@@ -20,9 +22,9 @@ from concordia.integrations.vllm.identity import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Scheduled:
-    """One request of one step, as compat.py read it from the scheduler's output.
+class Scheduled(NamedTuple):
+    """One request of one step, as compat.py read it from the scheduler's output (a tuple, as others
+    here that are made for every request in every step: a frozen dataclass takes 2 us to make).
 
     blocks:  the request's block ids (replaces) or those added to them
     start    first token computed in this step; everything below is in the cache
@@ -39,11 +41,10 @@ class Scheduled:
     # newly given
     hit: int = 0
     # block index -> key of the record it is filled from
-    loaded_keys: Mapping[int, int] = field(default_factory=dict)
+    loaded_keys: Mapping[int, int] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Write:
+class Write(NamedTuple):
     """What one request appends in one step: full blocks as (index, block id), then the partial last
     block.
     """
@@ -296,7 +297,7 @@ class WriteSet:
                 )
             )
         track.covered = sure_end
-        if track.chain is not None:
+        if track.chain is not None and track.named < sure_end // size:
             track.chain.extend(track.tokens, limit=min(sure_end, len(track.tokens)))
             self._name(item.request, track, step, result)
 
