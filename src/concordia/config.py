@@ -93,9 +93,9 @@ LOOKUP_THREADS: Final = 2  # one may hash a large restore while the other answer
 # a block that the journal let go of is saved again after this long
 KNOWN_KEYS_REFRESH_S: Final = 1.0
 KNOWN_KEYS_ALL_S: Final = 5.0  # how late an engine learns of prefixes that another engine saved
-FINISH_LINGER_S: Final = (
-    5.0  # a routed request's last tokens may still be on their way to the router when it ends
-)
+# the last appends of a request may still be under way when it ends; nobody resumes one that no
+# router owns
+FINISH_LINGER_S: Final = 0.5
 BLOCK_REUSE_WAIT_S: Final = (
     1.0  # an append that still reads a block about to be overwritten; then the engine goes first
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
 
 from concordia import abi, config
 from concordia.errors import JournalError
@@ -61,16 +62,19 @@ class Cleaner:
             return
         streams.index.drop_superseded()
         size = streams.pool.segment_bytes
-        if streams.give_back_empty() or self._empty_one(size // 2) or not streams.cleanable():
-            return  # without a segment that can be emptied, nothing let go would come back
         is_urgent = len(streams.free) <= max(config.CLEANER_SEGMENTS, hurried)
+        if streams.give_back_empty() and not is_urgent:
+            return
         if is_urgent:  # requests that have ended need not wait for their last keys now
             streams.index.settle(time.monotonic() + config.FINISH_GRACE_S)
-        if (
-            self._drop_blocks(wanted - len(streams.free), is_urgent=is_urgent)
-            or len(streams.free) > config.CLEANER_SEGMENTS
-            or self._empty_one(size * 7 // 8)
-        ):
+            if self._drop_blocks(wanted - len(streams.free), is_urgent=True):
+                return
+        if self._empty_one(size // 2) or not streams.cleanable():
+            return  # without a segment that can be emptied, nothing let go would come back
+        if not is_urgent:
+            self._drop_blocks(wanted - len(streams.free), is_urgent=False)
+            return
+        if self._empty_one(size * 7 // 8) or len(streams.free) > config.CLEANER_SEGMENTS:
             return
         self.unprotected_requests += streams.index.drop_coldest("the journal is full") is not None
 
@@ -194,13 +198,40 @@ class Cleaner:
             self._pace.popleft()
         return lent - self._pace[0][1]
 
+    def _idle_segments(self) -> Iterator[list[Held]]:
+        """Segments that hold nothing but unreferenced blocks, as these; the one that was of use
+        longest ago first, by the block in front; last those that hold one of late use, too.
+        """
+        streams, keys = self._streams, self._streams.index.keys
+        ledger = streams.index.ledger
+        found = []
+        for live, segment, _ in streams.cleanable():
+            use = keys.last_use(ledger.first(segment)) if live else None
+            if use is not None:
+                found.append((use, segment))
+        late, limit = [], keys.middle_use()
+        for _, segment in sorted(found):
+            blocks = ledger.live(segment)
+            uses = [keys.last_use(block) for block in blocks]
+            if None in uses or self.is_unsound(segment):
+                continue
+            if max(use for use in uses if use is not None) > limit:
+                late.append(blocks)
+            else:
+                yield blocks
+        yield from late
+
     def _drop_blocks(self, missing: int, *, is_urgent: bool) -> bool:
         """Name unreferenced blocks for so many segments, drop those named before; True if any
-        went.
+        went. Whole segments of them first, since what goes from the others has to be copied around.
         """
         now, streams = time.monotonic(), self._streams
         keys = streams.index.keys
         wanted = missing * streams.pool.segment_bytes - keys.condemned_bytes()
+        for blocks in self._idle_segments():
+            if wanted <= 0:
+                break
+            wanted -= sum(keys.condemn(block, now) for block in blocks)
         while wanted > 0 and (size := keys.condemn_oldest(now)):
             wanted -= size
         dropped = keys.drop_condemned(now, is_urgent=is_urgent)

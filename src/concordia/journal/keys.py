@@ -10,6 +10,7 @@ answer never mixes them. Called by replay and cleaner.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from typing import TypeAlias
 
@@ -44,7 +45,9 @@ class KeyTable:
         self._ledger = ledger
         self._blocks: dict[Group, dict[int, Keyed]] = {}
         self._references: dict[int, int] = {}
-        self._idle: OrderedDict[tuple[Group, int], None] = OrderedDict()  # used longest ago first
+        # used longest ago first, and when: a count that only grows
+        self._idle: OrderedDict[tuple[Group, int], int] = OrderedDict()
+        self._uses = itertools.count(1)
         self._condemned: OrderedDict[tuple[Group, int], float] = OrderedDict()  # since when
         self._places: dict[Held, tuple[Group, int]] = {}
         # complete and not condemned, in order of arrival
@@ -63,7 +66,7 @@ class KeyTable:
         if (group, key) in self._condemned:
             return
         if key not in self._references:
-            self._idle[group, key] = None
+            self._idle[group, key] = next(self._uses)
         self._tell(group, key)
 
     def replace(self, old: Held, new: Held) -> None:
@@ -127,9 +130,10 @@ class KeyTable:
     def touch(self, group: Group, key: int) -> None:
         """The block was of use just now."""
         if self._condemned.pop((group, key), None) is not None:
-            self._idle[group, key] = None
+            self._idle[group, key] = next(self._uses)
             self._tell(group, key)
         elif (group, key) in self._idle:
+            self._idle[group, key] = next(self._uses)
             self._idle.move_to_end((group, key))
 
     def refer(self, key: int) -> None:
@@ -150,7 +154,30 @@ class KeyTable:
         del self._references[key]
         for group, blocks in self._blocks.items():
             if key in blocks:
-                self._idle[group, key] = None
+                self._idle[group, key] = next(self._uses)
+
+    def last_use(self, block: Held) -> int | None:
+        """When the record's block was of use last, in uses of any block; 0 once it was named to go;
+        None when a live request refers to it, or it is no block that has a key.
+        """
+        name = self._places.get(block)
+        if name is None:
+            return None
+        return 0 if name in self._condemned else self._idle.get(name)
+
+    def middle_use(self) -> int:
+        """Between the last use of the block that nobody used for longest and of the latest."""
+        if not self._idle:
+            return 0
+        oldest, newest = next(iter(self._idle.values())), next(reversed(self._idle.values()))
+        return (oldest + newest) // 2
+
+    def condemn(self, block: Held, now: float) -> int:
+        """Name this unreferenced block to go, as condemn_oldest does; its bytes."""
+        name = self._places[block]
+        if self._idle.pop(name, None) is None:
+            return 0
+        return self._condemn(name, now)
 
     def condemn_oldest(self, now: float) -> int:
         """Name the unreferenced block used longest ago as the next to go; its bytes, 0 for none.
@@ -160,7 +187,9 @@ class KeyTable:
         """
         if not self._idle:
             return 0
-        name, _ = self._idle.popitem(last=False)
+        return self._condemn(self._idle.popitem(last=False)[0], now)
+
+    def _condemn(self, name: tuple[Group, int], now: float) -> int:
         self._condemned[name] = now
         self._known.get(name[0], {}).pop(name[1], None)
         return self._size(name)

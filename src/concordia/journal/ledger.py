@@ -85,6 +85,10 @@ class Ledger:
         found = self._segments.get(segment, {})
         return [found[offset] for offset in sorted(found)]
 
+    def first(self, segment: int) -> Held:
+        """Some live record of a segment that has one."""
+        return next(iter(self._segments[segment].values()))
+
     def live_bytes(self, segment: int | None = None) -> int:
         """Bytes of live records in one segment, or in all."""
         return sum(self._bytes.values()) if segment is None else self._bytes.get(segment, 0)

@@ -32,7 +32,7 @@ class Lending:
         taken = min(stream.control.taken_count, lent)
         if taken == lent and taken > 0:
             stream.ahead *= 2  # it took faster than we looked
-        generous = len(self.free) // (8 * max(1, open_count))
+        generous = len(self.free) // (4 * max(1, open_count))
         wanted = (
             config.SEGMENTS_LENT if taken or stream.identity.writer_kind == abi.WRITER_RANK else 1
         )
