@@ -5,7 +5,7 @@ ENV ?= .venv
 ENV_PYTHON ?= $(ENV)/bin/python
 RUN = PYTHONPATH=src $(ENV_PYTHON)
 
-.PHONY: demo test check soak bench bench-gpu test-gpu test-ring setup clean
+.PHONY: demo test check soak bench bench-engine bench-gpu test-gpu test-ring setup clean
 
 setup:
 	@$(if $(filter $(ENV)/bin/python,$(ENV_PYTHON)),sh scripts/setup.sh $(PYTHON) $(ENV),true)
@@ -33,6 +33,10 @@ bench: setup
 bench-gpu: setup
 	$(RUN) benchmarks/gpu.py $(ARGS)
 	$(RUN) benchmarks/device_runtime.py
+
+# needs vLLM for GPUs; ARGS="-- FLAGS" go to it
+bench-engine: setup
+	$(RUN) benchmarks/engine.py --only cost recovery $(ARGS)
 
 test-gpu: setup
 	$(RUN) -m pytest -q -m gpu $(ARGS)

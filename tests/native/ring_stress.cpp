@@ -80,7 +80,7 @@ static void check_task(Call* call, uint64_t lane) {
   const Task* task = &call->task;
   const uint64_t id = task->arg;
   if (lane != 0) return;
-  const Swap* swap = reinterpret_cast<const Swap*>(call->region);
+  const Swap* swap = reinterpret_cast<const Swap*>(call->op->handler_hash);
   if (swap->is_retired) fail("an operator ran after its successor was acknowledged", id, call->op->generation);
   if (task->incarnation != mixed(id, 4) || task->block_count != id_count_of(id)) fail("a slot of another task", id, task->block_count);
   const uint32_t* ids = reinterpret_cast<const uint32_t*>(call->arena + task->blocks);
@@ -209,7 +209,7 @@ int main(int count, char** words) {
   ring->operators = reinterpret_cast<uint64_t>(operators);
   for (Swap& swap : swaps) {
     swap.op.function = reinterpret_cast<uint64_t>(check_task);
-    swap.op.region = reinterpret_cast<uint64_t>(&swap);  // the way back: a task sees a copy of its operator
+    swap.op.handler_hash = reinterpret_cast<uint64_t>(&swap);  // the way back: a task sees copies of operator and region
   }
   swaps[1].op.generation = 1;
   concordia_publish_operator(ring, 1, reinterpret_cast<uint64_t>(&swaps[1].op), 1);
