@@ -146,6 +146,25 @@ def test_writer_finds_room_when_it_fills_many_segments_between_two_rounds(tmp_pa
         assert journal.cleaner.unprotected_requests == 0
 
 
+def test_segments_are_emptied_when_each_holds_a_block_that_is_still_wanted(tmp_path: Path) -> None:
+    with SmallJournal(tmp_path / "journal", segments=40, segment_bytes=1 << 15) as journal:
+        stream, writer = journal.open()
+        _, keys = journal.open(writer_kind=abi.WRITER_SCHEDULER)
+        for key in range(2, 80):
+            append_block(writer, 1, key - 2)  # of one request that runs all the while
+            for block in range(8):
+                append_block(writer, key, block)
+            keys.append(Entry(abi.KIND_BLOCK_KEY, key, 1), key_payload({block: key * 1000 + block for block in range(8)}))
+            keys.append(Entry(abi.KIND_FINISH, key, 1), b"")
+            journal.streams.scan_all()
+            journal.streams.index.settle(1e18)
+            for _ in range(3):
+                journal.round()
+        assert stream.control.dropped_count == 0
+        assert journal.cleaner.unprotected_requests == 0
+        assert cut_of(journal.streams, 1).tokens == 78 * BLOCK
+
+
 def test_coldest_request_loses_protection_by_name_when_nothing_else_can_go(tmp_path: Path) -> None:
     with SmallJournal(tmp_path / "journal", segments=12, segment_bytes=1 << 15) as journal:
         stream, writer = journal.open()

@@ -7,12 +7,13 @@ whatever could read or write the executor's own memory by mistake is refused wit
 from __future__ import annotations
 
 import pathlib
+import re
 from dataclasses import replace
 
 import pytest
 
 from concordia import abi
-from concordia.checkpoint.handler import burst_source
+from concordia.checkpoint.handler import burst_source, page_source
 from concordia.checkpoint.region import KvGeometry, Plane
 from concordia.device import nvrtc
 from concordia.device.compiler import KERNELS, HandlerSource, KernelCache
@@ -73,6 +74,16 @@ def test_burst_fills_a_multiprocessor_when_compiled_for_sm90(compiler: CudaCompi
     facts = read_facts(compiler.kernel(burst_source()).cubin)
     assert facts.registers["concordia_page_burst"] <= nvrtc.REGISTERS_MAX
     assert facts.frame_bytes["concordia_page_burst"] == 0
+
+
+def test_both_sides_of_the_executor_s_calls_preserve_the_same_registers(compiler: CudaCompiler) -> None:
+    for source in (HandlerSource.of("executor.cu"), HandlerSource.of("keep.cu"), page_source(4096)):
+        ptx, _ = compiler._ptx(source)
+        sides = ptx.count(b".callprototype") + len(re.findall(rb"\.func\s+concordia_", ptx))
+        assert sides > 0
+        assert ptx.count(nvrtc.PRESERVED) == sides
+    with pytest.raises(CompileError, match="unknown way"):
+        nvrtc._with_preserved(b".version 9.1\n.func (.param .b64 r) concordia_handler(.param .b64 a)\n;", "x")
 
 
 def test_executor_launch_gives_what_the_lint_allows_when_linked(compiler: CudaCompiler) -> None:

@@ -188,6 +188,22 @@ def test_restored_blocks_are_named_and_the_tail_is_appended_when_a_request_resum
     assert done.reused == [1, 2, 3]
 
 
+def test_request_appends_its_blocks_anew_when_the_journal_let_go_of_those_it_shared() -> None:
+    held = WriteSet(block_tokens=SIZE)
+    tokens = list(range(8))
+    held.tracks["a"] = track("a", tokens)
+    held.step([new("a", [1, 2], 8)], step=1)
+    held.finish("a", step=2)
+    held.tracks["b"] = track("b", [*tokens, 8])
+    done = held.step([new("b", [1, 2, 3], 9, start=8, hit=8)], step=3)
+    assert done.writes[0].full == (), "their keys are enough while the journal has them"
+    held.learn(set(), before_step=4)  # and now it has none of them
+    held.tracks["b"].tokens.append(9)
+    (write,) = held.step([more("b", 9, 10)], step=5).writes
+    assert write.full == ((0, 1), (1, 2))
+    assert write.tail == (8, 10, 3)
+
+
 def test_restored_block_is_appended_when_its_key_is_not_known() -> None:
     held = WriteSet(block_tokens=SIZE)
     held.tracks["a"] = track("a", list(range(11)))

@@ -60,7 +60,8 @@ JOURNAL_EVENTS_MAX: Final = 65_536  # kept for a router that asks late; some 20 
 FINISH_GRACE_S: Final = 1.0  # block keys of a request's last steps arrive on another stream
 # per stream and round: keeps a round of the owner near 20 ms at worst
 SCAN_RECORDS_MAX: Final = 2_000
-OWNER_START_S: Final = 60.0  # allocating 64 GiB of tmpfs takes about 20 s
+OWNER_START_S: Final = 60.0  # and for each byte of the journal:
+OWNER_ALLOCATES: Final = 1 << 30  # bytes of tmpfs in a second, a third of what was measured
 OWNER_ANSWER_S: Final = 5.0  # an owner that is busy with a seal answers within a second
 # SIGKILL takes effect within milliseconds, unless a driver call holds the process
 FENCE_WAIT_S: Final = 10.0

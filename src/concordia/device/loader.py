@@ -115,7 +115,7 @@ class CudaCode:
         return address
 
     def close(self) -> None:
-        """Unload; the caller has published a table without this code, between two stays."""
+        """Unload; the caller has published a table without this code; nobody is inside."""
         module, self._module = self._module, None
         if module is not None:
             with self._context.current() as driver:

@@ -3,9 +3,8 @@
 Owns: CUDA C++ to PTX (NVRTC) and PTX to a linked cubin (nvJitLink). Promises: needs no driver and
 no GPU; always relocatable (a pointer to a whole-program function is only an index into its own
 kernel's constants); both sides of an indirect call get the same register cap and preserve the same
-registers; a failure is
-CompileError with the compiler's own words. Called by cuda.py, and by tests on machines without a
-GPU. Does not cache, judge or load: compiler.py and loader.py do.
+registers; a failure is CompileError with the compiler's own words. Called by cuda.py, and by tests
+on machines without a GPU. Does not cache, judge or load: compiler.py and loader.py do.
 """
 
 from __future__ import annotations
@@ -25,6 +24,8 @@ REGISTERS_MAX: Final = 128
 PRESERVED: Final = b".abi_preserve 0"
 _PTX_VERSION: Final = re.compile(rb"^\.version (\d+)\.", re.MULTILINE)
 _FUNCTION: Final = re.compile(rb"\.func\s+concordia_\w+\s*\([^)]*\)")
+_ANY_FUNCTION: Final = re.compile(rb"\.func\b[^;{]*\bconcordia_\w+\s*\(")
+_ANY_POINTER: Final = re.compile(rb"\.callprototype\b")
 _POINTER: Final = re.compile(rb"\.callprototype\s*\(\)\s*_\s*\([^)]*\)")
 STANDARD: Final = "--std=c++17"
 # one mistake in a header can cost a hundred messages; the first ones tell
@@ -68,7 +69,7 @@ def compile_ptx(
         (status,) = nvrtc.nvrtcGetPTX(program, ptx)
         if int(status):
             raise CompileError(f"{name}: no PTX: {status.name}")
-        return _with_preserved(bytes(ptx).rstrip(b"\0"))
+        return _with_preserved(bytes(ptx).rstrip(b"\0"), name)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
@@ -98,13 +99,17 @@ def link_cubin(
         nvjitlink.destroy(handle)
 
 
-def _with_preserved(ptx: bytes) -> bytes:
-    """The same with our calling convention, on both sides of the executor's calls."""
+def _with_preserved(ptx: bytes, name: str) -> bytes:
+    """The same with our calling convention, on both sides of the executor's calls. Raises
+    CompileError when a side is worded so that it would be missed: one alone corrupts registers.
+    """
     version = _PTX_VERSION.search(ptx)
     if version is None or int(version[1]) < 9:
         return ptx
-    for pattern in (_FUNCTION, _POINTER):
-        ptx = pattern.sub(lambda found: found[0] + b" " + PRESERVED, ptx)
+    for pattern, word in ((_FUNCTION, _ANY_FUNCTION), (_POINTER, _ANY_POINTER)):
+        ptx, count = pattern.subn(lambda found: found[0] + b" " + PRESERVED, ptx)
+        if count != len(word.findall(ptx)):
+            raise CompileError(f"{name}: this NVRTC words {word.pattern!r} in an unknown way")
     return ptx
 
 

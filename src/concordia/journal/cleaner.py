@@ -1,8 +1,9 @@
 """Make room: empty segments that hold little, let go of what is wanted least, floor 3.
 
 Owns: the order in which things go. Promises: a live record is copied, committed and entered in the
-index before its old place is given up; first unreferenced blocks go, longest unused first; a
-request that still runs loses protection only when writers are about to find nothing, and by name.
+index before its old place is given up; first unreferenced blocks go, whole segments of them, longest unused
+first; a request that still runs loses protection only when writers are about to find nothing, and
+by name.
 It copies with the Python writer in the owner's own process, so the owner needs no compiler: the
 only reader of a copy before a restart is this process, and writer.py says why plain stores are then
 enough. Called by the owner, a bounded step at a time.
@@ -31,7 +32,7 @@ class Cleaner:
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
-        self._pace: deque[tuple[float, int]] = deque()  # when, segments lent by then
+        self._pace: deque[tuple[float, int]] = deque()  # when, segments taken by then
         self._own: dict[tuple[int, int, int], Stream] = {}
         # segments with a damaged payload: left as they are, and reported
         self._unsound: dict[int, Held] = {}
@@ -67,7 +68,9 @@ class Cleaner:
             return
         if is_urgent:  # requests that have ended need not wait for their last keys now
             streams.index.settle(time.monotonic() + config.FINISH_GRACE_S)
-            if self._drop_blocks(wanted - len(streams.free), is_urgent=True):
+            before = len(streams.free)
+            self._drop_blocks(wanted - before, is_urgent=True)
+            if len(streams.free) > before:
                 return
         if self._empty_one(size // 2) or not streams.cleanable():
             return  # without a segment that can be emptied, nothing let go would come back
@@ -192,11 +195,12 @@ class Cleaner:
         """Segments that writers took within PACE_S: a prefill writes several GB/s, and what is free
         must last until the next that are let go of are.
         """
-        now, lent = time.monotonic(), self._streams.lending.lent_count
-        self._pace.append((now, lent))
-        while self._pace[0][0] < now - config.PACE_S:
+        now, taken = time.monotonic(), self._streams.lending.taken_count
+        self._pace.append((now, taken))
+        # the newest from before the window stays: rounds may be further apart than it is long
+        while len(self._pace) > 1 and self._pace[1][0] <= now - config.PACE_S:
             self._pace.popleft()
-        return lent - self._pace[0][1]
+        return taken - self._pace[0][1]
 
     def _idle_segments(self) -> Iterator[list[Held]]:
         """Segments that hold nothing but unreferenced blocks, as these; the one that was of use

@@ -67,6 +67,7 @@ class KeyTable:
             return
         if key not in self._references:
             self._idle[group, key] = next(self._uses)
+            self._idle.move_to_end((group, key))
         self._tell(group, key)
 
     def replace(self, old: Held, new: Held) -> None:

@@ -22,7 +22,7 @@ class Lending:
 
     def __init__(self) -> None:
         self.free: deque[int] = deque()
-        self.lent_count = 0  # ever, to writers
+        self.taken_count = 0  # ever, by writers
 
     def supply(self, stream: Stream, *, open_count: int) -> None:
         """Lend ahead: much to ranks while there is much, one to each of `open_count` streams before
@@ -30,6 +30,8 @@ class Lending:
         """
         lent = stream.control.lent_count
         taken = min(stream.control.taken_count, lent)
+        self.taken_count += taken - stream.taken_seen
+        stream.taken_seen = taken
         if taken == lent and taken > 0:
             stream.ahead *= 2  # it took faster than we looked
         generous = len(self.free) // (4 * max(1, open_count))
@@ -47,7 +49,6 @@ class Lending:
             if spare <= 0 or (lent > taken and spare <= open_count):
                 return
             self.lend(stream, lent)
-            self.lent_count += 1
             lent += 1
 
     def supply_own(self, stream: Stream) -> bool:

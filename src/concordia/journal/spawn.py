@@ -67,8 +67,9 @@ def spawn_owner(
         cwd="/",
     )
     os.close(writer)
+    bound_s = config.OWNER_START_S + (size_bytes or 0) / config.OWNER_ALLOCATES
     try:
-        return _await_ready(reader, home)
+        return _await_ready(reader, home, bound_s)
     finally:
         os.close(reader)
         started.wait(timeout=config.OWNER_START_S)  # it has forked: the owner is nobody's child
@@ -87,14 +88,14 @@ def _ask_pid(home: Folder) -> int | None:
         line.close()
 
 
-def _await_ready(reader: int, home: Folder) -> int:
+def _await_ready(reader: int, home: Folder, bound_s: float) -> int:
     """What the new owner says, or the pid of the one that was faster."""
-    deadline = time.monotonic() + config.OWNER_START_S
+    deadline = time.monotonic() + bound_s
     text = b""
     while not text.endswith(b"\n"):
         left = deadline - time.monotonic()
         if left <= 0 or not select.select([reader], [], [], left)[0]:
-            raise WaitTimeout(f"no owner of {home.path} after {config.OWNER_START_S} s")
+            raise WaitTimeout(f"no owner of {home.path} after {bound_s:.0f} s")
         data = os.read(reader, 4096)
         if not data:
             raise JournalError(

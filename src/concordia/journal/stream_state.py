@@ -30,6 +30,7 @@ class Stream:
         self.is_released = False  # its writer is known to be dead, or is this process
         self.end = End.OPEN
         self.ahead = 1  # segments to keep lent beyond what was taken
+        self.taken_seen = min(control.taken_count, control.lent_count)
         self.dropped_seen = 0
         self.dropped_told = 0.0  # when
         self.hint_seen = -1

@@ -108,11 +108,12 @@ FUNCTION void copy_slots(Executor* executor, uint32_t, uint32_t) {
 // of them is there.
 FUNCTION bool fetch_tasks(Executor* executor, uint64_t lane) {
   const uint64_t position = executor->position + lane;
-  // pairs with submit(): slot and arguments are there, for the whole team once it has met
+  // pairs with submit(): slot and arguments are there
   const uint32_t there =
       team_bits(lane < kFetchAhead &&
                 load<kAcquire, kSystem>(&slot_of(executor, position)->publish) == position + 1);
   if ((there & 1) == 0) return false;
+  team_sync();  // what each lane acquired is there for all of them
   copy_slots(executor, (uint32_t)lane, there);
   if (lane == 0) executor->fetched_from = executor->position;
   team_sync();

@@ -6,8 +6,8 @@
 // control page are checked before they become addresses. Called by handlers, all lanes together.
 // Never waits.
 //
-// segment:  SegmentHeader | record | record | ... | rest too short for the next record record:
-// RecordHeader 256 | payload, zero-padded to 128 | commit word 8, line filled up to 128
+// segment:  SegmentHeader | record | record | ... | rest too short for the next record
+// record:   RecordHeader 256 | payload, zero-padded to 128 | commit word 8, line filled up to 128
 #pragma once
 #include "stream.h"
 
@@ -162,7 +162,8 @@ FUNCTION void fill_header(Call* call, const RecordNames& names, uint64_t payload
 // finds its records.
 FUNCTION void count_records(const Journal* journal) {
   StreamControl* control = journal->control;
-  if (control == nullptr) return;
+  // Who never took a segment is not the stream's writer: an executor that restores from its pool.
+  if (control == nullptr || journal->taken == 0) return;
   store_settled(&control->segment_offset, journal->offset);
   store_settled(&control->committed_bytes, journal->committed_bytes);
   store_settled(&control->committed_count, journal->sequence);

@@ -187,7 +187,7 @@ FUNCTION void hash_words(uint32_t bytes, Load load, Sink sink, uint64_t* hash_pt
 
 FUNCTION bool is_leading_team(uint64_t lane) { return lane < kTeamLanes; }
 
-// Words of plain memory at an address that is a multiple of 8; zeroes behind its end.
+// Words of plain memory at an address that is a multiple of 16; zeroes behind its end.
 struct MemoryWords {
   static constexpr bool kHasStretches = true, kIsLinear = true;
   const uint8_t* data_ptr;

@@ -97,8 +97,12 @@ class Runtime:
                 # Loading and unloading wait for the executor to leave, at the end of its lease; its
                 # tasks go on meanwhile. Only between two stays may the table change.
                 code = self.device.load(image)
-                with self.parked():
-                    operator = self._publish(name, image, code, region_address)
+                try:
+                    with self.parked():
+                        operator = self._publish(name, image, code, region_address)
+                except WaitTimeout:
+                    code.close()
+                    raise
                 # Whoever has entered since reads the new entry.
                 if self.operators.retired_count > config.RETIRED_MAX:
                     self.operators.unload_retired()

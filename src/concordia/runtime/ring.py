@@ -177,6 +177,7 @@ class Ring:
 
         One call for all of them, so that the executor finds them together.
         """
+        assert all(task.payload is None for task in tasks), "payloads go one by one"
         packed = [pack_task(task) for task in tasks]
         filled = b"".join(part for part, _ in packed)
         ids = b"".join(part for _, part in packed)

@@ -76,7 +76,8 @@ def find_gpus() -> tuple[str, ...]:
 def find_gpu_bytes(gpus: Sequence[str]) -> int:
     """Memory of the smallest of these GPUs, named by index or UUID; 0 when that is not known."""
     rows = _ask_gpus("index,uuid,memory.total")
-    sizes = [int(mib) << 20 for index, uuid, mib in rows if {index, uuid} & set(gpus)]
+    named = [mib for index, uuid, mib in rows if {index, uuid} & set(gpus)]
+    sizes = [int(mib) << 20 for mib in named if mib.isdigit()]  # or words, when it cannot tell
     return min(sizes) if len(sizes) == len(gpus) else 0
 
 

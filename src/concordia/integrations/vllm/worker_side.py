@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -223,10 +224,12 @@ class WorkerSide:
 
     def _close_checkpointers(self) -> None:
         """The first owns the device."""
-        if self._mover is not None and self._mover is not self._checkpointer:
-            self._mover.close()
-        if self._checkpointer is not None:
-            self._checkpointer.close()
+        try:
+            if self._mover is not None and self._mover is not self._checkpointer:
+                self._mover.close()
+        finally:
+            if self._checkpointer is not None:
+                self._checkpointer.close()
 
     def _live_pump(self) -> AppendPump:
         if self._pump is None:
@@ -237,7 +240,8 @@ class WorkerSide:
         assert self._applier is not None
         assert self._clock is not None
         started = time.monotonic()
-        with self._clock.restoring():
+        is_shared = self._mover is self._checkpointer
+        with self._clock.restoring() if is_shared else nullcontext():
             mismatches = self._applier.apply(load)
         self._report.load_s[load.request] = time.monotonic() - started
         return mismatches

@@ -216,9 +216,14 @@ class WriteSet:
             k for k, step in self.authored.items() if step < before_step and k not in known
         ]:
             del self.authored[key]
-        for block, (key, step) in list(self._resident.items()):
-            if step < before_step and key not in known:
-                del self._resident[block]
+        # whoever relied on such a block must append it, too
+        self._unname(
+            [
+                block
+                for block, (key, step) in self._resident.items()
+                if step < before_step and key not in known
+            ]
+        )
         self.foreign = known.difference(self.authored)
 
     def forget_blocks(self, model_hash: int) -> None:
