@@ -1,12 +1,11 @@
 """Make room: empty segments that hold little, let go of what is wanted least, floor 3.
 
 Owns: the order in which things go. Promises: a live record is copied, committed and entered in the
-index before its old place is given up; first unreferenced blocks go, whole segments of them, longest unused
-first; a request that still runs loses protection only when writers are about to find nothing, and
-by name.
-It copies with the Python writer in the owner's own process, so the owner needs no compiler: the
-only reader of a copy before a restart is this process, and writer.py says why plain stores are then
-enough. Called by the owner, a bounded step at a time.
+index before its old place is given up; first unreferenced blocks go, whole segments of them,
+longest unused first; a request that still runs loses protection only when writers are about to find
+nothing, and by name. It copies with the Python writer in the owner's own process, so the owner
+needs no compiler: the only reader of a copy before a restart is this process, and writer.py says
+why plain stores are then enough. Called by the owner, a bounded step at a time.
 """
 
 from __future__ import annotations
