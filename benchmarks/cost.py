@@ -154,10 +154,7 @@ def start_servers(
 
 def arms_of(served: Served) -> tuple[Arm, Arm]:
     """The one engine of a server, with protection and without."""
-    status = served.status()
-    if status is None:
-        raise ConcordiaError("the server does not answer")
-    (replica,) = [r for r in status["replicas"] if r["state"] == "ready"]
+    replica = served.active()
     environment = pathlib.Path(f"/proc/{replica['session_id']}/environ").read_bytes().split(b"\0")
     (key,) = [
         entry.partition(b"=")[2].decode()

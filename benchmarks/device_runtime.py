@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import pathlib
 import statistics
 import sys
@@ -23,8 +22,8 @@ from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.device.compiler import HandlerSource, HostCompiler
 from concordia.device.cuda import CudaDevice
 from concordia.runtime.ring import Task, Ticket, pack_task
-from concordia.testing.machine import machine
-from gpu import STAY_NS, Stream, figure, launch_and_sync
+from concordia.testing.machine import add_figures
+from gpu import Stream, figure, launch_and_sync, stay
 
 RESULTS: Final = pathlib.Path(__file__).parent / "results" / "device_runtime_h200.json"
 REGION_BYTES: Final = 256 << 20
@@ -113,17 +112,12 @@ class Bench:
         self.device.close()
 
 
-def stay(checkpointer: Checkpointer) -> None:
-    """Keep the executor in for a while after a task: its coming in is not what is measured."""
-    checkpointer.runtime.ring.store("idle_ns", STAY_NS)
-
-
 def producer(bench: Bench) -> None:
     """submit, ring_round_trip: a producer in a native loop, beside a launch and a
     synchronisation.
     """
     checkpointer = Checkpointer(bench.device, None, lanes=1)
-    stay(checkpointer)
+    stay(checkpointer.runtime)
     ring = ctypes.c_void_p(checkpointer.runtime.ring.address)
     spent = ctypes.c_uint64()
     each, trips = [], []
@@ -161,7 +155,7 @@ def delta(bench: Bench) -> None:
     ):
         bench.stream.restart()
         checkpointer = Checkpointer(bench.device, bench.stream.target(), lanes=ctas)
-        stay(checkpointer)
+        stay(checkpointer.runtime)
         base = bench.device.allocate(REGION_BYTES)
         bench.device.write(base, data.tobytes())
         region = checkpointer.register_pages(base, size=REGION_BYTES, page_bytes=PAGE_BYTES)
@@ -239,11 +233,7 @@ def main(arguments: list[str]) -> int:
             PARTS[name](bench)
     finally:
         bench.close()
-    old = json.loads(options.output.read_text())["figures"] if options.output.exists() else {}
-    found = machine()
-    result = {"machine": found, "commit": found["commit"], "figures": {**old, **bench.figures}}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    add_figures(options.output, bench.figures)
     return 0
 
 

@@ -29,9 +29,10 @@ from rich.console import Console
 
 from concordia.errors import ConcordiaError
 from concordia.testing.fault_plan import Target, find_target
-from concordia.testing.machine import machine
+from concordia.testing.machine import add_figures
 from concordia.testing.model import make_skeleton
 from concordia.testing.served import Served
+from gpu import figure
 
 RESULTS: Final = pathlib.Path(__file__).parent / "results" / "device_runtime_h200.json"
 START_TIMEOUT_S: Final = 300.0
@@ -124,12 +125,8 @@ def ratio_figure(ratios: list[float], **peers: float) -> dict[str, Any]:
     """A figure of the result file, with the 95 % interval of its median."""
     low, high = interval(ratios)
     return {
-        "median": round(statistics.median(ratios), 4),
-        "min": round(min(ratios), 4),
-        "p95": round(sorted(ratios)[math.ceil(0.95 * len(ratios)) - 1], 4),
+        **figure(ratios, "ratio", digits=4),
         "interval_95": [round(low, 4), round(high, 4)],
-        "unit": "ratio",
-        "n": len(ratios),
         "peer": peers,
     }
 
@@ -178,10 +175,7 @@ async def break_once(
     served: Served, options: argparse.Namespace, rng: random.Random, *, restore: bool
 ) -> list[float]:
     """Seconds from the kill to the next token of each answer."""
-    status = served.status()
-    assert status is not None
-    (active,) = [r for r in status["replicas"] if r["state"] == "ready"]
-    victim = find_target(active["session_id"], Target.ENGINE_CORE)
+    victim = find_target(served.active()["session_id"], Target.ENGINE_CORE)
     client = Client(served.url, "bench", {"concordia": {"restore": restore}})
     streams = [Stream() for _ in range(options.requests)]
     prompts = make_prompts(options.requests, options.context, rng)
@@ -217,12 +211,8 @@ def measure_recovery(served: Served, options: argparse.Namespace) -> Figures:
     pauses = found[True]
     return {
         "recovery_next_token": {
-            "median": round(statistics.median(pauses), 4),
-            "min": round(pauses[0], 4),
-            "p95": round(pauses[math.ceil(0.95 * len(pauses)) - 1], 4),
+            **figure(pauses, "s", digits=4),
             "max": round(pauses[-1], 4),
-            "unit": "s",
-            "n": len(pauses),
             "peer": {"recompute": round(statistics.median(found[False]), 4)},
         }
     }
@@ -266,11 +256,7 @@ def main(arguments: list[str]) -> int:
             figures |= measure_cost(served, options)
         if "recovery" in options.only:
             figures |= measure_recovery(served, options)
-    old = json.loads(options.output.read_text())["figures"] if options.output.exists() else {}
-    found = machine()
-    result = {"machine": found, "commit": found["commit"], "figures": {**old, **figures}}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    add_figures(options.output, figures)
     print(json.dumps(figures))
     return 0
 

@@ -28,6 +28,7 @@ from concordia.device.compiler import HandlerSource
 from concordia.device.cuda import CudaDevice
 from concordia.device.memory import JournalTarget, SharedFile
 from concordia.journal.control import Control, Lent
+from concordia.runtime.executor import Runtime
 from concordia.runtime.ring import Task
 from concordia.testing.machine import machine
 
@@ -85,16 +86,21 @@ class Stream:
         self._file.close()
 
 
-def figure(values: list[float], unit: str) -> dict[str, Any]:
+def figure(values: list[float], unit: str, *, digits: int = 3) -> dict[str, Any]:
     """Median and spread of one measurement."""
     ordered = sorted(values)
     return {
-        "median": round(statistics.median(ordered), 3),
-        "min": round(ordered[0], 3),
-        "p95": round(ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))], 3),
+        "median": round(statistics.median(ordered), digits),
+        "min": round(ordered[0], digits),
+        "p95": round(ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))], digits),
         "unit": unit,
         "n": len(ordered),
     }
+
+
+def stay(runtime: Runtime) -> None:
+    """Keep the executor in for a while after a task: its coming in is not what is measured."""
+    runtime.ring.store("idle_ns", STAY_NS)
 
 
 def timed(count: int, call: Callable[[], Any]) -> list[float]:
@@ -132,7 +138,7 @@ class Bench:
             device.write(layer, noise)
         self.region: Region = self.checkpointer.register_kv(MODEL, self._layers)
         self.runtime = self.checkpointer.runtime
-        self.runtime.ring.store("idle_ns", STAY_NS)
+        stay(self.runtime)
 
     def close(self) -> None:
         self.checkpointer.close()

@@ -45,15 +45,13 @@ SEGMENTS_WANTED: Final = 64
 SEGMENT_BYTES: Final = 16 << 20
 SEGMENT_BYTES_MAX: Final = 64 << 20  # an 8B's 128 tokens, a block of vLLM on a CPU, are 17 MiB
 SEGMENT_BYTES_MIN: Final = 1 << 20
-SEGMENTS_LENT: Final = (
-    4  # lent ahead per stream: at 50 GB/s over a millisecond of owner latency each
-)
+# lent ahead per stream: at 50 GB/s over a millisecond of owner latency each
+SEGMENTS_LENT: Final = 4
 SEGMENT_COUNT_MIN: Final = 8
 # that `serve` asks for; less holds too few requests to be worth the name
 JOURNAL_BYTES_MIN: Final = 128 << 20
-JOURNAL_BYTES_DEFAULT: Final = (
-    2 << 30
-)  # when nobody knows the size of the KV pool; never more than half of what is free
+# when nobody knows the size of the KV pool; never more than half of what is free
+JOURNAL_BYTES_DEFAULT: Final = 2 << 30
 OWNER_POLL_S: Final = 0.01  # how often the owner refills lent segments
 OWNER_LINGER_S: Final = 300.0  # how long KV outlives its router
 JOURNAL_EVENTS_MAX: Final = 65_536  # kept for a router that asks late; some 20 MB
@@ -80,16 +78,14 @@ SOCKET_MESSAGE_BYTES_MAX: Final = 64 << 20
 RESTORE_CTAS: Final = 8  # they read 36 GB/s over the bus, one reads 13; the engine waits for them
 # before the names of cohorts that clients ask for; the router's own are hexadecimal
 CLIENT_COHORT_PREFIX: Final = "client-"
-RESTORE_WAIT_S: Final = (
-    10.0  # a cohort that is not there by then goes on without its missing members
-)
+# a cohort that is not there by then goes on without its missing members
+RESTORE_WAIT_S: Final = 10.0
 STEP_DEADLINE_MIN_S: Final = 1.0
 STEP_DEADLINE_FACTOR: Final = 5.0
 # names of cohorts that have gone; who comes later than that was held up for minutes
 COHORTS_REMEMBERED: Final = 64
-LOOKUP_WAIT_S: Final = (
-    1.0  # a prefix looked up in the journal for longer than this is computed instead
-)
+# a prefix looked up in the journal for longer than this is computed instead
+LOOKUP_WAIT_S: Final = 1.0
 LOOKUP_THREADS: Final = 2  # one may hash a large restore while the other answers small look-ups
 # a block that the journal let go of is saved again after this long
 KNOWN_KEYS_REFRESH_S: Final = 1.0
@@ -97,23 +93,20 @@ KNOWN_KEYS_ALL_S: Final = 5.0  # how late an engine learns of prefixes that anot
 # the last appends of a request may still be under way when it ends; nobody resumes one that no
 # router owns
 FINISH_LINGER_S: Final = 0.5
-BLOCK_REUSE_WAIT_S: Final = (
-    1.0  # an append that still reads a block about to be overwritten; then the engine goes first
-)
+# an append that still reads a block about to be overwritten; then the engine goes first
+BLOCK_REUSE_WAIT_S: Final = 1.0
 # one event per rank: some thousands a day, of the JOURNAL_EVENTS_MAX that are kept
 APPENDS_TOLD_S: Final = 10.0
-IDLE_STEP_WAIT_S: Final = (
-    0.002  # an engine that only waits for a restore asks again this often, instead of spinning
-)
+# an engine that only waits for a restore asks again this often, instead of spinning
+IDLE_STEP_WAIT_S: Final = 0.002
 HEARTBEAT_S: Final = 0.25
 # after an append that found no room: an owner that was starved of the processor for a moment is
 # back by then
 APPEND_RETRY_S: Final = 0.1
 APPEND_RETRY_S_MAX: Final = 10.0
 APPEND_PROVEN_S: Final = 1.0  # without a failure for this long a request counts as protected again
-PROBE_ATTEMPTS_MAX: Final = (
-    64  # steps that may pass without proof before a layout stays on whole blocks
-)
+# steps that may pass without proof before a layout stays on whole blocks
+PROBE_ATTEMPTS_MAX: Final = 64
 PROBE_PROOFS: Final = 2  # single tokens whose bytes must change exactly as predicted
 REQUEST_NAME_BYTES_MAX: Final = 256  # longer names come from no router of ours
 # without a step for this long an engine is idle, and a block of it may be hashed
@@ -138,13 +131,11 @@ STEP_SAMPLES_MIN: Final = 8  # finished steps before the fit counts
 STEP_SAMPLES_BIN_MIN: Final = 3  # finished steps of one size before its median counts
 STEP_SAMPLES_PER_BIN: Final = 16  # as many remembered per size: enough to outvote a starved one
 STEP_EXTRAPOLATION_MAX: Final = 4  # times the largest size seen; attention is not linear beyond
-STEP_SPIN_FACTOR: Final = (
-    4.0  # a step that burns processor time is progressing, up to this many deadlines of it
-)
+# a step that burns processor time is progressing, up to this many deadlines of it
+STEP_SPIN_FACTOR: Final = 4.0
 STEP_SUSPECT_S: Final = 0.25  # a step younger than this is not looked at thread by thread
-UNSCHEDULED_S: Final = (
-    RESTORE_WAIT_S + 5.0  # work at hand and no step: a cohort may hold it back for RESTORE_WAIT_S
-)
+# work at hand and no step: a cohort may hold it back for RESTORE_WAIT_S
+UNSCHEDULED_S: Final = RESTORE_WAIT_S + 5.0
 API_SILENT_S: Final = 5.0  # /health unanswered for so long; it takes milliseconds
 API_PERIOD_S: Final = 0.5
 TRACED_S: Final = 2.0  # a profiler or debugger may hold a process for so long before that is a hang
@@ -203,9 +194,8 @@ ENGINE_SHARED_BYTES: Final = 256 << 20
 
 # --- serving
 RECOVERY_TIMEOUT_S: Final = 120.0
-REQUESTS_HELD_MAX: Final = (
-    4096  # requests that wait for a replica during a failover; more are refused with 503
-)
+# requests that wait for a replica during a failover; more are refused with 503
+REQUESTS_HELD_MAX: Final = 4096
 GREEDY_TEMPERATURE: Final = 1e-5  # vLLM samples greedily below this
 # tokenizers and the journal keep ids in 32 bits; vLLM knows the vocabulary
 TOKEN_ID_MAX: Final = 2**32 - 1

@@ -47,31 +47,9 @@ class HostLibrary:
         if version != abi.ABI_VERSION:
             raise DeviceError(f"{path} has ABI {version}, not {abi.ABI_VERSION}")
         int32, flag = ctypes.c_int, ctypes.c_bool
-        self.submit = function(
-            quick,
-            "submit",
-            int32,
-            _ADDRESS,
-            _ADDRESS,
-            _BYTES,
-            _BYTES,
-            _WORD,
-            _BYTES,
-            _WORD,
-            _ADDRESS,
-        )
-        self.submit_many = function(
-            quick,
-            "submit_many",
-            int32,
-            _ADDRESS,
-            _ADDRESS,
-            _BYTES,
-            _BYTES,
-            _WORD,
-            _ADDRESS,
-            _ADDRESS,
-        )
+        handed_in = (_ADDRESS, _ADDRESS, _BYTES, _BYTES, _WORD)  # ring, host, task, ids, a count
+        self.submit = function(quick, "submit", int32, *handed_in, _BYTES, _WORD, _ADDRESS)
+        self.submit_many = function(quick, "submit_many", int32, *handed_in, _ADDRESS, _ADDRESS)
         self.read = function(quick, "read", int32, _ADDRESS, _WORD, _ADDRESS)
         self.load = function(quick, "load", _WORD, _ADDRESS)
         self.store = function(quick, "store", None, _ADDRESS, _WORD)

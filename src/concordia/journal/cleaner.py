@@ -215,30 +215,30 @@ class Cleaner:
         late, limit = [], keys.middle_use()
         for _, segment in sorted(found):
             blocks = ledger.live(segment)
-            uses = [keys.last_use(block) for block in blocks]
-            if None in uses or self.is_unsound(segment):
+            uses = [use for block in blocks if (use := keys.last_use(block)) is not None]
+            if len(uses) < len(blocks) or self.is_unsound(segment):
                 continue
-            if max(use for use in uses if use is not None) > limit:
+            if max(uses) > limit:
                 late.append(blocks)
             else:
                 yield blocks
         yield from late
 
-    def _drop_blocks(self, missing: int, *, is_urgent: bool) -> bool:
-        """Name unreferenced blocks for so many segments, drop those named before; True if any
-        went. Whole segments of them first, since what goes from the others has to be copied around.
+    def _drop_blocks(self, missing: int, *, is_urgent: bool) -> None:
+        """Name unreferenced blocks for so many segments, drop those named before. Whole segments of
+        them first, since what goes from the others has to be copied around.
         """
         now, streams = time.monotonic(), self._streams
         keys = streams.index.keys
         wanted = missing * streams.pool.segment_bytes - keys.condemned_bytes()
-        for blocks in self._idle_segments():
+        # Not looked for while enough waits for the end of its grace: it is a look at every segment.
+        for blocks in self._idle_segments() if wanted > 0 else ():
+            wanted -= sum(keys.condemn(block, now) for block in blocks)
             if wanted <= 0:
                 break
-            wanted -= sum(keys.condemn(block, now) for block in blocks)
         while wanted > 0 and (size := keys.condemn_oldest(now)):
             wanted -= size
         dropped = keys.drop_condemned(now, is_urgent=is_urgent)
         self.evicted_blocks += dropped
         if dropped:
             streams.give_back_empty()
-        return dropped > 0

@@ -79,10 +79,9 @@ FUNCTION void copy_slots(Executor* executor, uint32_t lane, uint32_t there) {
   for (uint32_t turn = 0; turn < kTurns; ++turn) {
     const uint32_t ahead = first + turn * kSlotsAtOnce;
     const uint64_t index = (position + ahead) & executor->slot_mask;
-    const uint8_t* from = is_task ? reinterpret_cast<const uint8_t*>(executor->slots) +
-                                        index * sizeof(Task) + piece * 16
-                                  : executor->call.arena + index * executor->window +
-                                        (piece - kTaskPieces) * 16;
+    const uint8_t* from =
+        is_task ? reinterpret_cast<const uint8_t*>(slot_of(executor, position + ahead)) + piece * 16
+                : executor->call.arena + index * executor->window + (piece - kTaskPieces) * 16;
     if (there >> ahead & 1) found[turn] = *reinterpret_cast<const Wide*>(from);
   }
 #pragma unroll

@@ -48,6 +48,15 @@ FUNCTION uint64_t avalanche(uint64_t value) {
   return value ^ value >> 32;
 }
 
+// What a word adds to its accumulator, and what becomes of that at the end of a block.
+FUNCTION uint64_t keyed_product(uint64_t word, uint64_t secret) {
+  const uint64_t key = word ^ secret;
+  return (key & 0xffffffffu) * (key >> 32);
+}
+FUNCTION uint64_t scrambled(uint64_t sum, uint64_t secret) {
+  return (sum ^ sum >> 47 ^ secret) * kPrime32_1;
+}
+
 FUNCTION uint64_t merge_sums(const uint64_t* sums_ptr, uint64_t secret_offset, uint64_t start) {
   uint64_t value = start;
   for (uint64_t i = 0; i < 4; ++i)
@@ -69,13 +78,12 @@ FUNCTION uint64_t sum_one(const uint8_t* data_ptr, uint64_t bytes, uint64_t j) {
   uint64_t sum = first_sum(j);
   for (uint64_t stripe = 0; stripe < stripes; ++stripe) {
     const uint64_t in_block = stripe % kStripesPerBlock;
-    const uint64_t key = words[stripe * 8 + j] ^ kSecret[in_block + j];
-    sum += words[stripe * 8 + (j ^ 1)] + (key & 0xffffffffu) * (key >> 32);
-    if (in_block == kStripesPerBlock - 1) sum = (sum ^ sum >> 47 ^ kSecret[16 + j]) * kPrime32_1;
+    sum += words[stripe * 8 + (j ^ 1)] +
+           keyed_product(words[stripe * 8 + j], kSecret[in_block + j]);
+    if (in_block == kStripesPerBlock - 1) sum = scrambled(sum, kSecret[16 + j]);
   }
   const uint64_t* last = words + bytes / 8 - 8;
-  const uint64_t key = last[j] ^ secret_at(kSecretBytes - 64 - 7 + 8 * j);
-  return sum + last[j ^ 1] + (key & 0xffffffffu) * (key >> 32);
+  return sum + last[j ^ 1] + keyed_product(last[j], secret_at(kSecretBytes - 64 - 7 + 8 * j));
 }
 
 #if CONCORDIA_CUDA

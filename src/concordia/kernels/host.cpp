@@ -290,9 +290,9 @@ EXPORT int concordia_submit_many(RingHeader* ring, Host* host, const Task* tasks
     ids += id_count;
   }
   *count_ptr = done;
-  if (needs_launch && host != nullptr) launch(host);
-  if (done < count) return needs_launch && host == nullptr ? kSubmittedNeedsLaunch : said;
-  return needs_launch && host == nullptr ? kSubmittedNeedsLaunch : kSubmitted;
+  if (needs_launch && host == nullptr) return kSubmittedNeedsLaunch;
+  if (needs_launch) launch(host);
+  return done < count ? said : kSubmitted;
 }
 
 EXPORT int concordia_read(const RingHeader* ring, uint64_t position, Completion* found_ptr) {

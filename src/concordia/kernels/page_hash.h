@@ -31,7 +31,7 @@ FUNCTION PageKeys page_keys() {
   PageKeys keys;
 #pragma unroll
   for (uint32_t i = 0; i <= kStripesPerBlock; ++i) keys.word[i] = kSecret[2 * p + i];
-  keys.last = {last_secret(2 * p), last_secret(2 * p + 1)};
+  keys.last = last_keys(team_place());  // a team's lanes have the same pairs
   return keys;
 }
 
@@ -74,8 +74,8 @@ FUNCTION Digest hash_page(const PageKeys& keys, const Wide* at, const Wide* next
     load_half(at, near);
     add_half(keys, kHalf, far, is_end, &sum);
     if (is_end) break;
-    sum.a = (sum.a ^ sum.a >> 47 ^ kSecret[16 + 2 * p]) * kPrime32_1;
-    sum.b = (sum.b ^ sum.b >> 47 ^ kSecret[17 + 2 * p]) * kPrime32_1;
+    sum.a = scrambled(sum.a, kSecret[16 + 2 * p]);
+    sum.b = scrambled(sum.b, kSecret[17 + 2 * p]);
   }
   const uint64_t low = add_pairs(mix_pair(sum, 11 + 16 * p));
   const uint64_t high = add_pairs(mix_pair(sum, kSecretBytes - 64 - 11 + 16 * p));

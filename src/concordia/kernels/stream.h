@@ -44,11 +44,6 @@ FUNCTION Pair last_keys(TeamPlace place) {
   return {last_secret(2 * place.pair), last_secret(2 * place.pair + 1)};
 }
 
-FUNCTION uint64_t keyed_product(uint64_t word, uint64_t secret) {
-  const uint64_t key = word ^ secret;
-  return (key & 0xffffffffu) * (key >> 32);
-}
-
 // What 16 bytes of a stripe add to a pair of accumulators: XXH3 gives each its neighbour's word.
 FUNCTION void add_words(Pair* sum, Wide data, Pair key) {
   sum->a += keyed_product(data.word[0], key.a) + data.word[1];
@@ -64,7 +59,7 @@ FUNCTION uint64_t add_groups(Pair sum, TeamPlace place) {
 }
 
 FUNCTION uint64_t scramble(uint64_t sum, TeamPlace place) {
-  return (sum ^ sum >> 47 ^ kSecret[16 + accumulator_of(place)]) * kPrime32_1;
+  return scrambled(sum, kSecret[16 + accumulator_of(place)]);
 }
 
 // All accumulators, as add_groups leaves them -> both halves of the hash. Groups 0 and 1 compute

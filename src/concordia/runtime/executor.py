@@ -14,13 +14,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from concordia import abi, config
 from concordia.device.compiler import HandlerSource
-from concordia.device.driver import Code, Device, Executor, ExecutorPlan, Image
+from concordia.device.driver import Device, Executor, ExecutorPlan, Image
 from concordia.device.memory import JournalTarget
 from concordia.errors import ConcordiaError, DeviceError, JournalRefused, RingFull, WaitTimeout
 from concordia.runtime.op_table import Operator, OperatorTable
@@ -58,9 +58,8 @@ class Runtime:
         if target is not None:
             _check_target(target)
         self.device = device
-        self._lock = (
-            threading.RLock()
-        )  # one installs, parks or closes at a time; submission takes no lock
+        # one installs, parks or closes at a time; submission takes no lock
+        self._lock = threading.RLock()
         self._is_open = True
         self._park_count = 0
         self.ring = Ring(
@@ -94,31 +93,27 @@ class Runtime:
         with self._lock:
             self._require_open()
             if self.device.needs_parking:
-                # Loading and unloading wait for the executor to leave, at the end of its lease; its
-                # tasks go on meanwhile. Only between two stays may the table change.
-                code = self.device.load(image)
-                try:
-                    with self.parked():
-                        operator = self._publish(name, image, code, region_address)
-                except WaitTimeout:
-                    code.close()
-                    raise
+                operator = self._publish(name, image, region_address)
                 # Whoever has entered since reads the new entry.
                 if self.operators.retired_count > config.RETIRED_MAX:
                     self.operators.unload_retired()
                 return operator
             self._unload_retired()
-            code = self.device.load(image)
-            operator = self._publish(name, image, code, region_address)
+            operator = self._publish(name, image, region_address)
             try:
                 self._unload_retired()
             except WaitTimeout as error:
                 logger.warning("%s is swapped, its old code stays loaded for now: %s", name, error)
             return operator
 
-    def _publish(self, name: str, image: Image, code: Code, region_address: int) -> Operator:
+    def _publish(self, name: str, image: Image, region_address: int) -> Operator:
+        """Loading waits for a GPU's executor to leave, at the end of its lease, and tasks go on
+        meanwhile; only between two of its stays may the table change.
+        """
+        code = self.device.load(image)
         try:
-            return self.operators.publish(name, image, code, region_address=region_address)
+            with self.parked() if self.device.needs_parking else nullcontext():
+                return self.operators.publish(name, image, code, region_address=region_address)
         except ConcordiaError:
             code.close()
             raise
@@ -135,10 +130,7 @@ class Runtime:
 
     def submit(self, task: Task) -> Ticket:
         """Hand a task in; raises RingFull. Any thread."""
-        if not self._is_open:
-            raise DeviceError("this runtime is closed")
-        if self.executor.lost is not None:
-            raise self.executor.lost
+        self._require_working()
         ticket, needs_launch = self.ring.submit(task, self.executor.handle)
         if needs_launch:
             self.executor.launch()
@@ -148,10 +140,7 @@ class Runtime:
         """Hand in tasks without payloads, in this order, as many as there is room for; raises
         RingFull when there is none. Any thread.
         """
-        if not self._is_open:
-            raise DeviceError("this runtime is closed")
-        if self.executor.lost is not None:
-            raise self.executor.lost
+        self._require_working()
         tickets, needs_launch = self.ring.submit_many(tasks, self.executor.handle)
         if needs_launch:
             self.executor.launch()
@@ -272,6 +261,11 @@ class Runtime:
     def _require_open(self) -> None:
         if not self._is_open:
             raise DeviceError("this runtime is closed")
+
+    def _require_working(self) -> None:
+        self._require_open()
+        if self.executor.lost is not None:
+            raise self.executor.lost
 
     def _plan(self, target: JournalTarget | None, lanes: int) -> ExecutorPlan:
         """Scratch for one payload: staged bytes, and what hashing them needs."""

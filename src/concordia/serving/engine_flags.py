@@ -76,9 +76,8 @@ _REFUSED: Final[dict[str, tuple[str, str | None]]] = {
     "--api-key": (_OURS, None),
     "--served-model-name": (_OURS, None),
 }
-_PREFIX_MIN: Final = (
-    8  # argparse takes abbreviations; shorter ones than "--header" name too many flags
-)
+# argparse takes abbreviations; shorter ones than "--header" name too many flags
+_PREFIX_MIN: Final = 8
 
 
 @dataclass(frozen=True, slots=True)

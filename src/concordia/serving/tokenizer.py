@@ -34,9 +34,8 @@ class Tokenizer:
     """Ids to text, one token at a time (`stream`) or each for itself (`name`)."""
 
     backend: tokenizers.Tokenizer
-    marker: str | None = (
-        None  # stands for a leading space in the vocabulary, which a lone decode would lose
-    )
+    # stands for a leading space in the vocabulary, which a lone decode would lose
+    marker: str | None = None
     generation: Mapping[str, Any] = field(
         default_factory=dict
     )  # of the model's generation_config.json

@@ -38,9 +38,8 @@ OnFault = Callable[[Replica, Fault], None]
 _TITLE: Final = "VLLM::"
 _SPAWNED: Final = b"multiprocessing.spawn"
 _HELPER: Final = b"resource_tracker"
-_AGE_MIN_S: Final = (
-    2.0  # a child that is about to run another program looks like its parent for a moment
-)
+# a child that is about to run another program looks like its parent for a moment
+_AGE_MIN_S: Final = 2.0
 
 
 class Watch:
@@ -49,9 +48,8 @@ class Watch:
     def __init__(self, on_fault: OnFault, journal: pathlib.Path | None) -> None:
         self._on_fault = on_fault
         self._home = Folder(journal) if journal is not None else None
-        self._board: tuple[int, Board] | None = (
-            None  # inode, so that a new file under the name is seen
-        )
+        # inode, so that a new file under the name is seen
+        self._board: tuple[int, Board] | None = None
         self._entries: dict[int, _Entry] = {}
         self._deadlines: dict[str, StepDeadline] = {}
         self._lock = threading.Lock()  # held while entries are looked at

@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Mapping
 from typing import Any, Final
 
 import concordia
@@ -36,6 +37,15 @@ def machine() -> dict[str, Any]:
         "source": source_hash(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def add_figures(path: pathlib.Path, figures: Mapping[str, Any]) -> None:
+    """Put figures measured here into a result file, beside those of other parts that it has."""
+    old = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.exists() else {}
+    found = machine()
+    result = {"machine": found, "commit": found["commit"], "figures": {**old, **figures}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def source_hash() -> str:

@@ -91,6 +91,16 @@ class Served:
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
+    def active(self) -> dict[str, Any]:
+        """The one replica that serves, as the status has it; raises ReplicaError when it is none or
+        not the only one.
+        """
+        replicas = (self.status() or {}).get("replicas", [])
+        active: list[dict[str, Any]] = [r for r in replicas if r["state"] == "ready"]
+        if len(active) != 1:
+            raise ReplicaError(f"{len(active)} replicas serve, want one")
+        return active[0]
+
     def tail(self, lines: int = 15) -> str:
         """The last lines that the server printed."""
         text = self.log.read_text(encoding="utf-8", errors="replace")
