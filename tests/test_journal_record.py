@@ -10,6 +10,7 @@ import pytest
 import xxhash
 
 from concordia import abi
+from concordia.device.payload_hash import PayloadHash
 from concordia.journal import record
 from concordia.journal.record import Record, SegmentStart
 
@@ -98,6 +99,19 @@ def test_payload_hash_is_the_documented_tree_for_every_length() -> None:
     for size in (0, 1, 127, 128, 4095, 4096, 4097, 8192, 65536, 65537, 69632, 131072, 150_000):
         assert record.payload_hash(data[:size]) == reference_hash(data[:size]), size
         assert record.payload_hash(memoryview(data)[:size]) == reference_hash(data[:size]), size
+
+
+def test_compiled_payload_hash_is_the_library_s_for_every_length_and_place() -> None:
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    rng = random.Random(seed)
+    data = rng.randbytes(300_000)
+    address = np.frombuffer(data, np.uint8).ctypes.data
+    hasher = PayloadHash()  # its room grows and is used again
+    sizes = (1, 127, 4095, 4096, 4097, 8192, 65537, 1, 250_000, *(rng.randrange(1, 250_000) for _ in range(60)))
+    for size in sizes:
+        at = rng.randrange(len(data) - size)
+        assert hasher.of(address + at, size) == record.payload_hash(data[at : at + size]), (at, size)
 
 
 def test_record_bytes_are_whole_lines_for_every_payload() -> None:

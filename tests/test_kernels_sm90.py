@@ -15,6 +15,7 @@ import pytest
 from concordia import abi
 from concordia.checkpoint.handler import burst_source, page_source
 from concordia.checkpoint.region import KvGeometry, Plane
+from concordia.checkpoint.restore_burst import RESTORE_KERNEL
 from concordia.device import nvrtc
 from concordia.device.compiler import KERNELS, HandlerSource, KernelCache
 from concordia.device.cubin import initial_word, read_facts
@@ -74,6 +75,15 @@ def test_burst_fills_a_multiprocessor_when_compiled_for_sm90(compiler: CudaCompi
     facts = read_facts(compiler.kernel(burst_source()).cubin)
     assert facts.registers["concordia_page_burst"] <= nvrtc.REGISTERS_MAX
     assert facts.frame_bytes["concordia_page_burst"] == 0
+
+
+@pytest.mark.parametrize("shape", [ROWS, COLUMNS, TILES, LATENT, FP8], ids=["rows", "columns", "tiles", "latent", "fp8"])
+def test_restore_burst_fills_a_multiprocessor_when_compiled_for_sm90(
+    compiler: CudaCompiler, shape: dict[str, int]
+) -> None:
+    facts = read_facts(compiler.kernel(HandlerSource.of("kv_restore.cu", shape)).cubin)
+    assert facts.registers[RESTORE_KERNEL] <= nvrtc.REGISTERS_MAX
+    assert facts.frame_bytes[RESTORE_KERNEL] <= 64
 
 
 def test_both_sides_of_the_executor_s_calls_preserve_the_same_registers(compiler: CudaCompiler) -> None:

@@ -75,7 +75,6 @@ CLEANER_SEGMENTS: Final = 2
 SOCKET_MESSAGE_BYTES_MAX: Final = 64 << 20
 
 # --- connector
-RESTORE_CTAS: Final = 8  # they read 36 GB/s over the bus, one reads 13; the engine waits for them
 # before the names of cohorts that clients ask for; the router's own are hexadecimal
 CLIENT_COHORT_PREFIX: Final = "client-"
 # a cohort that is not there by then goes on without its missing members
@@ -86,7 +85,9 @@ STEP_DEADLINE_FACTOR: Final = 5.0
 COHORTS_REMEMBERED: Final = 64
 # a prefix looked up in the journal for longer than this is computed instead
 LOOKUP_WAIT_S: Final = 1.0
-LOOKUP_THREADS: Final = 2  # one may hash a large restore while the other answers small look-ups
+# They hash what a failed engine's requests restore, some GB at 7 GB/s each, and the engine waits;
+# with two, one may do so while the other answers small look-ups.
+LOOKUP_THREADS: Final = max(2, min(8, (os.cpu_count() or 2) // 2))
 # a block that the journal let go of is saved again after this long
 KNOWN_KEYS_REFRESH_S: Final = 1.0
 KNOWN_KEYS_ALL_S: Final = 5.0  # how late an engine learns of prefixes that another engine saved

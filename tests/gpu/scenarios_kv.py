@@ -15,6 +15,7 @@ from concordia import abi
 from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.checkpoint.handler import KvRange, expected_bytes, tree_hash
 from concordia.checkpoint.region import KvGeometry
+from concordia.checkpoint.restore_tasks import KvPiece
 from concordia.device.compiler import HandlerSource
 from concordia.device.driver import open_device
 from concordia.errors import ConcordiaError
@@ -102,6 +103,50 @@ def _apply(checkpointer: Checkpointer, region: Any, journal: JournalFile, *, cac
     for address, layer in zip(addresses, layers, strict=True):
         device.write(address, layer)
     return wrong
+
+
+def restored(device: str, shape_name: str, seed: int, path: str, count: int) -> dict[str, Any]:
+    """Pieces that lie on each other go back in their order, over more than one list; those with another hash are named."""
+    shape = geometry(shape_name)
+    generator = np.random.default_rng(seed)
+    journal = JournalFile.create(pathlib.Path(path), segments=24, segment_bytes=SEGMENT)
+    opened = open_device(device)
+    checkpointer = Checkpointer(opened, journal.target())
+    addresses = place(opened, random_layers(shape, seed))
+    region = checkpointer.register_kv(shape, addresses)
+    ranges, caches = [], []
+    for i in range(24):  # each from a cache of other bytes
+        start = int(generator.integers(shape.block_tokens))
+        end = int(generator.integers(start + 1, shape.block_tokens + 1))
+        kind = abi.KIND_KV_BLOCK if i % 4 == 0 else abi.KIND_KV_TAIL
+        wanted = KvRange(kind, start, end, (int(generator.integers(shape.block_count)),))
+        caches.append(random_layers(shape, seed + i))
+        for address, layer in zip(addresses, caches[-1], strict=True):
+            opened.write(address, layer)
+        checkpointer.wait(checkpointer.append_kv(region, kind=kind, key=i, incarnation=1, token_start=start, token_end=end, blocks=wanted.blocks, step=i))
+        ranges.append(wanted)
+    pool = journal.target().pool_address
+    pieces = [
+        KvPiece(w.kind, w.token_start, w.token_end, w.blocks, pool + r.payload_offset, r.payload_bytes, r.payload_hash)
+        for w, r in zip(ranges, journal.records()[0], strict=True)
+    ]  # fmt: skip
+    order = [int(i) for i in generator.integers(len(pieces), size=count)]
+    said = checkpointer.restore_kv(region, [pieces[i] for i in order], timeout_s=20)
+    found = [np.frombuffer(opened.read(address, len(layer)), np.uint8) for address, layer in zip(addresses, caches[-1], strict=True)]
+    expected = [np.frombuffer(layer, np.uint8).copy() for layer in caches[-1]]  # what lay there before
+    for i in order:
+        is_written = mask(shape, ranges[i].kind, ranges[i].token_start, ranges[i].token_end, ranges[i].blocks).astype(bool)
+        for layer, one in enumerate(caches[i]):
+            expected[layer][is_written] = np.frombuffer(one, np.uint8)[is_written]
+    wrong = [layer for layer, (one, other) in enumerate(zip(found, expected, strict=True)) if (one != other).any()]
+    flipped = [pieces[i]._replace(payload_hash=pieces[i].payload_hash ^ (i % 3 == 0)) for i in range(len(pieces))]
+    named = checkpointer.restore_kv(region, flipped, timeout_s=20)
+    outside = pieces[0]._replace(address=pool + journal.target().pool_bytes - 16)
+    unknown = pieces[0]._replace(blocks=(shape.block_count,))
+    refused = checkpointer.restore_kv(region, [outside, unknown], timeout_s=20)
+    checkpointer.close()
+    opened.close()
+    return {"wrong": wrong, "said": all(said), "named": [i for i, is_good in enumerate(named) if not is_good], "refused": refused}
 
 
 def appended_bytes(device: str, lanes: int, seed: int, path: str) -> dict[str, Any]:

@@ -33,6 +33,15 @@ def test_handlers_equal_numpy_when_run_on_the_gpu(shape: str, lanes: int, seed: 
     assert answer["refused_status"] == 5
 
 
+@pytest.mark.parametrize("shape", ["flash", "odd", "tiled"])
+def test_pieces_are_restored_in_their_order_when_they_lie_on_each_other(shape: str, seed: int, journal_path: pathlib.Path) -> None:
+    answer = run("scenarios_kv:restored", device=DEVICE, shape_name=shape, seed=seed, path=str(journal_path), count=5000)
+    assert answer["wrong"] == []
+    assert answer["said"]
+    assert answer["named"] == list(range(0, 24, 3))
+    assert answer["refused"] == [False, False]
+
+
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_bytes_equal_when_appended_and_a_full_journal_is_said(lanes: int, seed: int, journal_path: pathlib.Path) -> None:
     answer = run("scenarios_kv:appended_bytes", device=DEVICE, lanes=lanes, seed=seed, path=str(journal_path))

@@ -21,12 +21,14 @@ from concordia.checkpoint.handler import (
     bytes_source,
     page_source,
     proven_append,
-    proven_images,
+    proven_code,
 )
 from concordia.checkpoint.region import BASE_ALIGNMENT, KvGeometry, PageRegion, Region, RegionEntry
+from concordia.checkpoint.restore_burst import RESTORE_KERNEL, RestoreBurst
+from concordia.checkpoint.restore_tasks import KvPiece, restore_by_tasks
 from concordia.checkpoint.stream_words import StreamStats, StreamWords
 from concordia.device.compiler import HandlerSource
-from concordia.device.driver import Burst, Device, open_device
+from concordia.device.driver import Burst, Device, Image, open_device
 from concordia.device.memory import JournalTarget
 from concordia.errors import UsageError
 from concordia.runtime.executor import Runtime, RuntimeStats
@@ -48,10 +50,12 @@ class Checkpointer(StreamWords):
         super().__init__(device.library, target.control_address if target else 0)
         self.device = device
         self._owns_device = owns_device
+        self._target = target
         self._lanes = lanes
         self._lock = threading.Lock()
         self._regions: list[Region | PageRegion] = []
         self._page_tasks: dict[int, Ticket] = {}  # the last of each page region
+        self._restores: dict[int, RestoreBurst] = {}  # of KV regions, where the device has bursts
         self._burst: Burst | None = None  # for all page regions, once the first is there
         self._is_open = True
         self.runtime = Runtime(device, target=target, lanes=lanes)
@@ -88,7 +92,7 @@ class Checkpointer(StreamWords):
             self.device.check_range(
                 address, (geometry.block_count - 1) * geometry.stride + geometry.block_bytes
             )
-        images = proven_images(self.device, geometry, lanes=self._lanes)
+        code = proven_code(self.device, geometry, lanes=self._lanes)
         with self._lock:
             number = len(self._regions) + 1
             entry = RegionEntry(
@@ -100,11 +104,20 @@ class Checkpointer(StreamWords):
             )
             operators = [
                 self.runtime.adopt(f"{name}.{number}", image, region_address=entry.address)
-                for name, image in images.items()
+                for name, image in code.handlers.items()
             ]
             region = Region(number, geometry, geometry.layout_hash(), entry, *operators)
             self._regions.append(region)
+            burst = self._load_burst(code.restore, RESTORE_KERNEL)
+            if burst is not None:
+                self._restores[number] = RestoreBurst(self.device, burst, region)
         return region
+
+    def _load_burst(self, image: Image | None, name: str) -> Burst | None:
+        if image is None:
+            return None
+        with self.runtime.parked():
+            return self.device.burst(image, name)
 
     def register_pages(self, address: int, *, size: int, page_bytes: int) -> PageRegion:
         """Make opaque memory known, to be found dirty by hash; at first all of it is."""
@@ -122,6 +135,7 @@ class Checkpointer(StreamWords):
         self.device.check_range(address, size)
         pages = size // page_bytes
         image = self.device.build(page_source(page_bytes))
+        page_burst = self.device.build_burst(burst_source())
         with self._lock:
             number = len(self._regions) + 1
             hashes = self.device.allocate(PageRegion.table_bytes(pages))
@@ -132,8 +146,7 @@ class Checkpointer(StreamWords):
                 f"page_scan.{number}", image, region_address=entry.address
             )
             if page_bytes == abi.LEAF_BYTES and self._burst is None:
-                with self.runtime.parked():
-                    self._burst = self.device.burst(burst_source(), "concordia_page_burst")
+                self._burst = self._load_burst(page_burst, "concordia_page_burst")
             burst = self._burst if page_bytes == abi.LEAF_BYTES else None
             region = PageRegion(number, page_bytes, pages, entry, hashes, operator, burst)
             self._regions.append(region)
@@ -236,20 +249,26 @@ class Checkpointer(StreamWords):
         """Write a record's payload, which lies in the pool, back into the region;
         STATUS_HASH_MISMATCH and no write if it is not what was promised.
         """
-        return self.runtime.submit(
-            Task(
-                opcode=region.apply.opcode,
-                kind=abi.TASK_RESTORE,
-                region=region.number,
-                record_kind=kind,
-                key=payload_hash,
-                token_start=token_start,
-                token_end=token_end,
-                blocks=blocks,
-                source=payload_address,
-                source_bytes=payload_bytes,
-            )
+        piece = KvPiece(
+            kind, token_start, token_end, blocks, payload_address, payload_bytes, payload_hash
         )
+        return self.runtime.submit(piece.task(region))
+
+    def restore_kv(
+        self, region: Region, pieces: Sequence[KvPiece], *, timeout_s: float
+    ) -> list[bool]:
+        """Write the pieces back in this order and read the region's bytes again: whether each is
+        what its record promised. A piece that is not leaves its blocks without meaning.
+
+        Where the device has bursts, all multiprocessors do it, and what is handed in meanwhile
+        waits. Raises WaitTimeout.
+        """
+        burst, target = self._restores.get(region.number), self._target
+        if burst is None or target is None or not all(map(burst.takes, pieces)):
+            statuses = restore_by_tasks(self.runtime, region, pieces, timeout_s)
+        else:
+            statuses = burst.restore(self.runtime, target, pieces, timeout_s)
+        return [status == abi.STATUS_OK for status in statuses]
 
     def hash_kv(
         self, region: Region, *, kind: int, token_start: int, token_end: int, blocks: Sequence[int]
@@ -257,17 +276,8 @@ class Checkpointer(StreamWords):
         """The completion's payload_hash is what append_kv would commit for the bytes that the
         region holds now.
         """
-        return self.runtime.submit(
-            Task(
-                opcode=region.hash.opcode,
-                kind=abi.TASK_COMPUTE,
-                region=region.number,
-                record_kind=kind,
-                token_start=token_start,
-                token_end=token_end,
-                blocks=blocks,
-            )
-        )
+        place = KvPiece(kind, token_start, token_end, blocks, 0, 0, 0)
+        return self.runtime.submit(place.look(region))
 
     def scan_pages(
         self,
@@ -353,6 +363,8 @@ class Checkpointer(StreamWords):
                 return
             self._is_open = False
             self.runtime.close()
+            for restore in self._restores.values():
+                restore.close()
             for region in self._regions:
                 region.entry.close()
                 if isinstance(region, PageRegion):

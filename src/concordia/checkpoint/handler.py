@@ -18,13 +18,16 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from concordia import abi
-from concordia.checkpoint.region import KvGeometry, RegionEntry
+from concordia import abi, config
+from concordia.checkpoint.region import KvGeometry, Region, RegionEntry
+from concordia.checkpoint.restore_burst import RESTORE_KERNEL, RestoreBurst
+from concordia.checkpoint.restore_tasks import KvPiece
 from concordia.device.compiler import HandlerSource
 from concordia.device.driver import Device, Image
 from concordia.device.memory import Buffer, JournalTarget
 from concordia.errors import HandlerRefused
 from concordia.runtime.executor import Runtime
+from concordia.runtime.op_table import Operator
 from concordia.runtime.ring import Completion, Task
 
 KV_HANDLERS = ("kv_append", "kv_apply", "kv_hash")
@@ -36,7 +39,7 @@ SLOTS = 64
 
 
 def kv_source(name: str, geometry: KvGeometry) -> HandlerSource:
-    """kv_append, kv_apply or kv_hash for one geometry."""
+    """kv_append, kv_apply, kv_hash or kv_restore for one geometry."""
     return HandlerSource.of(f"{name}.cu", geometry.constants())
 
 
@@ -76,18 +79,29 @@ class KvRange:
     blocks: tuple[int, ...]
 
 
-def proven_images(device: Device, geometry: KvGeometry, *, lanes: int) -> dict[str, Image]:
-    """The three handlers of a KV region, compiled side by side and tested: kv_append, kv_apply,
-    kv_hash.
+@dataclass(frozen=True, slots=True)
+class KvCode:
+    """What serves a KV region: a handler each of KV_HANDLERS, and the burst that restores, where
+    the device has bursts.
     """
-    with ThreadPoolExecutor(len(KV_HANDLERS)) as pool:
+
+    handlers: dict[str, Image]
+    restore: Image | None
+
+
+def proven_code(device: Device, geometry: KvGeometry, *, lanes: int) -> KvCode:
+    """All of it for one geometry, compiled side by side and tested."""
+    with ThreadPoolExecutor(len(KV_HANDLERS) + 1) as pool:
+        restore = pool.submit(device.build_burst, kv_source("kv_restore", geometry))
         built = list(pool.map(lambda name: device.build(kv_source(name, geometry)), KV_HANDLERS))
-    images = dict(zip(KV_HANDLERS, built, strict=True))
+    code = KvCode(dict(zip(KV_HANDLERS, built, strict=True)), restore.result())
     with closing(KvProof(device, geometry, lanes=lanes)) as proof:
-        proof.test_append(images["kv_append"])
-        proof.test_apply(images["kv_apply"])
-        proof.test_hash(images["kv_hash"])
-    return images
+        proof.test_append(code.handlers["kv_append"])
+        proof.test_apply(code.handlers["kv_apply"])
+        proof.test_hash(code.handlers["kv_hash"])
+        if code.restore is not None:
+            proof.test_restore(code.restore)
+    return code
 
 
 def proven_append(
@@ -137,6 +151,7 @@ class KvProof:
         target = JournalTarget(
             self._pool.address, self._pool.size, self._pool.size, self._control.address
         )
+        self._target = target
         self._runtime = Runtime(device, target=target, lanes=lanes, slots=SLOTS)
 
     def close(self) -> None:
@@ -189,10 +204,48 @@ class KvProof:
                     )
         self._fill(self._layers)
 
+    def test_restore(self, image: Image) -> None:
+        """The burst writes exactly the range too, and says so when the hash is not the record's.
+        After the handlers were tested.
+        """
+        append, apply, look = (self._found(name) for name in ("append", "apply", "hash"))
+        layout = self._geometry.layout_hash()
+        region = Region(1, self._geometry, layout, self._entry, append, apply, look)
+        with self._runtime.parked():
+            burst = self._device.burst(image, RESTORE_KERNEL)
+        zeros = [bytes(len(layer)) for layer in self._layers]
+        with closing(RestoreBurst(self._device, burst, region)) as restore:
+            for wanted, expected in zip(self._ranges, self._expected, strict=True):
+                self._pool.view[: len(expected)] = expected
+                self._fill(zeros)
+                right = KvPiece(
+                    *(wanted.kind, wanted.token_start, wanted.token_end, wanted.blocks),
+                    *(self._pool.address, len(expected), tree_hash(expected)),
+                )
+                wrong = right._replace(payload_hash=right.payload_hash ^ 1)
+                said = restore.restore(
+                    self._runtime, self._target, [wrong, right], config.WAIT_TASK_S
+                )
+                if said != [abi.STATUS_HASH_MISMATCH, abi.STATUS_OK]:
+                    raise HandlerRefused(
+                        f"kv_restore: statuses {said} for a wrong and a right hash"
+                    )
+                for layer, (address, want) in enumerate(
+                    zip(self._addresses, self._applied(wanted), strict=True)
+                ):
+                    found = self._device.read(address, len(want))
+                    _compare(f"kv_restore, layer {layer}", want, found)
+        self._fill(self._layers)
+
     def _applied(self, wanted: KvRange) -> list[bytes]:
         """The scratch cache if only this range had been restored into zeroes."""
         is_written = written_bytes(self._geometry, wanted)
         return [(np.frombuffer(layer, np.uint8) * is_written).tobytes() for layer in self._layers]
+
+    def _found(self, name: str) -> Operator:
+        operator = self._runtime.operators.find(name)
+        assert operator is not None, "its handler was not tested"
+        return operator
 
     def _run(
         self, name: str, image: Image, wanted: KvRange, *, key: int = 0, source_bytes: int = 0

@@ -31,21 +31,24 @@ class Burst:
             )
             device = checked(driver.cuCtxGetDevice(), "ask for the device")
             count = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-            self._ctas = CTAS_EACH * checked(
+            self.ctas = CTAS_EACH * checked(
                 driver.cuDeviceGetAttribute(count, device), "count multiprocessors"
             )
 
-    def enqueue(self, stream: Any, words: Sequence[int], *, zeroed: int) -> None:
-        """Set the eight bytes at `zeroed` to zero, then launch with these arguments."""
+    def enqueue(self, stream: Any, words: Sequence[int], *, zeroed: int = 0) -> None:
+        """Set the eight bytes at `zeroed` to zero, if it is given, then launch with these
+        arguments.
+        """
         values = (ctypes.c_uint64 * len(words))(*words)
         start = ctypes.addressof(values)
         arguments = (ctypes.c_void_p * len(words))(*(start + 8 * i for i in range(len(words))))
         with self._context.current() as driver:
-            checked(driver.cuMemsetD8Async(zeroed, 0, 8, stream), "empty the list")
+            if zeroed:
+                checked(driver.cuMemsetD8Async(zeroed, 0, 8, stream), "empty the list")
             checked(
                 driver.cuLaunchKernel(
                     self._function,
-                    self._ctas,
+                    self.ctas,
                     1,
                     1,
                     THREADS,

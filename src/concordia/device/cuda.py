@@ -133,9 +133,14 @@ class CudaDevice:
         self._code.append(code)
         return code
 
-    def burst(self, source: HandlerSource, name: str) -> Burst:
-        """Load a kernel of the whole GPU; the executor is parked."""
-        burst = Burst(self._compiler.kernel(source), name, context=self._context)
+    def build_burst(self, source: HandlerSource) -> CudaImage:
+        """A kernel of the whole GPU, from the cache when it is there."""
+        return self._compiler.kernel(source)
+
+    def burst(self, image: Image, name: str) -> Burst:
+        """Load such a kernel; the executor is parked."""
+        assert isinstance(image, CudaImage)
+        burst = Burst(image, name, context=self._context)
         self._bursts.append(burst)
         return burst
 

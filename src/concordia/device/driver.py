@@ -68,9 +68,11 @@ class ExecutorPlan:
 class Burst(Protocol):
     """A loaded kernel of the whole device."""
 
-    def enqueue(self, stream: Any, words: Sequence[int], *, zeroed: int) -> None:
+    ctas: int  # that a launch has
+
+    def enqueue(self, stream: Any, words: Sequence[int], *, zeroed: int = 0) -> None:
         """Put it into a stream with these arguments, behind a store of zero to the eight bytes at
-        `zeroed`.
+        `zeroed`, if that is given.
         """
 
     def close(self) -> None:
@@ -156,10 +158,11 @@ class Device(Protocol):
     def load(self, image: Any) -> Code:
         """Load code that this device built; on a GPU only while the executor is parked."""
 
-    def burst(self, source: HandlerSource, name: str) -> Burst | None:
-        """Load a kernel of the whole device while the executor is parked; None where there is no
-        such thing.
-        """
+    def build_burst(self, source: HandlerSource) -> Image | None:
+        """Compile a kernel of the whole device; None where there is no such thing."""
+
+    def burst(self, image: Any, name: str) -> Burst:
+        """Load a kernel that `build_burst` made, while the executor is parked."""
 
     def executor(self, plan: ExecutorPlan) -> Executor:
         """Prepare the executor of a ring; does not launch it."""

@@ -63,6 +63,9 @@ class HostLibrary:
         self.step_done = function(quick, "step_done", None, _ADDRESS, _WORD)
         self.heartbeat = function(quick, "heartbeat", None, _ADDRESS, _WORD)
         self.count_unprotected = function(quick, "count_unprotected", None, _ADDRESS, _WORD)
+        self.hash_payload = function(
+            slow, "hash_payload", None, _ADDRESS, _WORD, _ADDRESS, _ADDRESS
+        )
         self.wait = function(slow, "wait", int32, _ADDRESS, _WORD, _WORD, _ADDRESS)
         self.open = function(slow, "open", _ADDRESS, _BYTES)
         self.park = function(slow, "park", flag, _ADDRESS, _WORD)
@@ -167,8 +170,11 @@ class HostDevice:
         self.library = HostLibrary(self._compiler)
         self._buffers: dict[int, Buffer] = {}
 
-    def burst(self, source: HandlerSource, name: str) -> None:
+    def build_burst(self, source: HandlerSource) -> None:
         """Lanes are all there is: None."""
+
+    def burst(self, image: Any, name: str) -> Any:
+        raise AssertionError("this device builds no bursts")
 
     def share(self, address: int, size: int) -> int:
         """A host address is the executor's own."""

@@ -361,3 +361,15 @@ EXPORT void concordia_count_unprotected(StreamControl* control, uint64_t count) 
   // two ever meet.
   __atomic_fetch_add(&control->unprotected_count, count, __ATOMIC_RELEASE);
 }
+
+// The payload hash of `bytes` bytes, for readers: leaf digests go into `digests_ptr`, which has room
+// for root_bytes(leaf_count(bytes)).
+EXPORT void concordia_hash_payload(const uint8_t* data_ptr, uint64_t bytes, uint8_t* digests_ptr,
+                                   uint64_t* hash_ptr) {
+  Call call = {};
+  call.lanes = 1;
+  call.digests = digests_ptr;
+  hash_payload(&call, 0, data_ptr, bytes);
+  hash_ptr[0] = call.payload_hash[0];
+  hash_ptr[1] = call.payload_hash[1];
+}

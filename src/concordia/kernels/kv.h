@@ -342,6 +342,13 @@ class RegionWords {
   uint32_t start_, tokens_, bytes_;
 };
 
+// Whether [start, start + bytes) lies in the other stretch.
+FUNCTION bool is_within(uint64_t start, uint64_t bytes, const uint8_t* outer_ptr,
+                        uint64_t outer_bytes) {
+  const uint64_t outer = reinterpret_cast<uint64_t>(outer_ptr);
+  return start >= outer && bytes <= outer_bytes && start - outer <= outer_bytes - bytes;
+}
+
 // All lanes, device shape: region -> target, hashed on the way (stream.h).
 FUNCTION void stream_range(Call* call, uint64_t lane, const Range& range, uint8_t* target_ptr) {
   if (range.is_raw)

@@ -4,12 +4,6 @@
 #include "journal.h"
 #include "kv.h"
 
-FUNCTION bool is_within(uint64_t start, uint64_t bytes, const uint8_t* outer_ptr,
-                        uint64_t outer_bytes) {
-  const uint64_t outer = reinterpret_cast<uint64_t>(outer_ptr);
-  return start >= outer && bytes <= outer_bytes && start - outer <= outer_bytes - bytes;
-}
-
 HANDLER {
   check_range(call, lane);
   grid_sync(call);

@@ -3,9 +3,9 @@ committed.
 
 Owns: RestorePlan, and checking it. Promises: a plan exists only if for every rank its pieces are
 contiguous from token 0, lie within the pool and have the reader's layout and model; `verify` has
-hashed every byte with the xxhash library, independent of the code that wrote it, before anybody is
-promised a token; what does not fit is a RecoveryError with its reason, which means a cold start for
-that request and nothing else. Called by integrations from a thread of their own. It writes nothing:
+hashed every byte, on this thread and without the interpreter's lock, before anybody is promised a
+token; what does not fit is a RecoveryError with its reason, which means a cold start for that
+request and nothing else. Called by integrations from a thread of their own. It writes nothing:
 the applier does that, on the device.
 """
 
@@ -15,7 +15,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from concordia import abi
+from concordia.device.payload_hash import PayloadHash
 from concordia.errors import Corruption, RecoveryError, WaitTimeout
 from concordia.journal import record
 from concordia.journal.coverage import Cut, Piece
@@ -79,21 +82,21 @@ def verify(plan: RestorePlan, pool: memoryview, *, deadline: float) -> None:
     """Hash every piece of every rank; raises Corruption for the first that differs, WaitTimeout at
     the deadline (monotonic).
     """
+    start = np.frombuffer(pool, np.uint8).ctypes.data
+    hasher = PayloadHash()
     for rank, pieces in plan.pieces.items():
         for done, piece in enumerate(pieces):
             if time.monotonic() >= deadline:
                 raise WaitTimeout(
                     f"{done} of {len(pieces)} pieces of rank {rank} were verified in time"
                 )
-            end = piece.pool_offset + piece.payload_bytes
-            found = record.payload_hash(pool[piece.pool_offset : end])
+            found = hasher.of(start + piece.pool_offset, piece.payload_bytes)
             if found != piece.payload_hash:
                 raise Corruption(
                     f"tokens {piece.token_start}..{piece.token_end} of rank {rank} (stream "
                     f"{piece.stream:x}, record {piece.sequence}): "
                     f"payload hash {found:032x}, committed {piece.payload_hash:032x}"
                 )
-            time.sleep(0)  # the engine's threads want the interpreter too
 
 
 def _stamp(pool: memoryview, at: int) -> bytes:

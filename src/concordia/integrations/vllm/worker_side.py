@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +26,7 @@ from concordia.integrations.vllm.applier import Applier
 from concordia.integrations.vllm.audit import DIFFERS, Audit
 from concordia.integrations.vllm.door import logger
 from concordia.integrations.vllm.layout import Layout, Probe, Proof, describe_kv, in_words
-from concordia.integrations.vllm.load import Load, PieceRange
+from concordia.integrations.vllm.load import PieceRange
 from concordia.integrations.vllm.metadata import StepMetadata, WorkerReport
 from concordia.integrations.vllm.pump import Append, AppendPump, Batch, Event
 from concordia.journal.client import JournalClient
@@ -50,9 +49,6 @@ class WorkerSide:
         self._client: JournalClient | None = None
         self._attachment: Any = None
         self._checkpointer: Checkpointer | None = None
-        # for restores: on a GPU with an executor of its own, which is wide, for nothing else runs
-        # then; elsewhere the same
-        self._mover: Checkpointer | None = None
         self._region: Any = None
         self._layout: Layout | None = None
         self._probe: Probe | None = None
@@ -96,20 +92,14 @@ class WorkerSide:
         )
         self._checkpointer = Checkpointer.open(device, self._attachment.target, lanes=1)
         self._region = self._checkpointer.register_kv(layout.geometry, layout.addresses)
-        self._mover, region = self._checkpointer, self._region
-        if self._is_cuda:
-            self._mover = Checkpointer(
-                self._checkpointer.device, self._attachment.target, lanes=config.RESTORE_CTAS
-            )
-            region = self._mover.register_kv(layout.geometry, layout.addresses)
         self._clock = AppendClock(self._checkpointer.runtime.busy_ns)
         control = self._attachment.board.control(self._attachment.slot)
         self._pump = AppendPump(
             self._checkpointer, is_threaded=self._is_cuda, committed=lambda: control.committed_count
         )
         self._applier = Applier(
-            self._mover,
-            region,
+            self._checkpointer,
+            self._region,
             rank=self._rank,
             pool_address=self._attachment.target.pool_address,
         )
@@ -155,15 +145,22 @@ class WorkerSide:
         failed: set[int] = set()
         if self._applier is None:
             raise RecoveryError(self._why_not or "the engine never registered its KV memory")
-        if self._is_cuda and meta.loads:
+        if not meta.loads:
+            return failed
+        if self._is_cuda:
             # The executor has a stream of its own: what earlier steps still write into these blocks
             # must have landed before we do.
             torch.cuda.current_stream().synchronize()
+        assert self._clock is not None
         self._refused.update(load.request for load in meta.loads)
-        for load in meta.loads:
-            mismatches = self._apply(load)
-            self._report.loaded[load.request] = mismatches
-            if mismatches == 0:
+        started = time.monotonic()
+        with self._clock.restoring():
+            mismatches = self._applier.apply(meta.loads)
+        spent_s = time.monotonic() - started
+        for load, count in zip(meta.loads, mismatches, strict=True):
+            self._report.loaded[load.request] = count
+            self._report.load_s[load.request] = spent_s
+            if count == 0:
                 self._refused.discard(load.request)
             else:
                 failed.update(load.blocks[load.first_block :])
@@ -203,7 +200,8 @@ class WorkerSide:
         if self._pump is not None:
             self._pump.abandon()
         self._clock = None
-        self._close_checkpointers()
+        if self._checkpointer is not None:
+            self._checkpointer.close()
 
     def close(self) -> None:
         """Let the appends finish, within a bound, and end the stream."""
@@ -212,39 +210,21 @@ class WorkerSide:
         if self._pump is not None:
             self._pump.drain(timeout_s=config.WAIT_TASK_S)
             self._pump.close()
-        self._close_checkpointers()
+        if self._checkpointer is not None:
+            self._checkpointer.close()
         if self._attachment is not None:
             self._attachment.close()
         if self._client is not None:
             self._client.close()
         self._clock = self._audit = self._pump = self._applier = None
-        self._checkpointer = self._mover = self._attachment = self._client = None
+        self._checkpointer = self._attachment = self._client = None
 
     # --- leaves
-
-    def _close_checkpointers(self) -> None:
-        """The first owns the device."""
-        try:
-            if self._mover is not None and self._mover is not self._checkpointer:
-                self._mover.close()
-        finally:
-            if self._checkpointer is not None:
-                self._checkpointer.close()
 
     def _live_pump(self) -> AppendPump:
         if self._pump is None:
             raise RecoveryError(self._why_not or "the engine never registered its KV memory")
         return self._pump
-
-    def _apply(self, load: Load) -> int:
-        assert self._applier is not None
-        assert self._clock is not None
-        started = time.monotonic()
-        is_shared = self._mover is self._checkpointer
-        with self._clock.restoring() if is_shared else nullcontext():
-            mismatches = self._applier.apply(load)
-        self._report.load_s[load.request] = time.monotonic() - started
-        return mismatches
 
     def _record_event(self) -> Event | None:
         if not self._is_cuda:
