@@ -226,6 +226,28 @@ def test_records_hold_the_bytes_of_their_range_when_appended(setup: Setup) -> No
         assert header["model_hash"] == (1 << 64) - 21
 
 
+def test_whole_blocks_of_one_task_are_records_of_their_own(setup: Setup) -> None:
+    size, blocks = setup.region.geometry.block_tokens, [5, 0, 1, 3, 2]
+    words = {"kind": abi.KIND_KV_BLOCK, "key": 9, "incarnation": 4, "step": 12, "is_each": True}
+    submit, wait = setup.checkpointer.append_kv, setup.checkpointer.wait
+    answers = [
+        wait(submit(setup.region, token_start=3 * size, token_end=8 * size, blocks=blocks, **words)),
+        wait(submit(setup.region, token_start=0, token_end=size, blocks=[4], **words)),
+    ]
+    expected = [raw_of(setup.name, setup.layers, [block]) for block in [*blocks, 4]]
+    records = setup.stream.records()
+    assert [record.payload for record in records] == expected
+    assert [wide(record.header["payload_hash"]) for record in records] == [tree_hash(payload) for payload in expected]
+    found = [(record.header["token_start"] // size, record.header["token_end"] // size) for record in records]
+    assert found == [(3, 4), (4, 5), (5, 6), (6, 7), (7, 8), (0, 1)]
+    assert [(answer.status, answer.result, answer.sequence) for answer in answers] == [(abi.STATUS_OK, 5, 4), (abi.STATUS_OK, 1, 5)]
+    assert answers[0].payload_hash == tree_hash(expected[4])
+    for start, end, kind in ((0, size + 1, abi.KIND_KV_BLOCK), (1, size + 1, abi.KIND_KV_BLOCK), (0, 2 * size, abi.KIND_KV_TAIL)):
+        ticket = submit(setup.region, token_start=start, token_end=end, blocks=[1, 2], **(words | {"kind": kind}))
+        assert wait(ticket).status == abi.STATUS_BAD_TASK
+    assert len(setup.stream.records()) == 6
+
+
 def test_hash_is_that_of_an_append_when_nothing_changed(setup: Setup) -> None:
     for kind, start, end, blocks in setup.ranges():
         ticket = setup.checkpointer.hash_kv(

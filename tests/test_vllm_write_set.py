@@ -21,7 +21,7 @@ from concordia.integrations.vllm.identity import (
     private_key,
 )
 from concordia.integrations.vllm.retry import Retries
-from concordia.integrations.vllm.write_set import Scheduled, Track, WriteSet
+from concordia.integrations.vllm.write_set import Scheduled, Track, WriteSet, runs_of
 
 SIZE = 4
 SEED = b"model"
@@ -50,6 +50,11 @@ def test_prefill_appends_full_blocks_and_a_tail_when_a_request_starts() -> None:
     assert write.incarnation == 1000
     assert [index for index, _ in done.notes[0].entries] == [0, 1]
     assert done.reused == [7, 8, 9]
+
+
+def test_blocks_that_follow_each_other_are_appended_together() -> None:
+    assert runs_of([(0, 7), (1, 8), (3, 2), (4, 9), (5, 1)], 2) == [(0, (7, 8)), (3, (2, 9)), (5, (1,))]
+    assert runs_of(()) == []
 
 
 def test_chunks_and_decode_cover_every_token_once_when_a_prompt_is_split() -> None:

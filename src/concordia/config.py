@@ -75,6 +75,9 @@ CLEANER_SEGMENTS: Final = 2
 SOCKET_MESSAGE_BYTES_MAX: Final = 64 << 20
 
 # --- connector
+# full blocks that one task appends: 32 block ids travel with a task, and 64 MiB of an 8B model's
+# are a millisecond of the bus
+APPEND_BLOCKS: Final = 32
 # before the names of cohorts that clients ask for; the router's own are hexadecimal
 CLIENT_COHORT_PREFIX: Final = "client-"
 # a cohort that is not there by then goes on without its missing members

@@ -149,6 +149,47 @@ def restored(device: str, shape_name: str, seed: int, path: str, count: int) -> 
     return {"wrong": wrong, "said": all(said), "named": [i for i, is_good in enumerate(named) if not is_good], "refused": refused}
 
 
+def grouped(device: str, lanes: int, shape_name: str, seed: int, *, path: str, segment_bytes: int) -> dict[str, Any]:
+    """Whole blocks of one task as a record each, over segments that hold a few; then the journal is full in the middle of a task."""
+    shape = geometry(shape_name)
+    generator = np.random.default_rng(seed)
+    journal = JournalFile.create(pathlib.Path(path), segments=12, segment_bytes=segment_bytes)
+    layers = random_layers(shape, seed)
+    opened = open_device(device)
+    checkpointer = Checkpointer(opened, journal.target(), lanes=lanes)
+    region = checkpointer.register_kv(shape, place(opened, layers))
+    size, wrong, wanted = shape.block_tokens, [], []
+
+    def submit(first: int, blocks: Any) -> Any:
+        words = {"key": first, "incarnation": 3, "token_start": first * size, "token_end": (first + len(blocks)) * size, "step": first}
+        return checkpointer.wait(checkpointer.append_kv(region, kind=abi.KIND_KV_BLOCK, blocks=blocks, is_each=True, **words))
+
+    for first, count in ((0, 1), (1, 2), (3, 5), (8, shape.block_count)):
+        blocks = [int(b) for b in generator.permutation(shape.block_count)[:count]]
+        done = submit(first, blocks)
+        wanted += [KvRange(abi.KIND_KV_BLOCK, (first + i) * size, (first + i + 1) * size, (block,)) for i, block in enumerate(blocks)]
+        if (done.status, done.result, done.sequence, done.payload_hash) != (abi.STATUS_OK, count, len(wanted) - 1, tree_hash(expected_bytes(shape, layers, wanted[-1]))):
+            wrong.append(f"answer for {count}: {done}")
+    records, end = journal.records()
+    if len(records) != len(wanted) or end.value != "clean":
+        wrong.append(f"{len(records)} records of {len(wanted)}, {end}")
+    for one, record in zip(wanted, records, strict=False):
+        expected = expected_bytes(shape, layers, one)
+        if (record.kind, record.token_start, record.token_end, record.incarnation) != (one.kind, one.token_start, one.token_end, 3):
+            wrong.append(f"{one}: {record}")
+        if record.payload_hash != tree_hash(expected) or journal.payload(record) != expected:
+            wrong.append(f"{one}: {first_difference(expected, journal.payload(record))}")
+    refused = [submit(0, range(shape.block_count)) for _ in range(40)]
+    kept, _ = journal.records()
+    full = [answer for answer in refused if answer.status != abi.STATUS_OK]
+    if len(kept) - len(records) != sum(answer.result for answer in refused) or not full:
+        wrong.append(f"{len(kept)} records, answers {refused}")
+    odd = checkpointer.wait(checkpointer.append_kv(region, kind=abi.KIND_KV_BLOCK, key=1, incarnation=1, token_start=0, token_end=size + 1, blocks=[0, 1], step=1, is_each=True))
+    checkpointer.close()
+    opened.close()
+    return {"wrong": wrong, "full": sorted({answer.status for answer in full}), "odd": odd.status}
+
+
 def appended_bytes(device: str, lanes: int, seed: int, path: str) -> dict[str, Any]:
     """bytes_append over lengths around every boundary, over many segments; a full journal is said and counted."""
     journal = JournalFile.create(pathlib.Path(path), segments=4, segment_bytes=SEGMENT)

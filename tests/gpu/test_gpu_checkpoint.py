@@ -33,6 +33,14 @@ def test_handlers_equal_numpy_when_run_on_the_gpu(shape: str, lanes: int, seed: 
     assert answer["refused_status"] == 5
 
 
+@pytest.mark.parametrize(("shape", "lanes", "segment"), [("flash", 1, 1 << 20), ("flash", 4, 1 << 18), ("latent", 4, 1 << 20), ("odd", 1, 1 << 15)])
+def test_blocks_of_one_task_are_records_of_their_own(shape: str, lanes: int, segment: int, seed: int, journal_path: pathlib.Path) -> None:
+    answer = run("scenarios_kv:grouped", device=DEVICE, lanes=lanes, shape_name=shape, seed=seed, path=str(journal_path), segment_bytes=segment)
+    assert answer["wrong"] == []
+    assert answer["full"] == [2]  # the journal has no room
+    assert answer["odd"] == 5  # half a block is none
+
+
 @pytest.mark.parametrize("shape", ["flash", "odd", "tiled"])
 def test_pieces_are_restored_in_their_order_when_they_lie_on_each_other(shape: str, seed: int, journal_path: pathlib.Path) -> None:
     answer = run("scenarios_kv:restored", device=DEVICE, shape_name=shape, seed=seed, path=str(journal_path), count=5000)

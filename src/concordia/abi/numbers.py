@@ -62,6 +62,7 @@ TASK_PARITY: Final = 5
 # no launch of the executor below `arg` passes it: launches can be put behind a framework's work
 TASK_GATE: Final = 6
 
+APPEND_EACH: Final = 1  # `arg` of an append of whole blocks: a record for each of them
 PAGES_NOTED: Final = 1  # `arg` of a page scan whose pages a burst has found
 
 # Status of a completed task
@@ -86,6 +87,7 @@ _CONSTANT_NAMES: Final = (
     "LENT_CAPACITY",
     "NOT_SEALED",
     "OPERATOR_CAPACITY",
+    "APPEND_EACH",
     "PAGES_NOTED",
 )
 

@@ -177,9 +177,11 @@ class Checkpointer(StreamWords):
         blocks: Sequence[int],
         step: int,
         model_hash: int = 0,
+        is_each: bool = False,
     ) -> Task:
         """The task that appends [token_start, token_end) as one record; the first block holds
-        token_start.
+        token_start. `is_each`: whole blocks, a record for each; the completion's result counts
+        them, and its hash is the last one's.
 
         `model_hash` names what computed the bytes; who restores them must name the same.
         """
@@ -195,6 +197,7 @@ class Checkpointer(StreamWords):
             blocks=blocks,
             flags=region.geometry.block_tokens,
             step=step,
+            arg=abi.APPEND_EACH if is_each else 0,
             model_hash=model_hash,
         )
 

@@ -40,7 +40,7 @@ class RestoreBurst:
         tail_max = geometry.tail_bytes(2 * geometry.block_tokens)
         self._payload_max = max(geometry.raw_bytes(), tail_max)
         leaves = -(-self._payload_max // abi.LEAF_BYTES)
-        self._digest_bytes = -(-16 * leaves // abi.ROOT_BYTES_MIN + 1) * abi.ROOT_BYTES_MIN
+        self._digest_bytes = -(-16 * leaves // abi.ROOT_BYTES_MIN) * abi.ROOT_BYTES_MIN
         self._scratch = device.allocate(burst.ctas * (self._digest_bytes + 4 * BLOCKS_MAX))
         at = [size * PIECES_MAX for size in (abi.TASK.size, 8, 4 * BLOCKS_MAX)]
         self._list = Buffer(sum(at))

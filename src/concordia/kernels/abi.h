@@ -38,6 +38,7 @@ constexpr uint32_t kTaskAppend = 0x3u;
 constexpr uint32_t kTaskRestore = 0x4u;
 constexpr uint32_t kTaskParity = 0x5u;
 constexpr uint32_t kTaskGate = 0x6u;
+constexpr uint32_t kAppendEach = 0x1u;
 constexpr uint32_t kPagesNoted = 0x1u;
 constexpr uint32_t kStatusOk = 0x1u;
 constexpr uint32_t kStatusJournalFull = 0x2u;

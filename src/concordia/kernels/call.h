@@ -40,6 +40,7 @@ struct Call {
   uint64_t near_id_count;
   // A handler's working words.
   uint8_t* place;  // where the reserved record's payload goes, 0 when nothing is reserved
+  uint64_t place_count;  // records of that size that are reserved there
   uint64_t scratch[8];
   // Its answer.
   uint64_t status;

@@ -98,28 +98,42 @@ FUNCTION uint64_t find_room(Call* call, Journal* journal, uint64_t payload_bytes
   return kStatusJournalFull;
 }
 
-// All lanes: a place in the pool for the payload of the next record, or null, with the reason in
-// call->status. The place is ours until the next reserve; without a commit it is simply used again.
-FUNCTION uint8_t* reserve_record(Call* call, uint64_t lane, uint64_t payload_bytes) {
+// All lanes: places in the pool for the payloads of the next records, at most `most` of this size,
+// one behind the other from call->place on; how many, or 0 with the reason in call->status. They are
+// ours until the next reserve; without a commit they are simply used again.
+FUNCTION uint64_t reserve_records(Call* call, uint64_t lane, uint64_t payload_bytes,
+                                  uint64_t most) {
   if (lane == 0) {
     Journal* journal = call->journal;
     const uint64_t status =
         call->status == kStatusOk ? find_room(call, journal, payload_bytes) : call->status;
     call->place = nullptr;
-    if (status == kStatusOk)
+    call->place_count = 0;
+    if (status == kStatusOk) {
+      const uint64_t room = journal->segment_bytes - journal->offset;
       call->place = journal->pool + journal->segment_start + journal->offset + sizeof(RecordHeader);
+      // one fits; a division is slow, and mostly no more are wanted
+      call->place_count = most == 1 ? 1 : smaller(most, room / record_bytes(payload_bytes));
+    }
     refuse(call, lane, status);
   }
   grid_sync(call);
+  return call->place_count;
+}
+
+// All lanes: a place for one payload, or null.
+FUNCTION uint8_t* reserve_record(Call* call, uint64_t lane, uint64_t payload_bytes) {
+  (void)reserve_records(call, lane, payload_bytes, 1);
   return call->place;
 }
 
 // Leader: the header of the record at hand, but for its CRC. What it is made of is read first: on a
 // GPU a load after a store waits for it, since both might be of the same word.
-FUNCTION void fill_header(Call* call, const RecordNames& names, uint64_t payload_bytes) {
+FUNCTION void fill_header(Call* call, const RecordNames& names, uint64_t payload_bytes,
+                          uint64_t sequence) {
   const Journal* journal = call->journal;
   const Task* task = &call->task;
-  const uint64_t salt = journal->salt, sequence = journal->sequence;
+  const uint64_t salt = journal->salt;
   const uint64_t previous[2] = {journal->previous_hash[0], journal->previous_hash[1]};
   const uint64_t key[2] = {task->key[0], task->key[1]}, incarnation = task->incarnation;
   const uint32_t region = task->region, flags = task->flags;
@@ -187,14 +201,11 @@ FUNCTION void settle_answer(Call* call) {
   flush_answer(call);
 }
 
-// Leading team: payload and its hash are there; the header, then the word that makes the record
-// count.
-FUNCTION void publish_record(Call* call, uint64_t lane, const RecordNames& names,
-                             uint64_t payload_bytes) {
+// Leading team: the header of a payload that lies at `place`, with its hash in call->payload_hash.
+FUNCTION void put_header(Call* call, uint64_t lane, const RecordNames& names,
+                         uint64_t payload_bytes, uint64_t sequence, uint8_t* place) {
   Journal* journal = call->journal;
-  uint8_t* place = call->place;
-  const uint64_t padded = align_up(payload_bytes, kLineBytes);
-  if (lane == 0) fill_header(call, names, payload_bytes);
+  if (lane == 0) fill_header(call, names, payload_bytes, sequence);
 #if CONCORDIA_CUDA
   team_sync();
   const uint64_t word = reinterpret_cast<const uint64_t*>(&call->header)[lane];
@@ -202,24 +213,43 @@ FUNCTION void publish_record(Call* call, uint64_t lane, const RecordNames& names
       finish_header(word, journal->previous_hash);
 #else
   const uint8_t* header_ptr = reinterpret_cast<const uint8_t*>(&call->header);
-  if (!kDeviceShape) zero_bytes(place + payload_bytes, padded - payload_bytes);
+  if (!kDeviceShape) zero_bytes(place + payload_bytes, align_up(payload_bytes, kLineBytes) - payload_bytes);
   call->header.header_crc = header_crc(header_ptr);
   hash_long(header_ptr, sizeof(RecordHeader), journal->previous_hash);
   write_header(place - sizeof(RecordHeader), header_ptr);
 #endif
   team_sync();
-  if (lane != 0) return;
-  // header and payload; with them the answer of the task before, which waited for this fence
+}
+
+// Leader: headers and payloads of `count` records of one size are there; the words that make them
+// count.
+FUNCTION void put_commits(Call* call, uint64_t payload_bytes, uint64_t count) {
+  Journal* journal = call->journal;
+  const uint64_t bytes = record_bytes(payload_bytes);
+  uint8_t* word_ptr = call->place + align_up(payload_bytes, kLineBytes);
+  // headers and payloads; with them the answer of the task before, which waited for this fence
   settle();
   flush_answer(call);
-  // Pairs with the acquire of whoever validates the record, here or in another process.
-  store_settled(reinterpret_cast<uint64_t*>(place + padded),
-                journal->salt ^ ((journal->sequence + 1) * kCommitMultiplier));
-  journal->offset += record_bytes(payload_bytes);
-  journal->committed_bytes += record_bytes(payload_bytes);
+  // In their order. Should one be seen before the one ahead of it, a reader stops there all the
+  // same: neither was acknowledged.
+  for (uint64_t i = 0; i < count; ++i)
+    // Pairs with the acquire of whoever validates the record, here or in another process.
+    store_settled(reinterpret_cast<uint64_t*>(word_ptr + i * bytes),
+                  journal->salt ^ ((journal->sequence + i + 1) * kCommitMultiplier));
+  journal->offset += count * bytes;
+  journal->committed_bytes += count * bytes;
   // the count on the control page follows when the task is answered, after a fence
-  call->sequence = journal->sequence++;
+  journal->sequence += count;
+  call->sequence = journal->sequence - 1;
   call->place = nullptr;
+}
+
+// Leading team: payload and its hash are there; the header, then the word that makes the record
+// count.
+FUNCTION void publish_record(Call* call, uint64_t lane, const RecordNames& names,
+                             uint64_t payload_bytes) {
+  put_header(call, lane, names, payload_bytes, call->journal->sequence, call->place);
+  if (lane == 0) put_commits(call, payload_bytes, 1);
 }
 
 // All lanes: commits the payload that lies at call->place, whose hash is in call->payload_hash. The
@@ -244,4 +274,31 @@ FUNCTION void commit_streamed(Call* call, uint64_t lane, const RecordNames& name
                               uint64_t payload_bytes) {
   grid_sync(call);  // payload and digests of every team are released to the leading one
   if (is_leading_team(lane)) commit_digests(call, lane, names, payload_bytes);
+}
+
+// All lanes, device shape: commits the `count` payloads that were streamed from call->place on. The
+// digests of payload i start at i * root_bytes(its leaves), and its record has `tokens` tokens from
+// token_start + i * tokens on.
+FUNCTION void commit_group(Call* call, uint64_t lane, RecordNames names, uint64_t tokens,
+                           uint64_t payload_bytes, uint64_t count) {
+  const uint64_t leaves = leaf_count(payload_bytes), stride = root_bytes(leaves);
+  const uint64_t bytes = record_bytes(payload_bytes);
+  uint8_t* digests = call->digests;
+  grid_sync(call);  // payloads and digests of every team are there
+  for (uint64_t i = lane / kTeamLanes; i < count; i += call->lanes / kTeamLanes)
+    hash_root(digests + i * stride, leaves, reinterpret_cast<uint64_t*>(digests + i * stride));
+  grid_sync(call);
+  if (!is_leading_team(lane)) return;
+  for (uint64_t i = 0; i < count; ++i) {
+    const uint64_t* hash = reinterpret_cast<const uint64_t*>(digests + i * stride);
+    if (lane == 0) {
+      call->payload_hash[0] = hash[0];
+      call->payload_hash[1] = hash[1];
+    }
+    names.token_end = names.token_start + tokens;
+    put_header(call, lane, names, payload_bytes, call->journal->sequence + i,
+               call->place + i * bytes);
+    names.token_start += tokens;
+  }
+  if (lane == 0) put_commits(call, payload_bytes, count);
 }

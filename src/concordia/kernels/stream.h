@@ -194,34 +194,38 @@ struct MemoryWords {
   }
 };
 
-// All lanes: moves the payload that words(offset) gives to `target_ptr` (null: only hashes), padded
-// with zeroes to whole lines, and writes each leaf's digest to digest(leaf). The caller syncs
+// One team: moves a leaf of the payload of `bytes` bytes that words(offset) gives to its place behind
+// `target_ptr` (null: only hashes), padded with zeroes to whole lines.
+template <class Words>
+FUNCTION void stream_leaf(const Words& words, uint64_t leaf, uint64_t bytes, uint8_t* target_ptr,
+                          uint64_t* hash_ptr) {
+  const uint64_t padded = target_ptr == nullptr ? 0 : align_up(bytes, kLineBytes);
+  const uint64_t start = leaf * kLeafBytes;
+#if CONCORDIA_CUDA
+  if constexpr (Words::kHasStretches) {
+    if (start + kLeafBytes <= bytes)
+      return hash_whole_leaf(words, (uint32_t)start, target_ptr, hash_ptr);
+  }
+#endif
+  hash_words(
+      kLeafBytes,
+      [=](uint32_t offset) { return start + offset < bytes ? words(start + offset) : 0; },
+      [=](uint32_t offset, uint64_t word) {
+        if (start + offset < padded)
+          *reinterpret_cast<uint64_t*>(target_ptr + start + offset) = word;
+      },
+      hash_ptr);
+}
+
+// All lanes: moves a whole payload, and writes each leaf's digest to digest(leaf). The caller syncs
 // before anybody looks at either.
 template <class Words, class Digest>
 FUNCTION void stream_leaves(Call* call, uint64_t lane, uint64_t bytes, uint8_t* target_ptr,
                             Words words, Digest digest) {
-  const uint64_t padded = target_ptr == nullptr ? 0 : align_up(bytes, kLineBytes);
   const uint64_t leaves = leaf_count(bytes), teams = call->lanes / kTeamLanes;
 #pragma unroll 1
-  for (uint64_t leaf = lane / kTeamLanes; leaf < leaves; leaf += teams) {
-    const uint64_t start = leaf * kLeafBytes;
-#if CONCORDIA_CUDA
-    if constexpr (Words::kHasStretches) {
-      if (start + kLeafBytes <= bytes) {
-        hash_whole_leaf(words, (uint32_t)start, target_ptr, digest(leaf));
-        continue;
-      }
-    }
-#endif
-    hash_words(
-        kLeafBytes,
-        [=](uint32_t offset) { return start + offset < bytes ? words(start + offset) : 0; },
-        [=](uint32_t offset, uint64_t word) {
-          if (start + offset < padded)
-            *reinterpret_cast<uint64_t*>(target_ptr + start + offset) = word;
-        },
-        digest(leaf));
-  }
+  for (uint64_t leaf = lane / kTeamLanes; leaf < leaves; leaf += teams)
+    stream_leaf(words, leaf, bytes, target_ptr, digest(leaf));
 }
 
 // The same for payloads of whole leaves in one piece each: half the code, which a handler's stack

@@ -59,7 +59,7 @@ class _Sample:
 
     @property
     def block(self) -> int:
-        return self.append.blocks[0]
+        return self.append.blocks[-1]  # whose hash is the append's answer
 
 
 class Audit:
@@ -96,8 +96,8 @@ class Audit:
                 self._samples.pop(block, None)
 
     def offer(self, append: Append, write: Write, *, token_start: int, token_end: int) -> None:
-        """A full block is appended in this step; one of all that are offered is taken, each as
-        likely.
+        """Full blocks are appended in this step, and the range is that of the last; one of all that
+        are offered is taken, each as likely.
         """
         self._offered += 1
         if random.random() * self._offered < 1:

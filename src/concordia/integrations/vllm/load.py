@@ -22,12 +22,12 @@ class PieceRef(NamedTuple):
 
 
 class PieceRange(NamedTuple):
-    """Tokens within one block, and how they are saved."""
+    """Tokens of one block, or of whole blocks, and how they are saved."""
 
     kind: int
     start: int
     end: int
-    block: int
+    blocks: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,12 +43,15 @@ class Tickets(Protocol):
 
 @dataclass(slots=True)
 class Append:
-    """One append: its task, and which blocks it reads until it is done."""
+    """One append: its task, how many records that makes, and which blocks it reads until it is
+    done.
+    """
 
     request: str
     start: int  # first token that is not saved if this fails
     blocks: tuple[int, ...]
     task: Any
+    records: int = 1
     ticket: Any = None
     is_claimed: bool = False  # being submitted: it cannot be called back any more
     is_done: bool = False
@@ -205,7 +208,7 @@ class AppendPump:
             for append in claimed:
                 append.is_claimed = True
             # before they are: a record may be committed sooner than its ticket is known
-            self._submitted += len(claimed)
+            self._submitted += sum(append.records for append in claimed)
         self._submit(claimed)
 
     def _submit(self, appends: list[Append]) -> None:
@@ -295,7 +298,7 @@ class AppendPump:
 
     def _fail(self, appends: list[Append], reason: str) -> None:
         with self._lock:
-            self._submitted -= len(appends)
+            self._submitted -= sum(append.records for append in appends)
             for append in appends:
                 self._free(append)
                 self._note(append, reason, may_pass=True)

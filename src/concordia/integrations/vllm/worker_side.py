@@ -29,12 +29,12 @@ from concordia.integrations.vllm.layout import Layout, Probe, Proof, describe_kv
 from concordia.integrations.vllm.load import PieceRange
 from concordia.integrations.vllm.metadata import StepMetadata, WorkerReport
 from concordia.integrations.vllm.pump import Append, AppendPump, Batch, Event
+from concordia.integrations.vllm.write_set import Write, runs_of
 from concordia.journal.client import JournalClient
 from concordia.journal.record import request_key
 
 if TYPE_CHECKING:
     from concordia.integrations.vllm.settings import Settings
-    from concordia.integrations.vllm.write_set import Write
 
 
 class WorkerSide:
@@ -250,17 +250,19 @@ class WorkerSide:
 
     def _add_appends(self, write: Write, step: int, batch: Batch, *, has_rows: bool) -> None:
         size = self._block_tokens
-        for index, block in write.full:
-            start, end = index * size, (index + 1) * size
-            append = self._add(batch, write, step, PieceRange(abi.KIND_KV_BLOCK, start, end, block))
+        for first, blocks in runs_of(write.full):
+            start, end = first * size, (first + len(blocks)) * size
+            append = self._add(
+                batch, write, step, PieceRange(abi.KIND_KV_BLOCK, start, end, blocks)
+            )
             if self._audit is not None:
-                self._audit.offer(append, write, token_start=start, token_end=end)
+                self._audit.offer(append, write, token_start=end - size, token_end=end)
         if write.tail is not None:
             start, end, block = write.tail
             if has_rows:
-                found = PieceRange(abi.KIND_KV_TAIL, start, end, block)
+                found = PieceRange(abi.KIND_KV_TAIL, start, end, (block,))
             else:
-                found = PieceRange(abi.KIND_KV_BLOCK, start // size * size, end, block)
+                found = PieceRange(abi.KIND_KV_BLOCK, start // size * size, end, (block,))
             self._add(batch, write, step, found)
 
     def _add(self, batch: Batch, write: Write, step: int, piece: PieceRange) -> Append:
@@ -274,11 +276,12 @@ class WorkerSide:
             incarnation=write.incarnation,
             token_start=piece.start,
             token_end=piece.end,
-            blocks=(piece.block,),
+            blocks=piece.blocks,
             step=step,
             model_hash=write.model_hash,
+            is_each=len(piece.blocks) > 1,
         )
-        append = Append(write.request, piece.start, (piece.block,), task)
+        append = Append(write.request, piece.start, piece.blocks, task, len(piece.blocks))
         batch.appends.append(append)
         return append
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
+from concordia import config
 from concordia.integrations.vllm.identity import (
     INCARNATION_STRIDE,
     Identity,
@@ -60,6 +61,21 @@ class Write(NamedTuple):
     def blocks(self) -> list[int]:
         """Block ids that are appended from."""
         return [block for _, block in self.full] + ([self.tail[2]] if self.tail else [])
+
+
+def runs_of(
+    full: Sequence[tuple[int, int]], most: int = config.APPEND_BLOCKS
+) -> list[tuple[int, tuple[int, ...]]]:
+    """Full blocks, (index, block id), as (first index, ids) of those that follow each other, at
+    most so many together.
+    """
+    runs: list[tuple[int, list[int]]] = []
+    for index, block in full:
+        if runs and runs[-1][0] + len(runs[-1][1]) == index and len(runs[-1][1]) < most:
+            runs[-1][1].append(block)
+        else:
+            runs.append((index, [block]))
+    return [(first, tuple(blocks)) for first, blocks in runs]
 
 
 @dataclass(frozen=True, slots=True)

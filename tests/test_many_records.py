@@ -1,7 +1,8 @@
-"""Records back into a region: restore_burst.py's rounds, and both ways of Checkpointer.restore_kv, one of which runs here.
+"""Many records by one call: back into a region (restore_burst.py's rounds, Checkpointer.restore_kv), and out of it, whole blocks of one task.
 
 Invariants: no two pieces of a round name the same block; a block's pieces keep their order; the last piece on a byte is the one that stays;
-a piece with another hash is named and no other; what lies outside pool or region is refused.
+a piece with another hash is named and no other; what lies outside pool or region is refused; of a task's blocks those are
+records that the journal had room for.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from concordia.checkpoint.restore_burst import in_rounds
 from concordia.checkpoint.restore_tasks import KvPiece
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "gpu"))
-from scenarios_kv import restored
+from scenarios_kv import grouped, restored
 
 
 def piece(*blocks: int) -> KvPiece:
@@ -54,3 +55,15 @@ def test_pieces_are_restored_in_their_order_when_they_lie_on_each_other(shape: s
     assert answer["said"]
     assert answer["named"] == list(range(0, 24, 3))
     assert answer["refused"] == [False, False]
+
+
+@pytest.mark.parametrize(("shape", "segment"), [("flash", 1 << 20), ("latent", 1 << 18), ("odd", 1 << 15)])
+def test_blocks_of_one_task_go_on_in_the_next_segment_until_none_is_lent(
+    shape: str, segment: int, tmp_path: pathlib.Path
+) -> None:
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    answer = grouped("host", 1, shape, seed, path=str(tmp_path / "journal"), segment_bytes=segment)
+    assert answer["wrong"] == []
+    assert answer["full"] == [abi.STATUS_JOURNAL_FULL]
+    assert answer["odd"] == abi.STATUS_BAD_TASK
