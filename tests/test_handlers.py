@@ -5,6 +5,7 @@ in the CPU's shape and in the GPU's; its hash is what the xxhash library compute
 when the payload is not what was promised; what does not exist is refused, never touched.
 """
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import pytest
 
 from concordia import abi
 from concordia.checkpoint.checkpointer import Checkpointer
+from concordia.checkpoint.handler import record_bytes
 from concordia.checkpoint.region import KvGeometry, Plane, Region
 from concordia.device.compiler import HostCompiler
 from concordia.device.host import HostDevice
@@ -246,6 +248,64 @@ def test_whole_blocks_of_one_task_are_records_of_their_own(setup: Setup) -> None
         ticket = submit(setup.region, token_start=start, token_end=end, blocks=[1, 2], **(words | {"kind": kind}))
         assert wait(ticket).status == abi.STATUS_BAD_TASK
     assert len(setup.stream.records()) == 6
+
+
+def test_tokens_of_many_requests_are_a_record_each_in_their_order(setup: Setup) -> None:
+    """On the GPU's shape those that wait together share one way through the handler; what is among them that is no single token, or names
+    no block, has its own."""
+    size, checkpointer = setup.region.geometry.block_tokens, setup.checkpointer
+    rng = random.Random(seed := random.randrange(1 << 30))
+    print("seed", seed)
+    words = {"incarnation": 4, "step": 12, "model_hash": 21}
+    tasks, expected, statuses = [], [], []
+    for i in range(60):
+        token, block = rng.randrange(9 * size), rng.randrange(BLOCKS)
+        kind, end, blocks, status = abi.KIND_KV_TAIL, token + 1, [block], abi.STATUS_OK
+        if i % 13 == 5:
+            blocks, status = [BLOCKS], abi.STATUS_BAD_TASK
+        elif i % 11 == 7:
+            token, end, kind = 0, size, abi.KIND_KV_BLOCK
+        tasks.append(checkpointer.kv_task(setup.region, kind=kind, key=(1 << 64) + i, token_start=token, token_end=end, blocks=blocks, **words))
+        statuses.append(status)
+        if status == abi.STATUS_OK:
+            expected.append((i, token, end, setup.expected(kind, token, end, blocks)))
+    with checkpointer.runtime.parked():  # so that they are found together
+        tickets = checkpointer.submit_many(tasks)
+    answers = [checkpointer.wait(ticket) for ticket in tickets]
+    assert [answer.status for answer in answers] == statuses
+    good = [answer for answer in answers if answer.is_ok]
+    assert [answer.sequence for answer in good] == list(range(len(expected)))
+    records = setup.stream.records()
+    assert len(records) == len(expected)
+    for (i, start, end, payload), record, answer in zip(expected, records, good, strict=True):
+        header = record.header
+        assert record.payload == payload
+        assert wide(header["payload_hash"]) == answer.payload_hash == tree_hash(payload)
+        assert (wide(header["key"]), header["token_start"], header["token_end"]) == ((1 << 64) + i, start, end)
+        assert (header["incarnation"], header["step"], header["model_hash"], header["stamp_ns"] > 0) == (4, 12, 21, True)
+    stats = checkpointer.runtime.stats()
+    assert stats.submitted == stats.done >= 60
+
+
+def test_tokens_find_the_next_segment_and_the_end_of_the_journal(shape: tuple[HostDevice, int]) -> None:
+    geometry = GEOMETRIES["odd"]  # 192 bytes a token, a record of 640: 51 in a segment of 32 KiB
+    buffers = [Buffer(BLOCKS * geometry.stride) for _ in range(geometry.layers)]
+    stream = ScratchStream(segments=3, segment_bytes=1 << 15)
+    with Checkpointer(shape[0], stream.target, lanes=shape[1]) as checkpointer:
+        region = checkpointer.register_kv(geometry, [buffer.address for buffer in buffers])
+        tasks = [
+            checkpointer.kv_task(region, kind=abi.KIND_KV_TAIL, key=i, incarnation=1, token_start=i, token_end=i + 1, blocks=[i % BLOCKS], step=i)
+            for i in range(200)
+        ]  # fmt: skip
+        with checkpointer.runtime.parked():
+            tickets = checkpointer.submit_many(tasks)
+        answers = [checkpointer.wait(ticket) for ticket in tickets]
+        records = stream.records()
+    room = 3 * ((32768 - 256) // record_bytes(geometry.tail_bytes(1)))
+    assert room < 200
+    assert [answer.status for answer in answers] == [abi.STATUS_OK] * room + [abi.STATUS_JOURNAL_FULL] * (200 - room)
+    assert [wide(record.header["key"]) for record in records] == list(range(room))
+    stream.close()
 
 
 def test_hash_is_that_of_an_append_when_nothing_changed(setup: Setup) -> None:

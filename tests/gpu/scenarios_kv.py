@@ -190,6 +190,43 @@ def grouped(device: str, lanes: int, shape_name: str, seed: int, *, path: str, s
     return {"wrong": wrong, "full": sorted({answer.status for answer in full}), "odd": odd.status}
 
 
+def tokens(device: str, lanes: int, shape_name: str, seed: int, *, path: str) -> dict[str, Any]:
+    """Single tokens of many requests, found together, with blocks and bad ids among them, over several segments: a record each."""
+    shape, generator = geometry(shape_name), np.random.default_rng(seed)
+    journal = JournalFile.create(pathlib.Path(path), segments=40, segment_bytes=1 << 18)
+    layers = random_layers(shape, seed)
+    opened = open_device(device)
+    checkpointer = Checkpointer(opened, journal.target(), lanes=lanes)
+    region = checkpointer.register_kv(shape, place(opened, layers))
+    size, tasks, wanted, wrong = shape.block_tokens, [], [], []
+    for i in range(400):
+        token, block = int(generator.integers(9 * size)), int(generator.integers(shape.block_count))
+        one = KvRange(abi.KIND_KV_TAIL, token, token + 1, (shape.block_count if i % 37 == 5 else block,))
+        if i % 11 == 7:
+            one = KvRange(abi.KIND_KV_BLOCK, 0, size, (block,))
+        tasks.append(checkpointer.kv_task(region, kind=one.kind, key=i, incarnation=1, token_start=one.token_start, token_end=one.token_end, blocks=one.blocks, step=i))
+        wanted.append(one if one.blocks[0] < shape.block_count else None)
+    answers = [checkpointer.wait(ticket) for ticket in checkpointer.submit_many(tasks)]
+    if [answer.is_ok for answer in answers] != [one is not None for one in wanted]:
+        wrong.append(f"{[answer.status for answer in answers]}")
+    good = [(i, one, answer) for i, (one, answer) in enumerate(zip(wanted, answers, strict=True)) if one is not None]
+    records, end = journal.records()
+    if len(records) != len(good) or end.value != "clean":
+        wrong.append(f"{len(records)} records of {len(good)}, {end}")
+    for sequence, ((i, one, answer), record) in enumerate(zip(good, records, strict=False)):
+        expected = expected_bytes(shape, layers, one)
+        if (record.kind, record.key, record.token_start, record.token_end) != (one.kind, i, one.token_start, one.token_end):
+            wrong.append(f"{one}: {record}")
+        if (answer.sequence, answer.payload_hash, record.payload_hash) != (sequence, tree_hash(expected), tree_hash(expected)):
+            wrong.append(f"{one}: {answer}")
+        if journal.payload(record) != expected:
+            wrong.append(f"{one}: {first_difference(expected, journal.payload(record))}")
+    stats = checkpointer.runtime.stats()
+    checkpointer.close()
+    opened.close()
+    return {"wrong": wrong[:5], "undone": stats.submitted - stats.done}
+
+
 def appended_bytes(device: str, lanes: int, seed: int, path: str) -> dict[str, Any]:
     """bytes_append over lengths around every boundary, over many segments; a full journal is said and counted."""
     journal = JournalFile.create(pathlib.Path(path), segments=4, segment_bytes=SEGMENT)

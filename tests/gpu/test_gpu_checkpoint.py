@@ -33,6 +33,12 @@ def test_handlers_equal_numpy_when_run_on_the_gpu(shape: str, lanes: int, seed: 
     assert answer["refused_status"] == 5
 
 
+@pytest.mark.parametrize(("shape", "lanes"), [("flash", 1), ("flash", 4), ("tiled", 1), ("odd", 2)])
+def test_tokens_of_many_requests_are_a_record_each_in_their_order(shape: str, lanes: int, seed: int, journal_path: pathlib.Path) -> None:
+    answer = run("scenarios_kv:tokens", device=DEVICE, lanes=lanes, shape_name=shape, seed=seed, path=str(journal_path))
+    assert answer == {"wrong": [], "undone": 0}
+
+
 @pytest.mark.parametrize(("shape", "lanes", "segment"), [("flash", 1, 1 << 20), ("flash", 4, 1 << 18), ("latent", 4, 1 << 20), ("odd", 1, 1 << 15)])
 def test_blocks_of_one_task_are_records_of_their_own(shape: str, lanes: int, segment: int, seed: int, journal_path: pathlib.Path) -> None:
     answer = run("scenarios_kv:grouped", device=DEVICE, lanes=lanes, shape_name=shape, seed=seed, path=str(journal_path), segment_bytes=segment)

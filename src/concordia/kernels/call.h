@@ -16,6 +16,14 @@ struct Barrier {
   uint64_t pad2[15];
 };
 
+// A task as it was fetched, with its first block ids.
+constexpr uint64_t kFetchedMost = 8, kNearIds = 32;
+struct Fetched {
+  Task task;
+  uint64_t mark;  // position + 1 when it is there
+  alignas(16) uint32_t ids[kNearIds];
+};
+
 struct Call {
   Task task;  // the leader's copy of the slot
   const Operator* op;
@@ -31,11 +39,16 @@ struct Call {
   uint8_t* digests;  // two u64 per leaf, then zeroes up to the length that the root hash wants
   uint64_t digest_bytes;
   uint64_t lanes;
-  // What answers the task before: stored after the next fence, whoever needs that first.
-  uint64_t* answer_word;  // 0: nothing waits
-  uint64_t answer_value;
+  // What answers the tasks before: stored after the next fence, whoever needs that first.
+  uint8_t* completions;
+  uint64_t completion_mask;
+  uint64_t answer_first, answer_count;  // positions; a count of 0: nothing waits
   uint64_t* head_word;
   uint64_t head_value;
+  // The task at hand, and appends behind it that name the same operator: a handler may run as many
+  // of them together as it likes.
+  const Fetched* group;
+  uint64_t group_count;
   const uint32_t* near_ids;  // the task's first ids, if they came along with the task
   uint64_t near_id_count;
   // A handler's working words.
@@ -47,6 +60,10 @@ struct Call {
   uint64_t sequence;
   uint64_t payload_hash[2];
   uint64_t result;
+  // More than 1: so many of the group are done, all of them well, and their records end with
+  // `sequence`.
+  uint64_t group_done;
+  uint64_t group_hash[kFetchedMost][2];
   alignas(128) RecordHeader header;  // the record being committed
   alignas(128) Barrier barrier;
 };

@@ -13,17 +13,9 @@
 // Tasks that are fetched together: on a GPU eight trips over the bus take as long as one. A CPU has
 // the ring in its cache. The host's compiler makes the state that a GPU starts with, so its size is
 // the same for both.
-constexpr uint64_t kFetchedMost = 8;
-constexpr uint64_t kFetchAhead = CONCORDIA_CUDA ? kFetchedMost : 1;
+constexpr uint64_t kFetchAhead = kDeviceShape ? kFetchedMost : 1;
 constexpr uint64_t kFetchedNs = 50000;  // fetched tasks run without a look at `stop` for so long
-constexpr uint64_t kNearIds = 32;
 constexpr uint64_t kKeptOperators = 16;
-
-struct Fetched {
-  Task task;
-  uint64_t mark;  // position + 1 when it is there
-  alignas(16) uint32_t ids[kNearIds];
-};
 
 struct Executor {
   RingHeader* ring;
@@ -33,7 +25,7 @@ struct Executor {
   uint64_t started_ns;
   // Copies of what the ring says: reading it there costs a GPU a trip over the bus each time.
   uint64_t lease_ns, idle_ns;
-  uint64_t slots, slot_mask, completions, completion_mask, window;
+  uint64_t slots, slot_mask, window;
   uint64_t heartbeat, busy_ns, done_count;
   uint64_t fetched_from, fetched_ns;
   uint64_t generation;  // of the operator table, as this launch or this task found it
@@ -94,29 +86,72 @@ FUNCTION void copy_slots(Executor* executor, uint32_t lane, uint32_t there) {
     if (piece == 0) fetched->mark = there >> ahead & 1 ? position + ahead + 1 : 0;
   }
 }
+
+// Which of the next slots are published: a bit each.
+FUNCTION uint32_t look_ahead(const Executor* executor, uint64_t lane) {
+  const uint64_t position = executor->position + lane;
+  // pairs with submit(): slot and arguments are there
+  return team_bits(lane < kFetchAhead && load<kAcquire, kSystem>(&slot_of(executor, position)->publish) ==
+                                             position + 1);
+}
 #else
-FUNCTION void copy_slots(Executor* executor, uint32_t, uint32_t) {
-  executor->fetched[0].mark = executor->position + 1;
-  // after the acquire of the slot; the entry that it counts is acquired when it is used
+FUNCTION void copy_slots(Executor* executor, uint32_t, uint32_t there) {
+  // after the acquire of the slots; the entry that it counts is acquired when it is used
   executor->generation = load<kRelaxed, kSystem>(&executor->ring->generation);
-  executor->fetched[0].task = *slot_of(executor, executor->position);
+  for (uint64_t ahead = 0; ahead < kFetchAhead; ++ahead) {
+    Fetched* fetched = &executor->fetched[ahead];
+    fetched->mark = there >> ahead & 1 ? executor->position + ahead + 1 : 0;
+    if (fetched->mark == 0) continue;
+    fetched->task = *slot_of(executor, executor->position + ahead);
+    if constexpr (kFetchAhead == 1) return;
+    const uint64_t index = (executor->position + ahead) & executor->slot_mask;
+    copy_bytes(reinterpret_cast<uint8_t*>(fetched->ids),
+               executor->call.arena + index * executor->window,
+               smaller(sizeof(fetched->ids), executor->window));
+  }
+}
+
+FUNCTION uint32_t look_ahead(const Executor* executor, uint64_t) {
+  uint32_t there = 0;
+  for (uint64_t ahead = 0; ahead < kFetchAhead; ++ahead) {
+    const uint64_t position = executor->position + ahead;
+    if (load<kAcquire, kSystem>(&slot_of(executor, position)->publish) != position + 1) break;
+    there |= 1u << ahead;
+  }
+  return there;
 }
 #endif
 
 // Leading team: copies the tasks that are published from executor->position on. True if the first
 // of them is there.
 FUNCTION bool fetch_tasks(Executor* executor, uint64_t lane) {
-  const uint64_t position = executor->position + lane;
-  // pairs with submit(): slot and arguments are there
-  const uint32_t there =
-      team_bits(lane < kFetchAhead &&
-                load<kAcquire, kSystem>(&slot_of(executor, position)->publish) == position + 1);
+  const uint32_t there = look_ahead(executor, lane);
   if ((there & 1) == 0) return false;
   team_sync();  // what each lane acquired is there for all of them
   copy_slots(executor, (uint32_t)lane, there);
   if (lane == 0) executor->fetched_from = executor->position;
   team_sync();
   return true;
+}
+
+// Whether the block ids of the task at `position` are those that were fetched with it.
+FUNCTION bool is_near(const Executor* executor, const Task* task, uint64_t position) {
+  return kFetchAhead > 1 && task->blocks == (position & executor->slot_mask) * executor->window;
+}
+
+// Leader: how many of the fetched tasks from this one on a handler may run together.
+FUNCTION uint64_t count_group(const Executor* executor, uint64_t ahead) {
+  const Fetched* first = &executor->fetched[ahead];
+  uint64_t count = 0;
+  while (ahead + count < kFetchAhead) {
+    const uint64_t position = executor->position + count;
+    const Fetched* one = first + count;
+    if (one->mark != position + 1 || one->task.kind != kTaskAppend || one->task.span > 1 ||
+        one->task.opcode != first->task.opcode || !is_near(executor, &one->task, position))
+      break;
+    count += 1;
+  }
+  return count == 0 ? 1 : count;
 }
 
 // Leader: makes a fetched task the one at hand; false when it was not fetched, or too long ago.
@@ -128,10 +163,9 @@ FUNCTION bool take_fetched(Executor* executor, uint64_t at_ns) {
     return false;
   call->task = executor->fetched[ahead].task;
   call->near_ids = executor->fetched[ahead].ids;
-  const bool is_near =
-      kFetchAhead > 1 &&
-      call->task.blocks == (executor->position & executor->slot_mask) * executor->window;
-  call->near_id_count = is_near ? kNearIds : 0;
+  call->near_id_count = is_near(executor, &call->task, executor->position) ? kNearIds : 0;
+  call->group = &executor->fetched[ahead];
+  call->group_count = count_group(executor, ahead);
   return true;
 }
 
@@ -202,6 +236,7 @@ FUNCTION void start_task(Executor* executor) {
   call->sequence = kNotSealed;
   call->payload_hash[0] = call->payload_hash[1] = 0;
   call->result = 0;
+  call->group_done = 1;
   executor->handler = nullptr;
   executor->started_ns = now_ns();
   call->region = nullptr;
@@ -217,32 +252,37 @@ FUNCTION void start_task(Executor* executor) {
   executor->handler = reinterpret_cast<HandlerFunction>(call->op->function);
 }
 
-// Leader: answers the task, and gives its slot back, with the next fence: a record that follows
-// brings one along.
+// Leader: answers the tasks that were run, and gives their slots back, with the next fence: a record
+// that follows brings one along.
 FUNCTION void finish_task(Executor* executor) {
   RingHeader* ring = executor->ring;
   Call* call = &executor->call;
   settle_answer(call);
-  const uint64_t position = executor->position, span = call->task.span;
-  Completion* completion =
-      reinterpret_cast<Completion*>(executor->completions) + (position & executor->completion_mask);
-  uint64_t* words = reinterpret_cast<uint64_t*>(completion);
+  const uint64_t position = executor->position, span = call->task.span, done = call->group_done;
   const uint64_t generation = call->op != nullptr ? call->op->generation : 0;
-  const uint64_t answer[] = {call->status | generation << 32, call->sequence, call->payload_hash[0],
-                             call->payload_hash[1], call->result};
-  executor->position = position + (span == 0 || span > executor->slot_mask ? 1 : span);
+  executor->position = position + (done > 1                                 ? done
+                                   : span == 0 || span > executor->slot_mask ? 1
+                                                                             : span);
   executor->busy_ns += now_ns() - executor->started_ns;
-  executor->done_count += 1;
-  for (uint64_t i = 0; i < 5; ++i) store<kRelaxed, kSystem>(words + 1 + i, answer[i]);
+  executor->done_count += done;
+  for (uint64_t i = 0; i < done; ++i) {
+    const uint64_t* hash = done > 1 ? call->group_hash[i] : call->payload_hash;
+    const uint64_t sequence = done > 1 ? call->sequence - (done - 1 - i) : call->sequence;
+    const uint64_t answer[] = {call->status | generation << 32, sequence, hash[0], hash[1],
+                               call->result};
+    uint64_t* words = reinterpret_cast<uint64_t*>(
+        reinterpret_cast<Completion*>(call->completions) + ((position + i) & call->completion_mask));
+    for (uint64_t k = 0; k < 5; ++k) store<kRelaxed, kSystem>(words + 1 + k, answer[k]);
+  }
   // The counters first: whoever has the answer finds it counted.
   store<kRelaxed, kSystem>(&ring->busy_ns, executor->busy_ns);
   store<kRelaxed, kSystem>(&ring->done_count, executor->done_count);
   store<kRelaxed, kSystem>(&ring->appended_bytes, executor->journal.committed_bytes);
-  call->answer_word = &completion->publish;
-  call->answer_value = position + 1;
+  call->answer_first = position;
+  call->answer_count = done;
   call->head_word = &ring->head;
   call->head_value = executor->position;
-  if constexpr (kFetchAhead == 1) settle_answer(call);
+  if constexpr (!CONCORDIA_CUDA) settle_answer(call);
 }
 
 // Leader: what the ring says and does not change during a launch.
@@ -252,8 +292,8 @@ FUNCTION void read_ring(Executor* executor) {
   executor->idle_ns = load<kRelaxed, kSystem>(&ring->idle_ns);
   executor->slots = ring->slots;
   executor->slot_mask = ring->slot_count - 1;
-  executor->completions = ring->completions;
-  executor->completion_mask = ring->completion_count - 1;
+  executor->call.completions = reinterpret_cast<uint8_t*>(ring->completions);
+  executor->call.completion_mask = ring->completion_count - 1;
   executor->window = ring->arena_bytes / ring->slot_count;
   // A GPU's operators change only while nobody is inside.
   executor->generation = load<kAcquire, kSystem>(&ring->generation);

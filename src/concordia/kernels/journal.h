@@ -129,10 +129,9 @@ FUNCTION uint8_t* reserve_record(Call* call, uint64_t lane, uint64_t payload_byt
 
 // Leader: the header of the record at hand, but for its CRC. What it is made of is read first: on a
 // GPU a load after a store waits for it, since both might be of the same word.
-FUNCTION void fill_header(Call* call, const RecordNames& names, uint64_t payload_bytes,
-                          uint64_t sequence) {
+FUNCTION void fill_header(Call* call, const Task* task, const RecordNames& names,
+                          uint64_t payload_bytes, uint64_t sequence) {
   const Journal* journal = call->journal;
-  const Task* task = &call->task;
   const uint64_t salt = journal->salt;
   const uint64_t previous[2] = {journal->previous_hash[0], journal->previous_hash[1]};
   const uint64_t key[2] = {task->key[0], task->key[1]}, incarnation = task->incarnation;
@@ -183,29 +182,41 @@ FUNCTION void count_records(const Journal* journal) {
   store_settled(&control->committed_count, journal->sequence);
 }
 
-// Leader, after a settle(): the answer of a task, and its slot back. Nothing when none is waiting.
+// Leader, after a settle(): the answers of the tasks before, and their slots back. Nothing when none
+// waits.
 FUNCTION void flush_answer(Call* call) {
-  if (call->answer_word == nullptr) return;
+  if (call->answer_count == 0) return;
   count_records(call->journal);
-  // pairs with the acquire in read_completion()
-  store_settled(call->answer_word, call->answer_value);
+  for (uint64_t i = 0; i < call->answer_count; ++i) {
+    const uint64_t position = call->answer_first + i;
+    Completion* completion =
+        reinterpret_cast<Completion*>(call->completions) + (position & call->completion_mask);
+    // pairs with the acquire in read_completion()
+    store_settled(&completion->publish, position + 1);
+  }
   (void)CONCORDIA_STEP(3);
   store_settled(call->head_word, call->head_value);  // pairs with the acquire in claim()
-  call->answer_word = nullptr;
+  call->answer_count = 0;
 }
 
 // Leader: the same with a fence of its own.
 FUNCTION void settle_answer(Call* call) {
-  if (call->answer_word == nullptr) return;
+  if (call->answer_count == 0) return;
   settle();
   flush_answer(call);
 }
 
+// What a record is of.
+struct Entry {
+  const Task* task;
+  RecordNames names;
+};
+
 // Leading team: the header of a payload that lies at `place`, with its hash in call->payload_hash.
-FUNCTION void put_header(Call* call, uint64_t lane, const RecordNames& names,
-                         uint64_t payload_bytes, uint64_t sequence, uint8_t* place) {
+FUNCTION void put_header(Call* call, uint64_t lane, const Entry& entry, uint64_t payload_bytes,
+                         uint64_t sequence, uint8_t* place) {
   Journal* journal = call->journal;
-  if (lane == 0) fill_header(call, names, payload_bytes, sequence);
+  if (lane == 0) fill_header(call, entry.task, entry.names, payload_bytes, sequence);
 #if CONCORDIA_CUDA
   team_sync();
   const uint64_t word = reinterpret_cast<const uint64_t*>(&call->header)[lane];
@@ -248,7 +259,8 @@ FUNCTION void put_commits(Call* call, uint64_t payload_bytes, uint64_t count) {
 // count.
 FUNCTION void publish_record(Call* call, uint64_t lane, const RecordNames& names,
                              uint64_t payload_bytes) {
-  put_header(call, lane, names, payload_bytes, call->journal->sequence, call->place);
+  put_header(call, lane, {&call->task, names}, payload_bytes, call->journal->sequence,
+             call->place);
   if (lane == 0) put_commits(call, payload_bytes, 1);
 }
 
@@ -277,10 +289,10 @@ FUNCTION void commit_streamed(Call* call, uint64_t lane, const RecordNames& name
 }
 
 // All lanes, device shape: commits the `count` payloads that were streamed from call->place on. The
-// digests of payload i start at i * root_bytes(its leaves), and its record has `tokens` tokens from
-// token_start + i * tokens on.
-FUNCTION void commit_group(Call* call, uint64_t lane, RecordNames names, uint64_t tokens,
-                           uint64_t payload_bytes, uint64_t count) {
+// digests of payload i start at i * root_bytes(its leaves); entry(i) says what its record is of.
+template <class EntryOf>
+FUNCTION void commit_group(Call* call, uint64_t lane, uint64_t payload_bytes, uint64_t count,
+                           EntryOf entry) {
   const uint64_t leaves = leaf_count(payload_bytes), stride = root_bytes(leaves);
   const uint64_t bytes = record_bytes(payload_bytes);
   uint8_t* digests = call->digests;
@@ -294,11 +306,13 @@ FUNCTION void commit_group(Call* call, uint64_t lane, RecordNames names, uint64_
     if (lane == 0) {
       call->payload_hash[0] = hash[0];
       call->payload_hash[1] = hash[1];
+      if (i < kFetchedMost) {
+        call->group_hash[i][0] = hash[0];
+        call->group_hash[i][1] = hash[1];
+      }
     }
-    names.token_end = names.token_start + tokens;
-    put_header(call, lane, names, payload_bytes, call->journal->sequence + i,
+    put_header(call, lane, entry(i), payload_bytes, call->journal->sequence + i,
                call->place + i * bytes);
-    names.token_start += tokens;
   }
   if (lane == 0) put_commits(call, payload_bytes, count);
 }

@@ -1,9 +1,11 @@
 // Handler: appends the KV of a token range. Task: token range, its blocks, record_kind; arg
-// kAppendEach: whole blocks, a record for each, and result counts them.
+// kAppendEach: whole blocks, a record for each, and result counts them. Single tokens, which a step
+// of decoding has of each request, are appended together with those of the tasks behind.
 #include "journal.h"
 #include "kv.h"
 
 constexpr uint64_t kPayload = kLayers * kBlockBytes, kLeaves = leaf_count(kPayload);
+constexpr uint64_t kToken = kLayers * kTokenBytes;  // payload of one token
 
 FUNCTION Range block_of(const Range& range, uint64_t index) {
   Range block = range;
@@ -13,26 +15,78 @@ FUNCTION Range block_of(const Range& range, uint64_t index) {
   return block;
 }
 
+// All lanes, device shape: streams `count` payloads of `kBytes` each from call->place on, a record's
+// length apart; words(i) gives those of payload i.
+template <uint64_t kBytes, class WordsOf>
+FUNCTION void stream_group(Call* call, uint64_t lane, uint64_t count, WordsOf words) {
+  constexpr uint32_t kEach = (uint32_t)leaf_count(kBytes);
+  uint8_t *place = call->place, *digests = call->digests;
+  const uint32_t teams = (uint32_t)(call->lanes / kTeamLanes), leaves = (uint32_t)count * kEach;
+#pragma unroll 1
+  for (uint32_t i = (uint32_t)(lane / kTeamLanes); i < leaves; i += teams) {
+    const uint32_t record = i / kEach, leaf = i % kEach;
+    uint8_t* digest_ptr = digests + record * root_bytes(kEach) + leaf * 16;
+    stream_leaf(words(record), leaf, kBytes, place + record * record_bytes(kBytes),
+                reinterpret_cast<uint64_t*>(digest_ptr));
+  }
+}
+
 // All lanes, device shape: as many blocks at once as the segment has room for.
 FUNCTION void append_group(Call* call, uint64_t lane, const Range& range) {
-  constexpr uint64_t kRoot = root_bytes(kLeaves), kBytes = record_bytes(kPayload);
-  const uint64_t start = call->task.token_start, teams = call->lanes / kTeamLanes;
   for (uint64_t first = 0, count = 0; first < range.id_count; first += count) {
-    const uint64_t most = smaller(range.id_count - first, call->digest_bytes / kRoot);
-    count = reserve_records(call, lane, kPayload, most);
+    const uint64_t most = call->digest_bytes / root_bytes(kLeaves);
+    count = reserve_records(call, lane, kPayload, smaller(range.id_count - first, most));
     if (count == 0) return;
-    uint8_t *place = call->place, *digests = call->digests;
-#pragma unroll 1
-    for (uint32_t i = (uint32_t)(lane / kTeamLanes); i < count * kLeaves; i += (uint32_t)teams) {
-      const uint32_t record = i / (uint32_t)kLeaves, leaf = i % (uint32_t)kLeaves;
-      stream_leaf(RegionWords<true>(call, block_of(range, first + record)), leaf, kPayload,
-                  place + record * kBytes,
-                  reinterpret_cast<uint64_t*>(digests + record * kRoot + leaf * 16));
-    }
-    const RecordNames names = {kKindKvBlock, start + first * kBlockTokens, 0};
-    commit_group(call, lane, names, kBlockTokens, kPayload, count);
+    stream_group<kPayload>(call, lane, count, [=](uint32_t i) {
+      return RegionWords<true>(call, block_of(range, first + i));
+    });
+    const uint64_t start = call->task.token_start + first * kBlockTokens;
+    commit_group(call, lane, kPayload, count, [=](uint64_t i) {
+      const uint64_t at = start + i * kBlockTokens;
+      return Entry{&call->task, {kKindKvBlock, at, at + kBlockTokens}};
+    });
     if (lane == 0) call->result += count;
   }
+}
+
+FUNCTION bool is_token(const Task* task) {
+  return task->record_kind == kKindKvTail && task->token_end == task->token_start + 1 &&
+         task->block_count == 1 && task->arg == 0;
+}
+
+// Leader: how many tasks of the group, from the first on, append one token each of a block that is
+// there.
+FUNCTION uint64_t count_tokens(const Call* call) {
+  if (call->region == nullptr || call->region->base_count != kLayers) return 0;
+  const uint64_t blocks = call->region->block_count;
+  uint64_t count = 0;
+  while (count < call->group_count && is_token(&call->group[count].task) &&
+         call->group[count].ids[0] < blocks)
+    count += 1;
+  return count;
+}
+
+FUNCTION RegionWords<false> token_words(const Call* call, uint32_t index) {
+  const Fetched* one = &call->group[index];
+  return {call, {one->ids, 1, one->task.token_start % kBlockTokens, 1, kToken, false}};
+}
+
+// All lanes, device shape: a step's tokens of several requests at once. A record is of one request
+// alone; what they share is the way over the bus.
+FUNCTION void append_tokens(Call* call, uint64_t lane) {
+  uint64_t most = 0;
+  if (lane == 0) {
+    most = count_tokens(call);
+    if (most == 0) refuse(call, lane, kStatusBadTask);
+  }
+  const uint64_t count = reserve_records(call, lane, kToken, most);
+  if (count == 0) return;
+  stream_group<kToken>(call, lane, count, [=](uint32_t i) { return token_words(call, i); });
+  commit_group(call, lane, kToken, count, [=](uint64_t i) {
+    const Task* task = &call->group[i].task;
+    return Entry{task, {kKindKvTail, task->token_start, task->token_end}};
+  });
+  if (lane == 0) call->group_done = count;
 }
 
 // All lanes of a CPU: the range as one record; false when the journal refuses it.
@@ -56,6 +110,8 @@ FUNCTION void append_blocks(Call* call, uint64_t lane, const Range& range, uint6
 }
 
 HANDLER {
+  if (kDeviceShape && call->near_id_count != 0 && is_token(&call->task))
+    return append_tokens(call, lane);
   check_range(call, lane);
   const Range range = range_of(call);
   const Task* task = &call->task;
