@@ -58,6 +58,24 @@ def handler(name: str, body: str, before: str = "") -> HandlerSource:
     return HandlerSource.of(name, text=PLAIN.format(before=before, body=body))
 
 
+OWN = """#include "call.h"
+HANDLER {
+  const uint64_t* numbers = reinterpret_cast<const uint64_t*>(payload_of(call));
+  if (numbers == nullptr) return refuse(call, lane, kStatusOwn);
+  for_each_lane(call, lane, call->task.source_bytes / 8, [=](uint64_t i) { add_result(call, numbers[i] / call->task.arg); });
+}
+"""
+
+
+def test_own_operator_reaches_its_call_wherever_the_executor_keeps_it(compiler: CudaCompiler) -> None:
+    source = HandlerSource.of("own", text=OWN)
+    compiler.handler(source)
+    ptx, _ = compiler._ptx(source)
+    # With one CTA a Call lies in shared memory: what adds to its words must not say that it is global.
+    assert b"red.relaxed.gpu.add.u64" in ptx
+    assert b".global.add" not in ptx
+
+
 @pytest.mark.parametrize("source", HANDLERS, ids=lambda s: f"{s.file}-{hash(s.constants) & 0xFFF}")
 def test_handler_passes_the_lint_when_compiled_for_sm90(
     compiler: CudaCompiler, source: HandlerSource

@@ -72,6 +72,7 @@ STATUS_JOURNAL_FULL: Final = 2
 STATUS_TOO_LARGE: Final = 3  # the record does not fit a segment
 STATUS_HASH_MISMATCH: Final = 4  # payload read for a restore is not what its record promised
 STATUS_BAD_TASK: Final = 5  # the task names what does not exist
+STATUS_OWN: Final = 256  # from here on an own operator's, below 2**32
 
 _CONSTANT_PREFIXES: Final = ("KIND_", "TASK_", "STATUS_", "STREAM_", "WRITER_")
 _CONSTANT_NAMES: Final = (

@@ -127,8 +127,8 @@ class HostExecutor:
         self.handle: int = library.open(plan.pack()) or 0
         if not self.handle:
             raise DeviceError(f"the system refused memory or {plan.lanes} threads for an executor")
-
-    lost: DeviceError | None = None  # what ends a thread of this process ends the process
+        # what ends a thread of this process ends the process, so only its device can be gone
+        self.lost: DeviceError | None = None
 
     def launch(self) -> None:
         raise AssertionError("submission launches this executor by itself")
@@ -144,13 +144,14 @@ class HostExecutor:
         raise AssertionError("this device has no bursts")
 
     def park(self, timeout_s: float) -> bool:
-        return bool(self._library.park(self.handle, int(timeout_s * 1e9)))
+        return not self.handle or bool(self._library.park(self.handle, int(timeout_s * 1e9)))
 
     def unpark(self) -> None:
-        self._library.unpark(self.handle)
+        if self.handle:
+            self._library.unpark(self.handle)
 
     def rescues(self) -> int:
-        return int(self._library.rescues(self.handle))
+        return int(self._library.rescues(self.handle)) if self.handle else 0
 
     def close(self, timeout_s: float) -> bool:
         if self.handle and self._library.close(self.handle, int(timeout_s * 1e9)):
@@ -169,6 +170,7 @@ class HostDevice:
         self._compiler = compiler or HostCompiler()
         self.library = HostLibrary(self._compiler)
         self._buffers: dict[int, Buffer] = {}
+        self._executors: list[HostExecutor] = []
 
     def build_burst(self, source: HandlerSource) -> None:
         """Lanes are all there is: None."""
@@ -221,8 +223,15 @@ class HostDevice:
         return HostCode(image)
 
     def executor(self, plan: ExecutorPlan) -> HostExecutor:
-        return HostExecutor(self.library, plan)
+        executor = HostExecutor(self.library, plan)
+        self._executors = [known for known in self._executors if known.handle] + [executor]
+        return executor
 
     def close(self) -> None:
+        """End what runs, then give everything back."""
+        for executor in self._executors:
+            if not executor.close(config.WAIT_PARK_S):
+                raise DeviceError(f"{self.name}: an executor did not leave; nothing was released")
+            executor.lost = DeviceError(f"{self.name} is closed")
         for address in list(self._buffers):
             self.free(address)

@@ -19,7 +19,8 @@ from typing import Final
 
 import numpy as np
 
-from concordia.errors import EnvironmentRefused
+from concordia import abi
+from concordia.errors import EnvironmentRefused, JournalRefused
 
 PAGE_BYTES: Final = mmap.PAGESIZE
 
@@ -34,6 +35,20 @@ class JournalTarget:
     pool_bytes: int
     segment_bytes: int
     control_address: int
+
+    def check(self) -> None:
+        """Refuse a stream that cannot be written: an executor trusts these numbers."""
+        if (
+            self.segment_bytes < abi.LEAF_BYTES
+            or self.segment_bytes % abi.LEAF_BYTES
+            or self.pool_bytes < self.segment_bytes
+        ):
+            raise JournalRefused(
+                f"pool and segment of {(self.pool_bytes, self.segment_bytes)} bytes: segments are "
+                "whole leaves, and at least one fits the pool"
+            )
+        if self.pool_address % abi.LINE_BYTES or self.control_address % abi.LINE_BYTES:
+            raise JournalRefused("pool and control page must start on a line")
 
 
 class Mapping:

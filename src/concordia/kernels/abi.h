@@ -45,6 +45,7 @@ constexpr uint32_t kStatusJournalFull = 0x2u;
 constexpr uint32_t kStatusTooLarge = 0x3u;
 constexpr uint32_t kStatusHashMismatch = 0x4u;
 constexpr uint32_t kStatusBadTask = 0x5u;
+constexpr uint32_t kStatusOwn = 0x100u;
 
 struct RecordHeader {
   uint32_t magic;

@@ -140,6 +140,19 @@ FUNCTION void refuse(Call* call, uint64_t lane, uint64_t status) {
   if (lane == 0 && call->status == kStatusOk) call->status = status;
 }
 
+// The bytes that came along with the task, in the ring's arena, at a multiple of 16; null when it
+// names none, or others.
+FUNCTION const uint8_t* payload_of(const Call* call) {
+  const uint64_t offset = call->task.source - reinterpret_cast<uint64_t>(call->arena),
+                 bytes = call->task.source_bytes;
+  const bool is_there =
+      offset % 16 == 0 && offset <= call->arena_bytes && bytes <= call->arena_bytes - offset;
+  return is_there ? call->arena + offset : nullptr;
+}
+
+// Any lane: adds to the answer, which is 0 when a task starts.
+FUNCTION void add_result(Call* call, uint64_t value) { add_anywhere(&call->result, value); }
+
 // Copies within one lane.
 FUNCTION void copy_bytes(uint8_t* target_ptr, const uint8_t* source_ptr, uint64_t bytes) {
 #if CONCORDIA_CUDA

@@ -87,6 +87,12 @@ FUNCTION uint64_t add_device(uint64_t* word_ptr, uint64_t value) {
   return before;
 }
 
+// The same for a word that may lie in an executor's shared memory, as those of its Call do with one
+// CTA. What was added is there after the next grid_sync.
+FUNCTION void add_anywhere(uint64_t* word_ptr, uint64_t value) {
+  asm volatile("red.relaxed.gpu.add.u64 [%0], %1;" :: "l"(word_ptr), "l"(value) : "memory");
+}
+
 FUNCTION uint64_t now_ns() {
   uint64_t now;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
@@ -153,6 +159,10 @@ FUNCTION uint64_t load_full(const uint64_t* word_ptr) {
 
 FUNCTION uint64_t add_device(uint64_t* word_ptr, uint64_t value) {
   return __atomic_fetch_add(word_ptr, value, __ATOMIC_ACQ_REL);
+}
+
+FUNCTION void add_anywhere(uint64_t* word_ptr, uint64_t value) {
+  __atomic_fetch_add(word_ptr, value, __ATOMIC_RELAXED);
 }
 
 // A release store each: what the GPU does with one fence costs nothing here, and ThreadSanitizer

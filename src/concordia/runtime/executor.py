@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +22,10 @@ from concordia import abi, config
 from concordia.device.compiler import HandlerSource
 from concordia.device.driver import Device, Executor, ExecutorPlan, Image
 from concordia.device.memory import JournalTarget
-from concordia.errors import ConcordiaError, DeviceError, JournalRefused, RingFull, WaitTimeout
+from concordia.errors import ConcordiaError, DeviceError, RingFull, UsageError, WaitTimeout
 from concordia.runtime.op_table import Operator, OperatorTable
 from concordia.runtime.ring import Completion, Ring, Task, Ticket
+from concordia.runtime.trial import TRIAL_SLOTS, Trial
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +57,9 @@ class Runtime:
         slots: int = config.RING_SLOTS,
     ) -> None:
         if target is not None:
-            _check_target(target)
+            target.check()
         self.device = device
+        self._lanes = lanes
         # one installs, parks or closes at a time; submission takes no lock
         self._lock = threading.RLock()
         self._is_open = True
@@ -87,6 +89,30 @@ class Runtime:
         if self_test is not None:
             self_test(image)
         return self.adopt(name, image, region_address=region_address)
+
+    def register_operator(
+        self,
+        name: str,
+        source: str,
+        *,
+        constants: Mapping[str, int] | None = None,
+        self_test: Callable[[Trial], None] | None = None,
+    ) -> Operator:
+        """Make CUDA C++ of the caller's what compute tasks run (docs/operators.md); an operator of
+        this name is replaced. Raises CompileError, HandlerRefused with the reasons, or what
+        `self_test` raises, and then nothing has changed.
+        """
+        if not name.isidentifier():
+            raise UsageError(f"{name!r} names no operator: use letters, digits and _")
+
+        def prove(image: Image) -> None:
+            if self_test is not None:
+                with Trial(Runtime(self.device, lanes=self._lanes, slots=TRIAL_SLOTS)) as trial:
+                    trial.prove(name, image, self_test)
+
+        # beside the names of our own handlers, which nobody replaces by accident
+        text = HandlerSource.of(name, constants, text=source)
+        return self.install(f"own.{name}", text, self_test=prove)
 
     def adopt(self, name: str, image: Image, *, region_address: int = 0) -> Operator:
         """Publish a handler that was built before."""
@@ -125,7 +151,7 @@ class Runtime:
         if not self.operators.has_retired:
             return
         if not self._park_count and not self.operators.is_acknowledged():
-            self.drain()
+            self.drain(config.WAIT_TASK_S)
         self.operators.unload_retired()
 
     def submit(self, task: Task) -> Ticket:
@@ -295,22 +321,6 @@ class Runtime:
         address = self.device.allocate(size)
         self._scratch.append(address)
         return address
-
-
-def _check_target(target: JournalTarget) -> None:
-    """Refuse a stream that cannot be written: an executor trusts these numbers."""
-    sizes = (target.pool_bytes, target.segment_bytes)
-    if (
-        target.segment_bytes < abi.LEAF_BYTES
-        or target.segment_bytes % abi.LEAF_BYTES
-        or target.pool_bytes < target.segment_bytes
-    ):
-        raise JournalRefused(
-            f"pool and segment of {sizes} bytes: segments are whole leaves, and at least one "
-            "fits the pool"
-        )
-    if target.pool_address % abi.LINE_BYTES or target.control_address % abi.LINE_BYTES:
-        raise JournalRefused("pool and control page must start on a line")
 
 
 def _abandon(executor: Executor) -> None:

@@ -15,7 +15,7 @@ from concordia import abi
 from concordia.device.driver import Code, Device, Image
 from concordia.device.memory import Buffer
 from concordia.errors import DeviceError
-from concordia.runtime.ring import Ring
+from concordia.runtime.ring import Ring, Task
 
 FIRST_OPCODE: Final = 1  # 0 means no operator, so that a zeroed task does nothing
 
@@ -28,6 +28,12 @@ class Operator:
     opcode: int
     generation: int
     digest: int
+
+    def task(self, *, arg: int = 0, payload: bytes | None = None) -> Task:
+        """A compute task of this operator with a word and some bytes. It runs what the operator is
+        when it starts, whichever swap this value comes from.
+        """
+        return Task(opcode=self.opcode, kind=abi.TASK_COMPUTE, arg=arg, payload=payload)
 
 
 @dataclass(slots=True)
