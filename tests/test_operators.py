@@ -309,5 +309,5 @@ PAGE = Path(__file__).parents[1] / "docs" / "operators.md"
 def test_example_of_the_page_runs_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
     names: dict[str, object] = {}
-    exec(compile(example, "docs/operators.md", "exec"), names)  # noqa: S102
+    exec(compile(example, "docs/operators.md", "exec"), names)
     assert names["answer"] == "2 of 5 logits are above 0.5"

@@ -16,13 +16,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from concordia import abi, config
-from concordia.checkpoint.handler import (
-    burst_source,
-    bytes_source,
-    page_source,
-    proven_append,
-    proven_code,
-)
+from concordia.checkpoint.handler import burst_source, proven_append, proven_code
+from concordia.checkpoint.record_proof import proven_bytes, proven_pages
 from concordia.checkpoint.region import BASE_ALIGNMENT, KvGeometry, PageRegion, Region, RegionEntry
 from concordia.checkpoint.restore_burst import RESTORE_KERNEL, RestoreBurst
 from concordia.checkpoint.restore_tasks import KvPiece, restore_by_tasks
@@ -60,7 +55,7 @@ class Checkpointer(StreamWords):
         self._is_open = True
         self.runtime = Runtime(device, target=target, lanes=lanes)
         try:
-            self._bytes = self.runtime.install("bytes_append", bytes_source())
+            self._bytes = self.runtime.adopt("bytes_append", proven_bytes(device, lanes=lanes))
         except BaseException:
             self.runtime.close()
             raise
@@ -134,7 +129,7 @@ class Checkpointer(StreamWords):
             )
         self.device.check_range(address, size)
         pages = size // page_bytes
-        image = self.device.build(page_source(page_bytes))
+        image = proven_pages(self.device, page_bytes, lanes=self._lanes)
         page_burst = self.device.build_burst(burst_source())
         with self._lock:
             number = len(self._regions) + 1
@@ -158,6 +153,11 @@ class Checkpointer(StreamWords):
         """
         image = proven_append(self.device, region.geometry, source, lanes=self._lanes)
         return self.runtime.adopt(region.append.name, image, region_address=region.entry.address)
+
+    def replace_scan(self, region: PageRegion, source: HandlerSource) -> Operator:
+        """The same for the scan handler of an opaque region."""
+        image = proven_pages(self.device, region.page_bytes, lanes=self._lanes, source=source)
+        return self.runtime.adopt(region.scan.name, image, region_address=region.entry.address)
 
     def order_after(self, stream: int) -> None:
         """What is handed in from now on sees what this stream of the framework (a handle, 0 for the

@@ -22,20 +22,20 @@ from concordia import abi, config
 from concordia.checkpoint.region import KvGeometry, Region, RegionEntry
 from concordia.checkpoint.restore_burst import RESTORE_KERNEL, RestoreBurst
 from concordia.checkpoint.restore_tasks import KvPiece
+from concordia.checkpoint.scratch_journal import ScratchJournal
 from concordia.device.compiler import HandlerSource
 from concordia.device.driver import Device, Image
-from concordia.device.memory import Buffer, JournalTarget
 from concordia.errors import HandlerRefused
 from concordia.runtime.executor import Runtime
 from concordia.runtime.op_table import Operator
 from concordia.runtime.ring import Completion, Task
+from concordia.runtime.trial import TRIAL_SLOTS, Trial
 
 KV_HANDLERS = ("kv_append", "kv_apply", "kv_hash")
 # of the scratch cache: two that a range spans, in an order that is not theirs, and one to stay
 # untouched
 BLOCKS = 3
 TOKENS_BESIDE = 2  # tokens of the range on each side of a block boundary
-SLOTS = 64
 
 
 def kv_source(name: str, geometry: KvGeometry) -> HandlerSource:
@@ -132,8 +132,14 @@ class KvProof:
             secrets.randbits(64)
         )  # a handler cannot have been made for these bytes
         self._layers = [random.bytes(BLOCKS * geometry.stride) for _ in range(geometry.layers)]
-        self._addresses = [device.allocate(len(layer)) for layer in self._layers]
-        self._fill(self._layers)
+        self._expected = [expected_bytes(geometry, self._layers, wanted) for wanted in self._ranges]
+        journal = ScratchJournal([len(payload) for payload in self._expected])
+        self._journal = journal
+        target = journal.target
+        self._runtime = Runtime(device, target=target, lanes=lanes, slots=TRIAL_SLOTS)
+        self._trial = Trial(self._runtime)
+        self._trial.hold(journal)
+        self._addresses = [self._trial.allocate(len(layer), layer) for layer in self._layers]
         self._entry = RegionEntry(
             device,
             number=1,
@@ -141,44 +147,25 @@ class KvProof:
             block_count=BLOCKS,
             layout_hash=geometry.layout_hash(),
         )
-        self._expected = [expected_bytes(geometry, self._layers, wanted) for wanted in self._ranges]
-        needed = abi.SEGMENT_HEADER.size + sum(
-            record_bytes(len(payload)) for payload in self._expected
-        )
-        self._pool = Buffer(-(-needed // abi.LEAF_BYTES) * abi.LEAF_BYTES)
-        self._control = Buffer(abi.STREAM_CONTROL.size)
-        self._lend()
-        target = JournalTarget(
-            self._pool.address, self._pool.size, self._pool.size, self._control.address
-        )
-        self._target = target
-        self._runtime = Runtime(device, target=target, lanes=lanes, slots=SLOTS)
+        self._trial.hold(self._entry)
 
     def close(self) -> None:
-        self._runtime.close()
-        self._entry.close()
-        for address in self._addresses:
-            self._device.free(address)
-        self._pool.close()
-        self._control.close()
+        self._trial.close()
 
     def test_append(self, image: Image) -> None:
         """Both kinds of record, against bytes picked out of the scratch cache by index. Once per
         proof: records stay.
         """
-        at = abi.SEGMENT_HEADER.size
-        for wanted, expected in zip(self._ranges, self._expected, strict=True):
+        for index, (wanted, expected) in enumerate(zip(self._ranges, self._expected, strict=True)):
             done = self._run("append", image, wanted)
-            start = at + abi.RECORD_HEADER.size
-            self._judge(
-                "kv_append", done, expected, bytes(self._pool.view[start : start + len(expected)])
-            )
-            at += record_bytes(len(expected))
+            if done.is_ok:  # the first byte that differs says more than a hash
+                compare("kv_append", expected, self._journal.payload(index))
+            self._judge("kv_append", done, expected)
 
     def test_hash(self, image: Image) -> None:
         """The hash that an append of the same range commits."""
         for wanted, expected in zip(self._ranges, self._expected, strict=True):
-            self._judge("kv_hash", self._run("hash", image, wanted), expected, expected)
+            self._judge("kv_hash", self._run("hash", image, wanted), expected)
 
     def test_apply(self, image: Image) -> None:
         """Exactly the range is written, all else keeps its bytes; and nothing is written when the
@@ -186,7 +173,7 @@ class KvProof:
         """
         zeros = [bytes(len(layer)) for layer in self._layers]
         for wanted, expected in zip(self._ranges, self._expected, strict=True):
-            self._pool.view[: len(expected)] = expected
+            self._journal.pool.view[: len(expected)] = expected
             for promised, after in (
                 (tree_hash(expected) ^ 1, zeros),
                 (tree_hash(expected), self._applied(wanted)),
@@ -194,9 +181,7 @@ class KvProof:
                 self._fill(zeros)
                 done = self._run("apply", image, wanted, key=promised, source_bytes=len(expected))
                 for layer, (address, want) in enumerate(zip(self._addresses, after, strict=True)):
-                    _compare(
-                        f"kv_apply, layer {layer}", want, self._device.read(address, len(want))
-                    )
+                    compare(f"kv_apply, layer {layer}", want, self._trial.read(address, len(want)))
                 if done.is_ok != (promised == tree_hash(expected)):
                     raise HandlerRefused(
                         f"kv_apply: status {done.status} for a payload whose hash "
@@ -216,15 +201,15 @@ class KvProof:
         zeros = [bytes(len(layer)) for layer in self._layers]
         with closing(RestoreBurst(self._device, burst, region)) as restore:
             for wanted, expected in zip(self._ranges, self._expected, strict=True):
-                self._pool.view[: len(expected)] = expected
+                self._journal.pool.view[: len(expected)] = expected
                 self._fill(zeros)
                 right = KvPiece(
                     *(wanted.kind, wanted.token_start, wanted.token_end, wanted.blocks),
-                    *(self._pool.address, len(expected), tree_hash(expected)),
+                    *(self._journal.pool.address, len(expected), tree_hash(expected)),
                 )
                 wrong = right._replace(payload_hash=right.payload_hash ^ 1)
                 said = restore.restore(
-                    self._runtime, self._target, [wrong, right], config.WAIT_TASK_S
+                    self._runtime, self._journal.target, [wrong, right], config.WAIT_TASK_S
                 )
                 if said != [abi.STATUS_HASH_MISMATCH, abi.STATUS_OK]:
                     raise HandlerRefused(
@@ -233,8 +218,8 @@ class KvProof:
                 for layer, (address, want) in enumerate(
                     zip(self._addresses, self._applied(wanted), strict=True)
                 ):
-                    found = self._device.read(address, len(want))
-                    _compare(f"kv_restore, layer {layer}", want, found)
+                    found = self._trial.read(address, len(want))
+                    compare(f"kv_restore, layer {layer}", want, found)
         self._fill(self._layers)
 
     def _applied(self, wanted: KvRange) -> list[bytes]:
@@ -250,29 +235,23 @@ class KvProof:
     def _run(
         self, name: str, image: Image, wanted: KvRange, *, key: int = 0, source_bytes: int = 0
     ) -> Completion:
-        operator = self._runtime.operators.find(name)
-        if operator is None or operator.digest != image.digest:
-            operator = self._runtime.adopt(name, image, region_address=self._entry.address)
-        return self._runtime.wait(
-            self._runtime.submit(
-                Task(
-                    opcode=operator.opcode,
-                    kind=abi.TASK_CHECKPOINT,
-                    record_kind=wanted.kind,
-                    token_start=wanted.token_start,
-                    token_end=wanted.token_end,
-                    blocks=wanted.blocks,
-                    source=self._pool.address,
-                    key=key,
-                    source_bytes=source_bytes,
-                )
+        self._trial.adopt(name, image, region_address=self._entry.address)
+        return self._trial.run(
+            Task(
+                kind=abi.TASK_CHECKPOINT,
+                record_kind=wanted.kind,
+                token_start=wanted.token_start,
+                token_end=wanted.token_end,
+                blocks=wanted.blocks,
+                source=self._journal.pool.address,
+                key=key,
+                source_bytes=source_bytes,
             )
         )
 
-    def _judge(self, name: str, done: Completion, expected: bytes, found: bytes) -> None:
+    def _judge(self, name: str, done: Completion, expected: bytes) -> None:
         if not done.is_ok:
             raise HandlerRefused(f"{name}: status {done.status} in its self-test")
-        _compare(name, expected, found)
         if done.payload_hash != tree_hash(expected):
             raise HandlerRefused(
                 f"{name}: payload hash {done.payload_hash:#x}, expected {tree_hash(expected):#x}"
@@ -280,20 +259,7 @@ class KvProof:
 
     def _fill(self, layers: Sequence[bytes]) -> None:
         for address, layer in zip(self._addresses, layers, strict=True):
-            self._device.write(address, layer)
-
-    def _lend(self) -> None:
-        words = np.zeros(1, dtype=abi.STREAM_CONTROL.dtype)
-        words["state"] = abi.STREAM_OPEN
-        words["lent"][0, 1] = secrets.randbits(63)
-        words["lent_count"] = 1
-        self._control.view[:] = words.tobytes()
-
-
-def record_bytes(payload_bytes: int) -> int:
-    """Bytes that a record takes in its segment."""
-    padded = -(-payload_bytes // abi.LINE_BYTES) * abi.LINE_BYTES
-    return abi.RECORD_HEADER.size + padded + abi.LINE_BYTES
+            self._trial.write(address, layer)
 
 
 def expected_bytes(geometry: KvGeometry, layers: Sequence[bytes], wanted: KvRange) -> bytes:
@@ -341,7 +307,8 @@ def _tail_indices(geometry: KvGeometry, wanted: KvRange) -> list[npt.NDArray[np.
     return found
 
 
-def _compare(name: str, expected: bytes, found: bytes) -> None:
+def compare(name: str, expected: bytes, found: bytes) -> None:
+    """Raise HandlerRefused with the first byte that differs."""
     if expected == found:
         return
     differs = np.flatnonzero(np.frombuffer(expected, np.uint8) != np.frombuffer(found, np.uint8))
