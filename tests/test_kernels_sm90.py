@@ -22,6 +22,7 @@ from concordia.device.cubin import initial_word, read_facts
 from concordia.device.cuda import CudaCompiler
 from concordia.device.loader import FRAME_BYTES_MAX, lint
 from concordia.errors import CompileError, HandlerRefused
+from concordia.testing.swap_storm import STORM
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings are not installed")
 
@@ -39,6 +40,7 @@ HANDLERS = [
     HandlerSource.of("bytes_append.cu"),
     HandlerSource.of("page_scan.cu", {"PAGE_BYTES": 65536}),
     HandlerSource.of("page_scan.cu", {"PAGE_BYTES": 4096}),
+    HandlerSource.of("swap_storm", {"VERSION": 1}, text=STORM),
     *(
         HandlerSource.of(file, shape)
         for file in ("kv_append.cu", "kv_apply.cu", "kv_hash.cu")

@@ -6,6 +6,7 @@ only when nobody can be inside it, whatever Python forgets.
 """
 
 import gc
+import inspect
 import re
 import threading
 import time
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from concordia import abi, config
+from concordia.device import host, loader, nvrtc
 from concordia.device.driver import open_device
 from concordia.device.host import HostCode, HostDevice, HostImage
 from concordia.errors import CompileError, DeviceError, HandlerRefused, UsageError
@@ -303,11 +305,43 @@ def test_device_waits_for_its_executors_when_it_is_closed() -> None:
         runtime.submit(Task())
 
 
-PAGE = Path(__file__).parents[1] / "docs" / "operators.md"
+PAGE = (Path(__file__).parents[1] / "docs" / "operators.md").read_text("utf-8")
 
 
-def test_example_of_the_page_runs_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+def test_example_of_the_page_runs_as_it_stands() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     names: dict[str, object] = {}
     exec(compile(example, "docs/operators.md", "exec"), names)
-    assert names["answer"] == "2 of 5 logits are above 0.5"
+    assert names["answer"] == "status 1, 3 of 5 ids are 9"
+    assert f"`{names['answer']}`" in PAGE
+
+
+def test_page_names_the_reasons_that_the_lint_gives() -> None:
+    table = PAGE.partition("| reason |")[2].partition("\n\n")[0]
+    named = [reason for row in table.splitlines()[2:] for reason in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert len(named) > 10
+    code = "".join(inspect.getsource(module) for module in (loader, host))
+    code = code.replace("{registers_max}", str(nvrtc.REGISTERS_MAX)).replace("{FRAME_BYTES_MAX}", str(loader.FRAME_BYTES_MAX))
+    code = code.replace("{BARRIER_COUNT_MAX}", str(loader.BARRIER_COUNT_MAX))
+    assert [reason for reason in named if reason not in code] == []
+
+
+def test_page_states_the_limits_that_are_kept() -> None:
+    from concordia.device import residency
+
+    assert f"{residency.THREADS} lanes a CTA" in PAGE
+    assert f"A payload has at most {config.RING_ARENA_BYTES // 2 >> 20} MiB" in PAGE
+    assert f"no answer comes within {config.WAIT_TASK_S:.0f} s" in PAGE
+    assert f"A task may\nrun for {config.WAIT_TASK_S:.0f} s" in PAGE
+    assert f"{abi.OPERATOR_CAPACITY - 1} operators and handlers" in PAGE
+    assert f"{abi.STATUS_OWN} and above are yours" in PAGE
+
+
+def test_payload_is_refused_when_it_exceeds_half_the_arena(device: HostDevice) -> None:
+    runtime = Runtime(device)
+    operator = runtime.register_operator("sum", SUM, constants={"FACTOR": 1})
+    most = config.RING_ARENA_BYTES // 2
+    assert runtime.wait(runtime.submit(operator.task(arg=1, payload=bytes(most)))).payload_hash & abi.NOT_SEALED == most // 8
+    with pytest.raises(UsageError, match="do not fit half the ring's arena"):
+        runtime.submit(operator.task(arg=1, payload=bytes(most + 1)))
+    runtime.close()
