@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from concordia import abi
+from concordia import abi, config
 from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.checkpoint.record_proof import proven_bytes, proven_pages
 from concordia.device.compiler import KERNELS, HandlerSource, HostCompiler
@@ -61,6 +61,17 @@ def test_bytes_handler_is_refused_when_it_does_one_thing_differently(
     device, lanes = shape
     with pytest.raises(HandlerRefused, match=reason):
         proven_bytes(device, lanes=lanes, source=changed("bytes_append.cu", old, new))
+
+
+def test_handler_is_refused_when_it_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = HostDevice()
+    spin = "HANDLER {\n  const uint64_t since = now_ns();\n  while (now_ns() - since < 500000000) yield_lane();"
+    with monkeypatch.context() as patched:
+        patched.setattr(config, "WAIT_TASK_S", 0.05)
+        patched.setattr(config, "WAIT_PARK_S", 0.05)
+        with pytest.raises(HandlerRefused, match=r"bytes_append: no answer within 0\.05 s"):
+            proven_bytes(device, lanes=1, source=changed("bytes_append.cu", "HANDLER {", spin))
+    device.close()  # once it has ended all the same
 
 
 LEARN = "  if (lane == 0) call->result += count;"

@@ -15,6 +15,7 @@ import numpy as np
 from concordia import abi
 from concordia.device.memory import Buffer, JournalTarget
 from concordia.errors import HandlerRefused
+from concordia.journal.record import record_bytes
 
 
 class ScratchJournal:
@@ -67,9 +68,3 @@ class ScratchJournal:
         """No executor writes here any more."""
         self.pool.close()
         self._control.close()
-
-
-def record_bytes(payload_bytes: int) -> int:
-    """Bytes that a record takes in its segment."""
-    padded = -(-payload_bytes // abi.LINE_BYTES) * abi.LINE_BYTES
-    return abi.RECORD_HEADER.size + padded + abi.LINE_BYTES

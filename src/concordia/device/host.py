@@ -224,7 +224,7 @@ class HostDevice:
 
     def executor(self, plan: ExecutorPlan) -> HostExecutor:
         executor = HostExecutor(self.library, plan)
-        self._executors = [known for known in self._executors if known.handle] + [executor]
+        self._executors.append(executor)
         return executor
 
     def close(self) -> None:
