@@ -48,6 +48,13 @@ HANDLERS = [
     ),
 ]
 
+FIBONACCI = """__device__ __noinline__ uint64_t fibonacci(Call* call, uint64_t n) {
+  return n < 2 ? n + call->task.step : fibonacci(call, n - 1) + fibonacci(call, n - 2);
+}"""
+MUTUAL = """__device__ uint64_t odd(Call* call, uint64_t n);
+__device__ __noinline__ uint64_t even(Call* call, uint64_t n) { return n == 0 ? call->task.step : odd(call, n - 1) * 3 + odd(call, n / 2); }
+__device__ __noinline__ uint64_t odd(Call* call, uint64_t n) { return n == 0 ? call->task.arg : even(call, n - 1) * 5 + even(call, n / 3); }
+"""
 PLAIN = '#include "call.h"\n{before}\nHANDLER {{ {body} }}\n'
 
 
@@ -132,6 +139,10 @@ def test_executor_launch_gives_what_the_lint_allows_when_linked(compiler: CudaCo
         ("barrier 5", "", 'asm volatile("bar.sync 5;"); call->result = 1;', "barriers other than 0: 5"),
         ("named barrier", "", 'asm volatile("barrier.sync 3, 64;"); call->result = 1;', "barriers other than 0"),
         ("printf", 'extern "C" __device__ int printf(const char*, ...);', 'if (lane == 7) printf("x");', "vprintf"),
+        ("trap", "", "if (call->task.arg == 7) __trap(); call->result = 1;", "do not return: trap"),
+        ("exit", "", 'if (lane == 7) asm volatile("exit;"); call->result = 1;', "do not return: exit"),
+        ("recursion", FIBONACCI, "if (lane == 0) call->result = fibonacci(call, call->task.arg);", "recursion, whose stack nobody knows: .*fibonacci"),
+        ("mutual", MUTUAL, "if (lane == 0) call->result = odd(call, call->task.arg);", "recursion.*odd.*even"),
         ("stack", "", "uint64_t a[200]; for (int i = 0; i < 200; ++i) a[i] = call->scratch[i & 7]; a[lane % 200] += 1; call->result = a[call->task.arg % 200];", "bytes of stack"),
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 16 else "",
@@ -141,6 +152,18 @@ def test_lint_refuses_with_the_reason_when_a_handler_would_break_the_executor(
 ) -> None:
     with pytest.raises(HandlerRefused, match=reason):
         compiler.handler(handler(name, body, before))
+
+
+DEEP = """__device__ __noinline__ uint64_t third(Call* call, uint64_t n) { return n * call->task.step; }
+__device__ __noinline__ uint64_t second(Call* call, uint64_t n) { return third(call, n + 1) ^ third(call, n); }
+"""
+
+
+def test_calls_that_end_pass_the_lint(compiler: CudaCompiler) -> None:
+    source = handler("deep", "if (lane == 0) call->result = second(call, 3) + third(call, 4) + second(call, 5);", DEEP)
+    ptx, _ = compiler._ptx(source)
+    assert len(re.findall(rb"\bcall\.uni\b", ptx)) >= 3  # the compiler left them calls
+    compiler.handler(source)
 
 
 DIVIDES = "call->result = call->task.arg / (call->task.step + lane);"

@@ -322,7 +322,7 @@ def test_page_names_the_reasons_that_the_lint_gives() -> None:
     table = PAGE.partition("| reason |")[2].partition("\n\n")[0]
     named = [reason for row in table.splitlines()[2:] for reason in re.findall(r"`([^`]+)`", row.split("|")[1])]
     assert len(named) > 10
-    code = "".join(inspect.getsource(module) for module in (loader, host))
+    code = "".join(inspect.getsource(module) for module in (loader, host, nvrtc))
     code = code.replace("{registers_max}", str(nvrtc.REGISTERS_MAX)).replace("{FRAME_BYTES_MAX}", str(loader.FRAME_BYTES_MAX))
     code = code.replace("{BARRIER_COUNT_MAX}", str(loader.BARRIER_COUNT_MAX))
     assert [reason for reason in named if reason not in code] == []

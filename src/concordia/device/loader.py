@@ -1,10 +1,10 @@
 """Handler code on the GPU: whether it may run, and who owns it, floor 2.
 
 Owns: the lint of a compiled handler and loaded modules. Promises: nothing is loaded that could not
-be called from the executor (more registers or stack than it was launched with, constants or shared
-memory of another kernel, a barrier it has not got, an unresolved symbol, another ABI), and a loaded
-module stays until `close`, whatever Python forgets. Called by cuda.py. Does not compile, and does
-not know when the executor is out: its caller does.
+be called from the executor (more registers or stack than it was launched with, recursion, constants
+or shared memory of another kernel, a barrier it has not got, a way out that does not return, an
+unresolved symbol, another ABI), and a loaded module stays until `close`, whatever Python forgets.
+Called by cuda.py. Does not compile, and does not know when the executor is out: its caller does.
 """
 
 from __future__ import annotations
@@ -31,6 +31,12 @@ BARRIER_COUNT_MAX: Final = 1  # barrier 0, the one behind __syncthreads
 _SHARED: Final = re.compile(rb"^\s*(?:\.\w+\s+)*\.shared\b", re.MULTILINE)
 _CONSTANT: Final = re.compile(rb"^\s*(?:\.\w+\s+)*\.const\b", re.MULTILINE)
 _BARRIER: Final = re.compile(rb"\bbar(?:rier)?(?:\.cta)?\.(?:sync|arrive|red)[.\w]*\s+([^,;]+)")
+# What ends or changes a thread without returning: the other lanes would wait for it for ever.
+_LEAVING: Final = re.compile(
+    rb"(?:^|[;{}])\s*(?:@!?%\w+\s+)?(trap|exit|brkpt|setmaxnreg)\b", re.MULTILINE
+)
+_DEFINED: Final = re.compile(rb"\.func\b[^;{]*?([\w$]+)\s*\([^;{]*\)[^;{]*\{")
+_CALLED: Final = re.compile(rb"\bcall(?:\.uni)?\s+(?:\([^)]*\)\s*,\s*)?([\w$]+)\s*[,;]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,23 @@ def _lint_ptx(ptx: bytes) -> list[str]:
     if not barriers <= {b"0"}:
         named = ", ".join(sorted(b.decode() for b in barriers - {b"0"}))
         reasons.append(f"barriers other than 0: {named}")
+    if leaving := sorted({word.decode() for word in _LEAVING.findall(ptx)}):
+        reasons.append(f"instructions that do not return: {', '.join(leaving)}")
+    if recursive := _recursive(ptx):
+        reasons.append(f"recursion, whose stack nobody knows: {', '.join(sorted(recursive))}")
     return reasons
+
+
+def _recursive(ptx: bytes) -> set[str]:
+    """Functions that may come to call themselves, and those that call such ones."""
+    heads = list(_DEFINED.finditer(ptx))
+    calls: dict[bytes, set[bytes]] = {}
+    for index, head in enumerate(heads):
+        end = heads[index + 1].start() if index + 1 < len(heads) else len(ptx)
+        calls[head[1]] = set(_CALLED.findall(ptx, head.end(), end))
+    while ended := {name for name, called in calls.items() if not called & calls.keys()}:
+        calls = {name: called for name, called in calls.items() if name not in ended}
+    return {name.decode() for name in calls}
 
 
 def _lint_facts(facts: Facts, registers_max: int) -> list[str]:
