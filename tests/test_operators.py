@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 from concordia import abi, config
+from concordia.checkpoint.checkpointer import Checkpointer
+from concordia.checkpoint.handler import bytes_source
 from concordia.device import host, loader, nvrtc
 from concordia.device.driver import open_device
 from concordia.device.host import HostCode, HostDevice, HostImage
@@ -24,6 +26,7 @@ from concordia.errors import CompileError, DeviceError, HandlerRefused, UsageErr
 from concordia.runtime.executor import Runtime
 from concordia.runtime.ring import Task
 from concordia.runtime.trial import Trial
+from scratch_stream import ScratchStream
 
 # Adds up 64-bit numbers that came along, times the task's word; without any it answers with a status of its own.
 SUM = """#include "call.h"
@@ -125,8 +128,6 @@ def test_operator_is_swapped_when_its_name_is_registered_again(runtime: Runtime)
 
 
 def test_operator_never_replaces_one_of_ours_when_it_has_its_name(runtime: Runtime) -> None:
-    from concordia.checkpoint.handler import bytes_source
-
     ours = runtime.install("bytes_append", bytes_source())
     own = runtime.register_operator("bytes_append", SUM, constants={"FACTOR": 1})
     assert own.opcode != ours.opcode
@@ -305,6 +306,22 @@ def test_device_waits_for_its_executors_when_it_is_closed() -> None:
     assert (runtime.stats().done, runtime.stats().rescues) == (1, 0)
     with pytest.raises(DeviceError, match="host is closed"):
         runtime.submit(Task())
+
+
+def test_operator_runs_between_appends_when_it_is_registered_beside_protection() -> None:
+    stream = ScratchStream()
+    with Checkpointer.open("host", stream.target) as checkpointer:
+        runtime = checkpointer.runtime
+        operator = runtime.register_operator("sum", SUM, constants={"FACTOR": 1})
+        appends, sums = [], []
+        for step in range(20):
+            words = {"kind": abi.KIND_EVENT, "key": 1, "incarnation": 1, "step": step}
+            appends.append(checkpointer.append_bytes(b"%d" % step, **words))
+            sums.append(runtime.submit(operator.task(arg=step, payload=numbers(step, 1))))
+        assert [checkpointer.wait(ticket).sequence for ticket in appends] == list(range(20))
+        assert [checkpointer.wait(ticket).result for ticket in sums] == [step * (step + 1) for step in range(20)]
+    assert [record.payload for record in stream.records()] == [b"%d" % step for step in range(20)]
+    stream.close()
 
 
 PAGE = (Path(__file__).parents[1] / "docs" / "operators.md").read_text("utf-8")

@@ -104,15 +104,12 @@ class Runtime:
         """
         if not name.isidentifier():
             raise UsageError(f"{name!r} names no operator: use letters, digits and _")
-
-        def prove(image: Image) -> None:
-            if self_test is not None:
-                with Trial(Runtime(self.device, lanes=self._lanes, slots=TRIAL_SLOTS)) as trial:
-                    trial.prove(name, image, self_test)
-
+        image = self.device.build(HandlerSource.of(name, constants, text=source))
+        if self_test is not None:
+            with Trial(Runtime(self.device, lanes=self._lanes, slots=TRIAL_SLOTS)) as trial:
+                trial.prove(name, image, self_test)
         # beside the names of our own handlers, which nobody replaces by accident
-        text = HandlerSource.of(name, constants, text=source)
-        return self.install(f"own.{name}", text, self_test=prove)
+        return self.adopt(f"own.{name}", image)
 
     def adopt(self, name: str, image: Image, *, region_address: int = 0) -> Operator:
         """Publish a handler that was built before."""
