@@ -127,35 +127,37 @@ FUNCTION uint8_t* reserve_record(Call* call, uint64_t lane, uint64_t payload_byt
   return call->place;
 }
 
-// Leader: the header of the record at hand, but for its CRC. What it is made of is read first: on a
-// GPU a load after a store waits for it, since both might be of the same word.
-FUNCTION void fill_header(Call* call, const Task* task, const RecordNames& names,
-                          uint64_t payload_bytes, uint64_t sequence) {
-  const Journal* journal = call->journal;
-  const uint64_t salt = journal->salt;
-  const uint64_t previous[2] = {journal->previous_hash[0], journal->previous_hash[1]};
+// What a record is of.
+struct Entry {
+  const Task* task;
+  RecordNames names;
+};
+
+// One lane: a header but for its CRC and the hash of the one before it. What it is made of is read
+// first: on a GPU a load after a store waits for it, since both might be of the same word.
+FUNCTION void fill_header(RecordHeader* header, const Call* call, const Entry& entry,
+                          const uint64_t* hash_ptr, uint64_t payload_bytes, uint64_t sequence) {
+  const Task* task = entry.task;
+  const uint64_t salt = call->journal->salt;
   const uint64_t key[2] = {task->key[0], task->key[1]}, incarnation = task->incarnation;
   const uint32_t region = task->region, flags = task->flags;
-  const uint64_t hash[2] = {call->payload_hash[0], call->payload_hash[1]};
+  const uint64_t hash[2] = {hash_ptr[0], hash_ptr[1]};
   const uint64_t handler_hash = call->op->handler_hash, step = task->step, stamp = task->stamp_ns;
   const uint64_t layout_hash =
-      call->region != nullptr ? call->region->layout_hash : journal->layout_hash;
+      call->region != nullptr ? call->region->layout_hash : call->journal->layout_hash;
   const uint64_t model_hash = task->model_hash;
-  RecordHeader* header = &call->header;
   header->magic = kRecordMagic;
   header->version = kAbiVersion;
-  header->kind = (uint16_t)names.kind;
+  header->kind = (uint16_t)entry.names.kind;
   header->salt = salt;
   header->sequence = sequence;
-  header->previous_hash[0] = previous[0];
-  header->previous_hash[1] = previous[1];
   header->key[0] = key[0];
   header->key[1] = key[1];
   header->incarnation = incarnation;
   header->region = region;
   header->flags = flags;
-  header->token_start = (uint32_t)names.token_start;
-  header->token_end = (uint32_t)names.token_end;
+  header->token_start = (uint32_t)entry.names.token_start;
+  header->token_end = (uint32_t)entry.names.token_end;
   header->payload_bytes = payload_bytes;
   header->payload_hash[0] = hash[0];
   header->payload_hash[1] = hash[1];
@@ -206,35 +208,36 @@ FUNCTION void settle_answer(Call* call) {
   flush_answer(call);
 }
 
-// What a record is of.
-struct Entry {
-  const Task* task;
-  RecordNames names;
-};
+constexpr uint64_t kPreviousWord = 3;  // of a header, where the hash of the one before it lies
+#if !defined(__CUDACC_RTC__)
+static_assert(__builtin_offsetof(RecordHeader, previous_hash) == 8 * kPreviousWord, "the chain");
+#endif
 
-// Leading team: the header of a payload that lies at `place`, with its hash in call->payload_hash.
-FUNCTION void put_header(Call* call, uint64_t lane, const Entry& entry, uint64_t payload_bytes,
-                         uint64_t sequence, uint8_t* place) {
-  Journal* journal = call->journal;
-  if (lane == 0) fill_header(call, entry.task, entry.names, payload_bytes, sequence);
+// Leading team: a filled header goes before the payload at `place`. `previous` is the hash of the
+// header before it, in every lane, and becomes this one's.
+FUNCTION void put_header(RecordHeader* header, uint64_t lane, uint64_t payload_bytes,
+                         uint8_t* place, uint64_t previous[2]) {
 #if CONCORDIA_CUDA
-  team_sync();
-  const uint64_t word = reinterpret_cast<const uint64_t*>(&call->header)[lane];
-  reinterpret_cast<uint64_t*>(place - sizeof(RecordHeader))[lane] =
-      finish_header(word, journal->previous_hash);
+  uint64_t word = reinterpret_cast<const uint64_t*>(header)[lane];
+  if (lane == kPreviousWord) word = previous[0];
+  if (lane == kPreviousWord + 1) word = previous[1];
+  reinterpret_cast<uint64_t*>(place - sizeof(RecordHeader))[lane] = finish_header(word, previous);
 #else
-  const uint8_t* header_ptr = reinterpret_cast<const uint8_t*>(&call->header);
-  if (!kDeviceShape) zero_bytes(place + payload_bytes, align_up(payload_bytes, kLineBytes) - payload_bytes);
-  call->header.header_crc = header_crc(header_ptr);
-  hash_long(header_ptr, sizeof(RecordHeader), journal->previous_hash);
+  const uint8_t* header_ptr = reinterpret_cast<const uint8_t*>(header);
+  if (!kDeviceShape)
+    zero_bytes(place + payload_bytes, align_up(payload_bytes, kLineBytes) - payload_bytes);
+  header->previous_hash[0] = previous[0];
+  header->previous_hash[1] = previous[1];
+  header->header_crc = header_crc(header_ptr);
+  hash_long(header_ptr, sizeof(RecordHeader), previous);
   write_header(place - sizeof(RecordHeader), header_ptr);
 #endif
-  team_sync();
 }
 
 // Leader: headers and payloads of `count` records of one size are there; the words that make them
-// count.
-FUNCTION void put_commits(Call* call, uint64_t payload_bytes, uint64_t count) {
+// count. `last` is the hash of the last header.
+FUNCTION void put_commits(Call* call, uint64_t payload_bytes, uint64_t count,
+                          const uint64_t last[2]) {
   Journal* journal = call->journal;
   const uint64_t bytes = record_bytes(payload_bytes);
   uint8_t* word_ptr = call->place + align_up(payload_bytes, kLineBytes);
@@ -251,6 +254,8 @@ FUNCTION void put_commits(Call* call, uint64_t payload_bytes, uint64_t count) {
   journal->committed_bytes += count * bytes;
   // the count on the control page follows when the task is answered, after a fence
   journal->sequence += count;
+  journal->previous_hash[0] = last[0];
+  journal->previous_hash[1] = last[1];
   call->sequence = journal->sequence - 1;
   call->place = nullptr;
 }
@@ -259,9 +264,15 @@ FUNCTION void put_commits(Call* call, uint64_t payload_bytes, uint64_t count) {
 // count.
 FUNCTION void publish_record(Call* call, uint64_t lane, const RecordNames& names,
                              uint64_t payload_bytes) {
-  put_header(call, lane, {&call->task, names}, payload_bytes, call->journal->sequence,
-             call->place);
-  if (lane == 0) put_commits(call, payload_bytes, 1);
+  const Journal* journal = call->journal;
+  uint64_t hash[2] = {journal->previous_hash[0], journal->previous_hash[1]};
+  if (lane == 0)
+    fill_header(&call->header, call, {&call->task, names}, call->payload_hash, payload_bytes,
+                journal->sequence);
+  team_sync();
+  put_header(&call->header, lane, payload_bytes, call->place, hash);
+  team_sync();  // every lane's share of the header is released to the leader
+  if (lane == 0) put_commits(call, payload_bytes, 1, hash);
 }
 
 // All lanes: commits the payload that lies at call->place, whose hash is in call->payload_hash. The
@@ -290,29 +301,42 @@ FUNCTION void commit_streamed(Call* call, uint64_t lane, const RecordNames& name
 
 // All lanes, device shape: commits the `count` payloads that were streamed from call->place on. The
 // digests of payload i start at i * root_bytes(its leaves); entry(i) says what its record is of.
+// Each header is made by a team, beside the others, where staged bytes would lie; only their chain
+// is one's work.
 template <class EntryOf>
 FUNCTION void commit_group(Call* call, uint64_t lane, uint64_t payload_bytes, uint64_t count,
                            EntryOf entry) {
+  const Journal* journal = call->journal;
   const uint64_t leaves = leaf_count(payload_bytes), stride = root_bytes(leaves);
-  const uint64_t bytes = record_bytes(payload_bytes);
   uint8_t* digests = call->digests;
+  RecordHeader* headers = reinterpret_cast<RecordHeader*>(call->stage);
   grid_sync(call);  // payloads and digests of every team are there
-  for (uint64_t i = lane / kTeamLanes; i < count; i += call->lanes / kTeamLanes)
-    hash_root(digests + i * stride, leaves, reinterpret_cast<uint64_t*>(digests + i * stride));
+  for (uint64_t i = lane / kTeamLanes; i < count; i += call->lanes / kTeamLanes) {
+    uint64_t* hash = reinterpret_cast<uint64_t*>(digests + i * stride);
+    hash_root(digests + i * stride, leaves, hash);
+    team_sync();
+    if (team_lane() != 0) continue;
+    fill_header(headers + i, call, entry(i), hash, payload_bytes, journal->sequence + i);
+    if (i < kFetchedMost) {
+      call->group_hash[i][0] = hash[0];
+      call->group_hash[i][1] = hash[1];
+    }
+    if (i != count - 1) continue;
+    call->payload_hash[0] = hash[0];
+    call->payload_hash[1] = hash[1];
+  }
   grid_sync(call);
   if (!is_leading_team(lane)) return;
-  for (uint64_t i = 0; i < count; ++i) {
-    const uint64_t* hash = reinterpret_cast<const uint64_t*>(digests + i * stride);
-    if (lane == 0) {
-      call->payload_hash[0] = hash[0];
-      call->payload_hash[1] = hash[1];
-      if (i < kFetchedMost) {
-        call->group_hash[i][0] = hash[0];
-        call->group_hash[i][1] = hash[1];
-      }
-    }
-    put_header(call, lane, entry(i), payload_bytes, call->journal->sequence + i,
-               call->place + i * bytes);
-  }
-  if (lane == 0) put_commits(call, payload_bytes, count);
+  uint64_t hash[2] = {journal->previous_hash[0], journal->previous_hash[1]};
+  for (uint64_t i = 0; i < count; ++i)
+    put_header(headers + i, lane, payload_bytes, call->place + i * record_bytes(payload_bytes),
+               hash);
+  team_sync();  // every lane's share of the headers is released to the leader
+  if (lane == 0) put_commits(call, payload_bytes, count, hash);
+}
+
+// Records that commit_group has room for at once.
+FUNCTION uint64_t group_most(const Call* call, uint64_t payload_bytes) {
+  return smaller(call->digest_bytes / root_bytes(leaf_count(payload_bytes)),
+                 call->stage_bytes / sizeof(RecordHeader));
 }

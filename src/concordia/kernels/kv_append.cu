@@ -4,7 +4,7 @@
 #include "journal.h"
 #include "kv.h"
 
-constexpr uint64_t kPayload = kLayers * kBlockBytes, kLeaves = leaf_count(kPayload);
+constexpr uint64_t kPayload = kLayers * kBlockBytes;
 constexpr uint64_t kToken = kLayers * kTokenBytes;  // payload of one token
 
 FUNCTION Range block_of(const Range& range, uint64_t index) {
@@ -34,8 +34,8 @@ FUNCTION void stream_group(Call* call, uint64_t lane, uint64_t count, WordsOf wo
 // All lanes, device shape: as many blocks at once as the segment has room for.
 FUNCTION void append_group(Call* call, uint64_t lane, const Range& range) {
   for (uint64_t first = 0, count = 0; first < range.id_count; first += count) {
-    const uint64_t most = call->digest_bytes / root_bytes(kLeaves);
-    count = reserve_records(call, lane, kPayload, smaller(range.id_count - first, most));
+    const uint64_t most = smaller(range.id_count - first, group_most(call, kPayload));
+    count = reserve_records(call, lane, kPayload, most);
     if (count == 0) return;
     stream_group<kPayload>(call, lane, count, [=](uint32_t i) {
       return RegionWords<true>(call, block_of(range, first + i));
@@ -76,7 +76,7 @@ FUNCTION RegionWords<false> token_words(const Call* call, uint32_t index) {
 FUNCTION void append_tokens(Call* call, uint64_t lane) {
   uint64_t most = 0;
   if (lane == 0) {
-    most = count_tokens(call);
+    most = smaller(count_tokens(call), group_most(call, kToken));
     if (most == 0) refuse(call, lane, kStatusBadTask);
   }
   const uint64_t count = reserve_records(call, lane, kToken, most);

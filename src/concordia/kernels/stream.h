@@ -62,9 +62,10 @@ FUNCTION uint64_t scramble(uint64_t sum, TeamPlace place) {
   return scrambled(sum, kSecret[16 + accumulator_of(place)]);
 }
 
-// All accumulators, as add_groups leaves them -> both halves of the hash. Groups 0 and 1 compute
-// the low half, groups 2 and 3 the high half.
-FUNCTION void finish_team(uint64_t sum, uint64_t bytes, uint64_t* hash_ptr) {
+// All accumulators, as add_groups leaves them -> the low half of the hash in lane 0 and the high half
+// in lane kHighLane. Groups 0 and 1 compute the low half, groups 2 and 3 the high half.
+constexpr uint32_t kHighLane = 8;
+FUNCTION uint64_t mix_team(uint64_t sum, uint64_t bytes) {
   const TeamPlace place = team_place();
   const bool is_odd = place.group % 2 != 0, is_high = place.group / 2 % 2 != 0;
   const uint64_t other = exchange_lanes(sum, 4);
@@ -74,9 +75,12 @@ FUNCTION void finish_team(uint64_t sum, uint64_t bytes, uint64_t* hash_ptr) {
   mixed += exchange_lanes(mixed, 1);
   mixed += exchange_lanes(mixed, 2);
   mixed += is_high ? ~(bytes * kPrime64_2) : bytes * kPrime64_1;
-  mixed = avalanche(mixed);
-  if (place.pair == 0 && place.group == 0) hash_ptr[0] = mixed;
-  if (place.pair == 0 && place.group == 2) hash_ptr[1] = mixed;
+  return avalanche(mixed);
+}
+FUNCTION void finish_team(uint64_t sum, uint64_t bytes, uint64_t* hash_ptr) {
+  const uint64_t mixed = mix_team(sum, bytes);
+  if (team_lane() == 0) hash_ptr[0] = mixed;
+  if (team_lane() == kHighLane) hash_ptr[1] = mixed;
 }
 
 // The whole team: the hash of `bytes` bytes that load(offset) gives in words; sink(offset, word)
@@ -143,8 +147,8 @@ FUNCTION void hash_whole_leaf(const Words& words, uint32_t start, uint8_t* targe
 }
 
 // The whole team: CRC and hash of a header that lies in its registers, word t in lane t; returns
-// the word with the CRC in it.
-FUNCTION uint64_t finish_header(uint64_t word, uint64_t* hash_ptr) {
+// the word with the CRC in it, and the hash to every lane.
+FUNCTION uint64_t finish_header(uint64_t word, uint64_t hash[2]) {
   const uint32_t t = threadIdx.x % 32;
   uint32_t crc = crc_multiply((uint32_t)word ^ (t == 0 ? 0xffffffffu : 0),
                               kCrcPowers.power[kHeaderWords - 2 * t]);
@@ -161,7 +165,9 @@ FUNCTION uint64_t finish_header(uint64_t word, uint64_t* hash_ptr) {
   add_words(&part, data, place.group == 3 ? last_keys(place) : keys_at(place, place.group));
   if (place.group > 3) part = {};
   const uint64_t sum = first_sum(accumulator_of(place)) + add_groups(part, place);
-  finish_team(sum, 256, hash_ptr);
+  const uint64_t mixed = mix_team(sum, 256);
+  hash[0] = lane_value(mixed, 0);
+  hash[1] = lane_value(mixed, kHighLane);
   return word;
 }
 #else
