@@ -5,7 +5,7 @@ ENV ?= .venv
 ENV_PYTHON ?= $(ENV)/bin/python
 RUN = PYTHONPATH=src $(ENV_PYTHON)
 
-.PHONY: demo test check soak bench bench-engine bench-gpu test-gpu test-ring setup clean
+.PHONY: demo test check soak bench bench-engine bench-gpu kill-rounds test-gpu test-ring setup clean
 
 setup:
 	@$(if $(filter $(ENV)/bin/python,$(ENV_PYTHON)),sh scripts/setup.sh $(PYTHON) $(ENV),true)
@@ -37,6 +37,10 @@ bench-gpu: setup
 # needs vLLM for GPUs; ARGS="-- FLAGS" go to it
 bench-engine: setup
 	$(RUN) benchmarks/engine.py --only cost recovery $(ARGS)
+
+# make kill-rounds N=1000: writers killed during append, on the first GPU, else on the CPU device
+kill-rounds: setup
+	$(RUN) benchmarks/kill_rounds.py --rounds $(N) --seconds $(SECONDS) $(ARGS)
 
 test-gpu: setup
 	$(RUN) -m pytest -q -m gpu $(ARGS)
