@@ -17,6 +17,7 @@ from concordia import abi, config
 from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.checkpoint.region import KvGeometry, Plane
 from concordia.device.compiler import HandlerSource
+from concordia.device.cuda_call import CudaError
 from concordia.device.driver import open_device
 from concordia.device.host import HostDevice
 from concordia.device.memory import Buffer, JournalTarget
@@ -474,6 +475,41 @@ def test_close_says_so_when_a_handler_hangs(
     with pytest.raises(WaitTimeout, match="memory is kept"):
         runtime.close()
     gate.open()
+
+
+def test_swap_says_so_and_loads_nothing_when_a_handler_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "WAIT_PARK_S", 0.05)
+    device = open_device("host")
+    runtime = Runtime(device)
+    gate = Gate(runtime)
+    until(lambda: runtime.stats().is_inside)
+    # a device whose loading waits, without a bound, until the executor is out
+    device.needs_parking = True
+    loaded = []
+    monkeypatch.setattr(device, "load", loaded.append)
+    with pytest.raises(WaitTimeout, match=f"task {gate.ticket} has been running for 0.05 s"):
+        runtime.install("count", source(VERSIONED, VERSION=1))
+    assert loaded == []
+    monkeypatch.undo()
+    gate.open()
+    assert runtime.wait(gate.ticket).is_ok
+    operator = runtime.install("count", source(VERSIONED, VERSION=2))
+    assert runtime.wait(runtime.submit(Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE))).result == 2
+    runtime.close()
+    device.close()
+
+
+def test_every_call_says_why_when_the_executor_was_killed(device: HostDevice) -> None:
+    runtime = Runtime(device)
+    gate = Gate(runtime)
+    # what the driver answers for a kernel that its own watchdog has ended
+    runtime.executor.lost = CudaError("wait for the executor's end", "CUDA_ERROR_LAUNCH_TIMEOUT")
+    assert runtime.executor.lost.context_lost
+    for call in (lambda: runtime.wait(gate.ticket, 1.0), lambda: runtime.submit(Task()), lambda: runtime.submit_many([Task()])):
+        with pytest.raises(DeviceError, match="wait for the executor's end: CUDA_ERROR_LAUNCH_TIMEOUT"):
+            call()
+    gate.open()
+    runtime.close()
 
 
 def test_target_is_refused_when_its_numbers_cannot_be_true(device: HostDevice) -> None:

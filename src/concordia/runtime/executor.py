@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from concordia import abi, config
 from concordia.device.compiler import HandlerSource
@@ -28,6 +28,8 @@ from concordia.runtime.ring import Completion, Ring, Task, Ticket
 from concordia.runtime.trial import TRIAL_SLOTS, Trial
 
 logger = logging.getLogger(__name__)
+
+PROGRESS_LOOK_S: Final = 0.0001
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,8 @@ class Runtime:
         """Loading waits for a GPU's executor to leave, at the end of its lease, and tasks go on
         meanwhile; only between two of its stays may the table change.
         """
+        if self.device.needs_parking:
+            self._require_progress()
         code = self.device.load(image)
         try:
             with self.parked() if self.device.needs_parking else nullcontext():
@@ -140,6 +144,22 @@ class Runtime:
         except ConcordiaError:
             code.close()
             raise
+
+    def _require_progress(self) -> None:
+        """Raise WaitTimeout when the task at hand does not end: a driver call that waits for the
+        executor would then never return, and it has no bound of its own.
+        """
+        load = self.ring.load
+        done, until = load("done_count"), time.monotonic() + config.WAIT_PARK_S
+        while load("left") != load("launched") and load("head") < load("tail"):
+            if load("done_count") != done:
+                return
+            if time.monotonic() > until:
+                raise WaitTimeout(
+                    f"no code is loaded beside the executor: task {load('head')} has been running "
+                    f"for {config.WAIT_PARK_S} s"
+                )
+            time.sleep(PROGRESS_LOOK_S)
 
     def _unload_retired(self) -> None:
         """Close replaced code once a task of the newest generation has started, which an empty task
