@@ -5,7 +5,7 @@ ENV ?= .venv
 ENV_PYTHON ?= $(ENV)/bin/python
 RUN = PYTHONPATH=src $(ENV_PYTHON)
 
-.PHONY: demo test check soak bench bench-engine bench-gpu kill-rounds test-gpu test-ring setup clean
+.PHONY: demo test check soak bench bench-engine bench-gpu kill-rounds sanitize test-gpu test-ring setup clean
 
 setup:
 	@$(if $(filter $(ENV)/bin/python,$(ENV_PYTHON)),sh scripts/setup.sh $(PYTHON) $(ENV),true)
@@ -41,6 +41,10 @@ bench-engine: setup
 # make kill-rounds N=1000: writers killed during append, on the first GPU, else on the CPU device
 kill-rounds: setup
 	$(RUN) benchmarks/kill_rounds.py --rounds $(N) --seconds $(SECONDS) $(ARGS)
+
+# all kernels under compute-sanitizer, which comes with CUDA's toolkit
+sanitize: setup
+	$(RUN) benchmarks/sanitize.py $(ARGS)
 
 test-gpu: setup
 	$(RUN) -m pytest -q -m gpu $(ARGS)

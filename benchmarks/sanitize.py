@@ -1,0 +1,186 @@
+"""Every kernel under compute-sanitizer: memcheck, racecheck and synccheck, on one GPU.
+
+Runs tests/gpu/sanitized.py, once as it is (which also compiles) and once under each tool, and
+before each a handler with a planted fault that the tool must find. Prints a table and writes one
+result file. Exit 0 when every tool is clean, 1 when one is not or sees nothing at all, 2 where
+compute-sanitizer or a GPU is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Final
+
+from concordia.testing.machine import machine
+
+ROOT: Final = pathlib.Path(__file__).resolve().parent.parent
+PROGRAM: Final = ROOT / "tests" / "gpu" / "sanitized.py"
+RESULTS: Final = ROOT / "benchmarks" / "results" / "sanitizer_h200.json"
+TOOLS: Final = ("memcheck", "racecheck", "synccheck")
+PLACES: Final = ("/usr/local/cuda/bin", "/opt/cuda/bin", "/usr/local/cuda/compute-sanitizer")
+PLANTED_S: Final = 30.0
+SECONDS: Final = 150.0
+LINES_MAX: Final = 40  # of what a tool said, kept in the result
+
+_ERRORS: Final = re.compile(r"=+ ERROR SUMMARY: (\d+) error")
+_HAZARDS: Final = re.compile(
+    r"=+ RACECHECK SUMMARY: (\d+) hazards?[^(]*\((\d+) errors?, (\d+) warn"
+)
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What one run of one tool said; `errors` is None when it came to no summary."""
+
+    tool: str
+    errors: int | None
+    warnings: int
+    exit_code: int
+    seconds: float
+    programs: int
+    planted_errors: int | None = None  # None: not asked for
+    said: list[str] = field(default_factory=list)
+
+    @property
+    def is_clean(self) -> bool:
+        return (self.errors, self.warnings, self.exit_code) == (0, 0, 0) and self.programs > 0
+
+    @property
+    def is_blind(self) -> bool:
+        return self.planted_errors == 0
+
+
+def find_sanitizer() -> str | None:
+    """compute-sanitizer, from PATH or where CUDA puts it."""
+    home = os.environ.get("CUDA_HOME")
+    places = [os.environ.get("PATH", ""), *([f"{home}/bin"] if home else []), *PLACES]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+
+
+def read_summary(text: str) -> tuple[int | None, int]:
+    """Errors and warnings of a tool's last summary; None when there is none."""
+    hazards = _HAZARDS.findall(text)
+    if hazards:
+        return int(hazards[-1][1]), int(hazards[-1][2])
+    errors = _ERRORS.findall(text)
+    return (int(errors[-1]), 0) if errors else (None, 0)
+
+
+def run(command: list[str], timeout_s: float) -> tuple[int, str]:
+    """Exit status (124 at the bound) and all that was said; ends whatever it started."""
+    paths = os.pathsep.join([str(ROOT / "src"), str(PROGRAM.parent)])
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        start_new_session=True,
+    ) as child:  # fmt: skip
+        try:
+            said, _ = child.communicate(timeout=max(1.0, timeout_s))
+            return child.returncode, said
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            said, _ = child.communicate(timeout=30)
+            return 124, said
+
+
+def watch(sanitizer: str, tool: str, *words: str, timeout_s: float) -> Verdict:
+    """One run of the program under one tool."""
+    command = [
+        sanitizer, "--tool", tool, "--print-limit", "20", "--target-processes", "application-only",
+        # what a call returns is judged by who calls; kernels are watched here
+        *(["--report-api-errors", "no"] if tool == "memcheck" else []),
+        sys.executable, str(PROGRAM), *words,
+    ]  # fmt: skip
+    started = time.monotonic()
+    code, said = run(command, timeout_s)
+    errors, warnings = read_summary(said)
+    lines = [line for line in said.splitlines() if not line.startswith("RAN ")]
+    is_quiet = code == 0 and (errors, warnings) == (0, 0)
+    return Verdict(
+        tool=tool,
+        errors=errors,
+        warnings=warnings,
+        exit_code=code,
+        seconds=round(time.monotonic() - started, 1),
+        programs=sum(line.startswith("RAN ") for line in said.splitlines()),
+        said=[]
+        if is_quiet
+        else lines[: LINES_MAX // 2] + lines[LINES_MAX // 2 :][-LINES_MAX // 2 :],
+    )
+
+
+def table(verdicts: list[Verdict]) -> str:
+    """The verdicts for people."""
+    lines = [f"{'tool':12} {'errors':>7} {'warnings':>9} {'planted':>8} {'programs':>9} {'s':>6}"]
+    for v in verdicts:
+        errors = "none said" if v.errors is None else v.errors
+        planted = "" if v.planted_errors is None else v.planted_errors
+        state = "clean" if v.is_clean and not v.is_blind else "BLIND" if v.is_clean else "NOT CLEAN"
+        lines.append(
+            f"{v.tool:12} {errors:>7} {v.warnings:>9} {planted:>8} {v.programs:>9} "
+            f"{v.seconds:>6} {state}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--tool", nargs="*", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all of it")
+    parser.add_argument("--no-planted", action="store_true", help="do not prove that tools see")
+    parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    sanitizer = find_sanitizer()
+    if sanitizer is None:
+        print(
+            "compute-sanitizer is not here: install CUDA's toolkit, or set CUDA_HOME",
+            file=sys.stderr,
+        )
+        return 2
+    found = machine()
+    if not found["gpus"]:
+        print("no NVIDIA GPU is here: nothing to watch", file=sys.stderr)
+        return 2
+    until = time.monotonic() + options.seconds
+    code, said = run([sys.executable, str(PROGRAM)], until - time.monotonic())
+    if code:
+        print(f"the program fails without a sanitizer ({code}):\n{said}", file=sys.stderr)
+        return 1
+    verdicts = []
+    for tool in options.tool:
+        left = len(options.tool) - len(verdicts)
+        planted = None
+        if not options.no_planted:
+            bound = min(PLANTED_S, until - time.monotonic())
+            seen = watch(sanitizer, tool, tool, timeout_s=bound)
+            planted = (seen.errors or 0) + seen.warnings
+        verdict = watch(sanitizer, tool, timeout_s=(until - time.monotonic()) / left)
+        verdict.planted_errors = planted
+        verdicts.append(verdict)
+        print(table([verdict]), *verdict.said, sep="\n", flush=True)
+    print(table(verdicts))
+    result = {
+        "machine": found,
+        "commit": found["commit"],
+        "clean": all(v.is_clean for v in verdicts),
+        "tools": [asdict(v) for v in verdicts],
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0 if all(v.is_clean and not v.is_blind for v in verdicts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

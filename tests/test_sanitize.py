@@ -1,0 +1,134 @@
+"""The runner of compute-sanitizer, with a stand-in for the tool.
+
+Invariants: clean means that every tool came to a summary of nothing, ran the programs and found its planted fault; what is missing is
+said with exit status 2; nothing outlives its bound.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+# Says what it is told for each tool, whether a fault was planted or not.
+TOOL = """#!{python}
+import json, sys, time
+tool = sys.argv[sys.argv.index("--tool") + 1]
+planted = sys.argv[-1] == tool and not sys.argv[-2].startswith("--")
+said = json.loads({said!r})["planted" if planted else tool]
+if said == "hang":
+    time.sleep(600)
+print("RAN something\\n" + said)
+"""
+CLEAN = "========= ERROR SUMMARY: 0 errors"
+CLEAN_RACES = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
+FOUND = "========= Invalid __global__ read of size 8 bytes\n========= ERROR SUMMARY: 3 errors"
+ALL_CLEAN = {"memcheck": CLEAN, "racecheck": CLEAN_RACES, "synccheck": CLEAN, "planted": FOUND}
+
+
+@pytest.fixture
+def sanitize(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import sanitize
+
+    return sanitize
+
+
+def run_with(sanitize: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, said: dict[str, str], *options: str) -> tuple[int, dict[str, dict[str, object]]]:
+    tool, program, output = folder / "compute-sanitizer", folder / "program.py", folder / "result.json"
+    tool.write_text(TOOL.format(python=sys.executable, said=json.dumps(said)))
+    tool.chmod(0o700)
+    program.write_text("print('RAN it')")
+    monkeypatch.setattr(sanitize, "PROGRAM", program)
+    monkeypatch.setattr(sanitize, "machine", lambda: {"gpus": ["a GPU"], "commit": "abc"})
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    code = sanitize.main(["--output", str(output), *options])
+    result = json.loads(output.read_text())
+    return code, {verdict["tool"]: verdict for verdict in result["tools"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (CLEAN, (0, 0)),
+        (FOUND, (3, 0)),
+        ("========= ERROR SUMMARY: 1 error", (1, 0)),
+        (CLEAN_RACES, (0, 0)),
+        ("========= RACECHECK SUMMARY: 7 hazards displayed (4 errors, 3 warnings)", (4, 3)),
+        ("========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)", (1, 0)),
+        ("========= Error: process didn't terminate successfully", (None, 0)),
+        ("", (None, 0)),
+    ],
+)
+def test_summary_is_read_as_the_tools_word_it(sanitize: ModuleType, text: str, expected: tuple[int | None, int]) -> None:
+    assert sanitize.read_summary(f"========= COMPUTE-SANITIZER\n{text}\n") == expected
+
+
+def test_exit_is_0_when_every_tool_is_clean_and_sees(sanitize: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, verdicts = run_with(sanitize, monkeypatch, tmp_path, ALL_CLEAN)
+    assert code == 0, capsys.readouterr().out
+    assert set(verdicts) == {"memcheck", "racecheck", "synccheck"}
+    assert all((v["errors"], v["planted_errors"], v["programs"], v["said"]) == (0, 3, 1, []) for v in verdicts.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        ({"memcheck": FOUND}, "NOT CLEAN"),
+        ({"racecheck": "========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)"}, "NOT CLEAN"),
+        ({"synccheck": "========= Internal Sanitizer Error"}, "none said"),
+        ({"planted": CLEAN}, "BLIND"),
+    ],
+)
+def test_exit_is_1_when_a_tool_finds_something_or_sees_nothing(
+    sanitize: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, capsys: pytest.CaptureFixture[str], change: dict[str, str], shown: str
+) -> None:
+    code, _ = run_with(sanitize, monkeypatch, tmp_path, ALL_CLEAN | change)
+    assert code == 1
+    assert shown in capsys.readouterr().out
+
+
+def test_tool_is_ended_and_not_clean_when_it_hangs(sanitize: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started = time.monotonic()
+    code, verdicts = run_with(sanitize, monkeypatch, tmp_path, ALL_CLEAN | {"memcheck": "hang"}, "--tool", "memcheck", "--seconds", "3")
+    assert time.monotonic() - started < 20
+    assert code == 1
+    assert (verdicts["memcheck"]["errors"], verdicts["memcheck"]["exit_code"]) == (None, 124)
+
+
+def test_exit_is_2_when_the_tool_or_the_gpu_is_missing(sanitize: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sanitize, "machine", lambda: {"gpus": [], "commit": "abc"})
+    monkeypatch.setattr(sanitize, "find_sanitizer", lambda: None)
+    assert sanitize.main([]) == 2
+    assert "compute-sanitizer is not here" in capsys.readouterr().err
+    monkeypatch.setattr(sanitize, "find_sanitizer", lambda: "/bin/true")
+    assert sanitize.main([]) == 2
+    assert "no NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_planted_handlers_pass_the_lint_when_compiled_for_sm90() -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings are not installed")
+    import sanitized
+
+    from concordia.device.compiler import HandlerSource
+    from concordia.device.cuda import CudaCompiler
+
+    compiler = CudaCompiler("sm_90")
+    for tool in sanitized.PLANTED:
+        compiler.handler(HandlerSource.of("planted.cu", text=sanitized.planted_text(tool)))
+
+
+def test_watched_programs_name_scenarios_that_exist() -> None:
+    import inspect
+
+    import sanitized
+    import scenarios_kv
+
+    for name, words in sanitized.PROGRAMS:
+        inspect.signature(getattr(scenarios_kv, name)).bind(device="host", seed=1, path="", **words)
