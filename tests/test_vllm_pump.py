@@ -106,6 +106,21 @@ def test_wait_ends_with_an_error_when_the_executor_is_stuck(monkeypatch: pytest.
         pump.wait_for([1], timeout_s=0.01)
 
 
+def test_steps_end_with_an_error_when_the_executor_hangs_and_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "STUCK_LOOKS_MIN", 3)
+    tickets = FakeTickets()
+    pump = AppendPump(tickets, is_threaded=False)
+    pump.submit(Batch([append("a", 1, 0), append("b", 2, 1)]))
+    for _ in range(10):  # not for long
+        assert pump.collect() == {}
+    tickets.finish(0)
+    monkeypatch.setattr(config, "WAIT_TASK_S", 0.0)
+    for _ in range(4):  # another is the oldest now, and met a few times only
+        assert pump.collect() == {}
+    with pytest.raises(WaitTimeout, match="the executor hangs: it has been at an append of b"):
+        pump.collect()
+
+
 def test_nothing_is_handed_in_when_the_step_has_not_happened() -> None:
     tickets = FakeTickets()
     pump = AppendPump(tickets, is_threaded=True)

@@ -21,6 +21,9 @@ LEASE_NS: Final = 10_000_000  # longest that a foreign driver call can be held u
 # a multiprocessor, whoever wants all of them needs a second wave.
 IDLE_NS: Final = 20_000
 WAIT_TASK_S: Final = 5.0  # a task that takes longer is a fault of the executor
+# and of an engine, when it was the oldest at so many steps too: a process that was stopped for a
+# while finds its executor at work again before them
+STUCK_LOOKS_MIN: Final = 20
 # replaced handlers that a GPU keeps loaded, some 100 KB each, before a swap takes the time to
 # unload them
 RETIRED_MAX: Final = 8

@@ -87,6 +87,8 @@ class AppendPump:
         self._submitted = 0
         self._lock = threading.Condition()
         self._open: deque[Append] = deque()  # submitted or queued, oldest first
+        # the oldest of them, since when it is that, and how often it was met since
+        self._oldest: tuple[Append | None, float, int] = (None, 0.0, 0)
         self._readers: dict[int, int] = {}  # block -> unfinished appends that read it
         self._failed: dict[str, Failure] = {}
         self._error: str | None = None
@@ -114,10 +116,11 @@ class AppendPump:
 
     def collect(self) -> dict[str, Failure]:
         """Retire finished appends; returns the requests that failed since the last call, with the
-        reason.
+        reason. Raises WaitTimeout when the executor hangs.
         """
         with self._lock:
             self._retire()
+            self._require_progress()
             if self._error is not None:
                 raise ConcordiaError(self._error)
             failed, self._failed = self._failed, {}
@@ -287,6 +290,21 @@ class AppendPump:
                     return
                 self._finish(append, done)
             self._open.popleft()
+
+    def _require_progress(self) -> None:
+        """Lock held, after `_retire`: what was handed in and is the oldest must not stay so."""
+        oldest = self._open[0] if self._open else None
+        known, since, looks = self._oldest
+        if oldest is None or oldest.ticket is None or oldest is not known:
+            self._oldest = oldest, time.monotonic(), 0
+            return
+        self._oldest = oldest, since, looks + 1
+        waited_s = time.monotonic() - since
+        if waited_s > config.WAIT_TASK_S and looks >= config.STUCK_LOOKS_MIN:
+            raise WaitTimeout(
+                f"the executor hangs: it has been at an append of {oldest.request} for "
+                f"{waited_s:.1f} s"
+            )
 
     def _finish(self, append: Append, done: Any) -> None:
         if append.is_done:
