@@ -132,10 +132,10 @@ def _said(call: Callable[[], Any]) -> str:
 
 
 def _until_refused(checkpointer: Checkpointer) -> str:
-    """A lost context shows at the next submission or wait, or at one soon after."""
+    """A lost context shows at the next submission or wait, or at one soon after. Empty tasks: nothing more may be committed."""
     until = time.monotonic() + 10
     while time.monotonic() < until:
-        said = _said(lambda: checkpointer.wait(checkpointer.append_bytes(b"after", kind=abi.KIND_REQUEST, key=1, incarnation=1), 1.0))
+        said = _said(lambda: checkpointer.wait(checkpointer.runtime.submit(Task()), 1.0))
         if said and "not done after" not in said:
             return said
     return ""
