@@ -544,13 +544,16 @@ def test_records_are_dropped_and_counted_when_no_segment_is_lent(
     stream.close()
 
 
-def test_appends_are_dropped_when_the_owner_lends_nonsense(shape: tuple[HostDevice, int]) -> None:
+@pytest.mark.parametrize("bit", [1, 15, 31, 32, 47, 63])
+def test_appends_are_dropped_when_the_owner_lends_nonsense(shape: tuple[HostDevice, int], bit: int) -> None:
     stream = ScratchStream(segments=2, segment_bytes=8192)
     at = abi.STREAM_CONTROL.offsets()["lent"]
-    stream.control.view[at : at + 4] = (2).to_bytes(4, "little")
+    stream.control.view[at + bit // 8] ^= 1 << bit % 8  # of segment number and ordinal, both 0
+    before = bytes(stream.pool.view)
     with Checkpointer(shape[0], stream.target, lanes=shape[1]) as checkpointer:
         ticket = checkpointer.append_bytes(b"x", kind=abi.KIND_EVENT, key=1, incarnation=1)
         assert checkpointer.wait(ticket).status == abi.STATUS_JOURNAL_FULL
+    assert bytes(stream.pool.view) == before
     stream.close()
 
 

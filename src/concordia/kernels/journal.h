@@ -57,6 +57,7 @@ FUNCTION bool take_segment(Call* call, Journal* journal) {
   if (journal->taken >= lent || lent - journal->taken > kLentCapacity) return false;
   const uint64_t* entry = control->lent + 2 * (journal->taken % kLentCapacity);
   const uint64_t segment = entry[0] & 0xffffffffu, ordinal = entry[0] >> 32, salt = entry[1];
+  if (ordinal != (uint32_t)journal->taken) return false;  // nobody would read what is put there
   if ((segment + 1) * journal->segment_bytes > journal->pool_bytes) return false;
   static_assert(sizeof(SegmentHeader) == sizeof(RecordHeader), "both are built in call->header");
   SegmentHeader* header = reinterpret_cast<SegmentHeader*>(&call->header);
