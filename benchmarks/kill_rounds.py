@@ -11,6 +11,7 @@ printed seed; they add up over several calls in one result file. Exit 1 where an
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -22,11 +23,13 @@ import signal
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kill_writer import APPENDING, FAILED, STARTING, WORKLOADS, Ledger, Note, Workload, write
 
+from concordia.errors import ConcordiaError
 from concordia.journal.folder import Folder
 from concordia.journal.record import Record
 from concordia.journal.segment import attach
@@ -43,7 +46,7 @@ START_S: Final = 90.0  # a first round compiles its handlers
 END_S: Final = 30.0  # from SIGKILL to the end of the process: a driver gives a GPU's memory back
 WINDOW_S: Final = 0.02  # after its first acknowledged record a writer lives for at most so long
 PROGRESS_S: Final = 5.0
-TOLD_MAX: Final = 20  # wrong rounds that a run lists
+WRONG_MAX: Final = 10  # rounds; then something is broken, and more of them tell nothing new
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +128,14 @@ def run_round(plan: Round) -> Outcome:
         judge(outcome, path, stream, workload=workload, ledger=ledger, known=known)
     ledger.close()
     return outcome
+
+
+def attempt(plan: Round) -> Outcome:
+    """The same; what could not be run at all counts as wrong."""
+    try:
+        return run_round(plan)
+    except (ConcordiaError, OSError) as error:
+        return Outcome(plan.seed, wrong=[f"the round was not run: {error}"])
 
 
 def _wait_for_appends(child: int, ledger: Ledger) -> bool:
@@ -215,29 +226,34 @@ def _judge_records(
 
 
 def run_all(options: argparse.Namespace, kinds: list[str]) -> list[Outcome]:
-    """Rounds beside each other until there are enough, or the time is over; the first alone, for it
-    compiles.
+    """Rounds beside each other until there are enough, or the time is over; the first of each kind
+    alone, for they compile.
     """
     plans = (Round.of(options.seed, i, kinds, options.device) for i in range(options.rounds))
     until = time.monotonic() + options.seconds
     if options.device != "host":
-        import concordia.device.cuda  # noqa: F401  once for all children; touches no GPU
-    outcomes = [run_round(plan) for plan in itertools.islice(plans, len(kinds))]
+        # once for all children; importing touches no GPU
+        for name in ("concordia.device.cuda", "cuda.bindings.driver", "cuda.bindings.nvrtc"):
+            importlib.import_module(name)
+    outcomes = [attempt(plan) for plan in itertools.islice(plans, len(kinds))]
     context = multiprocessing.get_context("fork")
     told = time.monotonic()
     with ProcessPoolExecutor(options.children, mp_context=context) as pool:
         running: set[Future[Outcome]] = set()
-        for plan in plans:
-            if time.monotonic() > until:
-                break
-            running.add(pool.submit(run_round, plan))
-            if len(running) == options.children:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                outcomes += [future.result() for future in done]
-            if time.monotonic() - told > PROGRESS_S:
-                told = time.monotonic()
-                print(_line(summary(outcomes)), flush=True)
-        outcomes += [future.result() for future in running]
+        try:
+            for plan in plans:
+                if time.monotonic() > until or summary(outcomes)["violations"] >= WRONG_MAX:
+                    break
+                running.add(pool.submit(attempt, plan))
+                if len(running) == options.children:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    outcomes += [future.result() for future in done]
+                if time.monotonic() - told > PROGRESS_S:
+                    told = time.monotonic()
+                    print(_line(summary(outcomes)), flush=True)
+            outcomes += [future.result() for future in running]
+        except BrokenProcessPool as error:  # what was found so far is kept
+            outcomes.append(Outcome(f"{options.seed}/?", wrong=[f"a judge died: {error}"]))
     return outcomes
 
 
@@ -293,7 +309,7 @@ def main(arguments: list[str]) -> int:
     started = time.monotonic()
     outcomes = run_all(options, kinds)
     counts = summary(outcomes)
-    wrong = [{"seed": o.seed, "wrong": o.wrong[:5]} for o in outcomes if o.wrong][:TOLD_MAX]
+    wrong = [{"seed": o.seed, "wrong": o.wrong[:5]} for o in outcomes if o.wrong]
     run = {
         **counts,
         "device": options.device,
