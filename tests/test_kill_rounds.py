@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ RECORDS = 20
 
 
 @pytest.fixture
-def rounds(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+def rounds(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Judges a stream of RECORDS sound records after something was done to it; `claimed` of them were acknowledged."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import kill_rounds
@@ -35,7 +36,7 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 
     path = Path("/dev/shm") / f"concordia-test-judge-{os.getpid()}"
 
-    def judged(harm: Callable[[memoryview, list[Record], Stream], None], claimed: int) -> list[str]:
+    def judged(harm: Callable[[memoryview, list[Record], Stream], None], claimed: int) -> Any:
         workload, ledger = kill_writer.ByteRecords(7), kill_writer.Ledger()
         outcome = kill_rounds.Outcome("7/0")
         with SmallJournal(path, segments=32, segment_bytes=SEGMENT) as journal:
@@ -46,14 +47,14 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
                 kind, start, end = workload.names(number)
                 made.append(writer.append(Entry(kind, number, 1, start, end, number), workload.payload(number)))
                 ledger.submit(number + 1)
-            for record in made:
+            for record in made[:claimed]:
                 ledger.acknowledge(kill_writer.Note(record.sequence, record.step, record.payload_hash))
             for extra in range(RECORDS, claimed):
                 ledger.acknowledge(kill_writer.Note(extra, extra, 0))
             harm(journal.pool.view, made, stream)
             journal.streams.seal(stream)
             kill_rounds.judge(outcome, path, stream, workload=workload, ledger=ledger, known=claimed)
-        return outcome.wrong
+        return outcome
 
     return judged
 
@@ -81,8 +82,18 @@ def seal_early(view: memoryview, made: list[Record], stream: Stream) -> None:
     stream.is_sealed = True
 
 
-def test_nothing_is_wrong_when_everything_acknowledged_is_there(rounds: Callable[..., list[str]]) -> None:
-    assert rounds(nothing, RECORDS) == []
+def test_nothing_is_wrong_when_everything_acknowledged_is_there(rounds: Callable[..., Any]) -> None:
+    outcome = rounds(nothing, RECORDS)
+    assert (outcome.wrong, outcome.acknowledged, outcome.records) == ([], RECORDS, RECORDS)
+    assert not outcome.is_torn
+    assert not outcome.is_unfinished
+
+
+def test_torn_tail_is_known_for_one_when_the_last_record_lacks_its_commit_word(rounds: Callable[..., Any]) -> None:
+    outcome = rounds(lose_last, RECORDS - 1)
+    assert (outcome.wrong, outcome.records) == ([], RECORDS - 1)
+    assert outcome.is_torn
+    assert outcome.is_unfinished
 
 
 @pytest.mark.parametrize(
@@ -96,9 +107,9 @@ def test_nothing_is_wrong_when_everything_acknowledged_is_there(rounds: Callable
     ],
 )
 def test_judge_says_so_when_anything_acknowledged_is_missing_or_changed(
-    rounds: Callable[..., list[str]], harm: Callable[..., None], claimed: int, said: str
+    rounds: Callable[..., Any], harm: Callable[..., None], claimed: int, said: str
 ) -> None:
-    wrong = rounds(harm, claimed)
+    wrong = rounds(harm, claimed).wrong
     assert any(part in text for text in wrong for part in said.split("|")), wrong
 
 
