@@ -14,8 +14,8 @@ import pytest
 
 from concordia import abi
 from concordia.checkpoint.checkpointer import Checkpointer
-from concordia.checkpoint.scratch_journal import record_bytes
 from concordia.checkpoint.region import KvGeometry, Plane, Region
+from concordia.checkpoint.scratch_journal import record_bytes
 from concordia.device.compiler import HostCompiler
 from concordia.device.host import HostDevice
 from concordia.device.memory import Buffer
