@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import math
 import pathlib
 import statistics
 import sys
@@ -25,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from figures import interval
 from openai import AsyncOpenAI
 from rich.console import Console
 
@@ -64,18 +64,6 @@ async def tokens_per_second(
     if errors:
         raise ConcordiaError(f"a request failed: {errors[0]}")
     return sum(len(a.tokens) for a in answers) / (ended - started)
-
-
-def interval(ratios: list[float]) -> tuple[float, float]:
-    """95 % interval of the median from order statistics (binomial), no distribution assumed."""
-    ordered = sorted(ratios)
-    n = len(ordered)
-    outside = 0.0
-    for k in range(n // 2 + 1):
-        outside += 2 * math.comb(n, k) / 2**n
-        if outside > 0.05:
-            return ordered[max(0, k - 1)], ordered[min(n - 1, n - k)]
-    return ordered[0], ordered[-1]
 
 
 def main(arguments: list[str]) -> int:

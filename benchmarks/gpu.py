@@ -8,36 +8,29 @@ and prints a table. Needs an NVIDIA GPU and 4 GiB of /dev/shm.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import os
 import pathlib
-import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
+from bench import stay
+from figures import Figures, figure, timed, us
+from lent_stream import Stream
+from peers import launch_and_sync
+from swap import swap
 
 from concordia import abi
 from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.checkpoint.region import KvGeometry, Plane, Region
-from concordia.device.compiler import HandlerSource
 from concordia.device.cuda import CudaDevice
-from concordia.device.memory import JournalTarget, SharedFile
-from concordia.journal.control import Control, Lent
-from concordia.runtime.executor import Runtime
+from concordia.errors import ConcordiaError
 from concordia.runtime.ring import Task
 from concordia.testing.machine import machine
 
-SEGMENT_BYTES: Final = 64 << 20
-SEGMENTS: Final = 48
-SALT: Final = 0x5EED_0000_0000_0001
-STAY_NS: Final = 2_000_000  # of silence, for what is measured beside the executor's coming in
 RESULTS: Final = pathlib.Path(__file__).parent / "results" / "gpu_runtime.json"
-NOTHING: Final = '#include "call.h"\nHANDLER { if (lane == 0) call->result = VERSION; }\n'
 
 # Llama shape of 1 B parameters: 16 layers, 8 KV heads of 128, bf16: 64 KiB per token, 1 MiB per
 # block of 16 tokens.
@@ -46,77 +39,6 @@ MODEL: Final = KvGeometry(
     head_dim_value=128, element_bytes=2, key=Plane(0, 512, 4096, 2), value=Plane(256, 512, 4096, 2),
     dtype="bfloat16", instruction_set="sm_90",
 )  # fmt: skip
-
-Figures = dict[str, dict[str, Any]]
-
-
-class Stream:
-    """A pool in /dev/shm whose segments are lent again between measurements; nobody reads them."""
-
-    def __init__(self) -> None:
-        self._path = pathlib.Path("/dev/shm") / f"concordia-bench-{os.getpid()}"
-        page = abi.STREAM_CONTROL.size
-        self._file = SharedFile.create(self._path, page + SEGMENTS * SEGMENT_BYTES)
-        self._control = Control(self._file.view[:page], 0, self._file.address)
-        self.pool_address = self._file.address + page
-        self.restart()
-
-    def restart(self) -> None:
-        """As for a new writer."""
-        words = np.zeros(1, dtype=abi.STREAM_CONTROL.dtype)
-        words["stream"], words["state"] = 1, abi.STREAM_OPEN
-        self._file.view[: words.nbytes] = words.tobytes()
-        self._ordinal = 0
-        self.refill()
-
-    def target(self) -> JournalTarget:
-        return JournalTarget(
-            self.pool_address, SEGMENTS * SEGMENT_BYTES, SEGMENT_BYTES, self._file.address
-        )
-
-    def refill(self) -> None:
-        """Lend until all but the segment in use are lent."""
-        while self._ordinal < self._control.taken_count + SEGMENTS - 1:
-            lent = Lent(self._ordinal, self._ordinal % SEGMENTS, SALT + self._ordinal)
-            self._control.lend(lent)
-            self._ordinal += 1
-
-    def close(self) -> None:
-        self._path.unlink()
-        self._file.close()
-
-
-def figure(values: list[float], unit: str, *, digits: int = 3) -> dict[str, Any]:
-    """Median and spread of one measurement."""
-    ordered = sorted(values)
-    return {
-        "median": round(statistics.median(ordered), digits),
-        "min": round(ordered[0], digits),
-        "p95": round(ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))], digits),
-        "unit": unit,
-        "n": len(ordered),
-    }
-
-
-def stay(runtime: Runtime) -> None:
-    """Keep the executor in for a while after a task: its coming in is not what is measured."""
-    runtime.ring.store("idle_ns", STAY_NS)
-
-
-def timed(count: int, call: Callable[[], Any]) -> list[float]:
-    """Seconds of each of `count` calls, after a tenth as many to warm up."""
-    for _ in range(max(3, count // 10)):
-        call()
-    found = []
-    for _ in range(count):
-        started = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - started)
-    return found
-
-
-def us(seconds: list[float]) -> dict[str, Any]:
-    return figure([s * 1e6 for s in seconds], "us")
 
 
 class Bench:
@@ -253,15 +175,13 @@ class Bench:
         """Where the record that was committed last keeps its payload: found by the hash in its
         header.
         """
-        pool = np.frombuffer(self.stream._file.view, "<u8", offset=abi.STREAM_CONTROL.size)
+        pool = np.frombuffer(self.stream.view, "<u8")
         at = abi.RECORD_HEADER.offsets()["payload_hash"] // 8
         low = np.uint64(payload_hash & (1 << 64) - 1)
         lines = np.flatnonzero(pool[at % 16 :: 16] == low)
         for line in lines:
             start = int(line) * abi.LINE_BYTES - (at // 16) * abi.LINE_BYTES
-            header = np.frombuffer(
-                self.stream._file.view, abi.RECORD_HEADER.dtype, 1, abi.STREAM_CONTROL.size + start
-            )
+            header = np.frombuffer(self.stream.view, abi.RECORD_HEADER.dtype, 1, start)
             if (
                 int(header["payload_bytes"][0]) == size
                 and int(header["magic"][0]) == abi.RECORD_MAGIC
@@ -282,65 +202,6 @@ class Bench:
             unpark.append(time.perf_counter() - parked)
         return {"park_us": us(park), "unpark_to_first_task_us": us(unpark)}
 
-    def swap(self) -> Figures:
-        """A hot swap as the tasks see it: while a thread hands in one after the other, from the
-        last answer of the old handler to the first of the new one.
-        """
-        device = self.checkpointer.device
-        images = [
-            device.build(HandlerSource.of("nothing", {"VERSION": v}, text=NOTHING))
-            for v in range(12)
-        ]
-        operator = self.runtime.adopt("nothing", images[0])
-        task = Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE)
-        answers: list[tuple[float, int]] = []  # when, from which generation
-        is_over = threading.Event()
-
-        def flood() -> None:
-            while not is_over.is_set():
-                done = self.runtime.wait(self.runtime.submit(task))
-                answers.append((time.perf_counter(), done.generation))
-
-        thread = threading.Thread(target=flood)
-        thread.start()
-        spent = []
-        for image in images[1:]:
-            time.sleep(0.005)
-            started = time.perf_counter()
-            self.runtime.adopt("nothing", image)
-            spent.append(time.perf_counter() - started)
-        time.sleep(0.005)
-        is_over.set()
-        thread.join()
-        changes = itertools.pairwise(answers)
-        pause = [later[0] - last[0] for last, later in changes if last[1] != later[1]]
-        gaps = [later[0] - last[0] for last, later in itertools.pairwise(answers)]
-        return {"swap_pause_us": us(pause), "swap_us": us(spent), "task_pace_us": us(gaps)}
-
-
-def launch_and_sync(device: CudaDevice) -> dict[str, Any]:
-    """A plain kernel launch and stream synchronisation in the same context: what residency is
-    compared with.
-    """
-    from concordia.device import nvrtc
-
-    text = 'extern "C" __global__ void nothing() {}'
-    ptx = nvrtc.compile_ptx(text, name="nothing.cu", architecture="sm_90", include=pathlib.Path())
-    cubin = nvrtc.link_cubin([ptx], name="nothing", architecture="sm_90")
-    with device._context.current() as driver:
-        module = driver.cuModuleLoadData(cubin)[1]
-        function = driver.cuModuleGetFunction(module, b"nothing")[1]
-        stream = driver.cuStreamCreate(1)[1]
-
-        def once() -> None:
-            driver.cuLaunchKernel(function, 1, 1, 1, 32, 1, 1, 0, stream, 0, 0)
-            driver.cuStreamSynchronize(stream)
-
-        found = timed(2000, once)
-        driver.cuStreamDestroy(stream)
-        driver.cuModuleUnload(module)
-    return us(found)
-
 
 def measure(
     ctas: int, device: CudaDevice, stream: Stream, report: Callable[[str, dict[str, Any]], None]
@@ -352,7 +213,7 @@ def measure(
         report("append_one_token_us", bench.append_one())
         report("submit_us", bench.submit_cost())
         report("order_after_us", bench.order_cost())
-        for name, value in (*bench.parking().items(), *bench.swap().items()):
+        for name, value in (*bench.parking().items(), *swap(bench.checkpointer).items()):
             report(name, value)
         small = bench.append(500, tokens=1, whole=False)
         report("append_tail_records_per_s", figure([500 / s for s in small], "records/s"))
@@ -416,4 +277,8 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ConcordiaError as error:
+        print(f"gpu: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

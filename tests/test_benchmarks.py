@@ -1,0 +1,240 @@
+"""The benchmarks as far as they can be tried without a GPU.
+
+Invariants: a figure's numbers are what they are called; peers that have figures of their own are named in the others; wrong arguments and a missing
+GPU end with one line and 2; the parts of the suite that a CPU device can run find what they must and refuse what is wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import delta  # noqa: E402
+import figures  # noqa: E402
+import host_scan  # noqa: E402
+import lent_stream  # noqa: E402
+import swap  # noqa: E402
+import transfer  # noqa: E402
+from loops import Loops  # noqa: E402
+
+from concordia import abi  # noqa: E402
+from concordia.checkpoint.checkpointer import Checkpointer  # noqa: E402
+from concordia.device.host import HostDevice  # noqa: E402
+from concordia.errors import ConcordiaError, DeviceError  # noqa: E402
+
+
+@pytest.fixture
+def host() -> Iterator[HostDevice]:
+    device = HostDevice()
+    yield device
+    device.close()
+
+
+@pytest.fixture
+def stream() -> Iterator[lent_stream.Stream]:
+    opened = lent_stream.Stream(segments=3)
+    yield opened
+    opened.close()
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
+        capture_output=True, text=True, check=False, timeout=120, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT / "src"), "HOME": "/nonexistent", "CONCORDIA_CACHE": "/nonexistent"},
+    )  # fmt: skip
+
+
+# --- figures
+
+
+def test_figure_has_median_minimum_and_tail_when_values_are_unordered() -> None:
+    found = figures.figure([float(v) for v in range(100, 0, -1)], "us")
+    assert found == {"median": 50.5, "min": 1.0, "p95": 96.0, "unit": "us", "n": 100}
+
+
+def test_bandwidth_counts_powers_of_ten_when_bytes_are_given() -> None:
+    assert figures.gb_per_s(50_000_000_000, [1.0, 2.0, 0.5])["median"] == 50.0
+
+
+def test_interval_holds_the_median_and_shrinks_when_values_are_many() -> None:
+    few, many = ([((7 * i) % n) / n for i in range(n)] for n in (10, 1000))
+    widths = []
+    for values in (few, many):
+        low, high = figures.interval(values)
+        assert low <= sorted(values)[len(values) // 2] <= high
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 5
+
+
+def test_slope_is_that_of_the_line_when_the_points_lie_on_one() -> None:
+    assert figures.slope([1, 8, 32, 128], [3.0, 17.0, 65.0, 257.0]) == pytest.approx(2.0)
+
+
+def test_saved_figures_add_up_and_name_their_peers_when_these_come_in_any_order(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "results.json"
+    figures.save(path, {"recovery_next_token": {"median": 0.5, "peer": {"recompute": 1.2}}})
+    figures.save(path, {"driver_restore": {"median": 2.3, "peer": {}}})
+    found = json.loads(path.read_text())["figures"]
+    assert found["recovery_next_token"]["peer"] == {"recompute": 1.2, "driver_restore": 2.3}
+    figures.save(path, {"recovery_next_token": {"median": 0.4, "peer": {"recompute": 1.1}}})
+    found = json.loads(path.read_text())["figures"]
+    assert found["recovery_next_token"] == {"median": 0.4, "peer": {"recompute": 1.1, "driver_restore": 2.3}}
+
+
+# --- commands
+
+
+@pytest.mark.parametrize("script", ["device_runtime.py", "gpu.py"])
+def test_benchmark_of_the_gpu_ends_with_one_line_and_2_when_there_is_none(script: str) -> None:
+    done = run(script)
+    if done.returncode == 0:
+        pytest.skip("this machine has a GPU")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("--only", "everything"), ("--only",), ("--frobnicate",)])
+def test_benchmark_ends_with_2_when_arguments_are_wrong(arguments: tuple[str, ...]) -> None:
+    assert run("device_runtime.py", *arguments).returncode == 2
+
+
+def test_help_names_every_part_and_figure_when_it_is_asked_for() -> None:
+    done = run("device_runtime.py", "--help")
+    assert done.returncode == 0
+    for word in ("submit", "ring_round_trip", "delta_write_set", "append_bandwidth", "restore_bandwidth", "hot_swap_pause", "protection_bytes"):
+        assert word in done.stdout
+
+
+# --- compiled loops
+
+
+def test_pages_that_differ_are_found_once_when_a_shadow_is_compared() -> None:
+    loops, generator = Loops(), np.random.default_rng(1)
+    shadow = generator.integers(0, 256, 64 * 4096, dtype=np.uint8)
+    copy = shadow.copy()
+    for page, byte in ((0, 0), (17, 4095), (63, 2000)):
+        copy[page * 4096 + byte] ^= 1
+    assert loops.take_dirty(copy, shadow, page_bytes=4096, first=100) == [100, 117, 163]
+    assert loops.take_dirty(copy, shadow, page_bytes=4096, first=100) == []
+
+
+def test_copies_go_piece_by_piece_and_stop_when_the_driver_refuses_one() -> None:
+    asked = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_void_p)
+    def copy(target: int, source: int, size: int, _stream: int) -> int:
+        asked.append((target, source, size))
+        return 7 if target == 3 else 0
+
+    targets, sources = np.array([1, 2, 3, 4], np.uint64), np.array([11, 12, 13, 14], np.uint64)
+    with pytest.raises(DeviceError, match="error 7"):
+        Loops().copy_pieces(copy, targets, sources, 64, stream=0)
+    assert asked == [(1, 11, 64), (2, 12, 64), (3, 13, 64)]
+
+
+# --- parts, on the CPU device
+
+
+def test_every_swap_is_seen_when_tasks_flood_the_handler(host: HostDevice) -> None:
+    with Checkpointer(host, None) as checkpointer:
+        found = swap.swap(checkpointer, count=3)
+    assert found["swap_pause_us"]["n"] == found["swap_us"]["n"] == 3
+    assert found["swap_pause_us"]["median"] > 0
+
+
+@pytest.mark.parametrize("name", ["delta_write_set", "delta_scan_1cta"])
+def test_delta_finds_just_the_dirty_pages_when_a_region_is_soiled(
+    host: HostDevice, stream: lent_stream.Stream, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(delta, "REGION_BYTES", 8192 * 4096)
+    monkeypatch.setattr(delta, "PAGES", 8192)
+    monkeypatch.setattr(delta, "TURNS", 5)
+    bench: Any = types.SimpleNamespace(device=host, stream=stream, loops=Loops())
+    generator = np.random.default_rng(3)
+    data = generator.integers(0, 256, 8192 * 4096, dtype=np.uint8).tobytes()
+    found = delta._measure(bench, name, 1, data, generator)  # raises unless every answer was just that many
+    if name != "delta_write_set":  # the CPU's executor may have left before a task: then it is not timed
+        assert {dirty: len(times) for dirty, times in found.items()} == {1: 2, 8: 2, 32: 2}
+
+
+def test_restored_blocks_are_proven_and_a_changed_byte_is_refused(host: HostDevice, stream: lent_stream.Stream) -> None:
+    blocks = 12
+    shapes = [dataclasses.replace(shape, block_count=blocks) for shape in (transfer.LARGE_PIECES, transfer.SMALL_PIECES)]
+    with Checkpointer(host, stream.target()) as checkpointer:
+        regions, caches = [], []
+        for number, shape in enumerate(shapes):
+            assert shape.raw_bytes() == 2 << 20
+            size = blocks * shape.stride
+            layers = [host.allocate(size) for _ in range(shape.layers)]
+            for layer, address in enumerate(layers):
+                host.write(address, np.random.default_rng([number, layer]).bytes(size))
+            caches.append(layers)
+            regions.append(checkpointer.register_kv(shape, layers))
+        for region in regions:
+            tasks = [transfer._append_task(checkpointer, region, block) for block in range(blocks)]
+            transfer._require_ok(checkpointer, checkpointer.submit_many(tasks), blocks)
+        records = stream.records(2 * blocks)
+        assert [record.key for record in records] == 2 * list(range(1, blocks + 1))
+        pieces = [transfer.Piece(regions[i // blocks], (i * 5 + 3) % blocks, record) for i, record in enumerate(records)]
+        with pytest.raises(DeviceError, match="not what its record promised"):
+            transfer._prove(checkpointer, pieces)
+        transfer.restore_pieces(checkpointer, pieces, stream.pool_address)
+        transfer._prove(checkpointer, pieces)
+        stream.view[records[7].payload_offset + 99] ^= 1
+        with pytest.raises(DeviceError, match="1 of 24 tasks"):
+            transfer.restore_pieces(checkpointer, pieces, stream.pool_address)
+
+
+def test_committed_records_are_fewer_than_wanted_when_a_stream_holds_fewer(host: HostDevice, stream: lent_stream.Stream) -> None:
+    with Checkpointer(host, stream.target()) as checkpointer:
+        checkpointer.wait(checkpointer.append_bytes(b"one", kind=abi.KIND_REQUEST, key=5, incarnation=1))
+    assert [record.key for record in stream.records(2)] == [5]
+
+
+class FakeCuda:
+    """Memory copies for device memory that is the host's; an event has happened when it is asked for."""
+
+    CUevent_flags = types.SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
+
+    def cuStreamCreate(self, flags: int) -> tuple[int, int]:
+        return 0, 1
+
+    def cuEventCreate(self, flags: int) -> tuple[int, object]:
+        return 0, object()
+
+    def cuMemcpyDtoHAsync(self, target: int, source: int, size: int, stream: int) -> tuple[int]:
+        ctypes.memmove(target, source, size)
+        return (0,)
+
+    def cuEventRecord(self, *_: Any) -> tuple[int]:
+        return (0,)
+
+    cuEventSynchronize = cuEventDestroy = cuStreamDestroy = cuEventRecord
+
+
+def test_host_scan_finds_the_dirty_pages_of_all_chunks_when_cores_share_them(host: HostDevice) -> None:
+    host._context = types.SimpleNamespace(current=lambda: contextlib.nullcontext(FakeCuda()))  # type: ignore[attr-defined]
+    bench: Any = types.SimpleNamespace(device=host, loops=Loops())
+    data = np.random.default_rng(2).integers(0, 256, 5 * host_scan.CHUNK_BYTES // 2, dtype=np.uint8)
+    found = host_scan.host_scans(bench, data, page_bytes=4096)
+    assert set(found) == {"host_scan_pinned_all_cores", "host_scan_pageable_one_thread"}
+    assert min(found.values()) > 0
+
+
+def test_host_scan_is_no_peer_when_it_misses_a_page() -> None:
+    with pytest.raises(ConcordiaError, match="found 1 pages, 2 are dirty"):
+        host_scan._median_us(lambda: [3], lambda: [3, 4], rounds=1)
