@@ -205,29 +205,25 @@ def test_committed_records_are_fewer_than_wanted_when_a_stream_holds_fewer(host:
     assert [record.key for record in stream.records(2)] == [5]
 
 
-class FakeCuda:
-    """Memory copies for device memory that is the host's; an event has happened when it is asked for."""
+def fake_cuda() -> types.SimpleNamespace:
+    """The driver's copies where device memory is the host's: done when they are asked for."""
 
-    CUevent_flags = types.SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
-
-    def cuStreamCreate(self, flags: int) -> tuple[int, int]:
-        return 0, 1
-
-    def cuEventCreate(self, flags: int) -> tuple[int, object]:
-        return 0, object()
-
-    def cuMemcpyDtoHAsync(self, target: int, source: int, size: int, stream: int) -> tuple[int]:
+    def copy(target: int, source: int, size: int, _stream: int) -> tuple[int]:
         ctypes.memmove(target, source, size)
         return (0,)
 
-    def cuEventRecord(self, *_: Any) -> tuple[int]:
+    def done(*_: Any) -> tuple[int]:
         return (0,)
 
-    cuEventSynchronize = cuEventDestroy = cuStreamDestroy = cuEventRecord
+    return types.SimpleNamespace(
+        CUevent_flags=types.SimpleNamespace(CU_EVENT_DISABLE_TIMING=2),
+        cuStreamCreate=lambda flags: (0, 1), cuEventCreate=lambda flags: (0, object()), cuMemcpyDtoHAsync=copy,
+        cuEventRecord=done, cuEventSynchronize=done, cuEventDestroy=done, cuStreamDestroy=done,
+    )  # fmt: skip
 
 
 def test_host_scan_finds_the_dirty_pages_of_all_chunks_when_cores_share_them(host: HostDevice) -> None:
-    host._context = types.SimpleNamespace(current=lambda: contextlib.nullcontext(FakeCuda()))  # type: ignore[attr-defined]
+    host._context = types.SimpleNamespace(current=lambda: contextlib.nullcontext(fake_cuda()))  # type: ignore[attr-defined]
     bench: Any = types.SimpleNamespace(device=host, loops=Loops())
     data = np.random.default_rng(2).integers(0, 256, 5 * host_scan.CHUNK_BYTES // 2, dtype=np.uint8)
     found = host_scan.host_scans(bench, data, page_bytes=4096)
