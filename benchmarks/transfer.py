@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
@@ -24,6 +23,7 @@ from peers import Copies
 from concordia import abi, config
 from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.checkpoint.region import KvGeometry, Plane, Region
+from concordia.checkpoint.restore_tasks import KvPiece
 from concordia.device.cuda_call import checked
 from concordia.device.memory import Buffer
 from concordia.errors import DeviceError
@@ -52,14 +52,7 @@ IN_FLIGHT: Final = 1024  # a quarter of the ring
 PEER_BLOCKS: Final = 512  # 1 GiB of each cache, for peers that take their time
 PEER_ROUNDS: Final = 3
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Piece:
-    """A record of one block, and the block that it is restored into."""
-
-    region: Region
-    block: int
-    record: Record
+Pieces = Sequence[tuple[Region, Sequence[KvPiece]]]  # of each cache
 
 
 class Cache:
@@ -174,24 +167,14 @@ def _append_peers(bench: Bench, cache: Cache) -> dict[str, float]:
     return {name: size / seconds / 1e9 for name, seconds in found.items()}
 
 
-def restore_pieces(checkpointer: Checkpointer, pieces: Sequence[Piece], pool_address: int) -> None:
-    """The product's way back, hash check on the way in; returns when all is written."""
-    flying: deque[Ticket] = deque()
-    for piece in pieces:
-        if len(flying) == IN_FLIGHT:
-            _require_ok(checkpointer, [flying.popleft()], 1)
-        ticket = checkpointer.apply_kv(
-            piece.region,
-            kind=piece.record.kind,
-            token_start=piece.record.token_start,
-            token_end=piece.record.token_end,
-            blocks=[piece.block],
-            payload_address=pool_address + piece.record.payload_offset,
-            payload_bytes=piece.record.payload_bytes,
-            payload_hash=piece.record.payload_hash,
-        )
-        flying.append(ticket)
-    _require_ok(checkpointer, flying, len(flying))
+def restore_pieces(checkpointer: Checkpointer, pieces: Pieces) -> None:
+    """The product's way back; every block is hashed in place before this returns. Raises
+    DeviceError.
+    """
+    for region, wanted in pieces:
+        said = checkpointer.restore_kv(region, wanted, timeout_s=config.WAIT_TASK_S)
+        if not all(said) or len(said) != len(wanted):
+            raise DeviceError(f"{said.count(False)} of {len(wanted)} pieces were not restored")
 
 
 def restore(bench: Bench) -> None:
@@ -201,24 +184,24 @@ def restore(bench: Bench) -> None:
     bench.say("restore: filling 8 GiB of journal")
     stream = Stream(segments=RESTORE_SEGMENTS)
     caches = {"2mib": Cache(bench, LARGE_PIECES), "64kib": Cache(bench, SMALL_PIECES)}
-    checkpointer = Checkpointer(bench.device, stream.target(), lanes=config.RESTORE_CTAS)
+    checkpointer = Checkpointer(bench.device, stream.target(), lanes=1)
     try:
         pieces = _journal(checkpointer, stream, caches)
         for cache in caches.values():
             cache.wipe()
-        both = [piece for found in pieces.values() for piece in found]
-        restore_pieces(checkpointer, both, stream.pool_address)
+        both = list(pieces.values())
+        restore_pieces(checkpointer, both)
         _prove(checkpointer, both)
         figures = {}
-        for name, wanted in {"": both, **pieces}.items():
-            bench.say(f"restore: {len(wanted)} records {name}")
+        for name, wanted in {"": both, **{name: [found] for name, found in pieces.items()}}.items():
+            bench.say(f"restore: {sum(len(found) for _, found in wanted)} records {name}")
             times = []
             for _ in range(RESTORE_ROUNDS):
                 started = time.perf_counter()
-                restore_pieces(checkpointer, wanted, stream.pool_address)
+                restore_pieces(checkpointer, wanted)
                 times.append(time.perf_counter() - started)
-            size = sum(piece.record.payload_bytes for piece in wanted)
-            figures[name] = {**gb_per_s(size, times), "ctas": config.RESTORE_CTAS}
+            size = sum(piece.payload_bytes for _, found in wanted for piece in found)
+            figures[name] = gb_per_s(size, times)
         bench.say("restore: the driver's copies")
         peers = _restore_peers(bench, stream, caches, pieces)
     finally:
@@ -232,7 +215,7 @@ def restore(bench: Bench) -> None:
 
 def _journal(
     checkpointer: Checkpointer, stream: Stream, caches: dict[str, Cache]
-) -> dict[str, list[Piece]]:
+) -> dict[str, tuple[Region, list[KvPiece]]]:
     """Append every block of the caches; each record with another block to go to, in no order."""
     regions = {
         name: checkpointer.register_kv(cache.shape, cache.layers) for name, cache in caches.items()
@@ -251,28 +234,35 @@ def _journal(
     for i, (name, region) in enumerate(regions.items()):
         own = records[i * BLOCKS : (i + 1) * BLOCKS]
         targets, order = generator.permutation(BLOCKS), generator.permutation(BLOCKS)
-        found[name] = [Piece(region, int(targets[j]), own[j]) for j in order]
+        found[name] = region, [piece_of(stream, own[j], int(targets[j])) for j in order]
     return found
 
 
-def _prove(checkpointer: Checkpointer, pieces: Sequence[Piece]) -> None:
-    """Hash every block in place."""
-    for first in range(0, len(pieces), IN_FLIGHT):
-        some = pieces[first : first + IN_FLIGHT]
-        tickets = [
-            checkpointer.hash_kv(
-                piece.region, kind=piece.record.kind, token_start=piece.record.token_start,
-                token_end=piece.record.token_end, blocks=[piece.block]
-            )
-            for piece in some
-        ]  # fmt: skip
-        for ticket, piece in zip(tickets, some, strict=True):
-            if checkpointer.wait(ticket).payload_hash != piece.record.payload_hash:
-                raise DeviceError(f"block {piece.block} is not what its record promised")
+def piece_of(stream: Stream, record: Record, block: int) -> KvPiece:
+    """A record of one block, to be restored into `block`."""
+    return KvPiece(
+        *(record.kind, record.token_start, record.token_end, (block,)),
+        *(stream.pool_address + record.payload_offset, record.payload_bytes, record.payload_hash),
+    )
+
+
+def _prove(checkpointer: Checkpointer, pieces: Pieces) -> None:
+    """Hash every block in place once more, by other code than restored it."""
+    runtime = checkpointer.runtime
+    for region, wanted in pieces:
+        for first in range(0, len(wanted), IN_FLIGHT):
+            some = wanted[first : first + IN_FLIGHT]
+            tickets = checkpointer.submit_many([piece.look(region) for piece in some])
+            for ticket, piece in zip(tickets, some, strict=True):
+                if runtime.wait(ticket).payload_hash != piece.payload_hash:
+                    raise DeviceError(f"block {piece.blocks} is not what its record promised")
 
 
 def _restore_peers(
-    bench: Bench, stream: Stream, caches: dict[str, Cache], pieces: dict[str, list[Piece]]
+    bench: Bench,
+    stream: Stream,
+    caches: dict[str, Cache],
+    pieces: dict[str, tuple[Region, list[KvPiece]]],
 ) -> dict[str, dict[str, float]]:
     """GB/s by kind of piece ("": both), then by peer."""
     copies = Copies(bench.device, bench.loops)
@@ -280,14 +270,13 @@ def _restore_peers(
     np.frombuffer(pageable.view, np.uint8)[:] = 1
     seconds: dict[str, dict[str, float]] = {}
     for name, cache in caches.items():
-        some, size = pieces[name][:PEER_BLOCKS], cache.shape.block_bytes
-        targets = cache.addresses([piece.block for piece in some])
+        some, size = pieces[name][1][:PEER_BLOCKS], cache.shape.block_bytes
+        targets = cache.addresses([piece.blocks[0] for piece in some])
         each = np.arange(cache.shape.layers, dtype=np.uint64) * np.uint64(size)
-        payloads = np.array([p.record.payload_offset for p in some], np.uint64)
-        pool = (np.uint64(stream.pool_address) + payloads[:, None] + each[None, :]).ravel()
-        plain = np.uint64(pageable.address) + np.arange(len(pool), dtype=np.uint64) * np.uint64(
-            size
-        )
+        payloads = np.array([piece.address for piece in some], np.uint64)
+        pool = (payloads[:, None] + each[None, :]).ravel()
+        steps = np.arange(len(pool), dtype=np.uint64) * np.uint64(size)
+        plain = np.uint64(pageable.address) + steps
         one = np.array([cache.base], np.uint64), np.array([stream.pool_address], np.uint64)
         whole = PEER_BLOCKS * cache.shape.raw_bytes()
         rounds = PEER_ROUNDS

@@ -189,14 +189,17 @@ def test_restored_blocks_are_proven_and_a_changed_byte_is_refused(host: HostDevi
             transfer._require_ok(checkpointer, checkpointer.submit_many(tasks), blocks)
         records = stream.records(2 * blocks)
         assert [record.key for record in records] == 2 * list(range(1, blocks + 1))
-        pieces = [transfer.Piece(regions[i // blocks], (i * 5 + 3) % blocks, record) for i, record in enumerate(records)]
+        pieces = [
+            (region, [transfer.piece_of(stream, records[i + n * blocks], (i * 5 + 3) % blocks) for i in range(blocks)])
+            for n, region in enumerate(regions)
+        ]
         with pytest.raises(DeviceError, match="not what its record promised"):
             transfer._prove(checkpointer, pieces)
-        transfer.restore_pieces(checkpointer, pieces, stream.pool_address)
+        transfer.restore_pieces(checkpointer, pieces)
         transfer._prove(checkpointer, pieces)
         stream.view[records[7].payload_offset + 99] ^= 1
-        with pytest.raises(DeviceError, match="1 of 24 tasks"):
-            transfer.restore_pieces(checkpointer, pieces, stream.pool_address)
+        with pytest.raises(DeviceError, match="1 of 12 pieces"):
+            transfer.restore_pieces(checkpointer, pieces)
 
 
 def test_committed_records_are_fewer_than_wanted_when_a_stream_holds_fewer(host: HostDevice, stream: lent_stream.Stream) -> None:
