@@ -1,16 +1,25 @@
 """What protection costs a real engine on a GPU, and how soon its answers go on after it is killed.
 
-One `concordia serve` with standbys; a Llama-3.1-8B-shaped model with dummy weights by default.
-Decode and prefill are measured past the router within one engine, with and without the connector's
-work for each request, in turn; each pair gives one ratio. Then answers run through the router and
-their engine gets SIGKILL, once with restore and once without: the peer. Writes figures into
-benchmarks/results/device_runtime_h200.json, where --output does not say otherwise.
+A Llama-3.1-8B-shaped model with dummy weights by default, and figures that add up in
+benchmarks/results/device_runtime_h200.json, where --output does not say otherwise:
+
+  cost      decode_ratio, decode_p99_ratio, prefill_ratio: past the router within one engine, with
+            and without the connector's work for each request, in turn; each pair gives one ratio
+  slope     cost_slope: the same difference per decoded token of one request, by its context
+  recovery  recovery_next_token: SIGKILL of the engine, once with restore and once without: the peer
+  peer      copy_*_ratio, peers of the first three: an engine with benchmarks/copy_connector.py,
+            which copies each step's blocks by cudaMemcpyAsync, likewise
+  driver    driver_checkpoint, driver_restore, peers of recovery: the driver's own checkpoint of a
+            process that holds 16 GiB
+
+Needs vLLM for GPUs. Minutes for each part; the start of an engine is one of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import math
 import os
@@ -18,94 +27,26 @@ import pathlib
 import random
 import signal
 import statistics
+import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
-import aiohttp
-from cost import arms_of, interval
+from copy_engine import CopyEngine
+from cost import arms_of
+from engine_client import Client, Stream, make_prompts
+from figures import RESULTS, Figures, figure, read_figures, save, with_interval
 from rich.console import Console
+from slope import measure_slope
 
 from concordia.errors import ConcordiaError
 from concordia.testing.fault_plan import Target, find_target
-from concordia.testing.machine import add_figures
-from concordia.testing.model import make_skeleton
+from concordia.testing.model import SHAPES, make_skeleton
 from concordia.testing.served import Served
-from gpu import figure
 
-RESULTS: Final = pathlib.Path(__file__).parent / "results" / "device_runtime_h200.json"
+PARTS: Final = ("cost", "slope", "recovery", "peer", "driver")
 START_TIMEOUT_S: Final = 300.0
-ANSWER_TIMEOUT_S: Final = 120.0
 console = Console(stderr=True)
-Figures = dict[str, dict[str, Any]]
-
-
-@dataclass(slots=True)
-class Stream:
-    """One answer as its client saw it."""
-
-    stamps: list[float] = field(default_factory=list)  # of each token
-    ids: list[int] = field(default_factory=list)
-    started: float = 0.0
-
-
-class Client:
-    """Asks one endpoint with prompts of token ids; parses no more than it must."""
-
-    def __init__(self, url: str, api_key: str, extra: dict[str, Any]) -> None:
-        self._url, self._extra = f"{url}/completions", extra
-        self._headers = {"Authorization": f"Bearer {api_key}"}
-
-    async def ask(
-        self, session: aiohttp.ClientSession, prompt: list[int], tokens: int, into: Stream
-    ) -> Stream:
-        body = {
-            "model": "bench",
-            "prompt": prompt,
-            "max_tokens": tokens,
-            "ignore_eos": True,
-            "temperature": 0.0,
-            "stream": True,
-            "return_token_ids": True,
-            **self._extra,
-        }
-        into.started = time.monotonic()
-        async with session.post(self._url, json=body, headers=self._headers) as response:
-            if response.status != 200:
-                raise ConcordiaError(f"{response.status}: {await response.text()}")
-            async for line in response.content:
-                if not line.startswith(b"data: {"):
-                    continue
-                now, event = time.monotonic(), json.loads(line[6:])
-                if "error" in event:
-                    raise ConcordiaError(f"an answer ended: {event['error']}")
-                for choice in event["choices"]:
-                    ids = choice.get("token_ids") or []
-                    into.ids += ids
-                    into.stamps += [now] * len(ids)
-        if len(into.ids) != tokens:
-            raise ConcordiaError(f"{len(into.ids)} of {tokens} tokens came")
-        return into
-
-    async def ask_all(
-        self, prompts: list[list[int]], tokens: int, streams: list[Stream] | None = None
-    ) -> list[Stream]:
-        """All at once; `streams` may be watched meanwhile."""
-        streams = [Stream() for _ in prompts] if streams is None else streams
-        timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
-        connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-            asked = zip(prompts, streams, strict=True)
-            return list(await asyncio.gather(*(self.ask(session, p, tokens, s) for p, s in asked)))
-
-
-def make_prompts(count: int, tokens: int, rng: random.Random) -> list[list[int]]:
-    """Prompts that share no block with any other, of lengths that differ by a block: else all of
-    them would fill their blocks in the same step, which arrivals at random do not.
-    """
-    lengths = [tokens - rng.randrange(16) for _ in range(count)]
-    return [[rng.randrange(1, 250) for _ in range(length)] for length in lengths]
 
 
 def decode_figures(streams: list[Stream]) -> tuple[float, float]:
@@ -121,19 +62,8 @@ def decode_figures(streams: list[Stream]) -> tuple[float, float]:
     return tokens / (closed - opened), gaps[math.ceil(0.99 * len(gaps)) - 1]
 
 
-def ratio_figure(ratios: list[float], **peers: float) -> dict[str, Any]:
-    """A figure of the result file, with the 95 % interval of its median."""
-    low, high = interval(ratios)
-    return {
-        **figure(ratios, "ratio", digits=4),
-        "interval_95": [round(low, 4), round(high, 4)],
-        "peer": peers,
-    }
-
-
-def measure_cost(served: Served, options: argparse.Namespace) -> Figures:
-    """decode_ratio, decode_p99_ratio, prefill_ratio."""
-    arms = [Client(arm.url, arm.api_key, arm.extra) for arm in arms_of(served)]
+def measure_cost(arms: list[Client], options: argparse.Namespace) -> Figures:
+    """decode_ratio, decode_p99_ratio, prefill_ratio: of the first arm over the second."""
     rng = random.Random(options.seed)
     speeds: list[float] = []
     tails: list[float] = []
@@ -165,9 +95,9 @@ def measure_cost(served: Served, options: argparse.Namespace) -> Figures:
         prefills.append(spent[1] / spent[0])
     console.log(f"prefill of {options.prefill} tokens: {spent[0]:.3f} against {spent[1]:.3f} s")
     return {
-        "decode_ratio": ratio_figure(speeds),
-        "decode_p99_ratio": ratio_figure(tails),
-        "prefill_ratio": ratio_figure(prefills),
+        "decode_ratio": with_interval(speeds, "ratio"),
+        "decode_p99_ratio": with_interval(tails, "ratio"),
+        "prefill_ratio": with_interval(prefills, "ratio"),
     }
 
 
@@ -218,46 +148,111 @@ def measure_recovery(served: Served, options: argparse.Namespace) -> Figures:
     }
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+def measure_driver(timeout_s: float = 180.0) -> Figures:
+    """driver_checkpoint, driver_restore: of a process that holds 16 GiB, and does nothing else."""
+    script = pathlib.Path(__file__).parent / "driver_checkpoint.py"
+    child = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    parser.add_argument("--shape", default="8b")
-    parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--context", type=int, default=2048, help="tokens of each prompt")
-    parser.add_argument("--tokens", type=int, default=192, help="tokens of each answer")
-    parser.add_argument("--prefill", type=int, default=8192, help="tokens of the long prompt")
-    parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=11)
-    parser.add_argument("--kv-cache", default=str(12 << 30), help="bytes of each engine")
-    parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("bench-output"))
-    parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--only", nargs="*", choices=["cost", "recovery"], default=["cost"])
-    parser.add_argument("engine_flags", nargs="*", help="after --: to vLLM")
+    try:
+        said, _ = child.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise ConcordiaError(f"no checkpoint by the driver within {timeout_s:.0f} s") from None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # with the process that it held
+    if child.returncode:
+        raise ConcordiaError("the driver does not checkpoint processes here; its reason is above")
+    return {
+        f"driver_{name}": {**figure(seconds, "s"), "held_gib": 16, "peer": {}}
+        for name, seconds in json.loads(said).items()
+    }
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Options; exits with 2 where they are wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--only", nargs="+", metavar="PART", choices=PARTS, default=["cost"], help="see above")
+    add("--shape", default="8b", choices=list(SHAPES))
+    add("--requests", type=int, default=32)
+    add("--context", type=int, default=2048, help="tokens of each prompt")
+    add("--tokens", type=int, default=192, help="tokens of each answer")
+    add("--prefill", type=int, default=8192, help="tokens of the long prompt")
+    add("--pairs", type=int, default=20, help="of windows, one for each arm")
+    add(
+        "--slope-contexts",
+        type=int,
+        nargs="+",
+        default=[1024, 8192, 32768, 131072],
+        metavar="TOKENS",
+        help="of prompt and answer together; 128 KiB of KV each for 8b",
+    )
+    add("--slope-rounds", type=int, default=8, help="of one pair of windows at each context")
+    add("--seed", type=int, default=11)
+    add("--kv-cache", help="bytes of each engine; 12 GiB, 20 GiB with slope")
+    add("--folder", type=pathlib.Path, default=pathlib.Path("bench-output"))
+    add("--output", type=pathlib.Path, default=RESULTS, help="the result file")
+    add("engine_flags", nargs="*", help="after --: to vLLM")
     options = parser.parse_args(arguments)
-    model = options.folder / f"model-{options.shape}"
-    make_skeleton(model, shape=options.shape)
-    flags = [
-        *("--replicas", "1", "--standby", "2" if "recovery" in options.only else "0"),
+    if min(options.slope_contexts) <= options.tokens or len(set(options.slope_contexts)) < 2:
+        parser.error("--slope-contexts: at least two, each longer than --tokens")
+    options.kv_cache = options.kv_cache or str((20 if "slope" in options.only else 12) << 30)
+    return options
+
+
+def engine_flags(options: argparse.Namespace) -> list[str]:
+    """What every engine here is started with."""
+    longest = options.prefill + 512
+    if "slope" in options.only:
+        longest = max(longest, *options.slope_contexts)
+    return [
         *("--served-model-name", "bench", "--load-format", "dummy", "--dtype", "bfloat16"),
-        *("--max-model-len", str(options.prefill + 512), "--max-num-seqs", str(options.requests)),
+        *("--max-model-len", str(longest), "--max-num-seqs", str(options.requests)),
         *("--kv-cache-memory-bytes", options.kv_cache),
+    ]
+
+
+def measure_served(model: pathlib.Path, options: argparse.Namespace) -> None:
+    """The parts that need a server with protection; each is written down when it is done."""
+    # Standbys that load take cores: all is measured when they are there.
+    standbys = 2 if "recovery" in options.only else 0
+    flags = [
+        *("--replicas", "1", "--standby", str(standbys), *engine_flags(options)),
         *("--journal-dir", f"/dev/shm/concordia-bench-{time.time_ns()}"),
         *("--", *options.engine_flags),
     ]
-    figures: Figures = {}
     with Served(model, flags, log=options.folder / "engine.log") as served:
         with console.status("starting the engines"):
-            served.wait_ready(timeout_s=START_TIMEOUT_S)
-        if "cost" in options.only:
-            # Standbys that load take cores; one serves alone until they are there.
-            standbys = 2 if "recovery" in options.only else 0
             served.wait_ready(timeout_s=START_TIMEOUT_S, standbys=standbys)
-            figures |= measure_cost(served, options)
+        arms = [Client.of(arm) for arm in arms_of(served)]
+        if "cost" in options.only:
+            save(options.output, measure_cost(arms, options))
+        if "slope" in options.only:
+            save(options.output, measure_slope(arms, options, read_figures(options.output)))
         if "recovery" in options.only:
-            figures |= measure_recovery(served, options)
-    add_figures(options.output, figures)
-    print(json.dumps(figures))
+            save(options.output, measure_recovery(served, options))
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    model = options.folder / f"model-{options.shape}"
+    make_skeleton(model, shape=options.shape)
+    if "driver" in options.only:
+        save(options.output, measure_driver())
+    if "peer" in options.only:
+        flags = [*engine_flags(options), *options.engine_flags]
+        log = options.folder / "copy-engine.log"
+        with CopyEngine(model, flags, log=log) as engine, console.status("the copying engine"):
+            engine.wait_ready(START_TIMEOUT_S)
+            arms = [Client.of(arm) for arm in engine.arms()]
+            found = measure_cost(arms, options)
+        save(options.output, {f"copy_{key}": value for key, value in found.items()})
+    if {"cost", "slope", "recovery"} & set(options.only):
+        measure_served(model, options)
+    print(json.dumps(read_figures(options.output)))
     return 0
 
 

@@ -24,11 +24,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import delta  # noqa: E402
+import engine  # noqa: E402
 import figures  # noqa: E402
 import host_scan  # noqa: E402
 import lent_stream  # noqa: E402
+import slope  # noqa: E402
 import swap  # noqa: E402
 import transfer  # noqa: E402
+from engine_client import Stream  # noqa: E402
 from loops import Loops  # noqa: E402
 
 from concordia import abi  # noqa: E402
@@ -117,6 +120,85 @@ def test_help_names_every_part_and_figure_when_it_is_asked_for() -> None:
     assert done.returncode == 0
     for word in ("submit", "ring_round_trip", "delta_write_set", "append_bandwidth", "restore_bandwidth", "hot_swap_pause", "protection_bytes"):
         assert word in done.stdout
+
+
+# --- a real engine's figures, of answers with known stamps
+
+
+class KnownClient:
+    """Answers with a first token after `first_s` and one every `pace_us(tokens of context)` then."""
+
+    def __init__(self, first_s: float, pace_us: Any) -> None:
+        self._first_s, self._pace_us = first_s, pace_us
+
+    async def ask_all(self, prompts: list[list[int]], tokens: int) -> list[Stream]:
+        return [
+            Stream([self._first_s + i * self._pace_us(len(prompt)) / 1e6 for i in range(tokens)], list(range(tokens)), 0.0)
+            for prompt in prompts
+        ]  # fmt: skip
+
+
+def test_ratios_are_first_arm_over_second_when_their_speeds_are_known(tmp_path: pathlib.Path) -> None:
+    options = engine.parse(["--pairs", "6", "--requests", "3", "--tokens", "50"])
+    arms: Any = [KnownClient(0.55, lambda _: 10_200), KnownClient(0.5, lambda _: 10_000)]
+    found = engine.measure_cost(arms, options)
+    assert found["decode_ratio"]["median"] == pytest.approx(10_000 / 10_200, abs=1e-3)
+    assert found["decode_p99_ratio"]["median"] == pytest.approx(1.02, abs=1e-3)
+    assert found["prefill_ratio"]["median"] == pytest.approx(0.5 / 0.55, abs=1e-3)
+    assert found["prefill_ratio"]["n"] == 12
+
+
+@pytest.mark.parametrize(("growth", "is_flat"), [(0.0, True), (2.0, False)])
+def test_slope_is_the_growth_of_the_cost_with_the_context_when_both_arms_grow(growth: float, is_flat: bool) -> None:
+    options = engine.parse(["--only", "slope", "--tokens", "64", "--slope-contexts", "1024", "8192", "32768"])
+    noise = np.random.default_rng(4)
+    plain = lambda tokens: 4000 + tokens / 16 + noise.normal(0, 0.5)  # noqa: E731
+    arms: Any = [KnownClient(0.1, lambda n: plain(n) + 30 + growth * (n + 64) / 1024), KnownClient(0.1, plain)]
+    known = {"delta_scan_burst": {"median": 160.0, "peer": {"host_scan_pinned_all_cores": 6000.0}}}
+    found = slope.measure_slope(arms, options, known)["cost_slope"]
+    assert found["median"] == pytest.approx(growth, abs=0.2)
+    assert found["is_flat"] is is_flat
+    assert found["by_context"]["8192"]["cost_us"] == pytest.approx(30 + 8 * growth, abs=2)
+    assert found["peer"] == {"computed_device_scan": 80.0, "computed_host_scan_pinned_all_cores": 3000.0}
+
+
+@pytest.mark.parametrize("arguments", [["--slope-contexts", "1024"], ["--slope-contexts", "100", "8192"], ["--only", "all"]])
+def test_engine_benchmark_ends_with_2_when_arguments_are_wrong(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        engine.parse(arguments)
+    assert ended.value.code == 2
+
+
+def test_engine_has_room_for_the_longest_context_when_the_slope_is_wanted() -> None:
+    flags = engine.engine_flags(engine.parse(["--only", "slope"]))
+    assert flags[flags.index("--max-model-len") + 1] == "131072"
+    assert int(flags[flags.index("--kv-cache-memory-bytes") + 1]) > 131072 * slope.KV_BYTES_PER_TOKEN
+
+
+def test_copying_connector_names_the_blocks_that_a_step_writes_but_for_requests_left_out() -> None:
+    pytest.importorskip("vllm")
+    from copy_connector import CopyConnector
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+    as_object = types.SimpleNamespace
+    group = as_object(kv_cache_spec=as_object(block_size=16))
+    side = CopyConnector(as_object(kv_transfer_config=as_object()), KVConnectorRole.SCHEDULER, as_object(kv_cache_groups=[group], num_blocks=99))
+    for name, wanted in (("a", None), ("b", {"copy": False})):
+        side.update_state_after_alloc(as_object(request_id=name, kv_transfer_params=wanted), None, 0)
+
+    def step(counts: dict[str, int], new: list[Any], cached: list[tuple[str, list[int] | None, int]], resumed: tuple[str, ...] = ()) -> list[int]:
+        rows = as_object(
+            req_ids=[name for name, _, _ in cached], resumed_req_ids=set(resumed),
+            new_block_ids=[None if ids is None else (ids,) for _, ids, _ in cached], num_computed_tokens=[start for _, _, start in cached],
+        )  # fmt: skip
+        meta = side.build_connector_meta(as_object(num_scheduled_tokens=counts, scheduled_new_reqs=new, scheduled_cached_reqs=rows))
+        return meta.blocks
+
+    new = [as_object(req_id=name, block_ids=(ids,), num_computed_tokens=0) for name, ids in (("a", [5, 6, 7]), ("b", [8, 9]))]
+    assert step({"a": 40, "b": 20}, new, []) == [5, 6, 7]
+    assert step({"a": 8, "b": 1}, [], [("a", None, 40), ("b", None, 20)]) == [7]
+    assert step({"a": 2}, [], [("a", [11], 48)]) == [11]
+    assert step({"a": 20}, [], [("a", [21, 22], 0)], resumed=("a",)) == [21, 22]
 
 
 # --- compiled loops
