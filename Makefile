@@ -5,7 +5,7 @@ ENV ?= .venv
 ENV_PYTHON ?= $(ENV)/bin/python
 RUN = PYTHONPATH=src $(ENV_PYTHON)
 
-.PHONY: demo test check soak bench bench-engine bench-gpu kill-rounds sanitize test-gpu test-ring setup clean
+.PHONY: demo test check soak bench bench-engine bench-gpu bench-page bench-ctas kill-rounds sanitize test-gpu test-ring setup clean
 
 setup:
 	@$(if $(filter $(ENV)/bin/python,$(ENV_PYTHON)),sh scripts/setup.sh $(PYTHON) $(ENV),true)
@@ -30,11 +30,22 @@ soak: setup
 bench: setup
 	$(RUN) benchmarks/cost.py $(ARGS)
 
+# ARGS="--only delta append": some parts of it
 bench-gpu: setup
-	$(RUN) benchmarks/gpu.py $(ARGS)
-	$(RUN) benchmarks/device_runtime.py
+	$(RUN) benchmarks/device_runtime.py $(ARGS)
+	-$(RUN) benchmarks/plot.py
+	$(RUN) benchmarks/table.py
 
-# needs vLLM for GPUs; ARGS="-- FLAGS" go to it
+# pictures and table of docs/benchmarks.md, from the committed results; needs no GPU
+bench-page: setup
+	$(RUN) benchmarks/plot.py
+	$(RUN) benchmarks/table.py
+
+# rates by number of CTAs, parking: ARGS="--ctas 1 4 8"
+bench-ctas: setup
+	$(RUN) benchmarks/gpu.py $(ARGS)
+
+# needs vLLM for GPUs; ARGS="--only slope peer driver" for the other parts, ARGS="-- FLAGS" go to vLLM
 bench-engine: setup
 	$(RUN) benchmarks/engine.py --only cost recovery $(ARGS)
 

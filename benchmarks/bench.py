@@ -54,6 +54,6 @@ class Bench:
         )
 
     def close(self) -> None:
+        self.device.close()  # first: it has the stream's memory registered
         if "stream" in self.__dict__:
             self.stream.close()
-        self.device.close()

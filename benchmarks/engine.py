@@ -37,7 +37,7 @@ from cost import arms_of
 from engine_client import Client, Stream, make_prompts
 from figures import RESULTS, Figures, figure, read_figures, save, with_interval
 from rich.console import Console
-from slope import measure_slope
+from slope import SKIPPED, measure_slope
 
 from concordia.errors import ConcordiaError
 from concordia.testing.fault_plan import Target, find_target
@@ -199,6 +199,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if min(options.slope_contexts) <= options.tokens or len(set(options.slope_contexts)) < 2:
         parser.error("--slope-contexts: at least two, each longer than --tokens")
+    if "slope" in options.only and options.tokens < 2 * SKIPPED:
+        parser.error(
+            f"--tokens: at least {2 * SKIPPED} for slope, whose first {SKIPPED} are left out"
+        )
     options.kv_cache = options.kv_cache or str((20 if "slope" in options.only else 12) << 30)
     return options
 
@@ -226,6 +230,7 @@ def measure_served(model: pathlib.Path, options: argparse.Namespace) -> None:
     ]
     with Served(model, flags, log=options.folder / "engine.log") as served:
         with console.status("starting the engines"):
+            served.wait_ready(timeout_s=START_TIMEOUT_S)
             served.wait_ready(timeout_s=START_TIMEOUT_S, standbys=standbys)
         arms = [Client.of(arm) for arm in arms_of(served)]
         if "cost" in options.only:

@@ -20,6 +20,7 @@ from cost import Arm
 from concordia.errors import ConcordiaError
 
 ANSWER_TIMEOUT_S: Final = 120.0
+LINE_BYTES_MAX: Final = 4 << 20  # the first event repeats the prompt's ids: 1 MiB for 128K tokens
 
 
 @dataclass(slots=True)
@@ -81,7 +82,9 @@ class Client:
         streams = [Stream() for _ in prompts] if streams is None else streams
         timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
         connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        async with aiohttp.ClientSession(
+            timeout=timeout, connector=connector, read_bufsize=LINE_BYTES_MAX
+        ) as session:
             asked = zip(prompts, streams, strict=True)
             return list(await asyncio.gather(*(self.ask(session, p, tokens, s) for p, s in asked)))
 

@@ -24,12 +24,16 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import delta  # noqa: E402
+import drawing  # noqa: E402
 import engine  # noqa: E402
 import figures  # noqa: E402
+import goals  # noqa: E402
 import host_scan  # noqa: E402
 import lent_stream  # noqa: E402
+import plot  # noqa: E402
 import slope  # noqa: E402
 import swap  # noqa: E402
+import table  # noqa: E402
 import transfer  # noqa: E402
 from engine_client import Stream  # noqa: E402
 from loops import Loops  # noqa: E402
@@ -98,6 +102,68 @@ def test_saved_figures_add_up_and_name_their_peers_when_these_come_in_any_order(
     assert found["recovery_next_token"] == {"median": 0.4, "peer": {"recompute": 1.1, "driver_restore": 2.3}}
 
 
+# --- page and pictures
+
+SAMPLE = {"min": 1.0, "p95": 2.0, "n": 5}
+
+
+def sample() -> dict[str, dict[str, Any]]:
+    """A figure for every goal, each just reached, with a peer."""
+    made = {}
+    for goal in goals.GOALS:
+        median = goal.must * (0.99 if goal.is_most else 1.001)
+        made[goal.key] = {**SAMPLE, "median": median, "unit": goal.unit, "interval_95": [median, median], "peer": {"recompute": 3.0}}
+    made["cost_slope"] = slope.slope_figure([{1024: (30.0, 10.0), 8192: (31.0, 10.0)}, {1024: (31.0, 10.0), 8192: (30.0, 10.0)}], {})
+    return made
+
+
+def test_goal_is_met_on_its_own_side_alone_when_a_figure_lies_at_it() -> None:
+    below, above = goals.BY_KEY["submit"], goals.BY_KEY["append_bandwidth"]
+    assert [below.is_met(0.099), below.is_met(0.1), above.is_met(50.1), above.is_met(50.0)] == [True, False, True, False]
+
+
+def test_table_has_every_key_and_says_what_is_missing_when_figures_are_few() -> None:
+    full, empty = table.table(sample()), table.table({})
+    for key in goals.KEYS:
+        assert f"| `{key}` |" in full
+        assert f"| `{key}` |" in empty
+    assert full.count("| reached |") == len(goals.KEYS)
+    assert empty.count("not yet") == len(goals.KEYS)
+    assert "recompute 3" in full
+
+
+def test_table_replaces_only_what_lies_between_its_marks() -> None:
+    page = f"head\n{table.BEGIN}was here\n{table.END}tail\n"
+    made = table.with_table(page, {})
+    assert made.startswith("head\n")
+    assert made.endswith(f"{table.END}tail\n")
+    assert "was here" not in made
+    assert table.with_table(made, {}) == made
+    with pytest.raises(ValueError, match="no lines"):
+        table.with_table("head\n", {})
+
+
+@pytest.mark.parametrize(("us", "said"), [(0.087, "87 ns"), (6.486, "6.49 µs"), (771.561, "772 µs"), (999.96, "1 ms"), (405189.0, "405 ms"), (1.7e6, "1.7 s")])
+def test_times_are_written_in_the_unit_that_suits_them(us: float, said: str) -> None:
+    assert drawing.say_time(us) == said
+
+
+def test_every_picture_is_drawn_with_its_digest_when_all_is_measured_and_removed_when_nothing_is(tmp_path: pathlib.Path) -> None:
+    with drawing.styled():
+        for name, (draw, _) in plot.PICTURES.items():
+            drawing.save_picture(draw({plot.DEVICE: {"figures": sample()}}), tmp_path / name, "digest-of-it")
+            assert b"digest-of-it" in (tmp_path / name).read_bytes()
+        drawing.save_picture(None, tmp_path / "times.png", "")
+        assert not (tmp_path / "times.png").exists()
+        assert plot.times({plot.DEVICE: {"figures": {}}}) is None
+
+
+def test_plots_end_with_2_when_a_file_holds_no_results(tmp_path: pathlib.Path) -> None:
+    (tmp_path / plot.DEVICE).write_text("{}")
+    done = run("plot.py", "--results", str(tmp_path), "--output", str(tmp_path))
+    assert (done.returncode, list(tmp_path.glob("*.png"))) == (2, [])
+
+
 # --- commands
 
 
@@ -162,7 +228,7 @@ def test_slope_is_the_growth_of_the_cost_with_the_context_when_both_arms_grow(gr
     assert found["peer"] == {"computed_device_scan": 80.0, "computed_host_scan_pinned_all_cores": 3000.0}
 
 
-@pytest.mark.parametrize("arguments", [["--slope-contexts", "1024"], ["--slope-contexts", "100", "8192"], ["--only", "all"]])
+@pytest.mark.parametrize("arguments", [["--slope-contexts", "1024"], ["--slope-contexts", "100", "8192"], ["--only", "slope", "--tokens", "16"], ["--only", "all"]])
 def test_engine_benchmark_ends_with_2_when_arguments_are_wrong(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         engine.parse(arguments)

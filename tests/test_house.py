@@ -1,14 +1,14 @@
 """The law of the house.
 
 Invariants: `import concordia` is light; public names are the ones listed here; every room has a header; the committed abi.h is what abi
-generates; prose that states a limit matches config.py. The floors themselves are kept by import-linter (`make check`).
+generates; prose that states a limit matches config.py, and a page that quotes a figure its result file. The floors themselves are kept by import-linter (`make check`).
 """
 
 from __future__ import annotations
 
 import ast
-import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -17,6 +17,16 @@ import pytest
 import concordia
 from concordia import abi, config
 
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import drawing  # noqa: E402
+import figures  # noqa: E402
+import goals  # noqa: E402
+import plot  # noqa: E402
+import table  # noqa: E402
+
+COMMITTED = figures.read_figures(figures.RESULTS)
 SOURCE = pathlib.Path(concordia.__file__).parent
 ROOMS = sorted(p for p in SOURCE.rglob("*.py") if p.name != "__init__.py")
 
@@ -91,13 +101,31 @@ def test_prose_states_the_limits_of_the_audit_when_they_change() -> None:
     assert f"a sample of {config.AUDIT_BLOCKS_MAX} full blocks" in text
 
 
-def test_benchmark_page_quotes_the_committed_medians() -> None:
-    root = pathlib.Path(__file__).parents[1]
-    figures = json.loads((root / "benchmarks/results/device_runtime_h200.json").read_text())["figures"]
-    rows = [line.split("|") for line in (root / "docs/benchmarks.md").read_text().splitlines() if line.startswith("| `")]
-    assert rows
-    for _, key, _, measured, _, _, peer, _ in rows:
-        figure = figures[key.strip(" `")]
-        assert float(measured) == figure["median"], key
-        if peer.strip():
-            assert float(peer.rpartition(":")[2]) in figure["peer"].values(), key
+def test_benchmark_page_quotes_the_committed_results_when_they_change() -> None:
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    assert page == table.with_table(page, COMMITTED), "run: make bench-page"
+    assert all(f"| `{key}` |" in page for key in goals.KEYS)
+
+
+def test_benchmark_page_says_why_for_each_goal_that_is_not_reached_and_for_no_other() -> None:
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    said = re.findall(r"^- `(\w+)`: ", page.partition("## Not reached, and why")[2].partition("\n## ")[0], re.MULTILINE)
+    missed = [key for key in goals.KEYS if key in COMMITTED and not table.is_met(key, COMMITTED[key])]
+    assert said == missed
+
+
+def test_pictures_on_the_benchmark_page_are_drawn_from_the_committed_results_when_they_change() -> None:
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    with drawing.styled():
+        results = plot.read(plot.RESULTS)
+        wanted = {name: plot.digest(results, files) for name, (draw, files) in plot.PICTURES.items() if draw(results)}
+    shown = set(re.findall(r"\(images/([\w.]+)\)", page))
+    assert shown == set(wanted) == {path.name for path in plot.IMAGES.glob("*.png")}
+    for name, digest in wanted.items():
+        assert digest.encode() in (plot.IMAGES / name).read_bytes(), f"{name} is older than its results; run: make bench-page"
+
+
+def test_numbers_of_documents_come_from_result_files_that_are_there() -> None:
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        for link in re.findall(r"\]\(([^)#]*results/[^)#]*)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name} names {link}"
