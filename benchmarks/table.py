@@ -41,6 +41,8 @@ def _line(key: str, found: dict[str, Any] | None) -> str:
         measured = f"**{number(found['median'])}** {_unit(found['unit'])}".rstrip()
         if "interval_95" in found:
             measured += " [{}, {}]".format(*map(number, found["interval_95"]))
+        if "ctas" in found:
+            measured += f", {found['ctas']} CTA{'s' * (found['ctas'] > 1)}"
         mark = "reached" if is_met(key, found) else "not reached"
         peers = dict(found["peer"])
     if goal and goal.paper is not None:

@@ -123,28 +123,35 @@ def _append_round(bench: Bench, checkpointer: Checkpointer, region: Region) -> f
     """Seconds from the first submission to the last commit."""
     blocks = [int(b) for b in np.random.default_rng(9).permutation(BLOCKS)[:APPENDED]]
     bench.stream.refill()
-    tasks = [_append_task(checkpointer, region, block) for block in blocks]
+    tasks = append_tasks(checkpointer, region, blocks)
     checkpointer.wait(checkpointer.runtime.submit(Task()))
     started = time.perf_counter()
     tickets = checkpointer.submit_many(tasks)
     checkpointer.wait(tickets[-1])
     spent = time.perf_counter() - started
-    _require_ok(checkpointer, tickets, APPENDED)
+    _require_records(checkpointer, tickets, APPENDED)
     return spent
 
 
-def _append_task(checkpointer: Checkpointer, region: Region, block: int) -> Task:
-    return checkpointer.kv_task(
-        region, kind=abi.KIND_KV_BLOCK, key=block + 1, incarnation=1, token_start=0,
-        token_end=region.geometry.block_tokens, blocks=[block], step=1
-    )  # fmt: skip
+def append_tasks(checkpointer: Checkpointer, region: Region, blocks: Sequence[int]) -> list[Task]:
+    """A record for each block, as many to a task as the product puts there in a prefill."""
+    size, most, tasks = region.geometry.block_tokens, config.APPEND_BLOCKS, []
+    for first in range(0, len(blocks), most):
+        some = blocks[first : first + most]
+        task = checkpointer.kv_task(
+            region, kind=abi.KIND_KV_BLOCK, key=1, incarnation=1, token_start=first * size,
+            token_end=(first + len(some)) * size, blocks=some, step=1, is_each=True
+        )  # fmt: skip
+        tasks.append(task)
+    return tasks
 
 
-def _require_ok(checkpointer: Checkpointer, tickets: Sequence[Ticket], wanted: int) -> None:
+def _require_records(checkpointer: Checkpointer, tickets: Sequence[Ticket], wanted: int) -> None:
     done = [checkpointer.wait(ticket) for ticket in tickets]
-    bad = [answer for answer in done if not answer.is_ok]
-    if bad or len(done) != wanted:
-        raise DeviceError(f"{len(bad)} of {len(done)} tasks (of {wanted}) failed: {bad[:1]}")
+    count = sum(answer.result for answer in done if answer.is_ok)
+    if count != wanted:
+        bad = next((answer for answer in done if not answer.is_ok), None)
+        raise DeviceError(f"{count} of {wanted} records were committed; first failure: {bad}")
 
 
 def _append_peers(bench: Bench, cache: Cache) -> dict[str, float]:
@@ -223,9 +230,8 @@ def _journal(
     for region in regions.values():
         for first in range(0, BLOCKS, IN_FLIGHT):
             stream.refill()
-            blocks = range(first, first + IN_FLIGHT)
-            tasks = [_append_task(checkpointer, region, block) for block in blocks]
-            _require_ok(checkpointer, checkpointer.submit_many(tasks), len(tasks))
+            tasks = append_tasks(checkpointer, region, range(first, first + IN_FLIGHT))
+            _require_records(checkpointer, checkpointer.submit_many(tasks), IN_FLIGHT)
     records = stream.records(2 * BLOCKS)
     if len(records) != 2 * BLOCKS:
         raise DeviceError(f"{len(records)} of {2 * BLOCKS} records can be read")

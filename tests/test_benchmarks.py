@@ -130,6 +130,7 @@ def test_table_has_every_key_and_says_what_is_missing_when_figures_are_few() -> 
     assert full.count("| reached |") == len(goals.KEYS)
     assert empty.count("not yet") == len(goals.KEYS)
     assert "recompute 3" in full
+    assert "GB/s, 4 CTAs |" in table.table({"append_bandwidth": {**SAMPLE, "median": 51.0, "unit": "GB/s", "ctas": 4, "peer": {}}})
 
 
 def test_table_replaces_only_what_lies_between_its_marks() -> None:
@@ -333,10 +334,13 @@ def test_restored_blocks_are_proven_and_a_changed_byte_is_refused(host: HostDevi
             caches.append(layers)
             regions.append(checkpointer.register_kv(shape, layers))
         for region in regions:
-            tasks = [transfer._append_task(checkpointer, region, block) for block in range(blocks)]
-            transfer._require_ok(checkpointer, checkpointer.submit_many(tasks), blocks)
+            tasks = transfer.append_tasks(checkpointer, region, range(blocks))
+            tickets = checkpointer.submit_many(tasks)
+            transfer._require_records(checkpointer, tickets, blocks)
+            with pytest.raises(DeviceError, match=f"{blocks} of {blocks + 1} records"):
+                transfer._require_records(checkpointer, tickets, blocks + 1)
         records = stream.records(2 * blocks)
-        assert [record.key for record in records] == 2 * list(range(1, blocks + 1))
+        assert [record.token_start // 16 for record in records] == 2 * list(range(blocks))
         pieces = [
             (region, [transfer.piece_of(stream, records[i + n * blocks], (i * 5 + 3) % blocks) for i in range(blocks)])
             for n, region in enumerate(regions)
