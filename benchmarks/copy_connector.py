@@ -40,12 +40,18 @@ class CopyConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._is_left_out: set[str] = set()
         self._layers: list[tuple[torch.Tensor, int]] = []  # and which dimension counts blocks
 
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False
+
     # --- scheduler
 
-    def get_num_new_matched_tokens(self, request: Any, num_computed: int) -> tuple[int, bool]:
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int, bool]:
         return 0, False
 
-    def update_state_after_alloc(self, request: Any, blocks: Any, num_external: int) -> None:
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if (request.kv_transfer_params or {}).get("copy") is False:
             self._is_left_out.add(request.request_id)
 
@@ -87,7 +93,7 @@ class CopyConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._stream = torch.cuda.Stream()
 
     def wait_for_save(self) -> None:
-        meta = self._get_connector_metadata()
+        meta = self._connector_metadata
         if not isinstance(meta, WrittenBlocks) or not meta.blocks or not self._layers:
             return
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -112,5 +118,7 @@ class CopyConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def wait_for_layer_load(self, layer_name: str) -> None:
         return
 
-    def save_kv_layer(self, layer_name: str, kv_layer: Any, metadata: Any, **kwargs: Any) -> None:
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
+    ) -> None:
         return

@@ -35,7 +35,7 @@ from typing import Final
 from copy_engine import CopyEngine
 from cost import arms_of
 from engine_client import Client, Stream, make_prompts
-from figures import RESULTS, Figures, figure, read_figures, save, with_interval
+from figures import RESULTS, Figures, figure, joined, read_figures, save, with_interval
 from rich.console import Console
 from slope import SKIPPED, measure_slope
 
@@ -99,6 +99,12 @@ def measure_cost(arms: list[Client], options: argparse.Namespace) -> Figures:
         "decode_p99_ratio": with_interval(tails, "ratio"),
         "prefill_ratio": with_interval(prefills, "ratio"),
     }
+
+
+def save_cost(options: argparse.Namespace, found: Figures) -> None:
+    """Write ratios down, with --add joined with those of earlier engines."""
+    known = read_figures(options.output) if options.add else {}
+    save(options.output, joined(found, known))
 
 
 async def break_once(
@@ -182,6 +188,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--tokens", type=int, default=192, help="tokens of each answer")
     add("--prefill", type=int, default=8192, help="tokens of the long prompt")
     add("--pairs", type=int, default=20, help="of windows, one for each arm")
+    add("--add", action="store_true", help="cost, peer: to the ratios that the result file has")
     add(
         "--slope-contexts",
         type=int,
@@ -234,7 +241,7 @@ def measure_served(model: pathlib.Path, options: argparse.Namespace) -> None:
             served.wait_ready(timeout_s=START_TIMEOUT_S, standbys=standbys)
         arms = [Client.of(arm) for arm in arms_of(served)]
         if "cost" in options.only:
-            save(options.output, measure_cost(arms, options))
+            save_cost(options, measure_cost(arms, options))
         if "slope" in options.only:
             save(options.output, measure_slope(arms, options, read_figures(options.output)))
         if "recovery" in options.only:
@@ -254,7 +261,7 @@ def main(arguments: list[str]) -> int:
             engine.wait_ready(START_TIMEOUT_S)
             arms = [Client.of(arm) for arm in engine.arms()]
             found = measure_cost(arms, options)
-        save(options.output, {f"copy_{key}": value for key, value in found.items()})
+        save_cost(options, {f"copy_{key}": value for key, value in found.items()})
     if {"cost", "slope", "recovery"} & set(options.only):
         measure_served(model, options)
     print(json.dumps(read_figures(options.output)))

@@ -56,13 +56,24 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def with_interval(values: list[float], unit: str, *, digits: int = 4) -> dict[str, Any]:
-    """A figure with the 95 % interval of its median."""
+    """A figure with the 95 % interval of its median, and its values, which later ones may join."""
     low, high = interval(values)
     return {
         **figure(values, unit, digits=digits),
         "interval_95": [round(low, digits), round(high, digits)],
+        "values": [round(value, digits) for value in values],
         "peer": {},
     }
+
+
+def joined(figures: Figures, known: Figures) -> Figures:
+    """Figures with an interval, of their own values and of those that were found earlier."""
+    found = dict(figures)
+    for key in figures.keys() & known.keys():
+        values = [*known[key].get("values", []), *figures[key].get("values", [])]
+        if values:
+            found[key] = {**figures[key], **with_interval(values, figures[key]["unit"])}
+    return found
 
 
 def slope(xs: list[float], ys: list[float]) -> float:

@@ -215,6 +215,17 @@ def test_ratios_are_first_arm_over_second_when_their_speeds_are_known(tmp_path: 
     assert found["prefill_ratio"]["n"] == 12
 
 
+def test_ratios_of_several_engines_are_one_figure_when_they_are_added(tmp_path: pathlib.Path) -> None:
+    options = engine.parse(["--add", "--output", str(tmp_path / "results.json")])
+    for values in ([0.97, 0.99, 0.98], [1.0, 1.01]):
+        engine.save_cost(options, {"decode_ratio": figures.with_interval(values, "ratio")})
+    found = figures.read_figures(options.output)["decode_ratio"]
+    assert (found["median"], found["n"], found["values"]) == (0.99, 5, [0.97, 0.99, 0.98, 1.0, 1.01])
+    options.add = False
+    engine.save_cost(options, {"decode_ratio": figures.with_interval([0.5], "ratio")})
+    assert figures.read_figures(options.output)["decode_ratio"]["n"] == 1
+
+
 @pytest.mark.parametrize(("growth", "is_flat"), [(0.0, True), (2.0, False)])
 def test_slope_is_the_growth_of_the_cost_with_the_context_when_both_arms_grow(growth: float, is_flat: bool) -> None:
     options = engine.parse(["--only", "slope", "--tokens", "64", "--slope-contexts", "1024", "8192", "32768"])
