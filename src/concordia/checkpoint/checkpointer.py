@@ -267,7 +267,7 @@ class Checkpointer(StreamWords):
         waits. Raises WaitTimeout.
         """
         burst, target = self._restores.get(region.number), self._target
-        if burst is None or target is None or not all(map(burst.takes, pieces)):
+        if burst is None or target is None or not burst.takes(pieces):
             statuses = restore_by_tasks(self.runtime, region, pieces, timeout_s)
         else:
             statuses = burst.restore(self.runtime, target, pieces, timeout_s)

@@ -1,31 +1,36 @@
 """Many records back into a KV region at once, by all multiprocessors, floor 4.
 
-Owns: the list that a launch reads, its answers, and each CTA's scratch. Promises: pieces that name
-the same block are written in the order given; a piece counts as restored only if the region's own
-bytes, read back, have the hash that its record promised; the wait is bounded. Called by
-checkpointer.py, where the device has bursts; kernels/kv_restore.cu does the work.
+Owns: the lists that launches read, their answers, and each CTA's scratch. Promises: pieces that
+name the same block are written in the order given; a piece counts as restored only if the region's
+own bytes, read back, have the hash that its record promised; while one list is worked at the next
+is filled; the wait is bounded. Called by checkpointer.py, where the device has bursts;
+kernels/kv_restore.cu does the work.
 """
 
 from __future__ import annotations
 
 import threading
+import time
+from collections import deque
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from concordia import abi
 from concordia.checkpoint.region import Region
 from concordia.checkpoint.restore_tasks import KvPiece
 from concordia.device.driver import Burst, Device
 from concordia.device.memory import Buffer, JournalTarget
+from concordia.errors import UsageError
 from concordia.runtime.executor import Runtime
-from concordia.runtime.ring import Task, pack_task
+from concordia.runtime.ring import Task, Ticket
 
 RESTORE_KERNEL: Final = "concordia_kv_restore"
-# at once, a list of 0.5 MiB: 8 GiB of an 8B model's blocks
-PIECES_MAX: Final = 4096
+# of one list: 64 KiB pieces of it take the bus a millisecond, which is what filling the next takes
+PIECES_MAX: Final = 1024
 BLOCKS_MAX: Final = 8  # of a piece; who names more is restored by the executor
 
 
@@ -42,76 +47,129 @@ class RestoreBurst:
         leaves = -(-self._payload_max // abi.LEAF_BYTES)
         self._digest_bytes = -(-16 * leaves // abi.ROOT_BYTES_MIN) * abi.ROOT_BYTES_MIN
         self._scratch = device.allocate(burst.ctas * (self._digest_bytes + 4 * BLOCKS_MAX))
-        at = [size * PIECES_MAX for size in (abi.TASK.size, 8, 4 * BLOCKS_MAX)]
-        self._list = Buffer(sum(at))
-        self._tasks, self._answers, self._ids = 0, at[0], at[0] + at[1]
-        self._address = device.share(self._list.address, self._list.size)
+        self._lists = [PieceList(device), PieceList(device)]
 
-    def takes(self, piece: KvPiece) -> bool:
-        """Whether it is small enough; all that an engine appends is."""
-        return piece.payload_bytes <= self._payload_max and len(piece.blocks) <= BLOCKS_MAX
+    def takes(self, pieces: Sequence[KvPiece]) -> bool:
+        """Whether they are small enough; all that an engine appends is."""
+        return (
+            max((piece.payload_bytes for piece in pieces), default=0) <= self._payload_max
+            and max((len(piece.blocks) for piece in pieces), default=0) <= BLOCKS_MAX
+        )
 
     def restore(
         self, runtime: Runtime, target: JournalTarget, pieces: Sequence[KvPiece], timeout_s: float
     ) -> list[int]:
         """A status for each piece; raises WaitTimeout."""
+        until = time.monotonic() + timeout_s
+        flying: deque[tuple[PieceList, list[int], Ticket]] = deque()
         found: list[int] = []
+
+        def land() -> None:
+            pieces_list, order, ticket = flying.popleft()
+            runtime.wait(ticket, max(0.001, until - time.monotonic()))
+            found.extend(pieces_list.statuses(order))
+
         with self._lock:
-            for start in range(0, len(pieces), PIECES_MAX):
-                found += self._restore(
-                    runtime, target, pieces[start : start + PIECES_MAX], timeout_s
-                )
+            for number, start in enumerate(range(0, len(pieces), PIECES_MAX)):
+                if len(flying) == len(self._lists):
+                    land()
+                part, free = pieces[start : start + PIECES_MAX], self._lists[number % 2]
+                rounds = in_rounds(part)
+                order = list(chain.from_iterable(rounds))
+                free.fill(part if len(rounds) == 1 else [part[index] for index in order])
+                flying.append((free, order, self._send(runtime, target, free, rounds)))
+            while flying:
+                land()
         return found
 
-    def _restore(
-        self, runtime: Runtime, target: JournalTarget, pieces: Sequence[KvPiece], timeout_s: float
-    ) -> list[int]:
-        rounds = in_rounds(pieces)
-        order = [index for one in rounds for index in one]
-        self._fill([pieces[index] for index in order])
-        base = self._address
-        ids = (base + self._ids, 4 * BLOCKS_MAX * len(pieces))
+    def _send(
+        self, runtime: Runtime, target: JournalTarget, one: PieceList, rounds: list[list[int]]
+    ) -> Ticket:
+        """A launch for each round; the ticket of what runs after them."""
+        pool = (target.pool_address, target.pool_bytes)
         scratch = (self._scratch, self._digest_bytes, BLOCKS_MAX)
-        launches = []
-        for one, first in zip(rounds, accumulate(map(len, rounds), initial=0), strict=False):
-            place = (base + self._tasks + abi.TASK.size * first, len(one))
-            answers = base + self._answers + 8 * first
-            pool = (target.pool_address, target.pool_bytes)
-            launches.append((self._region.entry.address, *place, answers, *ids, *pool, *scratch))
+        launches = [
+            (self._region.entry.address, *one.words(first, len(indices)), *pool, *scratch)
+            for indices, first in zip(rounds, accumulate(map(len, rounds), initial=0), strict=False)
+        ]
 
         def enqueue(stream: Any) -> None:
             for words in launches:
                 self._burst.enqueue(stream, words)
 
         runtime.run_burst(enqueue)
-        runtime.wait(runtime.submit(Task()), timeout_s)
-        statuses = np.empty(len(order), np.uint64)
-        statuses[order] = np.frombuffer(self._list.view, np.uint64, len(order), self._answers)
-        return [int(status) for status in statuses]
-
-    def _fill(self, pieces: Sequence[KvPiece]) -> None:
-        """The list, and answers that no kernel gives."""
-        packed = [pack_task(piece.task(self._region)) for piece in pieces]
-        view, count = self._list.view, len(pieces)
-        view[: abi.TASK.size * count] = b"".join(task for task, _ in packed)
-        tasks = np.frombuffer(view, abi.TASK.dtype, count)
-        tasks["blocks"] = 4 * BLOCKS_MAX * np.arange(count)
-        room = 4 * BLOCKS_MAX
-        ids = b"".join(found.ljust(room, b"\0") for _, found in packed)
-        view[self._ids : self._ids + room * count] = ids
-        np.frombuffer(view, np.uint64, count, self._answers)[:] = abi.STATUS_BAD_TASK
+        return runtime.submit(Task())
 
     def close(self) -> None:
         """Nothing of it is under way, and the executor is gone or parked."""
-        self._device.unshare(self._list.address)
-        self._list.close()
+        for one in self._lists:
+            one.close()
         self._device.free(self._scratch)
+
+
+class PieceList:
+    """What one launch reads: tasks, block ids, and where it answers."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        sizes = [size * PIECES_MAX for size in (abi.TASK.size, 8, 4 * BLOCKS_MAX)]
+        self._answers_at, self._ids_at = sizes[0], sizes[0] + sizes[1]
+        self._buffer = Buffer(sum(sizes))
+        self._address = device.share(self._buffer.address, self._buffer.size)
+        self._tasks = np.frombuffer(self._buffer.view, abi.TASK.dtype, PIECES_MAX)
+        self._answers = np.frombuffer(self._buffer.view, np.uint64, PIECES_MAX, self._answers_at)
+        ids = np.frombuffer(self._buffer.view, np.uint32, BLOCKS_MAX * PIECES_MAX, self._ids_at)
+        self._ids = ids.reshape(PIECES_MAX, BLOCKS_MAX)
+        self._tasks["kind"] = abi.TASK_RESTORE
+        self._tasks["blocks"] = 4 * BLOCKS_MAX * np.arange(PIECES_MAX)
+
+    def fill(self, pieces: Sequence[KvPiece]) -> None:
+        """Columns at once: a piece has a microsecond of the bus, and Python no more for it."""
+        kinds, starts, ends, blocks, addresses, sizes, hashes = zip(*pieces, strict=True)
+        tasks, counts = self._tasks[: len(pieces)], np.fromiter(map(len, blocks), np.int64)
+        try:
+            for name, values in (
+                *(("record_kind", kinds), ("token_start", starts), ("token_end", ends)),
+                *(("source", addresses), ("source_bytes", sizes), ("block_count", counts)),
+            ):
+                tasks[name] = np.array(values, tasks.dtype[name])
+            digests = b"".join([value.to_bytes(16, "little") for value in hashes])
+            tasks["key"] = np.frombuffer(digests, np.uint64).reshape(-1, 2)
+            self._place_ids(counts, np.fromiter(chain.from_iterable(blocks), np.uint32))
+        except OverflowError as error:
+            raise UsageError(f"a number of a piece does not fit its place: {error}") from error
+        self._answers[: len(pieces)] = abi.STATUS_BAD_TASK  # unless a kernel says otherwise
+
+    def _place_ids(self, counts: npt.NDArray[np.int64], ids: npt.NDArray[np.uint32]) -> None:
+        rows = np.repeat(np.arange(len(counts)), counts)
+        self._ids[rows, np.arange(len(ids)) - (np.cumsum(counts) - counts)[rows]] = ids
+
+    def words(self, first: int, count: int) -> tuple[int, ...]:
+        """What a launch over a part of the list is told of it."""
+        tasks = self._address + abi.TASK.size * first
+        answers = self._address + self._answers_at + 8 * first
+        return tasks, count, answers, self._address + self._ids_at, self._ids.nbytes
+
+    def statuses(self, order: list[int]) -> list[int]:
+        """As the pieces were given; `order` is how they were listed."""
+        found = np.empty(len(order), np.uint64)
+        found[order] = self._answers[: len(order)]
+        answers: list[int] = found.tolist()
+        return answers
+
+    def close(self) -> None:
+        """No launch reads it any more."""
+        self._device.unshare(self._buffer.address)
+        self._buffer.close()
 
 
 def in_rounds(pieces: Sequence[KvPiece]) -> list[list[int]]:
     """Indices of the pieces, so that no two of a round name the same block and each block's pieces
     keep their order.
     """
+    named = list(chain.from_iterable(piece.blocks for piece in pieces))
+    if len(set(named)) == len(named):
+        return [list(range(len(pieces)))] if pieces else []
     last: dict[int, int] = {}  # block -> rounds that name it
     rounds: list[list[int]] = []
     for index, piece in enumerate(pieces):
