@@ -20,6 +20,19 @@ LEASE_NS: Final = 10_000_000  # longest that a foreign driver call can be held u
 # A CUDA executor leaves after this much silence: a step's tasks come together, and while it sits on
 # a multiprocessor, whoever wants all of them needs a second wave.
 IDLE_NS: Final = 20_000
+# An executor that stays (`resident`): a blocking driver call that nobody parked it for is late by
+# this, never stuck; it comes back at once.
+RESIDENT_LEASE_NS: Final = 1_000_000_000
+# Without residency (`stream`): what is in the ring, and out. A launch that lies in a framework's
+# stream may have to wait for one that does so long.
+STREAM_LEASE_NS: Final = 2_000_000
+STREAM_TASK_SLOTS: Final = 1024  # of tasks in a framework's stream: two steps of 256 requests
+# Choosing a residency: time for measuring, the step that its costs are weighed for, what of a
+# neighbour's slow-down is noise, and how much less another one must cost than the default.
+AUTO_S: Final = 0.15
+AUTO_STEP_US: Final = 10_000.0  # a decode step with one batch of tasks
+AUTO_NOISE: Final = 0.01
+AUTO_GAIN_MIN: Final = 0.1
 WAIT_TASK_S: Final = 5.0  # a task that takes longer is a fault of the executor
 # and of an engine, when it was the oldest at so many steps too: a process that was stopped for a
 # while finds its executor at work again before them

@@ -8,19 +8,23 @@ compile (nvrtc.py), judge code (loader.py) or keep the executor going (residency
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from concordia import config
-from concordia.device import nvrtc
+from concordia.device import neighbour, nvrtc
 from concordia.device.burst import Burst
 from concordia.device.compiler import KERNELS, HandlerSource, HostCompiler, KernelCache
 from concordia.device.cubin import read_facts
+from concordia.device.cuda_call import CudaError
 from concordia.device.cuda_context import CudaContext, CudaMemory
 from concordia.device.host import HostLibrary
 from concordia.device.loader import CudaCode, CudaImage, lint
+from concordia.device.policy import DEFAULT, POLICIES, policy_of
 from concordia.device.residency import CudaExecutor
-from concordia.errors import ConcordiaError, DeviceError
+from concordia.errors import ConcordiaError, DeviceError, WaitTimeout
 
 if TYPE_CHECKING:
     from concordia.device.driver import ExecutorPlan, Image
@@ -103,6 +107,7 @@ class CudaDevice:
 
     needs_parking = True
     idle_ns = config.IDLE_NS
+    residencies: tuple[str, ...] = tuple(POLICIES)
 
     def __init__(self, index: int = 0) -> None:
         self.name = f"cuda:{index}"
@@ -117,10 +122,41 @@ class CudaDevice:
         self._executors: list[CudaExecutor] = []
         self._code: list[CudaCode] = []
         self._bursts: list[Burst] = []
-        self.share, self.unshare = self._memory.share, self._memory.unshare
-        self.allocate, self.free = self._memory.allocate, self._memory.free
+        self.share, self.allocate = self._memory.share, self._memory.allocate
         self.write, self.read = self._memory.write, self._memory.read
         self.check_range = self._memory.check_range
+
+    @contextmanager
+    def parked(self) -> Iterator[None]:
+        """No executor of ours that stays is on the GPU meanwhile: for driver calls that wait for
+        all that runs. A leased one is not parked; it leaves by itself within its lease.
+        """
+        with ExitStack() as parked:
+            for executor in tuple(self._executors):
+                if not executor.parks_for_driver:
+                    continue
+                try:
+                    is_out = executor.park(config.WAIT_PARK_S)
+                except CudaError as error:
+                    if not error.context_lost:
+                        raise
+                    continue  # nothing runs in a lost context
+                if not is_out:
+                    raise WaitTimeout(
+                        f"{self.name}: an executor did not leave within {config.WAIT_PARK_S} s"
+                    )
+                parked.callback(executor.unpark)
+            yield
+
+    def unshare(self, address: int) -> None:
+        """Undo `share`: waits for all that runs."""
+        with self.parked():
+            self._memory.unshare(address)
+
+    def free(self, address: int) -> None:
+        """Undo `allocate`: waits for all that runs."""
+        with self.parked():
+            self._memory.free(address)
 
     def build(self, source: HandlerSource) -> CudaImage:
         """A linked and linted handler, from the cache when it is there."""
@@ -129,7 +165,8 @@ class CudaDevice:
     def load(self, image: Image) -> CudaCode:
         """Load a handler; this list, not Python's references, keeps it."""
         assert isinstance(image, CudaImage)
-        code = CudaCode(image, context=self._context, memory=self._memory)
+        with self.parked():
+            code = CudaCode(image, context=self._context, memory=self._memory)
         self._code.append(code)
         return code
 
@@ -140,27 +177,40 @@ class CudaDevice:
     def burst(self, image: Image, name: str) -> Burst:
         """Load such a kernel; the executor is parked."""
         assert isinstance(image, CudaImage)
-        burst = Burst(image, name, context=self._context)
+        with self.parked():
+            burst = Burst(image, name, context=self._context)
         self._bursts.append(burst)
         return burst
 
-    def executor(self, plan: ExecutorPlan) -> CudaExecutor:
+    def neighbour(self) -> neighbour.Neighbour:
+        """A probe of what executors cost others; its user closes it, parked."""
+        image = self._compiler.kernel(neighbour.SOURCE)
+        with self.parked():
+            return neighbour.Neighbour(image, context=self._context)
+
+    def executor(self, plan: ExecutorPlan, residency: str = DEFAULT) -> CudaExecutor:
         """The executor of a ring; `plan.lanes` counts its CTAs here."""
-        executor = CudaExecutor(
-            context=self._context,
-            memory=self._memory,
-            library=self.library,
-            image=self._compiler.executor(),
-            plan=plan,
-        )
+        policy, image = policy_of(residency), self._compiler.executor()
+        with self.parked():
+            executor = CudaExecutor(
+                context=self._context,
+                memory=self._memory,
+                library=self.library,
+                image=image,
+                plan=plan,
+                policy=policy,
+            )
         self._executors.append(executor)
         return executor
 
     def close(self) -> None:
         """End what runs, then give everything back."""
-        for executor in self._executors:
-            if not executor.close(config.WAIT_PARK_S):
-                raise DeviceError(f"{self.name}: an executor did not leave; nothing was released")
+        with self.parked():
+            for executor in self._executors:
+                if not executor.close(config.WAIT_PARK_S):
+                    raise DeviceError(
+                        f"{self.name}: an executor did not leave; nothing was released"
+                    )
         for code in self._code:
             code.close()
         for burst in self._bursts:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from concordia.device.policy import DEFAULT, Policy
 from concordia.errors import DeviceError, EnvironmentRefused
 
 if TYPE_CHECKING:
@@ -79,6 +81,29 @@ class Burst(Protocol):
         """Unload it; the executor is parked."""
 
 
+class Neighbour(Protocol):
+    """A kernel that wants the whole device, to see what an executor costs others."""
+
+    def time_us(self) -> float:
+        """Microseconds that one run takes now."""
+
+    def close(self) -> None:
+        """Unload it; executors are parked."""
+
+
+class StreamLaunch(Protocol):
+    """What runs a ring's tasks as work of the framework's own streams and graphs."""
+
+    def enqueue(self, stream: int) -> None:
+        """Put a run into a stream, or into the graph that it is being captured into."""
+
+    def ring_bell(self, stream: int, number: int) -> None:
+        """Runs that come behind this in the stream may serve all up to `number`."""
+
+    def close(self) -> None:
+        """Give it back; nothing that was enqueued runs, or will."""
+
+
 @runtime_checkable
 class Executor(Protocol):
     """The executor of one ring. It leaves by itself at a task boundary, and whoever launches it
@@ -89,6 +114,18 @@ class Executor(Protocol):
     # a Host* that submission wakes by itself in compiled code; 0: whoever submits calls `launch`
     # when told to
     handle: int
+
+    @property
+    def residency(self) -> str:
+        """Name of the policy that it follows."""
+
+    def settle(self, policy: Policy) -> None:
+        """Follow another policy from here on; raises WaitTimeout when it does not leave for it."""
+
+    def stream_launch(self, ring: int) -> StreamLaunch:
+        """A way to run the tasks of another ring in streams of the framework; raises UsageError
+        unless the policy allows it.
+        """
 
     def launch(self) -> None:
         """Send the executor in, unless it is in or parked: a producer found that it had left."""
@@ -127,13 +164,19 @@ class Device(Protocol):
     name: str  # "host" or "cuda:<index>"
     library: HostLibrary  # compiled submission; on a GPU too it is host threads that submit
     idle_ns: int  # silence after which its executor leaves
-    needs_parking: bool  # whether `load` and Code.close must find the executor parked
+    needs_parking: bool  # whether the operator table may change only while nobody is inside
+    residencies: tuple[str, ...]  # policies that its executors can follow, the default first
+
+    def parked(self) -> AbstractContextManager[None]:
+        """No executor that stays is on the device meanwhile: around calls that wait for all of it.
+        What of ours waits so (load, free, unshare) does this by itself.
+        """
 
     def share(self, address: int, size: int) -> int:
         """Make a host mapping reachable for the executor; returns its address there."""
 
     def unshare(self, address: int) -> None:
-        """Undo `share` of the mapping at this host address; the executor is parked."""
+        """Undo `share` of the mapping at this host address; nobody uses it any more."""
 
     def check_range(self, address: int, size: int) -> None:
         """Raise UsageError unless an executor could read and write these bytes."""
@@ -142,7 +185,7 @@ class Device(Protocol):
         """Zeroed memory near the executor (device memory on a GPU)."""
 
     def free(self, address: int) -> None:
-        """Undo `allocate`; the executor is parked."""
+        """Undo `allocate`; nobody uses it any more."""
 
     def write(self, address: int, payload: bytes) -> None:
         """Copy bytes to memory of this device; on a GPU through a stream of its own."""
@@ -156,7 +199,7 @@ class Device(Protocol):
         """
 
     def load(self, image: Any) -> Code:
-        """Load code that this device built; on a GPU only while the executor is parked."""
+        """Load code that this device built; on a GPU this waits for leases to end."""
 
     def build_burst(self, source: HandlerSource) -> Image | None:
         """Compile a kernel of the whole device; None where there is no such thing."""
@@ -164,8 +207,13 @@ class Device(Protocol):
     def burst(self, image: Any, name: str) -> Burst:
         """Load a kernel that `build_burst` made, while the executor is parked."""
 
-    def executor(self, plan: ExecutorPlan) -> Executor:
-        """Prepare the executor of a ring; does not launch it."""
+    def neighbour(self) -> Neighbour | None:
+        """Load a probe of what executors cost others; None where there is no such thing."""
+
+    def executor(self, plan: ExecutorPlan, residency: str = DEFAULT) -> Executor:
+        """Prepare the executor of a ring; launches it only if it is to stay. Raises UsageError for
+        a residency that this device has not got.
+        """
 
     def close(self) -> None:
         """Release everything that was not released before."""

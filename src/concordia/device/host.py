@@ -13,14 +13,16 @@ import _ctypes
 import ctypes
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from concordia import abi, config
 from concordia.device.compiler import HandlerSource, HostCompiler
 from concordia.device.driver import ExecutorPlan
 from concordia.device.memory import Buffer
+from concordia.device.policy import DEFAULT, Policy, policy_of
 from concordia.errors import DeviceError, HandlerRefused, UsageError
 
 HANDLER_SYMBOL: Final = "concordia_handler"
@@ -130,6 +132,14 @@ class HostExecutor:
         # what ends a thread of this process ends the process, so only its device can be gone
         self.lost: DeviceError | None = None
 
+    residency = DEFAULT
+
+    def settle(self, policy: Policy) -> None:
+        _require_default(policy)
+
+    def stream_launch(self, ring: int) -> NoReturn:
+        raise UsageError("the CPU device has no streams: hand tasks in to the runtime itself")
+
     def launch(self) -> None:
         raise AssertionError("submission launches this executor by itself")
 
@@ -165,6 +175,7 @@ class HostDevice:
     name = "host"
     idle_ns = config.HOST_IDLE_NS
     needs_parking = False
+    residencies: tuple[str, ...] = (DEFAULT,)
 
     def __init__(self, compiler: HostCompiler | None = None) -> None:
         self._compiler = compiler or HostCompiler()
@@ -177,6 +188,13 @@ class HostDevice:
 
     def burst(self, image: Any, name: str) -> Any:
         raise AssertionError("this device builds no bursts")
+
+    def neighbour(self) -> None:
+        """Who computes beside its threads is the system's business: None."""
+
+    def parked(self) -> AbstractContextManager[None]:
+        """No call waits for all of a processor."""
+        return nullcontext()
 
     def share(self, address: int, size: int) -> int:
         """A host address is the executor's own."""
@@ -222,7 +240,8 @@ class HostDevice:
     def load(self, image: HostImage) -> HostCode:
         return HostCode(image)
 
-    def executor(self, plan: ExecutorPlan) -> HostExecutor:
+    def executor(self, plan: ExecutorPlan, residency: str = DEFAULT) -> HostExecutor:
+        _require_default(policy_of(residency))
         executor = HostExecutor(self.library, plan)
         self._executors.append(executor)
         return executor
@@ -235,3 +254,11 @@ class HostDevice:
             executor.lost = DeviceError(f"{self.name} is closed")
         for address in list(self._buffers):
             self.free(address)
+
+
+def _require_default(policy: Policy) -> None:
+    if policy.name != DEFAULT:
+        raise UsageError(
+            f"residency {policy.name} wants a GPU: the CPU device's executor is threads, which "
+            f"sleep while there is nothing to do ({DEFAULT})"
+        )

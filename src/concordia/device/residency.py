@@ -4,8 +4,8 @@ Owns: its stream, its state in device memory, the count of launches. Promises: l
 stream order and numbered, so the kernel of launch n never meets that of n + 1; a launch may be put
 behind the work of another stream, and then nothing submitted after it is run before that work is
 done; what is waited for here has a bound. Called by runtime/executor.py through driver.Executor.
-Does not submit tasks. The kernel leaves by itself (kernels/executor.h): nothing here can hold up
-the GPU longer than a lease.
+Does not submit tasks. How long a stay is says policy.py; the kernel leaves by itself
+(kernels/executor.h): nothing here can hold up the GPU longer than a lease.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from concordia import abi, config
-from concordia.device import nvrtc
 from concordia.device.cuda_call import CudaError, checked, released
 from concordia.device.cuda_context import CudaContext, CudaMemory
+from concordia.device.executor_code import ExecutorCode
 from concordia.device.loader import CudaImage
-from concordia.errors import DeviceError, UsageError
+from concordia.device.policy import Policy
+from concordia.device.stream_launch import StreamLaunch
+from concordia.errors import DeviceError, UsageError, WaitTimeout
 
 if TYPE_CHECKING:
     from concordia.device.driver import ExecutorPlan
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 # saved and restored or half the loads under way, made scans half as fast.
 THREADS: Final = 512
 CTAS_MAX: Final = 8  # more of them resident make a neighbour's matrix product several times slower
-KERNEL: Final = b"concordia_executor"
+TURN_BYTES: Final = 128
 # a kernel that was told to leave is out within microseconds: poll this long, then sleep between
 # looks
 SPIN_S: Final = 0.001
@@ -57,6 +59,7 @@ class CudaExecutor:
         library: HostLibrary,
         image: CudaImage,
         plan: ExecutorPlan,
+        policy: Policy,
     ) -> None:
         if not 1 <= plan.lanes <= CTAS_MAX:
             raise UsageError(f"{plan.lanes} CTAs for the executor: use 1 to {CTAS_MAX}")
@@ -65,36 +68,72 @@ class CudaExecutor:
         self._launched_at = plan.ring + _OFFSETS["launched"]
         self._left_at = plan.ring + _OFFSETS["left"]
         self._stop_at = plan.ring + _OFFSETS["stop"]
-        self._ring = plan.ring
+        self._ring, self._plan = plan.ring, plan
         self._lock = threading.Lock()
         self._wanted = threading.Condition(self._lock)
         self._park_depth = 0
         self._is_closed = False
+        self._hurry = threading.Event()  # the keeper looks now
         self.lost: DeviceError | None = None
-        self._load(image)
+        self._code = ExecutorCode(image, threads=THREADS, context=context)
+        self._make_marks()
         self._state = self._place(replace(plan, lanes=plan.lanes * THREADS))
-        self._values = (ctypes.c_uint64 * 2)(self._state, 0)
+        self._turn = memory.allocate(TURN_BYTES)
+        self._values = (ctypes.c_uint64 * 3)(self._state, 0, 0)
         at = ctypes.addressof(self._values)
-        self._arguments = (ctypes.c_void_p * 2)(at, at + 8)
+        self._arguments = (ctypes.c_void_p * 3)(*(at + 8 * i for i in range(3)))
+        self._adopt(policy)
         self._keeper = threading.Thread(target=self._keep, name="concordia-lease", daemon=True)
         self._keeper.start()
+        if policy.stays:
+            self.launch()
 
-    def _load(self, image: CudaImage) -> None:
-        with self._context.current() as driver:
-            self._module = checked(driver.cuModuleLoadData(image.cubin), "load the executor")
-            self._function = checked(
-                driver.cuModuleGetFunction(self._module, KERNEL), "find the executor"
+    @property
+    def residency(self) -> str:
+        """Name of the policy."""
+        return self.policy.name
+
+    @property
+    def parks_for_driver(self) -> bool:
+        """Whether a driver call that waits for the whole GPU must park it first."""
+        return self.policy.parks_for_driver and not self._is_closed
+
+    def settle(self, policy: Policy) -> None:
+        """Follow another policy from here on. Raises WaitTimeout when it does not leave."""
+        if not self.park(config.WAIT_PARK_S):
+            raise WaitTimeout(f"the executor did not leave within {config.WAIT_PARK_S} s")
+        self._adopt(policy)
+        self._hurry.set()
+        self.unpark()
+
+    def _adopt(self, policy: Policy) -> None:
+        """While nobody is inside: the next launch finds the numbers in the ring."""
+        self.policy = policy
+        self._library.store(self._ring + _OFFSETS["lease_ns"], policy.lease_ns)
+        self._library.store(self._ring + _OFFSETS["idle_ns"], policy.idle_ns)
+        self._values[2] = self._turn if policy.takes_turns else 0
+
+    def stream_launch(self, ring: int) -> StreamLaunch:
+        """The node that runs the tasks of another ring in streams of the framework, under a policy
+        that takes turns; raises UsageError under another.
+        """
+        if not self.policy.takes_turns:
+            raise UsageError(
+                f"tasks in a framework's stream want residency stream, this is {self.residency}: "
+                "two kernels would append to one journal stream"
             )
-            names = driver.CUfunction_attribute
-            for attribute, least in (
-                (names.CU_FUNC_ATTRIBUTE_NUM_REGS, nvrtc.REGISTERS_MAX),
-                (names.CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK, THREADS),
-            ):
-                found = checked(
-                    driver.cuFuncGetAttribute(attribute, self._function), attribute.name
-                )
-                if found < least:
-                    raise DeviceError(f"the executor's {attribute.name} is {found}, not {least}")
+        return StreamLaunch(
+            context=self._context,
+            memory=self._memory,
+            function=self._code.stream_function,
+            threads=THREADS,
+            state=self._place(replace(self._plan, ring=ring, lanes=THREADS)),
+            executor=self._state,
+            turn=self._turn,
+        )
+
+    def _make_marks(self) -> None:
+        with self._context.current() as driver:
             flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
             self._stream = checked(driver.cuStreamCreate(flags), "create the executor's stream")
             events = driver.CUevent_flags
@@ -117,9 +156,8 @@ class CudaExecutor:
         """Send the executor in, unless it is in, on its way, or parked."""
         with self._lock:
             self._raise_if_lost()
-            launched = self._library.load(self._launched_at)
-            if self._park_depth == 0 and self._library.load(self._left_at) == launched:
-                self._send(launched + 1)
+            if self._park_depth == 0 and self._is_out():
+                self._send()
 
     def launch_after(self, stream: int, submit_gate: Callable[[int], None]) -> None:
         """Put a launch behind the work that is in `stream` now. `submit_gate(n)` hands in a task
@@ -150,30 +188,22 @@ class CudaExecutor:
             put()
             submit_gate(launch)
             if self._park_depth == 0:
-                self._send(launch)
+                self._send()
 
-    def _send(self, launch: int) -> None:
+    def _send(self) -> None:
         """Under the lock. The count first: the kernel may be over before the call that launched it
         is.
         """
+        launch = self._library.load(self._launched_at) + 1
         self._library.store(self._launched_at, launch)
         self._values[1] = launch
         try:
             with self._context.current() as driver:
+                grid, block = (self._ctas, 1, 1), (THREADS, 1, 1)
                 arguments = ctypes.addressof(self._arguments)
                 checked(
                     driver.cuLaunchKernel(
-                        self._function,
-                        self._ctas,
-                        1,
-                        1,
-                        THREADS,
-                        1,
-                        1,
-                        0,
-                        self._stream,
-                        arguments,
-                        0,
+                        self._code.function, *grid, *block, 0, self._stream, arguments, 0
                     ),
                     "launch the executor",
                 )
@@ -188,9 +218,17 @@ class CudaExecutor:
         if self.lost is not None:
             raise self.lost
 
+    def _is_out(self) -> bool:
+        launched, left = (self._library.load(at) for at in (self._launched_at, self._left_at))
+        return bool(left == launched)
+
+    def _is_needed(self) -> bool:
+        """Whether nobody is inside and somebody should be."""
+        return self._is_out() if self.policy.stays else self._library.needs_launch(self._ring)
+
     def _keep(self) -> None:
-        """A lease may end with work waiting and no producer that looks again: then this thread
-        sends the executor in once more.
+        """A lease may end with work waiting and no producer that looks again, or with an executor
+        that is to stay: then this thread sends it in once more.
         """
         seen = 0
         while True:
@@ -201,14 +239,17 @@ class CudaExecutor:
                     return
                 seen = self._library.load(self._launched_at)
             # Most launches are over by then, and nobody had to be woken for them.
-            time.sleep(config.LEASE_NS / 1e9)
+            if self._hurry.wait(self.policy.lease_ns / 1e9):
+                self._hurry.clear()
+            if self._is_closed:
+                return
             try:
                 with self._context.current() as driver:
                     checked(
                         driver.cuEventRecord(self._out, self._stream), "mark the executor's end"
                     )
                     checked(driver.cuEventSynchronize(self._out), "wait for the executor's end")
-                if self._library.needs_launch(self._ring):
+                if self._is_needed():
                     self.launch()
             except CudaError as error:
                 self.lost = error
@@ -217,10 +258,15 @@ class CudaExecutor:
                 return
 
     def park(self, timeout_s: float) -> bool:
-        """Ask the kernel to leave and keep it out; True once its stream is empty."""
+        """Ask the kernel to leave and keep it out; True once its stream is empty. Where launches in
+        other streams take turns with it, those that were inside then are out, too.
+        """
         with self._lock:
             self._park_depth += 1
             self._library.store(self._stop_at, 1)
+            if self.policy.takes_turns and self.lost is None:
+                # It finds that it is to stop; but it has had its turn.
+                self._send()
         if self._wait_out(timeout_s):
             return True
         self.unpark()
@@ -248,8 +294,8 @@ class CudaExecutor:
             if self._park_depth > 0:
                 return
             self._library.store(self._stop_at, 0)
-            if self.lost is None and self._library.needs_launch(self._ring):
-                self._send(self._library.load(self._launched_at) + 1)
+            if self.lost is None and not self._is_closed and self._is_needed():
+                self._send()
 
     def rescues(self) -> int:
         """Always 0: what the keeper does is part of the protocol here."""
@@ -271,14 +317,16 @@ class CudaExecutor:
                 return True
             self._is_closed = True
             self._wanted.notify_all()
+        self._hurry.set()
         self._keeper.join(timeout_s)
         with self._context.current() as driver:
             for release, what in (
                 (driver.cuEventDestroy, self._out),
                 (driver.cuEventDestroy, self._before),
                 (driver.cuStreamDestroy, self._stream),
-                (driver.cuModuleUnload, self._module),
             ):
                 released(release(what), "release the executor")
+        self._code.close()
         self._memory.free(self._state)
+        self._memory.free(self._turn)
         return True

@@ -1,30 +1,85 @@
-// The executor as a GPU kernel: one launch of it is one stay. `launch` is the number that
-// ring->launched was raised to for it.
+// The executor as GPU kernels: a stay of its own, and a visit in a stream of the framework.
 //
-// Owns: where the executor's state lies meanwhile. Promises: one CTA works on a copy in shared
-// memory (what one lane does alone is a chain of small reads, eight times quicker there) and puts
-// it back before it ends; several CTAs share the state in device memory. GPU only. Launched by
-// device/residency.py. Does not know tasks.
+// Owns: where the executor's state lies meanwhile, and whose turn it is. Promises: one CTA works on
+// a copy in shared memory (what one lane does alone is a chain of small reads, eight times quicker
+// there) and puts it back before it ends; several CTAs share the state in device memory; of those
+// that take turns only one at a time is inside, whatever streams they come in. GPU only. Launched
+// by device/residency.py and device/stream_launch.py. Does not know tasks.
 #include "executor.h"
 
-constexpr uint64_t kStateWords = sizeof(Executor) / 8;
+constexpr uint64_t kStateWords = sizeof(Executor) / 8, kJournalWords = sizeof(Journal) / 8;
 static_assert(sizeof(Executor) % 8 == 0 && sizeof(Executor) <= 16384,
               "the state is copied in words and leaves room for a neighbour");
+static_assert(sizeof(Journal) % 8 == 0, "the journal's place is copied in words");
 
+FUNCTION void copy_words(void* target_ptr, const void* source_ptr, uint64_t count) {
+  for (uint64_t i = threadIdx.x; i < count; i += blockDim.x)
+    static_cast<uint64_t*>(target_ptr)[i] = static_cast<const uint64_t*>(source_ptr)[i];
+}
+
+// One lane. Whoever has the turn is running and leaves by its lease, so the wait is as long as that.
+FUNCTION void take_turn(uint64_t* turn_ptr) {
+  while (exchange_device(turn_ptr, 1) != 0) pause_lane();  // pairs with give_turn's release
+}
+FUNCTION void give_turn(uint64_t* turn_ptr) { store<kRelease, kDevice>(turn_ptr, 0); }
+
+// One CTA: a stay on a copy in shared memory, which continues the journal at `journal`.
+FUNCTION void run_near(Executor* executor, Journal* journal, const uint64_t* table_generation,
+                       uint64_t* state, uint64_t launch) {
+  Executor* near = reinterpret_cast<Executor*>(state);
+  const bool is_own = journal == &executor->journal;
+  copy_words(near, executor, kStateWords);
+  __syncthreads();
+  if (!is_own) copy_words(&near->journal, journal, kJournalWords);
+  if (threadIdx.x == 0) {
+    near->call.journal = &near->journal;
+    near->table_generation = table_generation;
+  }
+  __syncthreads();
+  run_executor(near, threadIdx.x, launch);
+  __syncthreads();
+  if (!is_own) copy_words(journal, &near->journal, kJournalWords);
+  if (threadIdx.x == 0) near->call.journal = journal;
+  __syncthreads();
+  copy_words(executor, near, kStateWords);
+  __syncthreads();
+}
+
+// `launch` is the number that ring->launched was raised to for it. `turn`: null where nothing but
+// these launches, which are in stream order, ever runs the executor's tasks.
 extern "C" __global__ void __launch_bounds__(512)
-    concordia_executor(Executor* executor, uint64_t launch) {
+    concordia_executor(Executor* executor, uint64_t launch, uint64_t* turn) {
   __shared__ alignas(128) uint64_t state[kStateWords];
   const uint64_t lane = (uint64_t)blockIdx.x * blockDim.x + threadIdx.x;
-  if (gridDim.x != 1) return run_executor(executor, lane, launch);
-  uint64_t* words = reinterpret_cast<uint64_t*>(executor);
-  Executor* near = reinterpret_cast<Executor*>(state);
-  for (uint64_t i = threadIdx.x; i < kStateWords; i += blockDim.x) state[i] = words[i];
+  // Other CTAs wait for the leading one at the first grid_sync; nobody else uses that barrier.
+  if (lane == 0 && turn != nullptr) take_turn(turn);
   __syncthreads();
-  if (threadIdx.x == 0) near->call.journal = &near->journal;
+  if (gridDim.x == 1)
+    run_near(executor, &executor->journal, &executor->ring->generation, state, launch);
+  else
+    run_executor(executor, lane, launch);
+  if (lane == 0 && turn != nullptr) give_turn(turn);
+}
+
+// One CTA, as work of a stream or as a node of a graph: runs the tasks of a ring of its own, with
+// `tasks` as its state, and appends for `executor`, of which it needs the journal only.
+//   bell[0]: how often tasks were handed in, as the stream has it by now: gates hold back the rest
+//   bell[1]: up to where they were served
+extern "C" __global__ void __launch_bounds__(512)
+    concordia_stream_tasks(Executor* tasks, Executor* executor, uint64_t* bell, uint64_t* turn) {
+  __shared__ alignas(128) uint64_t state[kStateWords];
+  __shared__ uint64_t launch;
+  if (threadIdx.x == 0) {
+    launch = load<kAcquire, kSystem>(bell);
+    if (launch == load<kRelaxed, kDevice>(bell + 1))
+      launch = 0;
+    else
+      take_turn(turn);
+  }
   __syncthreads();
-  run_executor(near, lane, launch);
-  __syncthreads();
-  if (threadIdx.x == 0) near->call.journal = &executor->journal;
-  __syncthreads();
-  for (uint64_t i = threadIdx.x; i < kStateWords; i += blockDim.x) words[i] = state[i];
+  if (launch == 0) return;  // a replay for which nothing was handed in costs one look
+  run_near(tasks, &executor->journal, &executor->ring->generation, state, launch);
+  if (threadIdx.x != 0) return;
+  store<kRelaxed, kDevice>(bell + 1, launch);
+  give_turn(turn);
 }

@@ -28,6 +28,7 @@ struct Executor {
   uint64_t slots, slot_mask, window;
   uint64_t heartbeat, busy_ns, done_count;
   uint64_t fetched_from, fetched_ns;
+  const uint64_t* table_generation;  // the ring's; a ring in streams has its executor's
   uint64_t generation;  // of the operator table, as this launch or this task found it
   uint64_t kept_generation;  // of the operators kept below
   uint64_t kept_opcode[kKeptOperators];
@@ -97,7 +98,7 @@ FUNCTION uint32_t look_ahead(const Executor* executor, uint64_t lane) {
 #else
 FUNCTION void copy_slots(Executor* executor, uint32_t, uint32_t there) {
   // after the acquire of the slots; the entry that it counts is acquired when it is used
-  executor->generation = load<kRelaxed, kSystem>(&executor->ring->generation);
+  executor->generation = load<kRelaxed, kSystem>(executor->table_generation);
   for (uint64_t ahead = 0; ahead < kFetchAhead; ++ahead) {
     Fetched* fetched = &executor->fetched[ahead];
     fetched->mark = there >> ahead & 1 ? executor->position + ahead + 1 : 0;
@@ -296,7 +297,7 @@ FUNCTION void read_ring(Executor* executor) {
   executor->call.completion_mask = ring->completion_count - 1;
   executor->window = ring->arena_bytes / ring->slot_count;
   // A GPU's operators change only while nobody is inside.
-  executor->generation = load<kAcquire, kSystem>(&ring->generation);
+  executor->generation = load<kAcquire, kSystem>(executor->table_generation);
   executor->fetched_ns = 0;  // what the launch before fetched and did not take is fetched again
   executor->fetched_from = executor->position + kFetchAhead;
 }

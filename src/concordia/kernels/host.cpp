@@ -110,6 +110,7 @@ static void* run_lane(void* argument) {
 static void fill_executor(Executor* executor, const ExecutorPlan* plan) {
   memset(static_cast<void*>(executor), 0, sizeof(*executor));
   executor->ring = reinterpret_cast<RingHeader*>(plan->ring);
+  executor->table_generation = &executor->ring->generation;
   Journal* journal = &executor->journal;
   journal->pool = reinterpret_cast<uint8_t*>(plan->pool);
   journal->pool_bytes = plan->pool_bytes;

@@ -93,6 +93,14 @@ FUNCTION void add_anywhere(uint64_t* word_ptr, uint64_t value) {
   asm volatile("red.relaxed.gpu.add.u64 [%0], %1;" :: "l"(word_ptr), "l"(value) : "memory");
 }
 
+// Stores to a word that only kernels of this device touch, and returns the value before.
+FUNCTION uint64_t exchange_device(uint64_t* word_ptr, uint64_t value) {
+  uint64_t before;
+  asm volatile("atom.exch.acquire.gpu.global.b64 %0, [%1], %2;"
+               : "=l"(before) : "l"(word_ptr), "l"(value) : "memory");
+  return before;
+}
+
 FUNCTION uint64_t now_ns() {
   uint64_t now;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
@@ -159,6 +167,9 @@ FUNCTION uint64_t load_full(const uint64_t* word_ptr) {
 
 FUNCTION uint64_t add_device(uint64_t* word_ptr, uint64_t value) {
   return __atomic_fetch_add(word_ptr, value, __ATOMIC_ACQ_REL);
+}
+FUNCTION uint64_t exchange_device(uint64_t* word_ptr, uint64_t value) {
+  return __atomic_exchange_n(word_ptr, value, __ATOMIC_ACQUIRE);
 }
 
 FUNCTION void add_anywhere(uint64_t* word_ptr, uint64_t value) {
