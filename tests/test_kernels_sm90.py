@@ -16,10 +16,11 @@ from concordia import abi
 from concordia.checkpoint.handler import burst_source, page_source
 from concordia.checkpoint.region import KvGeometry, Plane
 from concordia.checkpoint.restore_burst import RESTORE_KERNEL
-from concordia.device import nvrtc
+from concordia.device import neighbour, nvrtc
 from concordia.device.compiler import KERNELS, HandlerSource, KernelCache
 from concordia.device.cubin import initial_word, read_facts
 from concordia.device.cuda import CudaCompiler
+from concordia.device.executor_code import KERNELS as EXECUTOR_KERNELS
 from concordia.device.loader import FRAME_BYTES_MAX, lint
 from concordia.errors import CompileError, HandlerRefused
 from concordia.testing.swap_storm import STORM
@@ -113,6 +114,12 @@ def test_restore_burst_fills_a_multiprocessor_when_compiled_for_sm90(
     assert facts.frame_bytes[RESTORE_KERNEL] <= 64
 
 
+def test_probe_leaves_room_for_itself_alone_when_compiled_for_sm90(compiler: CudaCompiler) -> None:
+    facts = read_facts(compiler.kernel(neighbour.SOURCE).cubin)
+    assert facts.frame_bytes["concordia_probe"] == 0
+    assert 8 < facts.registers["concordia_probe"] <= nvrtc.REGISTERS_MAX  # its chains are not optimised away
+
+
 def test_both_sides_of_the_executor_s_calls_preserve_the_same_registers(compiler: CudaCompiler) -> None:
     for source in (HandlerSource.of("executor.cu"), HandlerSource.of("keep.cu"), page_source(4096)):
         ptx, _ = compiler._ptx(source)
@@ -125,7 +132,9 @@ def test_both_sides_of_the_executor_s_calls_preserve_the_same_registers(compiler
 
 def test_executor_launch_gives_what_the_lint_allows_when_linked(compiler: CudaCompiler) -> None:
     facts = read_facts(compiler.executor().cubin)
-    assert facts.registers["concordia_executor"] == nvrtc.REGISTERS_MAX
+    for kernel in EXECUTOR_KERNELS:
+        assert facts.registers[kernel.decode()] == nvrtc.REGISTERS_MAX
+    assert facts.shared_bytes <= 16384 + 128  # a neighbour keeps the rest of the multiprocessor's
     assert FRAME_BYTES_MAX <= facts.frame_bytes["concordia_ballast"] <= 1024
     assert not facts.undefined
     assert facts.constant_banks == {0}  # its own parameters

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,6 +26,7 @@ from concordia.checkpoint.stream_words import StreamStats, StreamWords
 from concordia.device.compiler import HandlerSource
 from concordia.device.driver import Burst, Device, Image, open_device
 from concordia.device.memory import JournalTarget
+from concordia.device.policy import DEFAULT
 from concordia.errors import UsageError
 from concordia.runtime.executor import Runtime, RuntimeStats
 from concordia.runtime.op_table import Operator
@@ -41,6 +43,7 @@ class Checkpointer(StreamWords):
         *,
         lanes: int = 1,
         owns_device: bool = False,
+        residency: str = DEFAULT,
     ) -> None:
         super().__init__(device.library, target.control_address if target else 0)
         self.device = device
@@ -53,7 +56,7 @@ class Checkpointer(StreamWords):
         self._restores: dict[int, RestoreBurst] = {}  # of KV regions, where the device has bursts
         self._burst: Burst | None = None  # for all page regions, once the first is there
         self._is_open = True
-        self.runtime = Runtime(device, target=target, lanes=lanes)
+        self.runtime = Runtime(device, target=target, lanes=lanes, residency=residency)
         try:
             self._bytes = self.runtime.adopt("bytes_append", proven_bytes(device, lanes=lanes))
         except BaseException:
@@ -61,13 +64,20 @@ class Checkpointer(StreamWords):
             raise
 
     @classmethod
-    def open(cls, device: str, target: JournalTarget | None, *, lanes: int = 1) -> Self:
+    def open(
+        cls,
+        device: str,
+        target: JournalTarget | None,
+        *,
+        lanes: int = 1,
+        residency: str = DEFAULT,
+    ) -> Self:
         """Open "host", "cuda:<index>" or "auto" for one stream; without a target everything but
-        appends works.
+        appends works. `residency` is that of the runtime (docs/residency.md).
         """
         opened = open_device(device)
         try:
-            return cls(opened, target, lanes=lanes, owns_device=True)
+            return cls(opened, target, lanes=lanes, owns_device=True, residency=residency)
         except BaseException:
             opened.close()
             raise
@@ -164,6 +174,10 @@ class Checkpointer(StreamWords):
         default one) has been given so far.
         """
         self.runtime.order_after(stream)
+
+    def parked(self) -> AbstractContextManager[None]:
+        """Keep the executor off the device around calls that wait for all of it: Runtime.parked."""
+        return self.runtime.parked()
 
     def kv_task(
         self,

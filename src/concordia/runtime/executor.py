@@ -22,9 +22,12 @@ from concordia import abi, config
 from concordia.device.compiler import HandlerSource
 from concordia.device.driver import Device, Executor, ExecutorPlan, Image
 from concordia.device.memory import JournalTarget
+from concordia.device.policy import AUTO, DEFAULT
 from concordia.errors import ConcordiaError, DeviceError, RingFull, UsageError, WaitTimeout
 from concordia.runtime.op_table import Operator, OperatorTable
+from concordia.runtime.residency_choice import choose
 from concordia.runtime.ring import Completion, Ring, Task, Ticket
+from concordia.runtime.stream_tasks import StreamTasks
 from concordia.runtime.trial import TRIAL_SLOTS, Trial
 
 logger = logging.getLogger(__name__)
@@ -45,10 +48,14 @@ class RuntimeStats:
     generation: int
     is_inside: bool
     rescues: int
+    residency: str
 
 
 class Runtime:
-    """A ring, its executor and its operators."""
+    """A ring, its executor and its operators. `residency` says how long the executor stays:
+    "leased", "resident", "stream", or "auto" to measure them now (docs/residency.md); raises
+    UsageError for one that this device has not got.
+    """
 
     def __init__(
         self,
@@ -57,6 +64,7 @@ class Runtime:
         target: JournalTarget | None = None,
         lanes: int = 1,
         slots: int = config.RING_SLOTS,
+        residency: str = DEFAULT,
     ) -> None:
         if target is not None:
             target.check()
@@ -73,8 +81,11 @@ class Runtime:
         self._scratch: list[int] = []
         self._target = target
         plan = self._plan(target, lanes)
-        self.executor: Executor = device.executor(plan)
+        self.executor: Executor = device.executor(plan, DEFAULT if residency == AUTO else residency)
         self._finalizer = weakref.finalize(self, _abandon, self.executor)
+        self._stream_tasks: list[StreamTasks] = []
+        if residency == AUTO:
+            choose(device, self.ring, self.executor)
 
     def install(
         self,
@@ -121,7 +132,8 @@ class Runtime:
                 operator = self._publish(name, image, region_address)
                 # Whoever has entered since reads the new entry.
                 if self.operators.retired_count > config.RETIRED_MAX:
-                    self.operators.unload_retired()
+                    with self.device.parked():
+                        self.operators.unload_retired()
                 return operator
             self._unload_retired()
             operator = self._publish(name, image, region_address)
@@ -203,6 +215,16 @@ class Runtime:
         self._require_open()
         self.executor.launch_burst(enqueue, self._submit_gate)
 
+    def stream_tasks(self, slots: int = config.STREAM_TASK_SLOTS) -> StreamTasks:
+        """Tasks that run as work of the framework's own streams and graphs; at most `slots` of them
+        wait. Residency `stream` only, else UsageError.
+        """
+        with self._lock:
+            self._require_open()
+            made = StreamTasks(self.device, self.executor, self.operators, slots=slots)
+            self._stream_tasks.append(made)
+            return made
+
     def _submit_gate(self, launch: int) -> None:
         self.ring.submit(Task(kind=abi.TASK_GATE, arg=launch), self.executor.handle)
 
@@ -239,7 +261,11 @@ class Runtime:
 
     @contextmanager
     def parked(self) -> Iterator[None]:
-        """Nobody runs handlers inside; what is handed in waits in the ring."""
+        """Nobody runs handlers inside; what is handed in waits in the ring. Around calls of a
+        framework or the driver that wait for the whole GPU (docs/residency.md lists them): beside a
+        leased executor they are at most a lease late, beside a resident one RESIDENT_LEASE_NS.
+        Raises WaitTimeout when a task does not end within WAIT_PARK_S. Nests.
+        """
         with self._lock:
             self._require_open()
             if not self.executor.park(config.WAIT_PARK_S):
@@ -249,7 +275,8 @@ class Runtime:
                 )
             self._park_count += 1
             try:
-                yield
+                with self.device.parked():
+                    yield
             finally:
                 self._park_count -= 1
                 self.executor.unpark()
@@ -268,6 +295,7 @@ class Runtime:
             generation=load("generation"),
             is_inside=load("left") != load("launched"),
             rescues=self.executor.rescues(),
+            residency=self.executor.residency,
         )
 
     def busy_ns(self) -> int:
@@ -288,18 +316,24 @@ class Runtime:
                 logger.error("closing with tasks undone: %s", error)
             self._is_open = False
             self._finalizer.detach()
-            if not self.executor.close(config.WAIT_PARK_S):
-                raise WaitTimeout(
-                    f"the executor did not leave within {config.WAIT_PARK_S} s: its memory is "
-                    "kept until the process ends"
-                )
-            self.operators.close()
-            for address in self._scratch:
-                self.device.free(address)
-            if self._target is not None:
-                self.device.unshare(self._target.pool_address)
-                self.device.unshare(self._target.control_address)
-            self.ring.close()
+            with self.device.parked():
+                self._release()
+
+    def _release(self) -> None:
+        if not self.executor.close(config.WAIT_PARK_S):
+            raise WaitTimeout(
+                f"the executor did not leave within {config.WAIT_PARK_S} s: its memory is "
+                "kept until the process ends"
+            )
+        for tasks in self._stream_tasks:
+            tasks.close()
+        self.operators.close()
+        for address in self._scratch:
+            self.device.free(address)
+        if self._target is not None:
+            self.device.unshare(self._target.pool_address)
+            self.device.unshare(self._target.control_address)
+        self.ring.close()
 
     def _require_open(self) -> None:
         if not self._is_open:

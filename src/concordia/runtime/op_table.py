@@ -50,7 +50,7 @@ class OperatorTable:
         self._device = device
         self._ring = ring
         self._buffer = Buffer(abi.OPERATOR_CAPACITY * (8 + 2 * abi.OPERATOR.size))
-        device.share(self._buffer.address, self._buffer.size)
+        self.address = device.share(self._buffer.address, self._buffer.size)
         self._entries: dict[str, _Entry] = {}
         self._retired: list[tuple[int, Code]] = []  # generation that replaced it, code
         self._generation = 0
