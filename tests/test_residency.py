@@ -62,11 +62,16 @@ class Streams:
             self._states.append(-(-buffer.address // 128) * 128)
             library.executor_image(self._states[-1], plan.pack(), self._states[-1])
         self.streams: dict[int, list[Any]] = {}
+        self.captured: set[int] = set()
         self.bell = 0
         self.closed = 0
 
     def enqueue(self, stream: int) -> None:
         self.streams.setdefault(stream, []).append("place")
+
+    def check(self, stream: int) -> None:
+        if stream in self.captured:
+            raise UsageError("being captured")
 
     def ring_bell(self, stream: int, number: int) -> None:
         self.streams.setdefault(stream, []).append(number)
@@ -292,6 +297,15 @@ def test_as_many_stream_tasks_are_taken_as_there_is_room_for(staged: Staged) -> 
     staged.streams.run(1)
     assert staged.tasks.wait(tickets[-1]).result >> 4 == 14
     assert len(staged.tasks.hand_in([staged.task()], 1)) == 1
+
+
+def test_nothing_is_handed_in_when_the_stream_is_being_captured(staged: Staged) -> None:
+    staged.streams.captured.add(3)
+    with pytest.raises(UsageError, match="being captured"):
+        staged.tasks.hand_in([staged.task()], 3)
+    staged.tasks.enqueue(3)
+    staged.streams.run(3)
+    assert (staged.word[0], staged.tasks.pending_count) == (0, 0)
 
 
 def test_wait_says_so_when_the_graph_was_not_replayed(staged: Staged) -> None:

@@ -32,10 +32,10 @@ def _word(device: Device, address: int) -> int:
     return int.from_bytes(device.read(address, 8), "little")
 
 
-def ring(device: str, lanes: int, count: int) -> dict[str, Any]:
+def ring(device: str, lanes: int, count: int, residency: str = "leased") -> dict[str, Any]:
     """Tasks of one thread run in order, each once; a full ring is said; parked, nothing runs."""
     opened = open_device(device)
-    runtime = Runtime(opened, lanes=lanes, slots=256)
+    runtime = Runtime(opened, lanes=lanes, slots=256, residency=residency)
     word = opened.allocate(8)
     operator = runtime.install("count", counting(7))
     task = Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE, arg=word)
@@ -74,10 +74,10 @@ def ring(device: str, lanes: int, count: int) -> dict[str, Any]:
     }
 
 
-def threads(device: str, lanes: int, each: int) -> dict[str, Any]:
+def threads(device: str, lanes: int, each: int, residency: str = "leased") -> dict[str, Any]:
     """Four producers at once: none lost, none twice."""
     opened = open_device(device)
-    runtime = Runtime(opened, lanes=lanes)
+    runtime = Runtime(opened, lanes=lanes, residency=residency)
     word = opened.allocate(8)
     operator = runtime.install("count", counting(1))
     task = Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE, arg=word)
@@ -157,10 +157,10 @@ def lease(device: str) -> dict[str, Any]:
     return {"left_when_idle": left_when_idle, "inside_meanwhile": inside, "slow_s": slow, "done": done, "submitted": submitted}
 
 
-def backlog(device: str) -> dict[str, Any]:
+def backlog(device: str, residency: str = "leased") -> dict[str, Any]:
     """Work for several leases, handed in at once and waited for by nobody: all of it is done all the same."""
     opened = open_device(device)
-    runtime = Runtime(opened)
+    runtime = Runtime(opened, residency=residency)
     spin = COUNTING.replace("HANDLER {", "HANDLER {\n  const uint64_t t = now_ns();\n  while (now_ns() - t < 1000000) pause_lane();\n  grid_sync(call);")
     operator = runtime.install("spin", HandlerSource.of("spin", {"VERSION": 3}, text=spin))
     word = opened.allocate(8)
@@ -198,10 +198,10 @@ def hang(device: str) -> dict[str, Any]:
     return {"said": said, "after": after, "again": again}
 
 
-def swap(device: str, swaps: int) -> dict[str, Any]:
+def swap(device: str, swaps: int, residency: str = "leased") -> dict[str, Any]:
     """Hot swaps while two threads hand in tasks: none lost, none twice, versions only rise."""
     opened = open_device(device)
-    runtime = Runtime(opened)
+    runtime = Runtime(opened, residency=residency)
     word = opened.allocate(8)
     images = [opened.build(counting(version)) for version in range(1, swaps + 1)]
     operator = runtime.adopt("count", images[0])
@@ -304,14 +304,14 @@ def deep(device: str, lanes: int) -> dict[str, Any]:
     return {"wrong": wrong}
 
 
-def leftovers(device: str) -> dict[str, Any]:
+def leftovers(device: str, residency: str = "leased") -> dict[str, Any]:
     """Opening and closing gives all device memory back."""
     from cuda.bindings import driver
 
     free = []
     for _ in range(6):
         opened = open_device(device)
-        runtime = Runtime(opened)
+        runtime = Runtime(opened, residency=residency)
         runtime.install("count", counting(1))
         runtime.wait(runtime.submit(Task()))
         runtime.close()

@@ -97,6 +97,9 @@ class StreamLaunch(Protocol):
     def enqueue(self, stream: int) -> None:
         """Put a run into a stream, or into the graph that it is being captured into."""
 
+    def check(self, stream: int) -> None:
+        """Raise UsageError while the stream is being captured."""
+
     def ring_bell(self, stream: int, number: int) -> None:
         """Runs that come behind this in the stream may serve all up to `number`."""
 

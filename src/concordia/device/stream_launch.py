@@ -52,18 +52,20 @@ class StreamLaunch:
                 "launch tasks in a framework's stream",
             )
 
-    def ring_bell(self, stream: int, number: int) -> None:
-        """What runs in this stream from now on may serve all up to `number`. Raises UsageError
-        while the stream is being captured.
-        """
+    def check(self, stream: int) -> None:
+        """Raise UsageError while the stream is being captured: a bell would ring at each replay."""
         with self._context.current() as driver:
             none = driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
-            doing = "tell a framework's stream of its tasks"
-            if checked(driver.cuStreamIsCapturing(stream), doing) != none:
+            if checked(driver.cuStreamIsCapturing(stream), "look at a framework's stream") != none:
                 raise UsageError(
                     "tasks were handed in to a stream that is being captured: capture "
                     "`enqueue`, hand in before each replay"
                 )
+
+    def ring_bell(self, stream: int, number: int) -> None:
+        """What runs in this stream from now on may serve all up to `number`."""
+        with self._context.current() as driver:
+            doing = "tell a framework's stream of its tasks"
             checked(driver.cuStreamWriteValue64(stream, self._bell, number, 0), doing)
 
     def close(self) -> None:

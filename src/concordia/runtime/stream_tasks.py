@@ -59,6 +59,7 @@ class StreamTasks:
         """
         with self._lock:
             self._require_open()
+            self._launch.check(stream)
             number = self._count + 1
             self._ring.submit(Task(kind=abi.TASK_GATE, arg=number), 0)
             self._count = number
