@@ -1,0 +1,214 @@
+"""A GPU's executor under each policy, on a driver of threads (fake_cuda.py).
+
+Invariants: every task runs once and in order whatever the policy; a resident executor is inside without work, comes back after its lease and
+after a park, and is out whenever a call of ours waits for the whole device; a stream's places run what was handed in before them, take turns
+with the executor's own launches, and have left once it is parked; closing ends everything, also when the context was lost.
+"""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from concordia import abi
+from concordia.device.compiler import HandlerSource
+from concordia.device.policy import POLICIES
+from concordia.errors import DeviceError, UsageError
+from concordia.runtime.executor import Runtime
+from concordia.runtime.ring import Task
+from fake_cuda import FakeCuda, until
+
+COUNTING = """#include "call.h"
+HANDLER {
+  uint64_t* words = reinterpret_cast<uint64_t*>(call->task.arg);
+  if (lane != 0) return;
+  if (exchange_device(words + 1, 1) != 0) call->status = kStatusTooLarge;  // two at once
+  call->result = words[0] * 16 + VERSION;
+  words[0] += 1;
+  store<kRelease, kDevice>(words + 1, 0);
+}
+"""
+
+
+def source(version: int) -> HandlerSource:
+    return HandlerSource.of("counting", {"VERSION": version}, text=COUNTING)
+
+
+@pytest.fixture
+def device() -> Iterator[FakeCuda]:
+    device = FakeCuda()
+    yield device
+    assert all(executor._is_closed for executor in device._executors)
+    assert device.driver.inside == 0
+    device.close()
+
+
+@pytest.fixture
+def words() -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    return np.zeros(2, np.uint64)
+
+
+@pytest.fixture(params=list(POLICIES))
+def runtime(device: FakeCuda, request: pytest.FixtureRequest) -> Iterator[Runtime]:
+    runtime = Runtime(device, slots=64, residency=request.param)
+    yield runtime
+    runtime.close()
+
+
+def task(runtime: Runtime, words: np.ndarray[tuple[int], np.dtype[np.uint64]], version: int = 1) -> Task:
+    operator = runtime.install("count", source(version))
+    return Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE, arg=words.ctypes.data)
+
+
+def test_tasks_run_once_in_order_whatever_the_policy(runtime: Runtime, words: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
+    wanted = task(runtime, words)
+    for start in range(0, 600, 30):
+        tickets = [runtime.submit(wanted) for _ in range(30)]
+        assert [runtime.wait(ticket).result >> 4 for ticket in tickets] == list(range(start, start + 30))
+    assert runtime.stats().done == runtime.stats().submitted
+
+
+def test_nothing_runs_when_parked_whatever_the_policy(runtime: Runtime, words: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
+    wanted = task(runtime, words)
+    runtime.wait(runtime.submit(wanted))
+    with runtime.parked(), runtime.parked():
+        assert runtime.device.driver.inside == 0  # type: ignore[attr-defined]
+        ticket = runtime.submit(wanted)
+        assert runtime.result(ticket) is None
+    assert runtime.wait(ticket).result == 17
+
+
+def test_new_code_runs_when_swapped_whatever_the_policy(runtime: Runtime, words: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
+    for version in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12):
+        assert runtime.wait(runtime.submit(task(runtime, words, version))).result % 16 == version
+
+
+def test_tasks_wait_for_a_framework_s_stream_whatever_the_policy(runtime: Runtime, words: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
+    driver = runtime.device.driver  # type: ignore[attr-defined]
+    wanted = task(runtime, words)
+    _, stream = driver.cuStreamCreate(1)
+    held = threading.Event()
+    driver.streams[stream].put(lambda: held.wait(5))
+    runtime.order_after(stream)
+    ticket = runtime.submit(wanted)
+    assert runtime.result(ticket) is None
+    held.set()
+    assert runtime.wait(ticket).is_ok
+
+
+def test_runtime_ends_when_forgotten_whatever_the_policy(device: FakeCuda) -> None:
+    for residency in POLICIES:
+        forgotten = Runtime(device, slots=64, residency=residency)
+        forgotten.submit(Task())
+        del forgotten
+        assert device._executors[-1]._is_closed
+        assert device.driver.inside == 0
+
+
+def test_resident_is_inside_without_work_and_again_after_a_park(device: FakeCuda) -> None:
+    runtime = Runtime(device, residency="resident")
+    until(lambda: runtime.stats().is_inside and device.driver.inside == 1)
+    launches = runtime.stats().launches
+    beats = runtime.stats().heartbeat
+    until(lambda: runtime.stats().heartbeat > beats + 1000)  # it looks, and does not leave
+    assert runtime.stats().launches == launches
+    with runtime.parked():
+        assert device.driver.inside == 0
+    until(lambda: device.driver.inside == 1)
+    assert runtime.stats().launches == launches + 1
+    runtime.close()
+
+
+def test_resident_renews_its_lease_without_work(device: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = replace(POLICIES["resident"], lease_ns=20_000_000)
+    runtime = Runtime(device)
+    runtime.executor.settle(short)
+    until(lambda: runtime.stats().launches >= 5)
+    runtime.executor.settle(POLICIES["leased"])
+    until(lambda: not runtime.stats().is_inside)
+    launches = runtime.stats().launches
+    threading.Event().wait(0.06)
+    assert (runtime.stats().launches, runtime.stats().residency) == (launches, "leased")
+    runtime.close()
+
+
+def test_resident_is_out_when_a_call_of_ours_waits_for_the_device(device: FakeCuda, words: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
+    first = Runtime(device, residency="resident")
+    until(lambda: device.driver.inside == 1)
+    other = Runtime(device)
+    assert other.wait(other.submit(task(other, words))).is_ok
+    until(lambda: not other.stats().is_inside)
+    device.free(device.allocate(4096))
+    other.close()
+    until(lambda: device.driver.inside == 1)
+    assert device.met == []
+    assert first.wait(first.submit(Task())).is_ok
+    first.close()
+
+
+def test_close_ends_when_the_context_was_lost(device: FakeCuda) -> None:
+    for residency in POLICIES:
+        runtime = Runtime(device, residency=residency)
+        runtime.wait(runtime.submit(Task()))
+        runtime.executor.park(1)
+        device.driver.is_lost = True
+        runtime.executor.lost = DeviceError("lost")
+        runtime.close()
+        device.driver.is_lost = False
+
+
+@pytest.mark.parametrize("residency", ["leased", "resident"])
+def test_stream_tasks_are_refused_when_the_policy_has_other_launches(device: FakeCuda, residency: str) -> None:
+    runtime = Runtime(device, residency=residency)
+    with pytest.raises(UsageError, match="want residency stream"):
+        runtime.stream_tasks()
+    runtime.close()
+
+
+def test_replays_run_what_was_handed_in_with_the_code_of_then(device: FakeCuda, words: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
+    driver = device.driver
+    runtime = Runtime(device, residency="stream")
+    tasks = runtime.stream_tasks(slots=64)
+    _, stream = driver.cuStreamCreate(1)
+    driver.graphs[stream] = []
+    tasks.enqueue(stream)
+    with pytest.raises(UsageError, match="being captured"):
+        tasks.hand_in([Task()], stream)
+    graph = driver.graphs.pop(stream)
+    for version in range(1, 12):
+        wanted = task(runtime, words, version)
+        tickets = []
+        for _ in range(4):
+            tickets += tasks.hand_in([wanted, wanted], stream)
+            driver.replay(graph, stream)
+            ring = runtime.submit(wanted)  # at the same time, by the executor's own launch
+            driver.replay(graph, stream)  # and one for which nothing was handed in
+        answers = [tasks.wait(ticket) for ticket in tickets] + [runtime.wait(ring)]
+        assert all(answer.is_ok and answer.result % 16 == version for answer in answers)
+        counts = [answer.result >> 4 for answer in answers[:-1]]
+        assert counts == sorted(counts)
+    runtime.drain()
+    assert (words[0], tasks.pending_count) == (11 * 12, 0)
+    assert driver.launches[b"concordia_stream_tasks"] == 88
+    runtime.close()
+    with pytest.raises(DeviceError, match="closed"):
+        tasks.enqueue(stream)
+
+
+def test_park_waits_for_a_place_that_is_inside(device: FakeCuda) -> None:
+    runtime = Runtime(device, residency="stream")
+    tasks = runtime.stream_tasks(slots=16)
+    word = np.zeros(1, np.uint64)
+    holding = '#include "call.h"\nHANDLER { while (load<kAcquire, kSystem>(reinterpret_cast<uint64_t*>(call->task.arg)) == 0) yield_lane(); }\n'
+    operator = runtime.install("hold", HandlerSource.of("hold", text=holding))
+    _, stream = device.driver.cuStreamCreate(1)
+    (ticket,) = tasks.hand_in([Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE, arg=word.ctypes.data)], stream)
+    tasks.enqueue(stream)
+    until(lambda: device.driver.inside == 1)
+    threading.Timer(0.05, lambda: word.__setitem__(0, 1)).start()
+    with runtime.parked():
+        assert tasks.result(ticket) is not None
+        assert device.driver.inside == 0
+    runtime.close()
