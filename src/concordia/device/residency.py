@@ -122,7 +122,7 @@ class CudaExecutor:
                 f"tasks in a framework's stream want residency stream, this is {self.residency}: "
                 "two kernels would append to one journal stream"
             )
-        return StreamLaunch(
+        made = StreamLaunch(
             context=self._context,
             memory=self._memory,
             function=self._code.stream_function,
@@ -131,6 +131,8 @@ class CudaExecutor:
             executor=self._state,
             turn=self._turn,
         )
+        made.enqueue(self._stream)  # nothing to do; what a first launch takes is no part of a graph
+        return made
 
     def _make_marks(self) -> None:
         with self._context.current() as driver:
