@@ -33,6 +33,8 @@ bench: setup
 # ARGS="--only delta append": some parts of it
 bench-gpu: setup
 	$(RUN) benchmarks/device_runtime.py $(ARGS)
+	$(RUN) benchmarks/residency.py
+	$(RUN) benchmarks/swap_storm.py --device cuda:0 --output benchmarks/results/device_runtime_h200.json
 	-$(RUN) benchmarks/plot.py
 	$(RUN) benchmarks/table.py
 

@@ -7,6 +7,7 @@ their opcode means then; `parked` is there whatever the policy.
 
 import ctypes
 import logging
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -159,6 +160,22 @@ def test_policies_keep_a_foreign_call_late_and_never_stuck_when_they_stay() -> N
     assert config.RESIDENT_LEASE_NS <= config.WAIT_PARK_S * 1e9
     assert [name for name, policy in POLICIES.items() if policy.stays] == ["resident"]
     assert policy_of("stream").idle_ns == 0
+
+
+def test_page_states_the_limits_when_they_change() -> None:
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "residency.md").read_text(encoding="utf-8")
+    leased, resident, stream = (POLICIES[name] for name in ("leased", "resident", "stream"))
+    for words in (
+        f"leaves after {leased.idle_ns // 1000} us of silence",
+        f"a lease, {leased.lease_ns // 1_000_000} ms, at most",
+        f"late by up to {resident.lease_ns // 1_000_000_000} s, never stuck",
+        f"a launch stays {stream.lease_ns // 1_000_000} ms at most",
+        f"for a step of {config.AUTO_STEP_US / 1000:.0f} ms",
+        f"cheaper by {100 * config.AUTO_GAIN_MIN:.0f} %",
+        f"its ring ({config.STREAM_TASK_SLOTS:,} slots)",
+    ):
+        assert words in text
+    assert config.AUTO_S < 0.2
 
 
 @pytest.mark.parametrize(
