@@ -141,25 +141,24 @@ class Bench:
         with its hand-in and launch.
         """
         self.runtime.executor.settle(POLICIES["stream"])
-        tasks = self.runtime.stream_tasks()
         with self.device._context.current() as driver:
             _, stream = driver.cuStreamCreate(1)
             _, first = driver.cuEventCreate(0)
             _, last = driver.cuEventCreate(0)
-        handle = int(stream)
+        tasks = self.runtime.stream_tasks(int(stream))
         empty, trips = [], []
         for _ in range(20):
             with self.device._context.current() as driver:
                 driver.cuEventRecord(first, stream)
                 for _ in range(50):
-                    tasks.enqueue(handle)
+                    tasks.enqueue()
                 driver.cuEventRecord(last, stream)
                 driver.cuEventSynchronize(last)
                 empty.append(float(driver.cuEventElapsedTime(first, last)[1]) * 1000 / 50)
         for _ in range(200):
             started = time.perf_counter()
-            (ticket,) = tasks.hand_in([Task()], handle)
-            tasks.enqueue(handle)
+            (ticket,) = tasks.hand_in([Task()])
+            tasks.enqueue()
             _seen(lambda ticket=ticket: tasks.result(ticket), started)  # type: ignore[misc]
             trips.append(time.perf_counter() - started)
         tasks.close()

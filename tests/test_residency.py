@@ -107,7 +107,7 @@ class Staged:
     def __init__(self, device: HostDevice, slots: int) -> None:
         self.runtime = Runtime(device)
         self.executor = StreamExecutor(self.runtime)
-        self.tasks = StreamTasks(device, self.executor, self.runtime.operators, slots=slots)  # type: ignore[arg-type]
+        self.tasks = StreamTasks(device, self.executor, self.runtime.operators, stream=1, slots=slots)  # type: ignore[arg-type]
         self.streams = self.executor.launch
         self.word = np.zeros(1, np.uint64)
         self.swap(1)
@@ -151,7 +151,7 @@ def test_stats_say_the_residency_when_it_was_asked_for(residency: str) -> None:
 def test_stream_tasks_are_refused_when_the_device_has_no_streams(device: HostDevice) -> None:
     runtime = Runtime(device)
     with pytest.raises(UsageError, match="no streams"):
-        runtime.stream_tasks()
+        runtime.stream_tasks(0)
     runtime.close()
 
 
@@ -258,29 +258,29 @@ def test_auto_leaves_the_default_when_measuring_fails(monkeypatch: pytest.Monkey
 
 
 def test_stream_tasks_run_at_the_next_place_of_their_stream_and_never_before(staged: Staged) -> None:
-    early = staged.tasks.hand_in([staged.task(), staged.task()], 7)
-    staged.tasks.enqueue(7)
-    late = staged.tasks.hand_in([staged.task()], 7)
+    early = staged.tasks.hand_in([staged.task(), staged.task()])
+    staged.tasks.enqueue()
+    late = staged.tasks.hand_in([staged.task()])
     assert staged.tasks.pending_count == 2
-    staged.streams.streams[7].remove(2)  # the second bell has not been reached yet
-    staged.streams.run(7)
+    staged.streams.streams[1].remove(2)  # the second bell has not been reached yet
+    staged.streams.run(1)
     assert [staged.tasks.wait(ticket).result for ticket in early] == [1, 17]
     assert staged.tasks.result(late[0]) is None
     assert staged.tasks.pending_count == 1
-    staged.streams.ring_bell(7, 2)
-    staged.tasks.enqueue(7)
-    staged.streams.run(7)
+    staged.streams.ring_bell(1, 2)
+    staged.tasks.enqueue()
+    staged.streams.run(1)
     assert staged.tasks.wait(late[0]).result == 33
     assert (staged.word[0], staged.tasks.pending_count) == (3, 0)
 
 
 def test_replay_does_nothing_when_nothing_was_handed_in(staged: Staged) -> None:
     for _ in range(3):
-        staged.tasks.enqueue(1)
+        staged.tasks.enqueue()
         staged.streams.run(1)
     assert staged.word[0] == 0
-    staged.tasks.hand_in([], 1)
-    staged.tasks.enqueue(1)
+    staged.tasks.hand_in([])
+    staged.tasks.enqueue()
     staged.streams.run(1)
     assert staged.tasks.pending_count == 0
 
@@ -289,8 +289,8 @@ def test_stream_tasks_run_the_newest_code_when_it_was_swapped_after_capture(stag
     results = []
     for version in (1, 2, 3, 4):
         staged.swap(version)
-        (ticket,) = staged.tasks.hand_in([staged.task()], 1)
-        staged.tasks.enqueue(1)
+        (ticket,) = staged.tasks.hand_in([staged.task()])
+        staged.tasks.enqueue()
         staged.streams.run(1)
         results.append(staged.tasks.wait(ticket).result % 16)
     assert results == [1, 2, 3, 4]
@@ -298,35 +298,35 @@ def test_stream_tasks_run_the_newest_code_when_it_was_swapped_after_capture(stag
 
 def test_stream_tasks_go_on_for_many_laps_when_the_ring_is_small(staged: Staged) -> None:
     for step in range(100):
-        tickets = staged.tasks.hand_in([staged.task(blocks=range(3))] * 5, 1)
-        staged.tasks.enqueue(1)
+        tickets = staged.tasks.hand_in([staged.task(blocks=range(3))] * 5)
+        staged.tasks.enqueue()
         staged.streams.run(1)
         assert [staged.tasks.wait(ticket).result >> 4 for ticket in tickets] == list(range(step * 5, step * 5 + 5))
 
 
 def test_as_many_stream_tasks_are_taken_as_there_is_room_for(staged: Staged) -> None:
-    tickets = staged.tasks.hand_in([staged.task()] * 40, 1)
+    tickets = staged.tasks.hand_in([staged.task()] * 40)
     assert len(tickets) == 15  # one slot is the gate's
     with pytest.raises(RingFull):
-        staged.tasks.hand_in([staged.task()], 1)
+        staged.tasks.hand_in([staged.task()])
     assert staged.tasks.pending_count == 1
-    staged.tasks.enqueue(1)
+    staged.tasks.enqueue()
     staged.streams.run(1)
     assert staged.tasks.wait(tickets[-1]).result >> 4 == 14
-    assert len(staged.tasks.hand_in([staged.task()], 1)) == 1
+    assert len(staged.tasks.hand_in([staged.task()])) == 1
 
 
 def test_nothing_is_handed_in_when_the_stream_is_being_captured(staged: Staged) -> None:
-    staged.streams.captured.add(3)
+    staged.streams.captured.add(1)
     with pytest.raises(UsageError, match="being captured"):
-        staged.tasks.hand_in([staged.task()], 3)
-    staged.tasks.enqueue(3)
-    staged.streams.run(3)
+        staged.tasks.hand_in([staged.task()])
+    staged.tasks.enqueue()
+    staged.streams.run(1)
     assert (staged.word[0], staged.tasks.pending_count) == (0, 0)
 
 
 def test_wait_says_so_when_the_graph_was_not_replayed(staged: Staged) -> None:
-    (ticket,) = staged.tasks.hand_in([staged.task()], 1)
+    (ticket,) = staged.tasks.hand_in([staged.task()])
     with pytest.raises(WaitTimeout, match="launch 1, left 0"):
         staged.tasks.wait(ticket, 0.02)
     staged.executor.lost = DeviceError("the context is lost")
@@ -338,6 +338,6 @@ def test_stream_tasks_say_that_they_are_closed(staged: Staged) -> None:
     staged.tasks.close()
     staged.tasks.close()
     assert staged.streams.closed == 1
-    for call in (lambda: staged.tasks.enqueue(1), lambda: staged.tasks.hand_in([], 1), lambda: staged.tasks.pending_count):
+    for call in (lambda: staged.tasks.enqueue(), lambda: staged.tasks.hand_in([]), lambda: staged.tasks.pending_count):
         with pytest.raises(DeviceError, match="closed"):
             call()

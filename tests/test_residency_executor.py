@@ -163,25 +163,27 @@ def test_close_ends_when_the_context_was_lost(device: FakeCuda) -> None:
 def test_stream_tasks_are_refused_when_the_policy_has_other_launches(device: FakeCuda, residency: str) -> None:
     runtime = Runtime(device, residency=residency)
     with pytest.raises(UsageError, match="want residency stream"):
-        runtime.stream_tasks()
+        runtime.stream_tasks(1)
     runtime.close()
 
 
 def test_replays_run_what_was_handed_in_with_the_code_of_then(device: FakeCuda, words: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
     driver = device.driver
     runtime = Runtime(device, residency="stream")
-    tasks = runtime.stream_tasks(slots=64)
     _, stream = driver.cuStreamCreate(1)
-    driver.graphs[stream] = []
-    tasks.enqueue(stream)
+    _, side = driver.cuStreamCreate(1)
+    tasks = runtime.stream_tasks(stream, slots=64)
+    driver.graphs = {stream: [], side: []}
     with pytest.raises(UsageError, match="being captured"):
-        tasks.hand_in([Task()], stream)
-    graph = driver.graphs.pop(stream)
+        tasks.hand_in([Task()])
+    tasks.enqueue(captured=side)
+    graph = driver.graphs.pop(side)
+    assert driver.graphs.pop(stream) == []
     for version in range(1, 12):
         wanted = task(runtime, words, version)
         tickets = []
         for _ in range(4):
-            tickets += tasks.hand_in([wanted, wanted], stream)
+            tickets += tasks.hand_in([wanted, wanted])
             driver.replay(graph, stream)
             ring = runtime.submit(wanted)  # at the same time, by the executor's own launch
             driver.replay(graph, stream)  # and one for which nothing was handed in
@@ -194,18 +196,18 @@ def test_replays_run_what_was_handed_in_with_the_code_of_then(device: FakeCuda, 
     assert driver.launches[b"concordia_stream_tasks"] == 1 + 88  # one to begin with
     runtime.close()
     with pytest.raises(DeviceError, match="closed"):
-        tasks.enqueue(stream)
+        tasks.enqueue()
 
 
 def test_park_waits_for_a_place_that_is_inside(device: FakeCuda) -> None:
     runtime = Runtime(device, residency="stream")
-    tasks = runtime.stream_tasks(slots=16)
+    _, stream = device.driver.cuStreamCreate(1)
+    tasks = runtime.stream_tasks(stream, slots=16)
     word = np.zeros(1, np.uint64)
     holding = '#include "call.h"\nHANDLER { while (load<kAcquire, kSystem>(reinterpret_cast<uint64_t*>(call->task.arg)) == 0) yield_lane(); }\n'
     operator = runtime.install("hold", HandlerSource.of("hold", text=holding))
-    _, stream = device.driver.cuStreamCreate(1)
-    (ticket,) = tasks.hand_in([Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE, arg=word.ctypes.data)], stream)
-    tasks.enqueue(stream)
+    (ticket,) = tasks.hand_in([Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE, arg=word.ctypes.data)])
+    tasks.enqueue()
     until(lambda: device.driver.inside == 1)
     threading.Timer(0.05, lambda: word.__setitem__(0, 1)).start()
     with runtime.parked():

@@ -265,16 +265,17 @@ def graph(device: str, path: str, lanes: int) -> dict[str, Any]:
     journal = JournalFile.create(pathlib.Path(path), segments=64, segment_bytes=SEGMENT)
     checkpointer = Checkpointer.open(device, journal.target(), lanes=lanes, residency="stream")
     region = checkpointer.register_kv(shape, [layer.data_ptr() for layer in cache])
-    tasks = checkpointer.runtime.stream_tasks()
-    stream = torch.cuda.Stream()
+    stream, side = torch.cuda.Stream(), torch.cuda.Stream()  # replayed in one, captured in the other
+    tasks = checkpointer.runtime.stream_tasks(stream.cuda_stream)
+    in_side = checkpointer.runtime.stream_tasks(side.cuda_stream, slots=16)
     captured, refused = torch.cuda.CUDAGraph(), ""
-    with torch.cuda.graph(captured, stream=stream):
+    with torch.cuda.graph(captured, stream=side):
         counter.add_(1)
         for layer in cache:
             layer[40].copy_(counter.expand(shape.block_bytes))
-        tasks.enqueue(stream.cuda_stream)
+        tasks.enqueue(captured=side.cuda_stream)
         try:
-            tasks.hand_in([Task()], stream.cuda_stream)
+            in_side.hand_in([Task()])
         except UsageError as error:
             refused = str(error)
         for layer in cache:
@@ -299,7 +300,7 @@ def graph(device: str, path: str, lanes: int) -> dict[str, Any]:
         started = time.monotonic()
         task = checkpointer.kv_task(region, kind=abi.KIND_KV_BLOCK, key=9, incarnation=step, token_start=0, token_end=shape.block_tokens, blocks=[40], step=step)
         with torch.cuda.stream(stream):
-            (ticket,) = tasks.hand_in([task], stream.cuda_stream)
+            (ticket,) = tasks.hand_in([task])
             captured.replay()
         spent.append(time.monotonic() - started)
         steps.append((step, ticket))
@@ -318,7 +319,7 @@ def graph(device: str, path: str, lanes: int) -> dict[str, Any]:
     idle_us = _idle_node_us(torch, tasks, stream)
     stop.set()
     other.join(20)
-    pending = tasks.pending_count
+    pending = tasks.pending_count + in_side.pending_count
     checkpointer.close()
     records, end = journal.records()
     kept = [record for record in records if record.kind == abi.KIND_KV_BLOCK]
@@ -337,7 +338,7 @@ def _idle_node_us(torch: Any, tasks: Any, stream: Any) -> float:
     with torch.cuda.stream(stream):
         first.record()
         for _ in range(100):
-            tasks.enqueue(stream.cuda_stream)
+            tasks.enqueue()
         last.record()
     last.synchronize()
     return float(first.elapsed_time(last)) * 10
@@ -354,17 +355,17 @@ def captured_swap(device: str, swaps: int) -> dict[str, Any]:
     images = [opened.build(counting(version)) for version in range(1, swaps + 1)]
     operator = runtime.adopt("count", images[0])
     task = Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE, arg=word)
-    tasks = runtime.stream_tasks()
     stream, captured = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    tasks = runtime.stream_tasks(stream.cuda_stream)
     with torch.cuda.graph(captured, stream=stream):
-        tasks.enqueue(stream.cuda_stream)
+        tasks.enqueue()
     results = []
     for image in images:
         runtime.adopt("count", image)
         tickets = []
         for _ in range(4):
             with torch.cuda.stream(stream):
-                tickets += tasks.hand_in([task, task], stream.cuda_stream)
+                tickets += tasks.hand_in([task, task])
                 captured.replay()
             tickets_ring = runtime.submit(task)
             results.append(("ring", runtime.wait(tickets_ring).result))

@@ -215,13 +215,15 @@ class Runtime:
         self._require_open()
         self.executor.launch_burst(enqueue, self._submit_gate)
 
-    def stream_tasks(self, slots: int = config.STREAM_TASK_SLOTS) -> StreamTasks:
-        """Tasks that run as work of the framework's own streams and graphs; at most `slots` of them
-        wait. Residency `stream` only, else UsageError.
+    def stream_tasks(self, stream: int, *, slots: int = config.STREAM_TASK_SLOTS) -> StreamTasks:
+        """Tasks that run as work of this stream of the framework (a handle, 0 for the default one)
+        and of the graphs that are replayed in it; less than `slots` of them wait. Residency
+        `stream` only, else UsageError.
         """
         with self._lock:
             self._require_open()
-            made = StreamTasks(self.device, self.executor, self.operators, slots=slots)
+            where = (self.device, self.executor, self.operators)
+            made = StreamTasks(*where, stream=stream, slots=slots)
             self._stream_tasks.append(made)
             return made
 

@@ -1,12 +1,12 @@
 """Tasks that run in the framework's own streams and graphs, floor 3.
 
-Owns: a ring of its own, and how often tasks were handed in to it. Promises: what is handed in to a
-stream runs at the next `enqueue`d place that this stream comes to, or replays, afterwards, in this
-order, and never before; no host takes part then; a task names an opcode, and what that means is
-read when it runs. Made by Runtime.stream_tasks. Does not launch (device/stream_launch.py), and does
-not know graphs: a place is captured because its stream is.
+Owns: a ring for one stream, and how often tasks were handed in to it. Promises: what is handed in
+runs at the next `enqueue`d place that this stream comes to, or replays, afterwards, in this order,
+and never before; no host takes part then; a task names an opcode, and what that means is read when
+it runs. Made by Runtime.stream_tasks. Does not launch (device/stream_launch.py), and does not know
+graphs: a place is captured because the stream that it is put into is.
 
-  host      hand_in(A, s)          hand_in(B, s)
+  host      hand_in(A)             hand_in(B)
   stream s        | bell 1 | replay: work, place |   | bell 2 | replay: work, place |
   ring      gate 1, A ...          gate 2, B ...     a place passes gates up to its bell
 """
@@ -27,9 +27,15 @@ class StreamTasks:
     """`enqueue` once, eagerly or while capturing; then `hand_in` before each run or replay."""
 
     def __init__(
-        self, device: Device, executor: Executor, operators: OperatorTable, *, slots: int
+        self,
+        device: Device,
+        executor: Executor,
+        operators: OperatorTable,
+        *,
+        stream: int,
+        slots: int,
     ) -> None:
-        self._device, self._executor = device, executor
+        self._device, self._executor, self._stream = device, executor, stream
         self._lock = threading.Lock()  # a bell follows its gate
         arena = config.RING_ARENA_BYTES // config.RING_SLOTS * slots
         self._ring = Ring(device, slots=slots, arena_bytes=arena)
@@ -45,21 +51,21 @@ class StreamTasks:
             self._ring.close()
             raise
 
-    def enqueue(self, stream: int) -> None:
-        """Make this point of a stream (a handle of the framework's, 0 for the default one) a place
-        where tasks run. While the stream is being captured, the graph gets the place, and each
-        replay runs what was handed in for it. One CTA; later work of the stream waits for it.
+    def enqueue(self, captured: int | None = None) -> None:
+        """Make this point of the stream a place where tasks run: one CTA, and later work of the
+        stream waits for it. While the stream, or another one named `captured`, is being captured,
+        the graph gets the place; it must be replayed in the stream of these tasks.
         """
         self._require_open()
-        self._launch.enqueue(stream)
+        self._launch.enqueue(self._stream if captured is None else captured)
 
-    def hand_in(self, tasks: Sequence[Task], stream: int) -> list[Ticket]:
-        """Hand in tasks without payloads for the next place in this stream, as many as there is
-        room for; raises RingFull when there is none, UsageError while the stream is captured.
+    def hand_in(self, tasks: Sequence[Task]) -> list[Ticket]:
+        """Hand in tasks without payloads for the next place that the stream comes to, as many as
+        there is room for; raises RingFull when there is none, UsageError while it is captured.
         """
         with self._lock:
             self._require_open()
-            self._launch.check(stream)
+            self._launch.check(self._stream)
             number = self._count + 1
             self._ring.submit(Task(kind=abi.TASK_GATE, arg=number), 0)
             self._count = number
@@ -67,7 +73,7 @@ class StreamTasks:
             try:
                 tickets, _ = self._ring.submit_many(tasks, 0)
             finally:
-                self._launch.ring_bell(stream, number)  # the gate is in the ring in any case
+                self._launch.ring_bell(self._stream, number)  # the gate is in the ring in any case
             return tickets
 
     @property
