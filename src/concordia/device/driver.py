@@ -2,8 +2,8 @@
 
 Owns: the protocol `Device` and `open_device`. Promises: everything above this floor works on these
 few verbs alone and never imports CUDA; the two devices differ only in what is behind them. Order of
-a swap: `build` (slow, beside a running executor), park, `load`, publish the operator table, unpark;
-whatever may wait for the GPU is called only while the executor is out. Called by runtime/ and
+a swap: `build` (slow, beside a running executor), `load`, park, publish the operator table, unpark;
+what waits for the whole GPU parks executors that stay by itself. Called by runtime/ and
 checkpoint/. Does not know rings, tasks or records: the executor's code does.
 """
 
