@@ -388,10 +388,10 @@ def test_older_incarnation_goes_only_when_a_newer_one_has_as_much() -> None:
     bench = small()
     bench.write(1, 1, 0, 7, 0, 10, lost=set())
     bench.write(1, 2, 0, 8, 0, 9, lost=set())
-    bench.index.drop_superseded()
+    bench.index.successions.drop_superseded()
     assert set(bench.index.requests[1].incarnations) == {1, 2}
     bench.write(1, 2, 0, 8, 9, 10, lost=set())
-    bench.index.drop_superseded()
+    bench.index.successions.drop_superseded()
     assert set(bench.index.requests[1].incarnations) == {2}
 
 

@@ -80,8 +80,13 @@ OWNER_ANSWER_S: Final = 5.0  # an owner that is busy with a seal answers within 
 # SIGKILL takes effect within milliseconds, unless a driver call holds the process
 FENCE_WAIT_S: Final = 10.0
 CUT_PIN_S: Final = 30.0  # a place told to a restore stays for this long: three times its own bound
-CONDEMN_GRACE_S: Final = 5.0  # engines refresh what they believe of the journal's keys every second
+# engines look every second whether keys were withdrawn, and refer to none of these after that
+CONDEMN_GRACE_S: Final = 3.0
 PACE_S: Final = 0.25  # what writers took in so long must be free, or cleaning is urgent
+# the blocks of a batch that ended are nobody's after half of this, and the next batch is there
+RESERVE_S: Final = 1.0
+RESERVE_SHARE: Final = 3  # of the journal at most one in so many is kept free for the next batch
+PEAK_S: Final = 60.0  # a burst is expected again for so long: decoding comes between prefills
 LOSS_EVENT_S: Final = 1.0  # one event per stream and second, with the number of records lost since
 HINT_SETTLE_S: Final = 0.1  # stores of a running writer are seen within microseconds
 # of the streams, for the cleaner: one per rank and layout, or nothing could ever free one

@@ -2,8 +2,9 @@
 
 Owns: the order in which things go. Promises: a live record is copied, committed and entered in the
 index before its old place is given up; first unreferenced blocks go, whole segments of them,
-longest unused first; a request that still runs loses protection only when writers are about to find
-nothing, and by name. It copies with the Python writer in the owner's own process, so the owner
+longest unused first; then older lives of requests that were started again; a request that still
+runs loses protection only when writers are about to find nothing, and by name. What writers took
+at worst within a minute is kept free while there is only a cache to lose. It copies with the Python writer in the owner's own process, so the owner
 needs no compiler: the only reader of a copy before a restart is this process, and writer.py says
 why plain stores are then enough. Called by the owner, a bounded step at a time.
 """
@@ -11,12 +12,12 @@ why plain stores are then enough. Called by the owner, a bounded step at a time.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterator
 
 from concordia import abi, config
 from concordia.errors import JournalError
 from concordia.journal.ledger import Held
+from concordia.journal.pace import Pace, Peak
 from concordia.journal.stream import has_sound_payload
 from concordia.journal.stream_state import Stream
 from concordia.journal.streams import Streams
@@ -31,7 +32,8 @@ class Cleaner:
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
-        self._pace: deque[tuple[float, int]] = deque()  # when, segments taken by then
+        self._pace, self._long_pace = Pace(config.PACE_S), Pace(config.RESERVE_S)
+        self._reserve = Peak()
         self._own: dict[tuple[int, int, int], Stream] = {}
         # segments with a damaged payload: left as they are, and reported
         self._unsound: dict[int, Held] = {}
@@ -53,32 +55,47 @@ class Cleaner:
 
     def step(self) -> None:
         """One bounded piece of work, if there is any to do."""
-        streams = self._streams
-        hurried = self._hurried()
+        streams, now = self._streams, time.monotonic()
         if streams.slots_free < abi.STREAM_CAPACITY // 4:
             self._empty_stream()
-        wanted = max(self.low, min(hurried, streams.pool.segment_count // 4))
-        if len(streams.free) >= wanted:
+        taken = streams.lending.taken_count
+        hurried = self._pace.note(taken, now)
+        most = streams.pool.segment_count // config.RESERVE_SHARE
+        reserve = min(self._reserve.note(self._long_pace.note(taken, now), now), most)
+        short = sum(stream.short for stream in streams.writers())
+        wanted = max(self.low, min(max(hurried, self.low + short), most))
+        if len(streams.free) >= max(wanted, reserve):
             return
-        streams.index.drop_superseded()
-        size = streams.pool.segment_bytes
-        is_urgent = len(streams.free) <= max(config.CLEANER_SEGMENTS, hurried)
+        streams.index.successions.drop_superseded()
+        is_urgent = short > 0 or len(streams.free) <= max(config.CLEANER_SEGMENTS, hurried)
         if streams.give_back_empty() and not is_urgent:
             return
-        if is_urgent:  # requests that have ended need not wait for their last keys now
-            streams.index.settle(time.monotonic() + config.FINISH_GRACE_S)
-            before = len(streams.free)
-            self._drop_blocks(wanted - before, is_urgent=True)
-            if len(streams.free) > before:
-                return
-        if self._empty_one(size // 2) or not streams.cleanable():
+        if is_urgent:
+            self._hurry(wanted)
+        elif len(streams.free) < self.low and self._empty_one(streams.pool.segment_bytes // 2):
+            return
+        else:
+            self._drop_blocks(max(wanted, reserve), is_urgent=False)
+
+    def _hurry(self, wanted: int) -> None:
+        """Make room now: what nobody wants first, what somebody wants last."""
+        streams, size = self._streams, self._streams.pool.segment_bytes
+        # requests that have ended need not wait for their last keys now
+        streams.index.settle(time.monotonic() + config.FINISH_GRACE_S)
+        before = len(streams.free)
+        self._drop_blocks(wanted, is_urgent=True)
+        if len(streams.free) > before or self._empty_one(size // 2):
+            return
+        if not streams.cleanable():
             return  # without a segment that can be emptied, nothing let go would come back
-        if not is_urgent:
-            self._drop_blocks(wanted - len(streams.free), is_urgent=False)
+        reason = "the journal is full"
+        is_short = any(stream.short for stream in streams.writers()) or streams.is_short()
+        if is_short and streams.index.give_up_superseded(reason):
             return
-        if self._empty_one(size * 7 // 8) or len(streams.free) > config.CLEANER_SEGMENTS:
+        if self._empty_one(size * 7 // 8):
             return
-        self.unprotected_requests += streams.index.drop_coldest("the journal is full") is not None
+        if len(streams.free) <= config.CLEANER_SEGMENTS and streams.is_short():
+            self.unprotected_requests += streams.index.drop_coldest(reason) is not None
 
     def write_finish(self, key: int) -> bool:
         """Make the end of a request known to an owner after us; False when there is no room for
@@ -190,17 +207,6 @@ class Cleaner:
             return
         self._own[rank, world, layout_hash] = opened
 
-    def _hurried(self) -> int:
-        """Segments that writers took within PACE_S: a prefill writes several GB/s, and what is free
-        must last until the next that are let go of are.
-        """
-        now, taken = time.monotonic(), self._streams.lending.taken_count
-        self._pace.append((now, taken))
-        # the newest from before the window stays: rounds may be further apart than it is long
-        while len(self._pace) > 1 and self._pace[1][0] <= now - config.PACE_S:
-            self._pace.popleft()
-        return taken - self._pace[0][1]
-
     def _idle_segments(self) -> Iterator[list[Held]]:
         """Segments that hold nothing but unreferenced blocks, as these; the one that was of use
         longest ago first, by the block in front; last those that hold one of late use, too.
@@ -224,21 +230,22 @@ class Cleaner:
                 yield blocks
         yield from late
 
-    def _drop_blocks(self, missing: int, *, is_urgent: bool) -> None:
-        """Name unreferenced blocks for so many segments, drop those named before. Whole segments of
-        them first, since what goes from the others has to be copied around.
+    def _drop_blocks(self, wanted_free: int, *, is_urgent: bool) -> None:
+        """Name unreferenced blocks until so many segments will be free, drop those named before.
+        Whole segments of them first, since what goes from the others has to be copied around.
         """
         now, streams = time.monotonic(), self._streams
         keys = streams.index.keys
-        wanted = missing * streams.pool.segment_bytes - keys.condemned_bytes()
+        missing = (wanted_free - len(streams.free)) * streams.pool.segment_bytes
+        wanted = missing - keys.condemned_bytes
         # Not looked for while enough waits for the end of its grace: it is a look at every segment.
-        for blocks in self._idle_segments() if wanted > 0 else ():
+        for blocks in self._idle_segments() if wanted > 0 and keys.has_idle else ():
             wanted -= sum(keys.condemn(block, now) for block in blocks)
             if wanted <= 0:
                 break
         while wanted > 0 and (size := keys.condemn_oldest(now)):
             wanted -= size
-        dropped = keys.drop_condemned(now, is_urgent=is_urgent)
+        dropped = keys.drop_condemned(now, is_urgent=is_urgent, bytes_max=missing)
         self.evicted_blocks += dropped
         if dropped:
             streams.give_back_empty()

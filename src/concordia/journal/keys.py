@@ -48,7 +48,10 @@ class KeyTable:
         # used longest ago first, and when: a count that only grows
         self._idle: OrderedDict[tuple[Group, int], int] = OrderedDict()
         self._uses = itertools.count(1)
-        self._condemned: OrderedDict[tuple[Group, int], float] = OrderedDict()  # since when
+        # since when, and the bytes that go
+        self._condemned: OrderedDict[tuple[Group, int], tuple[float, int]] = OrderedDict()
+        self.condemned_bytes = 0  # what goes when the grace is over
+        self.withdrawn_count = 0  # keys that were condemned, ever: engines look at this
         self._places: dict[Held, tuple[Group, int]] = {}
         # complete and not condemned, in order of arrival
         self._known: dict[Group, dict[int, None]] = {}
@@ -130,7 +133,7 @@ class KeyTable:
 
     def touch(self, group: Group, key: int) -> None:
         """The block was of use just now."""
-        if self._condemned.pop((group, key), None) is not None:
+        if self._pardon((group, key)):
             self._idle[group, key] = next(self._uses)
             self._tell(group, key)
         elif (group, key) in self._idle:
@@ -143,7 +146,7 @@ class KeyTable:
         if self._references[key] == 1:
             for group in self._blocks:
                 self._idle.pop((group, key), None)
-                if self._condemned.pop((group, key), None) is not None:
+                if self._pardon((group, key)):
                     self._tell(group, key)
 
     def unrefer(self, key: int) -> None:
@@ -165,6 +168,11 @@ class KeyTable:
         if name is None:
             return None
         return 0 if name in self._condemned else self._idle.get(name)
+
+    @property
+    def has_idle(self) -> bool:
+        """Whether there is a block that might be named to go."""
+        return bool(self._idle)
 
     def middle_use(self) -> int:
         """Between the last use of the block that nobody used for longest and of the latest."""
@@ -191,24 +199,38 @@ class KeyTable:
         return self._condemn(self._idle.popitem(last=False)[0], now)
 
     def _condemn(self, name: tuple[Group, int], now: float) -> int:
-        self._condemned[name] = now
+        size = self._size(name)
+        self._condemned[name] = now, size
+        self.condemned_bytes += size
+        self.withdrawn_count += 1
         self._known.get(name[0], {}).pop(name[1], None)
-        return self._size(name)
+        return size
 
-    def condemned_bytes(self) -> int:
-        """What goes when the grace is over."""
-        return sum(self._size(name) for name in self._condemned)
+    def _pardon(self, name: tuple[Group, int]) -> bool:
+        """It need not go after all; whether it was to."""
+        found = self._condemned.pop(name, None)
+        if found is not None:
+            self.condemned_bytes -= found[1]
+        return found is not None
 
-    def drop_condemned(self, now: float, *, is_urgent: bool) -> int:
-        """Forget blocks that were named long enough ago (or all, when writers find nothing); how
-        many.
+    def drop_condemned(self, now: float, *, is_urgent: bool, bytes_max: int | None = None) -> int:
+        """Forget blocks that were named long enough ago, or when writers find nothing so many bytes
+        of them, the first named first; how many.
+
+        Why they may go: an engine reads at its next look, KNOWN_KEYS_REFRESH_S after they were
+        named, that keys were withdrawn, and refers to none of them from its next step on; what it
+        said before that is here before the grace is over. Without grace an engine may still name
+        one that is gone: that request's cut ends before it until the engine has looked and appended
+        the block anew, a second late. No byte is ever taken for another's.
         """
-        count = 0
+        count, left = 0, self.condemned_bytes if bytes_max is None else bytes_max
         while self._condemned:
-            name, since = next(iter(self._condemned.items()))
-            if not is_urgent and now - since < config.CONDEMN_GRACE_S:
+            name, (since, size) = next(iter(self._condemned.items()))
+            is_due = now - since >= config.CONDEMN_GRACE_S
+            if not is_due and not (is_urgent and left > 0):
                 break
             self.drop(*name)
+            left -= size
             count += 1
         return count
 
@@ -216,7 +238,7 @@ class KeyTable:
         """Forget one block."""
         keyed = self._blocks[group].pop(key)
         self._idle.pop((group, key), None)
-        self._condemned.pop((group, key), None)
+        self._pardon((group, key))
         self._known.get(group, {}).pop(key, None)
         for ranks in keyed.pieces.values():
             for block, naming in ranks.values():

@@ -17,6 +17,7 @@ from concordia.errors import JournalError
 from concordia.journal import fence
 from concordia.journal.control import Identity
 from concordia.journal.coverage import Cut
+from concordia.journal.pins import Told
 
 if TYPE_CHECKING:
     from concordia.journal.desk import Peer
@@ -127,14 +128,18 @@ class Office:
 
     def _cut(self, peer: Peer, arguments: dict[str, Any]) -> dict[str, Any]:
         self._owner.streams.scan_all()
+        key = _number(arguments, "key", _U128)
+        layout_hash = _number(arguments, "layout_hash", _U64)
+        world = _number(arguments, "world", 1 << 16)
         cut = self._owner.streams.index.cut(
-            _number(arguments, "key", _U128),
+            key,
             tokens_known=_number(arguments, "tokens_known", _U32),
-            layout_hash=_number(arguments, "layout_hash", _U64),
-            world=_number(arguments, "world", 1 << 16),
+            layout_hash=layout_hash,
+            world=world,
             bounds=_bounds(arguments.get("bounds", {})),
         )
-        return self._pinned(cut)
+        newest = self._owner.streams.index.newest(key)
+        return self._pinned(cut, Told(key, newest, (layout_hash, world)))
 
     def _match_prefix(self, peer: Peer, arguments: dict[str, Any]) -> dict[str, Any]:
         self._owner.streams.scan_all()
@@ -143,7 +148,7 @@ class Office:
             layout_hash=_number(arguments, "layout_hash", _U64),
             world=_number(arguments, "world", 1 << 16),
         )
-        return self._pinned(cut)
+        return self._pinned(cut, None)
 
     def _known_keys(self, peer: Peer, arguments: dict[str, Any]) -> list[int]:
         self._owner.streams.scan_all()
@@ -190,6 +195,7 @@ class Office:
             "copied_records": cleaner.copied_count,
             "copied_bytes": cleaner.copied_bytes,
             "evicted_blocks": cleaner.evicted_blocks,
+            "withdrawn_keys": streams.index.keys.withdrawn_count,
             "unprotected_requests": cleaner.unprotected_requests,
             "events": streams.index.events.count,
             "streams": [_describe(stream) for stream in streams.by_slot.values()],
@@ -204,8 +210,8 @@ class Office:
         found = self._owner.streams.by_slot.get(_number(arguments, "slot", abi.STREAM_CAPACITY))
         return found if found is not None and found.identity.stream == arguments["stream"] else None
 
-    def _pinned(self, cut: Cut) -> dict[str, Any]:
-        self._owner.streams.pin(cut)
+    def _pinned(self, cut: Cut, told: Told | None) -> dict[str, Any]:
+        self._owner.streams.pins.add(cut, told)
         return cut.to_json()
 
 

@@ -108,7 +108,7 @@ class Owner:
         self.replicas.step()
         if now >= self._slow_at:
             self._slow_at = now + _SLOW_ROUND_S
-            self.streams.index.drop_superseded()
+            self.streams.index.successions.drop_superseded()
             self.streams.give_back_empty()
             self.streams.calm()
             self._unwatch()
@@ -126,8 +126,11 @@ class Owner:
         """Whatever keeps the cleaner from its work, streams must be read and lent to all the
         same.
         """
+        free = len(self.streams.free)
         try:
             self.cleaner.step()
+            if len(self.streams.free) > free:
+                self.streams.lend_all()  # who writes 40 GB/s has no time for another round
         except ConcordiaError as error:
             if str(error) != self._clean_error:
                 self._clean_error = str(error)

@@ -27,6 +27,7 @@ from concordia.journal.life import Incarnation, Request
 from concordia.journal.pages import page_numbers
 from concordia.journal.record import Record
 from concordia.journal.request_table import RequestTable
+from concordia.journal.successions import Successions
 
 __all__ = ["Cut", "Piece", "ReplayIndex"]
 
@@ -45,7 +46,9 @@ class ReplayIndex:
         self.table = RequestTable(self.ledger, segment_bytes)
         self.requests = self.table.requests  # the coldest first
         self._latest: dict[tuple[int, ...], Held] = {}  # pages and memberships
-        self._reborn: set[int] = set()  # requests with more than one incarnation
+        self.successions = Successions(
+            self.requests, reach=self._reach, drop=self._drop_incarnations
+        )
         self._finishing: deque[tuple[float, int]] = deque()
 
     # --- growing
@@ -161,6 +164,19 @@ class ReplayIndex:
         cut = {rank: pieces_of(found, rank=rank, tokens=at) for rank, found in pieces.items()}
         return Cut(at, 0, cut, matched) if at else Cut()
 
+    def newest(self, key: int) -> int:
+        """The latest incarnation of a request that has records, 0 without any."""
+        request = self.requests.get(key)
+        return max(request.incarnations, default=0) if request is not None else 0
+
+    def has_gone_on(self, key: int, incarnation: int, group: Group) -> bool:
+        """Whether every rank has written KV of a later life of this request."""
+        request = self.requests.get(key)
+        return request is not None and any(
+            number > incarnation and len(life.covered.get(group, ())) >= group[1]
+            for number, life in request.incarnations.items()
+        )
+
     def committed(self, key: int) -> int:
         """Tokens that every rank of the newest incarnation has committed."""
         request = self.requests.get(key)
@@ -181,20 +197,15 @@ class ReplayIndex:
                 return key
         return None
 
-    def drop_superseded(self) -> None:
-        """Older incarnations go once a newer one has committed as much."""
-        for key in list(self._reborn):
-            request = self.requests.get(key)
-            if request is None or len(request.incarnations) < 2:
-                self._reborn.discard(key)
-                continue
-            newest = max(request.incarnations)
-            life = request.incarnations[newest]
-            for number in [n for n in request.incarnations if n != newest]:
-                older = request.incarnations[number]
-                groups = older.covered
-                if all(self._reach(life, g) >= self._reach(older, g) for g in groups):
-                    self._drop_incarnations(request, [number])
+    def give_up_superseded(self, reason: str) -> bool:
+        """The older life of a request goes before the newer has caught up, by name; False without
+        any.
+        """
+        found = self.successions.give_one_up()
+        if found is not None:
+            event = {"event": "shortened", "key": f"{found[0]:032x}", "tokens": found[1]}
+            self.events.note({**event, "reason": reason})
+        return found is not None
 
     def moved(self, held: Held, record: Record, source: Source) -> None:
         """The cleaner has copied a live record."""
@@ -209,7 +220,7 @@ class ReplayIndex:
         if life is None:
             life = request.incarnations[record.incarnation] = Incarnation(held.replica)
             if len(request.incarnations) > 1:
-                self._reborn.add(record.key)
+                self.successions.note(record.key)
         return life
 
     def _ingest_latest(self, held: Held, view: memoryview) -> None:

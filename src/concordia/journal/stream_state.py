@@ -7,8 +7,10 @@ streams seals and takes segments back. It does nothing by itself.
 
 from __future__ import annotations
 
+from concordia import config
 from concordia.journal.control import Control, Identity
 from concordia.journal.ledger import Source
+from concordia.journal.pace import Pace, Peak
 from concordia.journal.stream import End, StreamReader
 from concordia.journal.writer import StreamWriter
 
@@ -31,6 +33,9 @@ class Stream:
         self.end = End.OPEN
         self.ahead = 1  # segments to keep lent beyond what was taken
         self.taken_seen = min(control.taken_count, control.lent_count)
+        self.pace = Pace(config.PACE_S)  # of taking segments
+        self.bursts = Peak()  # of that pace
+        self.short = 0  # segments that another such burst would not find
         self.dropped_seen = 0
         self.dropped_told = 0.0  # when
         self.hint_seen = -1

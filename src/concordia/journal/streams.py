@@ -14,10 +14,10 @@ import time
 from concordia import abi, config
 from concordia.errors import JournalError
 from concordia.journal.control import Identity
-from concordia.journal.coverage import Cut
 from concordia.journal.intake import Intake
 from concordia.journal.ledger import Source
 from concordia.journal.lending import Lending
+from concordia.journal.pins import Pins
 from concordia.journal.record import Record
 from concordia.journal.replay import ReplayIndex
 from concordia.journal.segment import Board, Pool
@@ -34,12 +34,12 @@ class Streams:
         self.pool = pool
         self.board = board
         self.index = ReplayIndex(pool.segment_bytes)
-        self.lending = Lending()
+        self.lending = Lending(pool.segment_count)
         self.intake = Intake(self.index, pool.view)
         self.by_slot: dict[int, Stream] = {}
         self.free = self.lending.free
         self._blocked: set[int] = set()  # slots that were found damaged
-        self._pinned: dict[int, float] = {}  # segment: until when
+        self.pins = Pins(self.index, pool.segment_bytes)
         self._next = board.take() << 32  # stream ids of this owner; the epoch makes them unique
 
     def adopt(self, found: Survey) -> None:
@@ -110,15 +110,23 @@ class Streams:
 
     def lend_all(self) -> None:
         """Keep every open stream supplied."""
-        for stream in self.by_slot.values():
-            if not stream.is_sealed and stream.writer is None:
-                self.lend(stream)
-                self._note_losses(stream)
+        for stream in self.writers():
+            self.lend(stream)
+            self._note_losses(stream)
 
     def lend(self, stream: Stream) -> None:
         """Keep one stream supplied."""
-        open_count = sum(not other.is_sealed for other in self.by_slot.values())
-        self.lending.supply(stream, open_count=open_count)
+        kinds = [other.identity.writer_kind for other in self.writers()]
+        self.lending.supply(
+            stream,
+            open_count=len(kinds),
+            rank_count=kinds.count(abi.WRITER_RANK),
+            now=time.monotonic(),
+        )
+
+    def writers(self) -> list[Stream]:
+        """The open streams of other processes."""
+        return [s for s in self.by_slot.values() if not s.is_sealed and s.writer is None]
 
     def calm(self) -> None:
         """Half of what a hasty writer was lent ahead is enough once it is calm again."""
@@ -158,26 +166,25 @@ class Streams:
 
     # --- room
 
-    def pin(self, cut: Cut) -> None:
-        """A restore is about to read these places."""
-        until = time.monotonic() + config.CUT_PIN_S
-        for pieces in cut.pieces.values():
-            for piece in pieces:
-                self._pinned[piece.pool_offset // self.pool.segment_bytes] = until
-
     def cleanable(self) -> list[tuple[int, int, Stream]]:
         """Segments that may be emptied: live bytes, segment, stream; the emptiest first."""
-        now = time.monotonic()
-        self._pinned = {segment: until for segment, until in self._pinned.items() if until > now}
+        pinned = self.pins.segments()
         found = []
         for stream in self.by_slot.values():
             if stream.is_sealed and not stream.is_released:
                 continue
             for ordinal, segment in stream.segments.items():
                 is_passed = ordinal < stream.reader.ordinal or stream.is_sealed
-                if is_passed and segment not in self._pinned:
+                if is_passed and segment not in pinned:
                     found.append((self.index.ledger.live_bytes(segment), segment, stream))
         return sorted(found, key=lambda entry: entry[:2])
+
+    def is_short(self) -> bool:
+        """Whether some writer has little left of what it was lent."""
+        return any(
+            stream.control.lent_count - stream.taken_seen < min(stream.ahead, config.SEGMENTS_LENT)
+            for stream in self.writers()
+        )
 
     @property
     def slots_free(self) -> int:

@@ -74,7 +74,7 @@ class Scribe:
         self._endings: deque[tuple[float, int, int, int]] = deque()
         self._known: tuple[set[int], int] | None = None
         self._known_at = 0.0
-        self._evicted = 0
+        self._withdrawn = 0
         self._has_complained = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="concordia-scribe", daemon=True)
@@ -209,15 +209,15 @@ class Scribe:
         self._read_known(0)
 
     def _refresh(self, before_step: int) -> None:
-        """All keys are read when some were cleaned away, and else now and then, for those that
-        others wrote.
+        """All keys are read when some are about to be cleaned away, and else now and then, for
+        those that others wrote.
         """
         with self._lock:
             before_step = min([before_step, *(noted.step for noted in self._notes)])
-        evicted = int(self._client.stats()["evicted_blocks"])
+        withdrawn = int(self._client.stats()["withdrawn_keys"])
         is_due = time.monotonic() >= self._known_at + config.KNOWN_KEYS_ALL_S
-        if evicted != self._evicted or is_due:
-            self._evicted = evicted
+        if withdrawn != self._withdrawn or is_due:
+            self._withdrawn = withdrawn
             self._read_known(before_step)
 
     def _read_known(self, before_step: int) -> None:
