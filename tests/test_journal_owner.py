@@ -30,6 +30,7 @@ from concordia.journal.desk import Peer
 from concordia.journal.folder import Folder, fit_size, free_bytes
 from concordia.journal.inspection import export, inspect, table, verify
 from concordia.journal.owner import Owner, spawn_owner
+from concordia.journal.place import Place
 from concordia.journal.replicas import Replicas
 from concordia.journal.writer import Entry, StreamWriter
 from concordia.testing.journal import SmallJournal, key_payload
@@ -594,7 +595,7 @@ def test_tools_show_what_is_there_when_the_owner_lives_and_when_it_is_dead(journ
 
 def test_pool_lies_elsewhere_and_is_removed_when_another_place_is_named(journal: Path, tmp_path: Path) -> None:
     place = tmp_path / "elsewhere"
-    spawn_owner(journal, size_bytes=SIZE, segment_bytes=SEGMENT, linger_s=60.0, pool=place)
+    spawn_owner(journal, size_bytes=SIZE, segment_bytes=SEGMENT, linger_s=60.0, place=Place(place))
     assert place.stat().st_size == SIZE
     assert place.stat().st_mode & 0o777 == 0o600
     with JournalClient.connect(journal) as client:

@@ -95,6 +95,16 @@ def cli() -> None:
     "--journal-size", help="Size of the journal, such as 2GiB; by default 1.25 times the KV cache."
 )
 @_option(
+    "--journal-pool",
+    type=click.Path(path_type=pathlib.Path),
+    help="Where its records lie instead: a devdax device, or a file to be made on hugetlbfs.",
+)
+@_option(
+    "--journal-node",
+    type=click.IntRange(min=0),
+    help="Memory node that its records must lie on; by default near the GPUs.",
+)
+@_option(
     "--commit",
     type=click.Choice(["release", "before-emit"]),
     default="release",

@@ -93,6 +93,8 @@ HINT_SETTLE_S: Final = 0.1  # stores of a running writer are seen within microse
 CLEANER_SLOTS: Final = 16
 # never lent: without room to copy to, a full journal could not be emptied
 CLEANER_SEGMENTS: Final = 2
+# of a mapping whose pages must lie on one node: a look at these takes a millisecond
+PAGES_SAMPLED: Final = 4096
 SOCKET_MESSAGE_BYTES_MAX: Final = 64 << 20
 
 # --- connector

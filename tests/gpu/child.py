@@ -41,6 +41,13 @@ def gpu_missing() -> str | None:
     return None if name == "CUDA_SUCCESS" and int(count) > 0 else f"{name}, {count} devices"
 
 
+def gpu_count() -> int:
+    """GPUs that there are, asked in a child like the rest."""
+    code = "from cuda.bindings import driver as d; d.cuInit(0); print(d.cuDeviceGetCount()[1])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    return int(done.stdout) if done.returncode == 0 else 0
+
+
 def start(scenario: str, **arguments: Any) -> subprocess.Popen[str]:
     """Begin `module:function` with these keywords."""
     environment = os.environ | {"PYTHONPATH": f"{HERE.parent.parent / 'src'}:{HERE}:{os.environ.get('PYTHONPATH', '')}"}

@@ -19,6 +19,7 @@ from concordia.checkpoint.restore_tasks import KvPiece
 from concordia.device.compiler import HandlerSource
 from concordia.device.driver import open_device
 from concordia.errors import ConcordiaError
+from concordia.journal.client import JournalClient
 
 SEGMENT = 1 << 20
 BYTE_SIZES = (0, 1, 15, 16, 127, 128, 129, 4095, 4096, 4097, 70_001)
@@ -460,3 +461,20 @@ def counted(device: str) -> int:
     runtime.close()
     opened.close()
     return answer
+
+
+def rank(device: str, *, journal: str, rank: int, world: int, count: int, seed: int) -> dict[str, Any]:
+    """One rank of several that write one journal at once, each in its own stream, beside an owner that lends and reads."""
+    generator = np.random.default_rng(seed)
+    payloads = [generator.integers(0, 256, 1000 + 37 * index % 60_000, dtype=np.uint8).tobytes() for index in range(64)]
+    refused = 0
+    with JournalClient.connect(pathlib.Path(journal)) as client:
+        opened = client.open_stream(writer_kind=abi.WRITER_RANK, rank=rank, world=world, replica=1, layout_hash=9, label=f"rank {rank}")
+        with Checkpointer.open(device, opened.target) as checkpointer:
+            for index in range(count):
+                payload = payloads[index % len(payloads)]
+                names = {"kind": abi.KIND_KV_TAIL, "key": 77, "incarnation": 1, "token_end": index + 1}
+                done = checkpointer.wait(checkpointer.append_bytes(payload, token_start=index, **names))
+                refused += not done.is_ok
+        opened.close()
+    return {"refused": refused}

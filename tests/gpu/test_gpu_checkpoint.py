@@ -11,8 +11,9 @@ import pathlib
 import random
 
 import pytest
-from child import end, kill, run, start
+from child import end, gpu_count, kill, run, start
 from stage import JournalFile
+from writing_ranks import check_ranks
 
 DEVICE = "cuda:0"
 SHAPES = ("flash", "interleaved", "transposed", "tiled", "latent", "fp8", "odd")
@@ -115,3 +116,9 @@ def test_committed_records_restore_when_a_handler_stores_to_an_illegal_address(j
     assert answer["lost"] == 0
     assert answer["wrong"] == []
     assert run("scenarios_kv:counted", device=DEVICE) == 5
+
+
+def test_ranks_write_one_journal_when_each_has_a_gpu_of_its_own(journal_path: pathlib.Path) -> None:
+    if gpu_count() < 2:
+        pytest.skip("needs two NVIDIA GPUs")
+    check_ranks(journal_path.with_name(journal_path.name + "-ranks"), ["cuda:0", "cuda:1"], count=2000)

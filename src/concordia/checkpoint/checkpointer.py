@@ -26,6 +26,7 @@ from concordia.checkpoint.stream_words import StreamStats, StreamWords
 from concordia.device.compiler import HandlerSource
 from concordia.device.driver import Burst, Device, Image, open_device
 from concordia.device.memory import JournalTarget
+from concordia.device.numa import check_node
 from concordia.device.policy import DEFAULT
 from concordia.errors import UsageError
 from concordia.runtime.executor import Runtime, RuntimeStats
@@ -58,6 +59,9 @@ class Checkpointer(StreamWords):
         self._is_open = True
         self.runtime = Runtime(device, target=target, lanes=lanes, residency=residency)
         try:
+            if target is not None and target.node is not None:
+                # only now: registering the pool may have moved its pages
+                check_node(target.pool_address, target.pool_bytes, target.node)
             self._bytes = self.runtime.adopt("bytes_append", proven_bytes(device, lanes=lanes))
         except BaseException:
             self.runtime.close()

@@ -4,9 +4,10 @@ Owns: the order in which things go. Promises: a live record is copied, committed
 index before its old place is given up; first unreferenced blocks go, whole segments of them,
 longest unused first; then older lives of requests that were started again; a request that still
 runs loses protection only when writers are about to find nothing, and by name. What writers took
-at worst within a minute is kept free while there is only a cache to lose. It copies with the Python writer in the owner's own process, so the owner
-needs no compiler: the only reader of a copy before a restart is this process, and writer.py says
-why plain stores are then enough. Called by the owner, a bounded step at a time.
+at worst within a minute is kept free while only a cache is lost by it. It copies with the Python
+writer in the owner's own process, so the owner needs no compiler: the only reader of a copy before
+a restart is this process, and writer.py says why plain stores are then enough. Called by the owner,
+a bounded step at a time.
 """
 
 from __future__ import annotations

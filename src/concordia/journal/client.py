@@ -33,7 +33,14 @@ class StreamAttachment:
     """A stream that this process writes, and the memory that its executor needs for it."""
 
     def __init__(
-        self, client: JournalClient, slot: int, stream: int, pool: Pool, board: Board
+        self,
+        client: JournalClient,
+        slot: int,
+        stream: int,
+        pool: Pool,
+        board: Board,
+        *,
+        node: int | None = None,
     ) -> None:
         self.slot = slot
         self.stream = stream
@@ -44,6 +51,7 @@ class StreamAttachment:
             pool_bytes=pool.mapping.size,
             segment_bytes=pool.segment_bytes,
             control_address=board.control(slot).address,
+            node=node,
         )
         self._client = client
 
@@ -99,9 +107,19 @@ class JournalClient:
     # --- writers
 
     def open_stream(
-        self, *, writer_kind: int, rank: int, world: int, replica: int, layout_hash: int, label: str
+        self,
+        *,
+        writer_kind: int,
+        rank: int,
+        world: int,
+        replica: int,
+        layout_hash: int,
+        label: str,
+        node: int | None = None,
     ) -> StreamAttachment:
-        """A stream of this process's own; raises JournalError when the replica was sealed."""
+        """A stream of this process's own, with segments near the memory `node` where there are
+        several; raises JournalError when the replica was sealed.
+        """
         answer = self._ask(
             "open_stream",
             nonce=secrets.token_hex(16),
@@ -111,9 +129,12 @@ class JournalClient:
             replica=replica,
             layout_hash=layout_hash,
             label=label,
+            node=node,
         )
         pool, board = self.map(writable=True)
-        attachment = StreamAttachment(self, answer["slot"], answer["stream"], pool, board)
+        attachment = StreamAttachment(
+            self, answer["slot"], answer["stream"], pool, board, node=answer["node"]
+        )
         with self._lock:
             self._attached.add(attachment)
         return attachment

@@ -109,14 +109,20 @@ def choose_segment_bytes(size_bytes: int) -> int:
     return max(config.SEGMENT_BYTES_MIN, min(fitting, config.SEGMENT_BYTES_MAX))
 
 
-def fit_size(path: Path, wanted_bytes: int | None, segment_bytes: int | None) -> int:
+def fit_size(
+    path: Path,
+    wanted_bytes: int | None,
+    segment_bytes: int | None,
+    *,
+    own_bytes: int | None = None,
+) -> int:
     """Bytes of the pool: min(wanted, half of what is free), whole segments; raises when too few
-    fit.
+    fit. Of `own_bytes` that are there for the journal alone all may be taken.
 
     Without `segment_bytes` they are those that choose_segment_bytes gives for what fits, and for
     the size that comes back, too.
     """
-    free = free_bytes(path)
+    free = free_bytes(path) if own_bytes is None else 2 * own_bytes
     wanted = config.JOURNAL_BYTES_DEFAULT if wanted_bytes is None else wanted_bytes
     room = min(wanted, free // 2)
     size = choose_segment_bytes(room) if segment_bytes is None else segment_bytes

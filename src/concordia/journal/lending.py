@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
+from collections.abc import Sequence
 
 from concordia import abi, config
 from concordia.errors import JournalFull
@@ -21,7 +22,8 @@ from concordia.journal.stream_state import Stream
 class Lending:
     """The free segments."""
 
-    def __init__(self, segment_count: int) -> None:
+    def __init__(self, segment_count: int, nodes: Sequence[int] = ()) -> None:
+        self._nodes = nodes  # of each segment; empty where that makes no difference
         # at most: a writer that takes most of a small journal at once must not empty it
         self._burst_most = min(segment_count // config.RESERVE_SHARE, abi.LENT_CAPACITY - 1)
         self.free: deque[int] = deque()
@@ -79,7 +81,16 @@ class Lending:
         """One more; raises JournalFull."""
         if not self.free:
             raise JournalFull("no segment is free")
-        lent = Lent(ordinal, self.free.popleft(), secrets.randbits(64) | 1)
+        lent = Lent(ordinal, self._take_near(stream.node), secrets.randbits(64) | 1)
         stream.segments[ordinal] = lent.segment
         stream.reader.lend(lent)
         stream.control.lend(lent)
+
+    def _take_near(self, node: int | None) -> int:
+        """The free segment that was free longest, of those on this node if there is one."""
+        if node is not None and self._nodes:
+            near = next((s for s in self.free if self._nodes[s] == node), None)
+            if near is not None:
+                self.free.remove(near)
+                return near
+        return self.free.popleft()

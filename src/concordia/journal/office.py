@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _U32 = 1 << 32
 _U64 = 1 << 64
 _U128 = 1 << 128
+_NODES_MAX = 1 << 10  # MAX_NUMNODES of a usual kernel
 _BOUNDS_MAX = 65_536  # a request is resumed a few times, and never that often
 
 
@@ -70,11 +71,11 @@ class Office:
             "segment_count": board.segment_count,
         }
 
-    def _open_stream(self, peer: Peer, arguments: dict[str, Any]) -> dict[str, int]:
+    def _open_stream(self, peer: Peer, arguments: dict[str, Any]) -> dict[str, int | None]:
         nonce = str(arguments["nonce"])
         if nonce in self._opened:
             slot, stream = self._opened[nonce]
-            return {"slot": slot, "stream": stream}
+            return {"slot": slot, "stream": stream, "node": self._owner.node}
         replica = _number(arguments, "replica", _U64)
         self._owner.replicas.check_may_write(replica)
         writer = fence.find_process(peer.pid)
@@ -89,7 +90,8 @@ class Office:
             raise JournalError(f"writer kind {kind}, rank {rank} of {world}: no such writer")
         layout = _number(arguments, "layout_hash", _U64)
         identity = Identity(0, kind, rank, world, peer.pid, writer.start, replica, layout)
-        opened = self._owner.streams.open(identity, str(arguments["label"]))
+        node = None if arguments.get("node") is None else _number(arguments, "node", _NODES_MAX)
+        opened = self._owner.streams.open(identity, str(arguments["label"]), node=node)
         self._owner.watch(peer.pid, writer.start)
         by_slot = self._owner.streams.by_slot
         self._opened = {
@@ -98,7 +100,11 @@ class Office:
             if slot in by_slot and by_slot[slot].identity.stream == stream
         }
         self._opened[nonce] = opened.control.slot, opened.identity.stream
-        return {"slot": opened.control.slot, "stream": opened.identity.stream}
+        return {
+            "slot": opened.control.slot,
+            "stream": opened.identity.stream,
+            "node": self._owner.node,
+        }
 
     def _close_stream(self, peer: Peer, arguments: dict[str, Any]) -> int:
         stream = self._stream(arguments)

@@ -27,6 +27,7 @@ from concordia.journal.cleaner import Cleaner
 from concordia.journal.desk import Desk
 from concordia.journal.folder import Folder, choose_segment_bytes, fit_size
 from concordia.journal.office import Office
+from concordia.journal.place import Place
 from concordia.journal.replicas import Replicas
 from concordia.journal.segment import Board, Pool
 from concordia.journal.spawn import spawn_owner
@@ -41,8 +42,17 @@ _SLOW_ROUND_S: Final = 1.0  # what need not happen at every poll
 class Owner:
     """Everything of one journal, and the loop that keeps it going."""
 
-    def __init__(self, home: Folder, pool: Pool, board: Board, *, linger_s: float) -> None:
+    def __init__(
+        self,
+        home: Folder,
+        pool: Pool,
+        board: Board,
+        *,
+        linger_s: float,
+        node: int | None = None,
+    ) -> None:
         self.is_stopping = False
+        self.node = node  # that the pool promised to lie on, for writers to check
         self.is_locked = privacy.lock(pool.mapping)
         self._home = home
         self._linger_s = linger_s
@@ -204,6 +214,7 @@ def main(arguments: list[str]) -> int:
 def _take(home: Folder, settings: dict[str, Any]) -> Owner:
     """A new journal, or the one that is there and still in use."""
     linger_s = float(settings["linger_s"])
+    place = Place.of(settings)
     left = [path.name for path in (home.pool, home.board, home.socket) if path.exists()]
     reason = ""
     if home.board.exists() and home.pool.exists():
@@ -215,14 +226,14 @@ def _take(home: Folder, settings: dict[str, Any]) -> Owner:
         else:
             if _is_in_use(board, found):
                 _say(f"adopting {len(found.streams)} streams of owner {board.owner_pid}")
-                owner = Owner(home, pool, board, linger_s=linger_s)
+                owner = Owner(home, pool, board, linger_s=linger_s, node=place.node)
                 owner.adopt(found)
                 return owner
             reason = _describe_leftovers(home, found, board)
             pool.close()
             board.close()
     home.clear()
-    owner = _make(home, settings, linger_s=linger_s)
+    owner = _make(home, settings, place)
     if left:
         event = {"event": "reclaimed", "files": left, "reason": reason}
         owner.streams.index.events.note(event)
@@ -230,21 +241,31 @@ def _take(home: Folder, settings: dict[str, Any]) -> Owner:
     return owner
 
 
-def _make(home: Folder, settings: dict[str, Any], *, linger_s: float) -> Owner:
+def _make(home: Folder, settings: dict[str, Any], place: Place) -> Owner:
     """A new journal."""
-    if settings["pool"]:
-        home.pool.symlink_to(settings["pool"])
-    size = fit_size(home.path, settings["size_bytes"], settings["segment_bytes"])
+    if place.pool is not None:
+        home.pool.symlink_to(place.pool)
+    own_bytes = place.own_bytes()
+    size = fit_size(
+        home.path, settings["size_bytes"], settings["segment_bytes"], own_bytes=own_bytes
+    )
     segment_bytes = settings["segment_bytes"] or choose_segment_bytes(size)
     try:
-        pool = Pool.create(home.pool, size=size, segment_bytes=segment_bytes)
+        pool = Pool.create(
+            home.pool,
+            size=size,
+            segment_bytes=segment_bytes,
+            put=lambda address: _say(place.put(address, size, unit=segment_bytes)),
+        )
+        place.check(pool.mapping.address, size)
         board = Board.create(
             home.board, segment_bytes=segment_bytes, segment_count=pool.segment_count
         )
     except ConcordiaError:
         home.clear()
         raise
-    owner = Owner(home, pool, board, linger_s=linger_s)
+    linger_s = float(settings["linger_s"])
+    owner = Owner(home, pool, board, linger_s=linger_s, node=place.node)
     owner.streams.free.extend(range(pool.segment_count))
     return owner
 

@@ -12,7 +12,7 @@ import os
 import platform
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from concordia import abi
+from concordia.device import numa
 from concordia.device.memory import SharedFile
 from concordia.errors import Corruption, EnvironmentRefused, JournalRefused
 from concordia.journal import folder, record
@@ -52,12 +53,18 @@ class Pool:
         self.view = self.mapping.view
 
     @staticmethod
-    def create(path: Path, *, size: int, segment_bytes: int) -> Pool:
+    def create(
+        path: Path,
+        *,
+        size: int,
+        segment_bytes: int,
+        put: Callable[[int], None] | None = None,
+    ) -> Pool:
         """Allocate and map a new pool; `path` may be a link to a file elsewhere or to a devdax
-        device.
+        device. `put` gets the address before any page is there.
         """
         if not path.exists():
-            _allocate(path.resolve(), size)
+            _allocate(path.resolve(), size, put)
         _check_pool(path, size)
         pool = Pool(path, size=size, segment_bytes=segment_bytes, writable=True)
         for segment in range(pool.segment_count):
@@ -69,6 +76,18 @@ class Pool:
         """Map the pool of a journal that exists."""
         _check_pool(path, size)
         return Pool(path, size=size, segment_bytes=segment_bytes, writable=writable)
+
+    def find_nodes(self) -> list[int]:
+        """The memory node of each segment; empty where there is only one, or nobody tells."""
+        starts = range(
+            self.mapping.address, self.mapping.address + self.mapping.size, self.segment_bytes
+        )
+        if len(numa.find_nodes()) < 2:
+            return []
+        try:
+            return numa.find_page_nodes(starts)
+        except EnvironmentRefused:
+            return []
 
     def start(self, segment: int) -> record.SegmentStart | None:
         """The header of a segment, if it is undamaged."""
@@ -214,9 +233,9 @@ def attach(home: folder.Folder, *, writable: bool = False) -> tuple[Pool, Board]
     return pool, board
 
 
-def _allocate(path: Path, size: int) -> None:
+def _allocate(path: Path, size: int, put: Callable[[int], None] | None = None) -> None:
     try:
-        SharedFile.create(path, size).close()
+        SharedFile.create(path, size, place=put).close()
     except (OSError, EnvironmentRefused) as error:
         raise JournalRefused(f"cannot allocate {size >> 20} MiB for {path}: {error}") from error
 

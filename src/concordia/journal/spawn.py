@@ -21,6 +21,7 @@ from concordia import config
 from concordia.errors import JournalError, JournalRefused, WaitTimeout
 from concordia.journal.desk import Line
 from concordia.journal.folder import Folder
+from concordia.journal.place import Place
 
 
 def spawn_owner(
@@ -29,12 +30,13 @@ def spawn_owner(
     size_bytes: int | None,
     segment_bytes: int | None = None,
     linger_s: float = config.OWNER_LINGER_S,
-    pool: Path | None = None,
+    place: Place | None = None,
 ) -> int:
     """The pid of an owner that answers for this journal: the living one, or a new one.
 
-    A new owner adopts what writers still use and removes what nobody does; `pool` may name a devdax
-    device or a file on hugetlbfs. Raises JournalRefused or WaitTimeout.
+    A new owner adopts what writers still use and removes what nobody does; `place` says where the
+    pool shall lie when not in the journal's folder, and on which memory nodes. Raises
+    JournalRefused or WaitTimeout.
     """
     home = Folder(journal)
     home.make()
@@ -47,7 +49,7 @@ def spawn_owner(
         "size_bytes": size_bytes,
         "segment_bytes": segment_bytes,
         "linger_s": linger_s,
-        "pool": str(pool) if pool else None,
+        **(place or Place()).to_settings(),
     }
     # The owner takes no part in the OpenMP and BLAS pools that its parent may have sized.
     paths = [str(Path(concordia.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]

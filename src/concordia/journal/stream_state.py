@@ -28,6 +28,7 @@ class Stream:
         self.segments: dict[int, int] = {
             entry.ordinal: entry.segment for entry in reader.lent.values()
         }
+        self.node: int | None = None  # memory that its writer's device is near to, if it said so
         self.is_sealed = False
         self.is_released = False  # its writer is known to be dead, or is this process
         self.end = End.OPEN

@@ -34,7 +34,7 @@ class Streams:
         self.pool = pool
         self.board = board
         self.index = ReplayIndex(pool.segment_bytes)
-        self.lending = Lending(pool.segment_count)
+        self.lending = Lending(pool.segment_count, pool.find_nodes())
         self.intake = Intake(self.index, pool.view)
         self.by_slot: dict[int, Stream] = {}
         self.free = self.lending.free
@@ -74,8 +74,10 @@ class Streams:
 
     # --- writers
 
-    def open(self, identity: Identity, label: str) -> Stream:
-        """Give a slot to a new writer; raises JournalError when all are taken."""
+    def open(self, identity: Identity, label: str, *, node: int | None = None) -> Stream:
+        """Give a slot to a new writer, which is near to this memory node; raises JournalError when
+        all are taken.
+        """
         taken = self.by_slot.keys() | self._blocked
         is_own = identity.writer_kind == abi.WRITER_CLEANER
         capacity = abi.STREAM_CAPACITY - (0 if is_own else config.CLEANER_SLOTS)
@@ -89,6 +91,7 @@ class Streams:
         stream = Stream(
             control, identity, StreamReader(self.pool, identity.stream), source_of(identity)
         )
+        stream.node = node
         self.by_slot[slot] = stream
         self.lend(stream)
         return stream

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from concordia import config
+from concordia.device import numa
 from concordia.errors import EnvironmentRefused
 from concordia.journal import folder
 from concordia.serving.shared_names import SHARED_MEMORY
@@ -79,6 +80,15 @@ def find_gpu_bytes(gpus: Sequence[str]) -> int:
     named = [mib for index, uuid, mib in rows if {index, uuid} & set(gpus)]
     sizes = [int(mib) << 20 for mib in named if mib.isdigit()]  # or words, when it cannot tell
     return min(sizes) if len(sizes) == len(gpus) else 0
+
+
+def find_gpu_nodes(gpus: Sequence[str]) -> tuple[int, ...]:
+    """The memory nodes that these GPUs hang on, named by index or UUID; empty where the machine
+    does not say.
+    """
+    rows = _ask_gpus("index,uuid,pci.bus_id") if gpus else []
+    named = [numa.find_pci_node(bus) for index, uuid, bus in rows if {index, uuid} & set(gpus)]
+    return tuple(sorted({node for node in named if node is not None}))
 
 
 def _ask_gpus(fields: str) -> list[list[str]]:

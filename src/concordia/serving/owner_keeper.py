@@ -20,6 +20,7 @@ from collections.abc import Callable
 from concordia import config
 from concordia.errors import ConcordiaError
 from concordia.journal.owner import spawn_owner
+from concordia.journal.place import Place
 from concordia.recovery.fault import Fault, FaultKind
 
 log = logging.getLogger(__name__)
@@ -28,13 +29,16 @@ log = logging.getLogger(__name__)
 class OwnerKeeper:
     """Starts the owner at once (raises what `spawn_owner` raises) and watches it until `stop`."""
 
-    def __init__(self, journal: pathlib.Path, *, size_bytes: int | None) -> None:
+    def __init__(
+        self, journal: pathlib.Path, *, size_bytes: int | None, place: Place | None = None
+    ) -> None:
         self.journal = journal
         self._size_bytes = size_bytes
+        self._place = place
         self._callbacks: list[Callable[[Fault], None]] = []
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._is_stopping = False
-        self.pid = spawn_owner(journal, size_bytes=size_bytes)
+        self.pid = spawn_owner(journal, size_bytes=size_bytes, place=place)
         self._thread = threading.Thread(target=self._keep, name="owner-keeper", daemon=True)
         self._thread.start()
 
@@ -89,7 +93,7 @@ class OwnerKeeper:
 
     def _restart(self) -> bool:
         try:
-            self.pid = spawn_owner(self.journal, size_bytes=self._size_bytes)
+            self.pid = spawn_owner(self.journal, size_bytes=self._size_bytes, place=self._place)
         except ConcordiaError as error:
             log.error("no new owner for the journal: %s", error)
             return False

@@ -17,6 +17,7 @@ from concordia import abi, config
 from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.errors import ConcordiaError
 from concordia.journal.client import JournalClient
+from concordia.journal.place import Place
 from concordia.recovery.fault import Fault
 from concordia.serving.owner_keeper import OwnerKeeper
 from concordia.serving.recorder import Recorder
@@ -33,9 +34,11 @@ class Protection:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, journal: pathlib.Path, *, size_bytes: int) -> Iterator[Protection]:
+    def open(
+        cls, journal: pathlib.Path, *, size_bytes: int, place: Place | None = None
+    ) -> Iterator[Protection]:
         """An owner for this journal, new or adopted, and a line to it. Raises what either says."""
-        keeper = OwnerKeeper(journal, size_bytes=size_bytes)
+        keeper = OwnerKeeper(journal, size_bytes=size_bytes, place=place)
         try:
             opened = cls(keeper, JournalClient.connect(journal))
         except BaseException:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from concordia import config
+from concordia.journal.place import Place
 from concordia.serving import tokenizer as tokenizers
 from concordia.serving.control import ControlServer
 from concordia.serving.engine_flags import COUNTER_SAMPLER, EngineFlags
@@ -58,6 +59,7 @@ class ServiceSettings:
     api_keys: tuple[str, ...] = ()
     served_names: tuple[str, ...] = ()
     journal: pathlib.Path | None = None
+    place: Place | None = None
     commits_before_emit: bool = False
     restores: bool = True
     recovery_timeout_s: float = config.RECOVERY_TIMEOUT_S
@@ -101,7 +103,9 @@ class Service:
                 settings = self.settings
                 if settings.journal is not None:
                     size_bytes = settings.plan.journal_bytes
-                    opened = Protection.open(settings.journal, size_bytes=size_bytes)
+                    opened = Protection.open(
+                        settings.journal, size_bytes=size_bytes, place=settings.place
+                    )
                     self._protection = stack.enter_context(opened)
                 self._replicas = self._make_replicas()
                 stack.callback(self._replicas.stop)

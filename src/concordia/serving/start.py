@@ -13,6 +13,7 @@ import os
 import pathlib
 import socket
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from concordia import config
@@ -20,11 +21,12 @@ from concordia.device.compiler import HostCompiler
 from concordia.errors import ConcordiaError, EnvironmentRefused, UsageError
 from concordia.journal import fence
 from concordia.journal.folder import Folder, fit_size
+from concordia.journal.place import Place
 from concordia.journal.segment import Board
 from concordia.serving import resources
 from concordia.serving.engine_flags import EngineFlags
 from concordia.serving.engine_spec import check_socket_room
-from concordia.serving.machine import Engine, find_engine, read_machine
+from concordia.serving.machine import Engine, find_engine, find_gpu_nodes, read_machine
 from concordia.serving.run_folder import RunFolder, default_base
 from concordia.serving.shared_names import SHARED_MEMORY
 
@@ -39,6 +41,7 @@ def start(options: Mapping[str, Any], engine_arguments: Sequence[str]) -> int:
     engine = find_engine()
     _check_model(options["model"])
     journal = _journal_path(options)
+    place = Place(options["journal_pool"], options["journal_node"])
     machine = read_machine(journal or SHARED_MEMORY)
     plan = resources.divide(
         machine,
@@ -53,10 +56,11 @@ def start(options: Mapping[str, Any], engine_arguments: Sequence[str]) -> int:
     )
     if journal is not None:
         HostCompiler()  # raises when there is no compiler
-        _check_journal(journal, plan.journal_bytes)
+        _check_journal(journal, plan.journal_bytes, place)
+        place = replace(place, near=find_gpu_nodes(machine.gpus))
     resources.check_shared_memory(
         journal_bytes=plan.journal_bytes if journal else 0,
-        where=journal or pathlib.Path("/"),
+        where=place.pool or journal or pathlib.Path("/"),
     )
     base = (options["run_dir"] or default_base()).absolute()
     check_socket_room(base / str(options["port"]) / "r10000")
@@ -65,7 +69,13 @@ def start(options: Mapping[str, Any], engine_arguments: Sequence[str]) -> int:
         folder = RunFolder.claim(base, options["port"])
         try:
             return _run(
-                options, flags=flags, engine=engine, plan=plan, folder=folder, listener=listener
+                options,
+                flags=flags,
+                engine=engine,
+                plan=plan,
+                place=place,
+                folder=folder,
+                listener=listener,
             )
         finally:
             folder.release()
@@ -85,6 +95,7 @@ def _run(
     flags: EngineFlags,
     engine: Engine,
     plan: resources.Plan,
+    place: Place,
     folder: RunFolder,
     listener: socket.socket,
 ) -> int:
@@ -115,6 +126,7 @@ def _run(
         api_keys=api_keys(options["api_key"], os.environ),
         served_names=tuple(options["served_model_name"]),
         journal=_journal_path(options),
+        place=place,
         commits_before_emit=options["commit"] == "before-emit",
         restores=options["restore"],
         recovery_timeout_s=options["recovery_timeout"],
@@ -163,7 +175,7 @@ def _journal_path(options: Mapping[str, Any]) -> pathlib.Path | None:
     return (given or config.Paths.default().journal).absolute()
 
 
-def _check_journal(journal: pathlib.Path, size_bytes: int) -> None:
+def _check_journal(journal: pathlib.Path, size_bytes: int, place: Place) -> None:
     """Raise when the journal would not fit, is not ours, or serves another server."""
     home = Folder(journal)
     if journal.exists():
@@ -181,7 +193,7 @@ def _check_journal(journal: pathlib.Path, size_bytes: int) -> None:
         parent = parent.parent
     if not os.access(parent, os.W_OK):
         raise EnvironmentRefused(f"cannot write to {parent}: name another --journal-dir")
-    fit_size(parent, size_bytes, None)
+    fit_size(parent, size_bytes, None, own_bytes=place.own_bytes())
 
 
 def _living_user(home: Folder) -> int | None:

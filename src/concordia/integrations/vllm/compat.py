@@ -13,6 +13,7 @@ import platform
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from concordia.device.numa import find_pci_node
 from concordia.integrations.vllm import weights
 from concordia.integrations.vllm.door import logger
 from concordia.integrations.vllm.write_set import Scheduled
@@ -77,6 +78,20 @@ def worker_rank(vllm_config: Any) -> int:
 
     rank: int = get_world_group().rank_in_group
     return rank % world_size(vllm_config)
+
+
+def device_node(device: Any) -> int | None:
+    """The memory node that a torch device hangs on; None for a CPU, or where nobody says."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    found = torch.cuda.get_device_properties(device)
+    try:
+        name = f"{found.pci_domain_id:x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
+    except AttributeError:  # before torch 2.10
+        return None
+    return find_pci_node(name)
 
 
 def model_identity(vllm_config: Any) -> dict[str, Any]:

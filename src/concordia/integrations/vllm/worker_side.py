@@ -89,6 +89,7 @@ class WorkerSide:
             replica=self._settings.replica,
             layout_hash=layout.geometry.layout_hash(),
             label=f"vllm rank {self._rank}",
+            node=compat.device_node(layout.rows[0].device),
         )
         self._checkpointer = Checkpointer.open(device, self._attachment.target, lanes=1)
         self._region = self._checkpointer.register_kv(layout.geometry, layout.addresses)
