@@ -2,7 +2,7 @@
 engine was killed and its requests were restored or computed anew; what runs keeps its protection; what goes, goes in order.
 
 Batches of an 8B model on a fast GPU, 1/64 of their bytes and all of their records, against the owner that serves them: its rounds run
-in between on a clock of their own, which goes on by the processor time that a round took and by what its copies would take in full size.
+in between on a clock of their own, which goes on by what a round, each record that it reads and each byte that it copies take in full size.
 So a round sees what it would see, however busy the machine is."""
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ BATCH, PROMPT, ANSWER = 32, 2048, 170
 STEP_TOKENS = 8192  # of a prefill, a second and a quarter of a GiB
 PREFILL_S, DECODE_S = STEP_TOKENS / 35_800, 0.007  # 4.7 GB/s
 APPEND_TOKENS = 300_000  # in a second: a step's appends come at its end, at 40 GB/s
+ROUND_S, RECORD_S = 0.003, 50e-6  # a round of the owner, and each record that it reads; three times what was measured
 COPY_BYTES = (2 << 30) // SCALE  # in a second, by the owner: a payload is hashed, then copied
 ZEROES = memoryview(bytes(BLOCK * TOKEN_BYTES))
 HASHES = {tokens: payload_hash(ZEROES[: tokens * TOKEN_BYTES]) for tokens in range(1, BLOCK + 1)}
@@ -77,12 +78,15 @@ class World:
 
     def ask(self, work: Any) -> Any:
         """The owner's time goes into this; meanwhile it does nothing else."""
-        began, copied = time.thread_time(), self.owner.cleaner.copied_bytes
+        copied, read = self.owner.cleaner.copied_bytes, self._read()
         answer = work()
-        copied = self.owner.cleaner.copied_bytes - copied
-        self.rounds.append((time.thread_time() - began + copied / COPY_BYTES) * self._slowness)
+        copied, read = self.owner.cleaner.copied_bytes - copied, self._read() - read
+        self.rounds.append((ROUND_S + read * RECORD_S + copied / COPY_BYTES) * self._slowness)
         self._next = max(self._next, self.now) + self.rounds[-1]
         return answer
+
+    def _read(self) -> int:
+        return sum(stream.reader.sequence for stream in self.streams.by_slot.values())
 
     def answer(self, operation: str, **arguments: Any) -> Any:
         return self.ask(lambda: json.loads(json.dumps(self.owner.office.answer(None, operation, arguments))))  # type: ignore[arg-type]
@@ -235,7 +239,7 @@ class Engine:
 
 def check_whole(world: World, engine: Engine, names: Iterable[str]) -> None:
     """Every request of these could go on from its last token but one."""
-    world.pass_time(0.05)
+    world.pass_time(0.2)
     for stream in (engine.rank, engine.scheduler):
         stream.source.is_final = True
     for name in names:
@@ -289,7 +293,7 @@ def test_nothing_is_refused_when_requests_of_a_dead_engine_come_back(tmp_path: P
         world.pass_time(1.0)  # the owner has answered, and what it told is verified
         assert world.streams.pins.segments(), "what was told may be taken away"
         standby.prefill(names, have=have)
-        world.pass_time(0.05)
+        world.pass_time(0.2)
         assert not world.streams.pins.segments(), "every request has written, so nothing is read any more"
         standby.answer(names)
         check_whole(world, standby, names)
