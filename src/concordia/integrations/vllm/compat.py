@@ -89,7 +89,7 @@ def device_node(device: Any) -> int | None:
     found = torch.cuda.get_device_properties(device)
     try:
         name = f"{found.pci_domain_id:x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
-    except AttributeError:  # before torch 2.10
+    except AttributeError:  # a torch that does not say
         return None
     return find_pci_node(name)
 
