@@ -52,6 +52,13 @@ SCAN_PAGES: Final = 4096  # pages whose hashes a scan compares at once: 64 KiB p
 BURST_BYTES_MIN: Final = 8 << 20
 # a handler compiles in a second on an idle core; builders share cores
 COMPILE_WAIT_S: Final = 120.0
+# of a checkpoint's host state, one record: fits every segment
+STATE_PART_BYTES: Final = 256 << 10
+STATE_PARTS_AHEAD: Final = 16  # half of the ring's arena
+STATE_BYTES_MAX: Final = 64 << 20  # block tables of thousands of requests are some MB
+# for a checkpoint to be committed: an owner lends segments every OWNER_POLL_S, at 1 GB/s and more
+CHECKPOINT_WAIT_S: Final = 30.0
+CHECKPOINT_FENCE_S: Final = 10.0  # for the owner to notice the end of the writer before us
 KERNEL_CACHE_FILES_MAX: Final = 512  # some 30 KB each; the oldest go
 
 # --- journal

@@ -51,6 +51,8 @@ KIND_EVENT: Final = 6  # what happened to a request (JSON)
 KIND_PAGE: Final = 7  # a dirty page of an opaque region
 KIND_MEMBERSHIP: Final = 8  # communicator state (JSON)
 KIND_FINISH: Final = 9  # the request ended; its tails are dead, its blocks age
+KIND_STATE: Final = 10  # host state of a checkpoint; its tokens are the range of bytes it has
+KIND_CHECKPOINT: Final = 11  # this step is complete: what belongs to it (JSON)
 
 # Tasks
 TASK_NOOP: Final = 0

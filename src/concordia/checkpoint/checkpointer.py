@@ -128,8 +128,12 @@ class Checkpointer(StreamWords):
         with self.runtime.parked():
             return self.device.burst(image, name)
 
-    def register_pages(self, address: int, *, size: int, page_bytes: int) -> PageRegion:
-        """Make opaque memory known, to be found dirty by hash; at first all of it is."""
+    def register_pages(
+        self, address: int, *, size: int, page_bytes: int, layout_hash: int = 0
+    ) -> PageRegion:
+        """Make opaque memory known, to be found dirty by hash; at first all of it is. Its records
+        carry `layout_hash`: what the bytes mean.
+        """
         if (
             page_bytes < 1
             or page_bytes % abi.LEAF_BYTES
@@ -149,15 +153,18 @@ class Checkpointer(StreamWords):
             number = len(self._regions) + 1
             hashes = self.device.allocate(PageRegion.table_bytes(pages))
             entry = RegionEntry(
-                self.device, number=number, bases=[address], block_count=pages, page_hashes=hashes
-            )
+                self.device, number=number, bases=[address], block_count=pages,
+                layout_hash=layout_hash, page_hashes=hashes,
+            )  # fmt: skip
             operator = self.runtime.adopt(
                 f"page_scan.{number}", image, region_address=entry.address
             )
             if page_bytes == abi.LEAF_BYTES and self._burst is None:
                 self._burst = self._load_burst(page_burst, "concordia_page_burst")
             burst = self._burst if page_bytes == abi.LEAF_BYTES else None
-            region = PageRegion(number, page_bytes, pages, entry, hashes, operator, burst)
+            region = PageRegion(
+                number, address, page_bytes, pages, layout_hash, entry, hashes, operator, burst
+            )
             self._regions.append(region)
         return region
 

@@ -209,8 +209,10 @@ class PageRegion:
     """A registered opaque region, found dirty by hash."""
 
     number: int
+    address: int
     page_bytes: int
     page_count: int
+    layout_hash: int  # what its bytes mean, as the caller names it
     entry: RegionEntry
     page_hashes: int  # device address of the table
     scan: Operator
@@ -223,6 +225,11 @@ class PageRegion:
         and the numbers of a list of pages.
         """
         return 16 * page_count + 8 + 4 * page_count
+
+    @property
+    def size(self) -> int:
+        """Bytes of all pages."""
+        return self.page_bytes * self.page_count
 
     @property
     def found_count(self) -> int:

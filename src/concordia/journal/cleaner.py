@@ -25,7 +25,9 @@ from concordia.journal.streams import Streams
 from concordia.journal.writer import Entry
 
 # kinds for which rank and layout matter
-_PLACED = (abi.KIND_KV_TAIL, abi.KIND_KV_BLOCK, abi.KIND_PAGE)
+_PLACED = (
+    abi.KIND_KV_TAIL, abi.KIND_KV_BLOCK, abi.KIND_PAGE, abi.KIND_STATE, abi.KIND_CHECKPOINT,
+)  # fmt: skip
 
 
 class Cleaner:

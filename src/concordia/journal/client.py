@@ -21,12 +21,13 @@ from concordia import config
 from concordia.device.memory import JournalTarget
 from concordia.errors import JournalError, JournalRefused, WaitTimeout
 from concordia.journal import segment
+from concordia.journal.checkpoints import Checkpoint
 from concordia.journal.coverage import Cut, Piece
 from concordia.journal.desk import Line
 from concordia.journal.folder import Folder
 from concordia.journal.segment import Board, Pool
 
-__all__ = ["Cut", "JournalClient", "Piece", "StreamAttachment"]
+__all__ = ["Checkpoint", "Cut", "JournalClient", "Piece", "StreamAttachment"]
 
 
 class StreamAttachment:
@@ -203,6 +204,10 @@ class JournalClient:
                 bounds={str(incarnation): tokens for incarnation, tokens in (bounds or {}).items()},
             )
         )
+
+    def checkpoint(self, key: int, *, rank: int = 0) -> Checkpoint:
+        """The newest complete checkpoint of a series of page regions."""
+        return Checkpoint.from_json(self._ask("checkpoint", key=key, rank=rank))
 
     def match_prefix(self, keys: Sequence[int], *, layout_hash: int, world: int) -> Cut:
         """The longest run of these blocks that every rank has, of whatever request."""

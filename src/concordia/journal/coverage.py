@@ -33,6 +33,7 @@ class Piece:
     layout_hash: int = 0  # as the record's header says
     step: int = 0
     model_hash: int = 0  # likewise
+    region: int = 0  # likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,17 +196,16 @@ class Coverage:
         return None
 
 
+def piece_of(held: Held, *, rank: int) -> Piece:
+    """All of one record."""
+    r = held.record
+    return Piece(
+        rank, r.kind, r.token_start, r.token_end, r.payload_offset, r.payload_bytes,
+        r.payload_hash, r.sequence, held.source.stream, r.layout_hash, r.step, r.model_hash,
+        r.region,
+    )  # fmt: skip
+
+
 def pieces_of(helds: Sequence[Held], *, rank: int, tokens: int) -> list[Piece]:
     """The pieces among these that hold tokens below `tokens`."""
-    found = []
-    for held in helds:
-        r = held.record
-        if r.token_start < tokens:
-            found.append(
-                Piece(
-                    rank, r.kind, r.token_start, r.token_end, r.payload_offset, r.payload_bytes,
-                    r.payload_hash, r.sequence, held.source.stream, r.layout_hash, r.step,
-                    r.model_hash,
-                )
-            )  # fmt: skip
-    return found
+    return [piece_of(held, rank=rank) for held in helds if held.record.token_start < tokens]

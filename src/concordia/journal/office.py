@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from concordia import abi
 from concordia.errors import JournalError
 from concordia.journal import fence
+from concordia.journal.checkpoints import Checkpoint
 from concordia.journal.control import Identity
 from concordia.journal.coverage import Cut
 from concordia.journal.pins import Told
@@ -46,6 +47,7 @@ class Office:
             "release_replica": self._release,
             "seal_replica": self._seal,
             "cut": self._cut,
+            "checkpoint": self._checkpoint,
             "match_prefix": self._match_prefix,
             "known_keys": self._known_keys,
             "committed": self._committed,
@@ -147,6 +149,11 @@ class Office:
         newest = self._owner.streams.index.newest(key)
         return self._pinned(cut, Told(key, newest, (layout_hash, world)))
 
+    def _checkpoint(self, peer: Peer, arguments: dict[str, Any]) -> dict[str, Any]:
+        self._owner.streams.scan_all()
+        key, rank = _number(arguments, "key", _U128), _number(arguments, "rank", 1 << 16)
+        return self._pinned(self._owner.streams.index.checkpoints.newest(key, rank), None)
+
     def _match_prefix(self, peer: Peer, arguments: dict[str, Any]) -> dict[str, Any]:
         self._owner.streams.scan_all()
         cut = self._owner.streams.index.match_prefix(
@@ -216,9 +223,9 @@ class Office:
         found = self._owner.streams.by_slot.get(_number(arguments, "slot", abi.STREAM_CAPACITY))
         return found if found is not None and found.identity.stream == arguments["stream"] else None
 
-    def _pinned(self, cut: Cut, told: Told | None) -> dict[str, Any]:
-        self._owner.streams.pins.add(cut, told)
-        return cut.to_json()
+    def _pinned(self, found: Cut | Checkpoint, told: Told | None) -> dict[str, Any]:
+        self._owner.streams.pins.add(found.pieces, told)
+        return found.to_json()
 
 
 def _describe(stream: Stream) -> dict[str, Any]:

@@ -9,10 +9,11 @@ its records say that nothing is read here any more. Called by streams. It does n
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from concordia import config
-from concordia.journal.coverage import Cut
+from concordia.journal.coverage import Piece
 from concordia.journal.keys import Group
 from concordia.journal.replay import ReplayIndex
 
@@ -33,12 +34,10 @@ class Pins:
         self._segment_bytes = segment_bytes
         self._pinned: list[tuple[float, Told | None, frozenset[int]]] = []  # until when
 
-    def add(self, cut: Cut, told: Told | None) -> None:
-        """These places were told: for a request, or for a prefix that is nobody's own."""
+    def add(self, pieces: Mapping[int, Sequence[Piece]], told: Told | None) -> None:
+        """These places were told: for a request, or for what is no request's own."""
         segments = frozenset(
-            piece.pool_offset // self._segment_bytes
-            for pieces in cut.pieces.values()
-            for piece in pieces
+            piece.pool_offset // self._segment_bytes for found in pieces.values() for piece in found
         )
         self._pinned.append((time.monotonic() + config.CUT_PIN_S, told, segments))
 

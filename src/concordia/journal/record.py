@@ -94,6 +94,11 @@ def record_bytes(payload_bytes: int) -> int:
 
 def payload_hash(payload: bytes | memoryview) -> int:
     """XXH3-128 per 4 KiB leaf and over the digests of the leaves, as the ABI lays down."""
+    return root_hash(leaf_digests(payload))
+
+
+def leaf_digests(payload: bytes | memoryview) -> bytes:
+    """XXH3-128 of each 4 KiB leaf, the last one zero-padded; 16 bytes each."""
     view = memoryview(payload).cast("B")
     digests = bytearray()
     whole = len(view) // abi.LEAF_BYTES * abi.LEAF_BYTES
@@ -103,8 +108,13 @@ def payload_hash(payload: bytes | memoryview) -> int:
     if whole < len(view):
         last = bytes(view[whole:]).ljust(abi.LEAF_BYTES, b"\0")
         digests += leaf_digest(last).to_bytes(16, "little")
+    return bytes(digests)
+
+
+def root_hash(digests: bytes) -> int:
+    """The payload hash of leaves with these digests."""
     padded = max(abi.ROOT_BYTES_MIN, -(-len(digests) // 64) * 64)
-    return xxhash.xxh3_128_intdigest(bytes(digests).ljust(padded, b"\0"))
+    return xxhash.xxh3_128_intdigest(digests.ljust(padded, b"\0"))
 
 
 def request_key(request: str) -> int:

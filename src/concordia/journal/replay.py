@@ -19,12 +19,12 @@ from typing import Any, Final
 from concordia import abi, config
 from concordia.errors import Corruption
 from concordia.journal.block_sizes import BlockSizes
+from concordia.journal.checkpoints import CheckpointTable
 from concordia.journal.coverage import Cut, Piece, pieces_of
 from concordia.journal.events import Events
 from concordia.journal.keys import Group, KeyTable
 from concordia.journal.ledger import Held, Ledger, Source
 from concordia.journal.life import Incarnation, Request
-from concordia.journal.pages import page_numbers
 from concordia.journal.record import Record
 from concordia.journal.request_table import RequestTable
 from concordia.journal.successions import Successions
@@ -33,6 +33,7 @@ __all__ = ["Cut", "Piece", "ReplayIndex"]
 
 _KEY_ENTRY: Final = struct.Struct("<IIQQ")  # block index, 0, key low, key high
 _KV: Final = (abi.KIND_KV_TAIL, abi.KIND_KV_BLOCK)
+_CHECKPOINT: Final = (abi.KIND_PAGE, abi.KIND_STATE, abi.KIND_CHECKPOINT)
 
 
 class ReplayIndex:
@@ -45,7 +46,8 @@ class ReplayIndex:
         self.sizes = BlockSizes()
         self.table = RequestTable(self.ledger, segment_bytes)
         self.requests = self.table.requests  # the coldest first
-        self._latest: dict[tuple[int, ...], Held] = {}  # pages and memberships
+        self.checkpoints = CheckpointTable(self.ledger)
+        self._latest: dict[tuple[int, int], Held] = {}  # memberships
         self.successions = Successions(
             self.requests, reach=self._reach, drop=self._drop_incarnations
         )
@@ -61,8 +63,11 @@ class ReplayIndex:
             if event.get("event") == "differs":
                 self._withdraw(event)
             return
-        if record.kind in (abi.KIND_PAGE, abi.KIND_MEMBERSHIP):
-            self._ingest_latest(held, view)
+        if record.kind in _CHECKPOINT:
+            self._ingest_checkpoint(held, view)
+            return
+        if record.kind == abi.KIND_MEMBERSHIP:
+            self._ingest_latest(held)
             return
         request = self.table.touch(record)
         if record.kind in _KV:
@@ -79,11 +84,12 @@ class ReplayIndex:
     def finish(self, key: int, *, now: float) -> bool:
         """The request ended; a moment later (keys may still be on their way) its tails are dropped.
 
-        False when it is not known or has ended before.
+        A series of checkpoints is dropped at once. False when it is not known or has ended before.
         """
+        is_series = self.checkpoints.forget(key)
         request = self.requests.get(key)
         if request is None or request.is_finished or request.is_finishing:
-            return False
+            return is_series
         request.is_finishing = True
         self._finishing.append((now + config.FINISH_GRACE_S, key))
         return True
@@ -223,23 +229,20 @@ class ReplayIndex:
                 self.successions.note(record.key)
         return life
 
-    def _ingest_latest(self, held: Held, view: memoryview) -> None:
-        """Each page's newest record is wanted; one whose pages have all been written again is
-        dead.
-        """
-        r = held.record
+    def _ingest_checkpoint(self, held: Held, view: memoryview) -> None:
         try:
-            places = page_numbers(r, view) if r.kind == abi.KIND_PAGE else [0]
+            self.checkpoints.ingest(held, view)
         except Corruption as error:
             self.events.note({"event": "malformed", "reason": str(error)})
-            return
-        for place in places:
-            name = (r.kind, r.key, r.region, place, held.source.rank)
-            self.ledger.use(held)
-            old = self._latest.get(name)
-            self._latest[name] = held
-            if old is not None:
-                self.ledger.release(old)
+
+    def _ingest_latest(self, held: Held) -> None:
+        """Only the newest record is wanted."""
+        name = held.record.key, held.source.rank
+        self.ledger.use(held)
+        old = self._latest.get(name)
+        self._latest[name] = held
+        if old is not None:
+            self.ledger.release(old)
 
     def _ingest_finish(self, request: Request, held: Held) -> None:
         if request.finish is None:

@@ -1,0 +1,140 @@
+"""Checkpoints of page regions that are one consistent cut, floor 4.
+
+Owns: `CutWriter`: the order of a checkpoint's records. Promises: the marker is handed in only once
+every page that differs and all host state are committed, so a marker in the journal means a whole
+step; one life of a writer begins with all pages, so a checkpoint never mixes incarnations; a full
+journal is waited for within a bound, then it is JournalFull and the checkpoint before counts on.
+The regions must not change between `begin` and the end of `commit`. Called by integrations. One
+thread at a time. It reads nothing back: recovery/pages does.
+
+    begin:  scan region 1 | scan region 2 | ... | state      commit:  wait for them | marker
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from concordia import abi, config
+from concordia.checkpoint.checkpointer import Checkpointer
+from concordia.checkpoint.region import PageRegion
+from concordia.errors import DeviceError, JournalFull, UsageError
+from concordia.journal.marker import Marker, RegionMark
+from concordia.runtime.ring import Completion, Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A checkpoint that is in the journal."""
+
+    step: int
+    pages: int  # that were appended
+    sequence: int  # of the marker in its stream
+
+
+class _Part(NamedTuple):
+    """One task of a checkpoint."""
+
+    what: str
+    again: Callable[[], Ticket]  # hands it in once more
+    ticket: Ticket
+
+
+class CutWriter:
+    """Writes one series of checkpoints: of these regions, under this key, in this incarnation."""
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        regions: Mapping[str, PageRegion],
+        *,
+        key: int,
+        incarnation: int,
+    ) -> None:
+        self._checkpointer = checkpointer
+        self._regions = dict(regions)
+        self._names: dict[str, Any] = {"key": key, "incarnation": incarnation}
+        self._step = -1  # the newest that was begun
+        self._parts: list[_Part] = []  # of the checkpoint that is open
+        self._state_bytes = 0
+
+    def begin(self, step: int, state: bytes = b"") -> None:
+        """Enqueue every page that differs from what was appended last, and these bytes. Steps only
+        grow; what was begun and not committed is given up.
+        """
+        if step <= self._step:
+            raise UsageError(f"step {step} comes after step {self._step}: steps must grow")
+        if len(state) > config.STATE_BYTES_MAX:
+            raise UsageError(
+                f"{len(state)} bytes of state: at most {config.STATE_BYTES_MAX}; "
+                "make the rest a region"
+            )
+        if self._step < 0:
+            self._forget_pages()
+        self._step, self._state_bytes, self._parts = step, len(state), []
+        for name in self._regions:
+            self._hand_in(f"region {name}", partial(self.scan, name))
+        for at in range(0, len(state), config.STATE_PART_BYTES):
+            part = state[at : at + config.STATE_PART_BYTES]
+            self._hand_in("host state", partial(self._append, part, abi.KIND_STATE, at))
+            if len(self._parts) > config.STATE_PARTS_AHEAD:  # the ring's arena holds only so much
+                self._checkpointer.wait(self._parts[-config.STATE_PARTS_AHEAD].ticket)
+
+    def commit(self, timeout_s: float = config.CHECKPOINT_WAIT_S) -> Committed:
+        """Wait until all of it is committed, then for the marker. Raises JournalFull, WaitTimeout
+        or DeviceError: then the checkpoint before is the newest.
+        """
+        if not self._parts:
+            raise UsageError("no checkpoint was begun")
+        deadline = time.monotonic() + timeout_s
+        parts, self._parts = self._parts, []
+        pages = sum(self._settle(part, deadline)[1] for part in parts)
+        marks = {
+            name: RegionMark(region.number, region.page_count, region.page_bytes)
+            for name, region in self._regions.items()
+        }
+        payload = Marker(marks, self._state_bytes).pack()
+        again = partial(self._append, payload, abi.KIND_CHECKPOINT)
+        done, _ = self._settle(_Part("the marker", again, again()), deadline)
+        assert done.sequence is not None  # of a record that was committed
+        return Committed(self._step, pages, done.sequence)
+
+    def scan(self, name: str) -> Ticket:
+        """One region's part of `begin`."""
+        return self._checkpointer.scan_pages(self._regions[name], step=self._step, **self._names)
+
+    def _hand_in(self, what: str, again: Callable[[], Ticket]) -> None:
+        self._parts.append(_Part(what, again, again()))
+
+    def _append(self, payload: bytes, kind: int, at: int = 0) -> Ticket:
+        return self._checkpointer.append_bytes(
+            payload, kind=kind, token_start=at, token_end=at + len(payload), step=self._step,
+            **self._names,
+        )  # fmt: skip
+
+    def _settle(self, part: _Part, deadline: float) -> tuple[Completion, int]:
+        """Its last answer, and the pages of all; what found the journal full is handed in again,
+        and a scan goes on where it stopped.
+        """
+        done, pages = self._wait(part.ticket, deadline), 0
+        while done.status == abi.STATUS_JOURNAL_FULL:
+            pages += done.result
+            if time.monotonic() >= deadline:
+                raise JournalFull(f"{part.what}: the journal has no room left; make it larger")
+            time.sleep(config.OWNER_POLL_S)
+            done = self._wait(part.again(), deadline)
+        if not done.is_ok:
+            raise DeviceError(f"{part.what} could not be appended: status {done.status}")
+        return done, pages + done.result
+
+    def _forget_pages(self) -> None:
+        """To this life's first scan every page is new."""
+        for region in self._regions.values():
+            self._checkpointer.device.write(region.page_hashes, bytes(16 * region.page_count))
+
+    def _wait(self, ticket: Ticket, deadline: float) -> Completion:
+        left_s = deadline - time.monotonic()
+        return self._checkpointer.wait(ticket, max(config.OWNER_POLL_S, left_s))

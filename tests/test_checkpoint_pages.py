@@ -1,0 +1,360 @@
+"""Page regions there and back: checkpoint/cut.py, journal/checkpoints.py, recovery/pages.py.
+
+Invariants: what comes back is the newest complete checkpoint, all of its regions and state of one step and one life, whatever was appended
+behind it; a page that is written during a scan is in the journal with the hash of what was taken, and is found again; one flipped bit
+anywhere is found before a region is touched; records below the newest marker stay wanted until the next one.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from concordia import abi
+from concordia.checkpoint.checkpointer import Checkpointer
+from concordia.checkpoint.cut import CutWriter
+from concordia.checkpoint.region import PageRegion
+from concordia.device.compiler import HostCompiler
+from concordia.device.host import HostDevice
+from concordia.device.memory import Buffer, JournalTarget
+from concordia.errors import Corruption, JournalFull, LayoutMismatch, RecoveryError, UsageError
+from concordia.journal.checkpoints import Checkpoint
+from concordia.journal.marker import Marker, RegionMark
+from concordia.journal.writer import Entry, StreamWriter
+from concordia.recovery.pages import read_checkpoint, restore_checkpoint
+from concordia.testing.journal import SmallJournal
+from scratch_stream import ScratchStream
+
+KEY = (3 << 64) | 8
+SIZES = {"weights": (24, 4096), "moments": (6, 16384)}  # pages, bytes of one
+SHAPES = {"one-lane": (1, 0), "four-lanes": (4, 0), "gpu-shape": (4, 1)}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def shape(request: pytest.FixtureRequest) -> Iterator[tuple[HostDevice, int]]:
+    lanes, is_device = SHAPES[request.param]
+    device = HostDevice(HostCompiler(flags=("-O1", f"-DCONCORDIA_DEVICE_SHAPE={is_device}")))
+    yield device, lanes
+    device.close()
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[HostDevice]:
+    opened = HostDevice()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[SmallJournal]:
+    with SmallJournal(tmp_path / "journal", segments=32, segment_bytes=1 << 17) as small:
+        yield small
+
+
+class Trainer:
+    """A process of training as the journal sees it: weights and moments that a step changes, and one stream."""
+
+    def __init__(self, device: HostDevice, journal: SmallJournal, *, incarnation: int, lanes: int = 1, layout: int = 9) -> None:
+        self.journal = journal
+        self.stream, _ = journal.open(layout_hash=0)
+        self.buffers = {name: Buffer(count * size) for name, (count, size) in SIZES.items()}
+        pool = journal.pool
+        target = JournalTarget(pool.mapping.address, pool.mapping.size, pool.segment_bytes, self.stream.control.address)
+        self.checkpointer = Checkpointer(device, target, lanes=lanes)
+        self.regions: dict[str, PageRegion] = {
+            name: self.checkpointer.register_pages(self.buffers[name].address, size=count * size, page_bytes=size, layout_hash=layout)
+            for name, (count, size) in SIZES.items()
+        }
+        self.writer = CutWriter(self.checkpointer, self.regions, key=KEY, incarnation=incarnation)
+
+    def step(self, seed: int, *, share: float = 0.3) -> None:
+        rng = np.random.default_rng(seed)
+        for buffer in self.buffers.values():
+            data = np.frombuffer(buffer.view, np.uint8)
+            changed = rng.random(data.size // 4096) < share
+            for page in np.flatnonzero(changed):
+                data[4096 * page : 4096 * (page + 1)] = rng.integers(0, 256, 4096, np.uint8)
+
+    def save(self, step: int, state: bytes = b"") -> int:
+        self.writer.begin(step, state)
+        self.journal.round()
+        return self.writer.commit().pages
+
+    def content(self) -> dict[str, bytes]:
+        return {name: bytes(buffer.view) for name, buffer in self.buffers.items()}
+
+    def die(self) -> None:
+        """Its stream is sealed where it is."""
+        self.checkpointer.close()
+        self.journal.streams.release(self.stream)
+
+
+def newest(journal: SmallJournal) -> Checkpoint:
+    journal.round(clean=False)
+    return journal.streams.index.checkpoints.newest(KEY)
+
+
+def found_in(journal: SmallJournal) -> tuple[int, dict[str, bytes], bytes]:
+    checkpoint = newest(journal)
+    pages, state = read_checkpoint(checkpoint, journal.pool.view)
+    return checkpoint.step, {name: found.data.tobytes() for name, found in pages.items()}, state
+
+
+def test_newest_step_comes_back_when_every_step_changed_some_pages(device: HostDevice, journal: SmallJournal) -> None:
+    trainer = Trainer(device, journal, incarnation=1)
+    for step in range(1, 6):
+        trainer.step(step)
+        pages = trainer.save(step, bytes([step]) * step)
+        assert pages == 30 if step == 1 else 0 < pages < 30
+        assert found_in(journal) == (step, trainer.content(), bytes([step]) * step)
+    trainer.die()
+    assert newest(journal).is_final
+
+
+def test_step_without_a_marker_changes_nothing(device: HostDevice, journal: SmallJournal) -> None:
+    """Dead between two scans, between scan and state, between state and marker: always the step before."""
+    trainer = Trainer(device, journal, incarnation=1)
+    trainer.step(1, share=1.0)
+    trainer.save(1, b"one")
+    kept = trainer.content()
+    trainer.step(2)
+    trainer.writer._step = 2
+    trainer.checkpointer.wait(trainer.writer.scan("weights"))
+    assert found_in(journal) == (1, kept, b"one")
+    trainer.writer.begin(3, b"two")
+    trainer.checkpointer.runtime.drain()
+    trainer.die()
+    assert found_in(journal) == (1, kept, b"one")
+
+
+def test_life_that_follows_begins_with_all_pages_and_an_older_one_counts_no_more(device: HostDevice, journal: SmallJournal) -> None:
+    first = Trainer(device, journal, incarnation=1)
+    first.step(1)
+    first.save(4, b"first")
+    kept = first.content()
+    first.die()
+    second = Trainer(device, journal, incarnation=2)
+    checkpoint = newest(journal)
+    assert restore_checkpoint(second.checkpointer, second.regions, checkpoint, journal.pool.view) == b"first"
+    assert second.content() == kept
+    scans = [second.checkpointer.wait(second.checkpointer.scan_pages(region)).result for region in second.regions.values()]
+    assert scans == [0, 0]
+    second.step(2)
+    second.writer.begin(5)
+    second.checkpointer.runtime.drain()
+    assert found_in(journal)[0] == 4, "a life counts from its first marker on"
+    assert second.writer.commit().pages == 30
+    assert found_in(journal) == (5, second.content(), b"")
+    zombie = Trainer(device, journal, incarnation=1)
+    zombie.save(9)
+    assert found_in(journal)[0] == 5
+    assert journal.streams.index.ledger.live_bytes() < 400_000
+
+
+@pytest.mark.parametrize("page_bytes", [4096, 16384])
+def test_region_is_clean_when_it_was_restored(shape: tuple[HostDevice, int], tmp_path: Path, page_bytes: int) -> None:
+    with SmallJournal(tmp_path / "journal", segments=32, segment_bytes=1 << 17) as journal:
+        trainer = Trainer(shape[0], journal, incarnation=1, lanes=shape[1])
+        trainer.step(3, share=1.0)
+        trainer.save(1, random.Random(1).randbytes(700_00))
+        kept = trainer.content()
+        trainer.step(4)
+        restore_checkpoint(trainer.checkpointer, trainer.regions, newest(journal), journal.pool.view)
+        assert trainer.content() == kept
+        name = "weights" if page_bytes == 4096 else "moments"
+        trainer.buffers[name].view[page_bytes * 2 + 5] ^= 1
+        done = trainer.checkpointer.wait(trainer.checkpointer.scan_pages(trainer.regions[name]))
+        assert done.result == 1
+        trainer.checkpointer.close()
+
+
+def test_flipped_bit_is_found_before_a_region_is_touched(device: HostDevice, journal: SmallJournal) -> None:
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    trainer = Trainer(device, journal, incarnation=1)
+    trainer.step(1, share=1.0)
+    trainer.save(1, b"s" * 5000)
+    checkpoint = newest(journal)
+    trainer.step(2, share=1.0)
+    before = trainer.content()
+    for _ in range(10):
+        piece = rng.choice(checkpoint.pieces[0])
+        at, bit = piece.pool_offset + rng.randrange(piece.payload_bytes), 1 << rng.randrange(8)
+        journal.pool.view[at] ^= bit
+        with pytest.raises(Corruption, match=f"record {piece.sequence} .* committed"):
+            restore_checkpoint(trainer.checkpointer, trainer.regions, checkpoint, journal.pool.view)
+        journal.pool.view[at] ^= bit
+    assert trainer.content() == before
+    restore_checkpoint(trainer.checkpointer, trainer.regions, checkpoint, journal.pool.view)
+
+
+def test_checkpoint_is_refused_when_it_does_not_fit(device: HostDevice, journal: SmallJournal) -> None:
+    trainer = Trainer(device, journal, incarnation=1)
+    with pytest.raises(RecoveryError, match="no complete checkpoint"):
+        restore_checkpoint(trainer.checkpointer, trainer.regions, newest(journal), journal.pool.view)
+    trainer.save(1, b"abc")
+    checkpoint = newest(journal)
+    pool = journal.pool.view
+    one = {"weights": trainer.regions["weights"]}
+    other = trainer.regions | {"weights": replace(trainer.regions["weights"], layout_hash=8)}
+    for regions, words in ((one, "has regions"), (other, "layout 9; here")):
+        with pytest.raises(LayoutMismatch, match=words):
+            restore_checkpoint(trainer.checkpointer, regions, checkpoint, pool)
+    pieces = checkpoint.pieces[0]
+    pages = [piece for piece in pieces if piece.kind == abi.KIND_PAGE]
+    for wrong, words in (
+        ({0: pages}, "bytes of state"),
+        ({0: pieces[1:]}, "in no record"),
+        ({0: [replace(pieces[0], pool_offset=len(pool)), *pieces[1:]]}, "outside the pool"),
+        ({0: [replace(pieces[0], region=77), *pieces[1:]]}, "does not belong"),
+        ({0: [replace(pieces[0], token_end=pieces[0].token_end + 1), *pieces[1:]]}, "pages in"),
+    ):
+        with pytest.raises(Corruption, match=words):
+            read_checkpoint(replace(checkpoint, pieces=wrong), pool)
+
+
+def test_step_is_refused_when_steps_do_not_grow(device: HostDevice, journal: SmallJournal) -> None:
+    trainer = Trainer(device, journal, incarnation=1)
+    trainer.save(2)
+    for step in (2, 1):
+        with pytest.raises(UsageError, match="steps must grow"):
+            trainer.writer.begin(step)
+    with pytest.raises(UsageError, match="no checkpoint was begun"):
+        trainer.writer.commit()
+    with pytest.raises(UsageError, match="make the rest a region"):
+        trainer.writer.begin(3, bytes((64 << 20) + 1))
+
+
+def test_checkpoint_before_counts_when_the_journal_is_full(device: HostDevice, tmp_path: Path) -> None:
+    with SmallJournal(tmp_path / "journal", segments=8, segment_bytes=1 << 17) as journal:
+        trainer = Trainer(device, journal, incarnation=1)
+        trainer.save(1, b"kept")
+        kept = trainer.content()
+        # nobody lends from now on: one of these finds no room
+        want, said = (1, kept, b"kept"), ""
+        for step in range(2, 12):
+            trainer.step(step, share=1.0)
+            trainer.writer.begin(step, b"more")
+            try:
+                trainer.writer.commit(timeout_s=0.1)
+            except JournalFull as error:
+                said = str(error)
+                break
+            want = step, trainer.content(), b"more"
+        assert "has no room left" in said
+        assert found_in(journal) == want
+
+
+def test_commit_goes_on_when_the_owner_lends_more(device: HostDevice, journal: SmallJournal) -> None:
+    """More than one segment of dirty pages: the scan stops at the end of what is lent, and goes on."""
+    trainer = Trainer(device, journal, incarnation=1)
+    trainer.step(1, share=1.0)
+    stop = threading.Event()
+
+    def own() -> None:
+        while not stop.wait(0.005):
+            journal.round()
+
+    owner = threading.Thread(target=own)
+    owner.start()
+    trainer.writer.begin(1, bytes(300_00))
+    committed = trainer.writer.commit()
+    stop.set()
+    owner.join()
+    assert committed.pages == 30
+    assert found_in(journal) == (1, trainer.content(), bytes(300_00))
+
+
+def test_checkpoints_survive_the_cleaner_and_another_owner(device: HostDevice, journal: SmallJournal) -> None:
+    """Many steps through a small journal: old pages are copied, segments reused, and an owner that adopts finds the same."""
+    trainer = Trainer(device, journal, incarnation=1)
+    trainer.step(0, share=1.0)
+    for step in range(1, 200):
+        trainer.step(step, share=0.1)
+        trainer.save(step, step.to_bytes(4, "little"))
+    assert journal.cleaner.copied_count > 0
+    want = (199, trainer.content(), (199).to_bytes(4, "little"))
+    assert found_in(journal) == want
+    trainer.step(300)
+    trainer.writer.begin(300, b"half")
+    trainer.checkpointer.runtime.drain()
+    trainer.die()
+    assert found_in(journal) == want
+    journal.adopted()
+    assert found_in(journal) == want
+    assert newest(journal).is_final
+
+
+def test_series_is_let_go_when_it_is_finished(device: HostDevice, journal: SmallJournal) -> None:
+    trainer = Trainer(device, journal, incarnation=1)
+    trainer.save(1)
+    assert newest(journal).incarnation == 1
+    assert journal.streams.index.finish(KEY, now=0.0)
+    assert newest(journal).incarnation == 0
+    assert journal.streams.index.ledger.live_bytes() == 0
+
+
+def put(writer: StreamWriter, kind: int, payload: bytes, *, step: int = 1, start: int = 0, end: int = 0, region: int = 0) -> None:
+    writer.append(Entry(kind, KEY, 1, start, end, step=step, region=region), payload)
+
+
+@pytest.mark.parametrize(
+    ("payload", "words"),
+    [
+        (b"no json", "cannot be read"),
+        (b"[]", "cannot be read"),
+        (b'{"regions": {"a": {"region": 0, "pages": 1, "page_bytes": 4096}}, "state_bytes": 0}', "cannot be read"),
+        (b'{"regions": {}, "state_bytes": -1}', "cannot be read"),
+        (Marker({"a": RegionMark(1, 2, 4096)}, 0).pack(), "counts 2 pages of a, the journal has 1"),
+        (Marker({"a": RegionMark(1, 1, 4096)}, 9).pack(), "counts 9 bytes of state, the journal has 4"),
+    ],
+)
+def test_marker_counts_for_nothing_when_it_is_not_what_is_there(journal: SmallJournal, payload: bytes, words: str) -> None:
+    _, writer = journal.open()
+    put(writer, abi.KIND_PAGE, bytes(8192), end=1, region=1)
+    put(writer, abi.KIND_STATE, b"four", end=4)
+    put(writer, abi.KIND_CHECKPOINT, payload)
+    assert newest(journal).incarnation == 0
+    (event,) = [event for _, event in journal.streams.index.events if event["event"] == "malformed"]
+    assert words in event["reason"]
+    put(writer, abi.KIND_CHECKPOINT, Marker({"a": RegionMark(1, 1, 4096)}, 4).pack())
+    assert newest(journal).step == 1
+
+
+def test_records_equal_their_hash_when_a_thread_writes_during_the_scan(shape: tuple[HostDevice, int]) -> None:
+    pages = 64
+    memory = Buffer(pages * 4096)
+    data = np.frombuffer(memory.view, np.uint64)
+    stream = ScratchStream(segments=60, segment_bytes=1 << 20)
+    stop = threading.Event()
+
+    def write() -> None:
+        value = 1
+        while not stop.is_set():
+            data[:] = value  # every word of every page, again and again
+            value += 1
+
+    with Checkpointer(shape[0], stream.target, lanes=shape[1]) as checkpointer:
+        region = checkpointer.register_pages(memory.address, size=memory.size, page_bytes=4096)
+        writer = threading.Thread(target=write)
+        writer.start()
+        found = [checkpointer.wait(checkpointer.scan_pages(region)).result for _ in range(100)]
+        stop.set()
+        writer.join()
+        assert sum(found) > pages, "the writer changed pages between scans"
+        checkpointer.wait(checkpointer.scan_pages(region))
+        assert checkpointer.wait(checkpointer.scan_pages(region)).result == 0
+        latest: dict[int, bytes] = {}
+        for record in stream.records():  # checks each payload against its hash
+            numbers = np.frombuffer(record.payload, "<u4", int(record.header["token_end"]))
+            for i, number in enumerate(numbers):
+                latest[int(number)] = record.payload[4096 * (i + 1) : 4096 * (i + 2)]
+    assert b"".join(latest[page] for page in range(pages)) == bytes(memory.view)
+    stream.close()
