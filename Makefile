@@ -14,7 +14,7 @@ demo: setup
 	$(RUN) demo/demo.py $(ARGS)
 
 check: setup
-	$(RUN) -m ruff check src tests demo benchmarks
+	$(RUN) -m ruff check src tests demo benchmarks examples
 	$(RUN) -m mypy
 	PYTHONPATH=src $(dir $(ENV_PYTHON))lint-imports
 
