@@ -6,6 +6,7 @@ when the payload is not what was promised; what does not exist is refused, never
 """
 
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,7 +21,12 @@ from concordia.device.compiler import HostCompiler
 from concordia.device.host import HostDevice
 from concordia.device.memory import Buffer
 from concordia.errors import UsageError
-from scratch_stream import LAYOUT, ReadRecord, ScratchStream, tree_hash, wide
+from concordia.journal.control import Lent
+from concordia.journal.ledger import Source
+from concordia.journal.replay import ReplayIndex
+from concordia.journal.stream import StreamReader
+from concordia.recovery.restore import plan_restore, verify
+from scratch_stream import LAYOUT, STREAM, ReadRecord, ScratchStream, tree_hash, wide
 
 Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 BLOCKS = 6
@@ -51,6 +57,28 @@ def packed_gpu(
     )  # fmt: skip
 
 
+def head_first(*, layers: int, heads: int, tokens: int, dim: int, size: int) -> KvGeometry:
+    """vLLM on a GPU, heads outside tokens: [head][token][K | V]."""
+    row = 2 * dim * size
+    return KvGeometry(
+        layers, BLOCKS, tokens, tokens * heads * row, heads, dim, dim, size,
+        key=Plane(0, tokens * row, row, size),
+        value=Plane(dim * size, tokens * row, row, size),
+        dtype="uint8", instruction_set="any",
+    )  # fmt: skip
+
+
+def stacked(*, layers: int, heads: int, tokens: int, dim: int, size: int) -> KvGeometry:
+    """vLLM on a GPU, all of K before all of V: [K | V][token][head]."""
+    half = tokens * heads * dim * size
+    return KvGeometry(
+        layers, BLOCKS, tokens, 2 * half, heads, dim, dim, size,
+        key=Plane(0, dim * size, heads * dim * size, size),
+        value=Plane(half, dim * size, heads * dim * size, size),
+        dtype="uint8", instruction_set="any",
+    )  # fmt: skip
+
+
 def tiled_cpu(*, layers: int, heads: int, tokens: int, dim: int, size: int) -> KvGeometry:
     """vLLM on a CPU with AMX: per (block, head) K in tiles of 16 tokens by 2 elements, then V in tiles of 16 elements by 2 tokens."""
     half, pair = tokens * dim * size, 32 * size
@@ -69,7 +97,10 @@ GEOMETRIES = {
     "cpu-fp8": packed_cpu(layers=3, heads=1, tokens=32, dim=80, size=1),
     "gpu-bf16": packed_gpu(layers=3, heads=4, tokens=16, key=64, value=64, size=2),
     "gpu-fp8-gap": packed_gpu(layers=2, heads=2, tokens=16, key=128, value=128, size=1, gap=4096),
+    "head-first": head_first(layers=2, heads=4, tokens=16, dim=32, size=2),
+    "stacked-fp8": stacked(layers=2, heads=2, tokens=16, dim=64, size=1),
     "mla": packed_gpu(layers=3, heads=1, tokens=64, key=576, value=0, size=2),
+    "mla-fp8": packed_gpu(layers=2, heads=1, tokens=64, key=656, value=0, size=1),
     "odd": packed_gpu(layers=2, heads=3, tokens=8, key=20, value=12, size=2),
 }
 SHAPES = {"one-lane": (1, 0), "four-lanes": (4, 0), "gpu-shape": (4, 1)}
@@ -99,7 +130,13 @@ def planes(name: str, layer: Bytes) -> list[Bytes]:
         )
         value = heads[:, :, 1].reshape(BLOCKS, g.heads, g.block_tokens, -1)
         return [key.transpose(0, 1, 3, 2, 4).reshape(BLOCKS, g.heads, g.block_tokens, -1), value]
-    rows = blocks.reshape(BLOCKS, g.block_tokens, g.heads, -1).transpose(0, 2, 1, 3)
+    if name.startswith("stacked"):
+        halves = blocks.reshape(BLOCKS, 2, g.block_tokens, g.heads, -1)
+        return [halves[:, half].transpose(0, 2, 1, 3) for half in (0, 1)]
+    if name.startswith("head"):
+        rows = blocks.reshape(BLOCKS, g.heads, g.block_tokens, -1)
+    else:
+        rows = blocks.reshape(BLOCKS, g.block_tokens, g.heads, -1).transpose(0, 2, 1, 3)
     at = g.head_dim_key * g.element_bytes
     return [rows[..., :at], rows[..., at:]]
 
@@ -410,6 +447,53 @@ def test_apply_writes_nothing_when_the_payload_is_not_the_promised(setup: Setup)
     assert setup.expected(*wanted) == record.payload
     for layer, kept in zip(setup.layers, before, strict=True):
         layer[:] = kept
+
+
+@dataclass
+class PoolBytes:
+    view: memoryview
+    segment_bytes: int
+
+
+def replayed(stream: ScratchStream) -> ReplayIndex:
+    """The journal's own reader and index over what was appended."""
+    reader = StreamReader(PoolBytes(stream.pool.view, stream.segment_bytes), STREAM)
+    for ordinal, salt in enumerate(stream.salts):
+        reader.lend(Lent(ordinal, ordinal, salt))
+    index = ReplayIndex(stream.segment_bytes)
+    source = Source(STREAM, abi.WRITER_RANK, 0, 1, 1, 0, is_final=True)
+    for record in reader.read(1000):
+        index.ingest(record, source, stream.pool.view)
+    return index
+
+
+def test_kv_comes_back_in_other_blocks_when_it_was_replayed(setup: Setup) -> None:
+    """Append, replay, plan, verify, apply, hash: two blocks, part of a third, then single tokens."""
+    geometry, pool = setup.region.geometry, setup.stream.pool
+    size = geometry.block_tokens
+    home, away = [4, 1, 5], [0, 3, 2]
+    last = 2 * size + size // 2
+    ranges = [(abi.KIND_KV_BLOCK, 0, size, home[:1]), (abi.KIND_KV_BLOCK, size, 2 * size, home[1:2]),
+              (abi.KIND_KV_TAIL, 2 * size, last, home[2:])] + [(abi.KIND_KV_TAIL, t, t + 1, home[2:]) for t in range(last, last + 2)]  # fmt: skip
+    for wanted in ranges:
+        assert setup.checkpointer.wait(append(setup, *wanted)).is_ok
+    want = tail_of(setup.name, setup.layers, 0, last + 2, home)
+    cut = replayed(setup.stream).cut((7 << 64) | 9, tokens_known=last + 3, layout_hash=geometry.layout_hash(), world=1)
+    plan = plan_restore(
+        cut, world=1, layout_hash=geometry.layout_hash(), pool=pool.view, segment_bytes=setup.stream.segment_bytes, model_hash=(1 << 64) - 21
+    )
+    assert plan.tokens == last + 2
+    verify(plan, pool.view, deadline=time.monotonic() + 10)
+    for layer in setup.layers:
+        layer[:] = 0
+    for piece in plan.pieces[0]:
+        blocks = away[piece.token_start // size : -(-piece.token_end // size)]
+        span = piece.kind, piece.token_start, piece.token_end, blocks
+        payload = bytes(piece.payload_bytes)  # only its length is told; the bytes lie in the pool
+        assert apply(setup, span, address=pool.address + piece.pool_offset, payload=payload, promised=piece.payload_hash) == abi.STATUS_OK
+        ticket = setup.checkpointer.hash_kv(setup.region, kind=piece.kind, token_start=piece.token_start, token_end=piece.token_end, blocks=blocks)
+        assert setup.checkpointer.wait(ticket).payload_hash == piece.payload_hash
+    assert tail_of(setup.name, setup.layers, 0, last + 2, away) == want
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ def run(*arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[
 
 def example() -> Any:
     spec = importlib.util.spec_from_file_location("online_lora", EXAMPLE)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["online_lora"] = module
     spec.loader.exec_module(module)

@@ -200,3 +200,79 @@ def test_predicted_bytes_of_all_tokens_fill_the_block_once() -> None:
     geometry = described(cpu_tensors()).geometry
     total = sum(predicted_bytes(geometry, slot).astype(int) for slot in range(TOKENS))
     assert (total == 1).all()
+
+
+# --- every physical layout of vLLM, made by vLLM itself
+
+KINDS: dict[str, dict[str, Any]] = {
+    "gqa": {"num_kv_heads": 4, "head_size": 32, "dtype": torch.bfloat16},
+    "gqa-fp8": {"num_kv_heads": 4, "head_size": 32, "dtype": torch.uint8},
+    "one-head": {"num_kv_heads": 1, "head_size": 64, "dtype": torch.float16},
+    "other-value": {"num_kv_heads": 2, "head_size": 32, "head_size_v": 16, "dtype": torch.bfloat16},
+    "fp8-scales-inside": {"num_kv_heads": 2, "head_size": 32, "dtype": torch.uint8, "state_content_bytes": 2 * (32 + 4)},
+    "int4-packed": {"num_kv_heads": 2, "head_size": 64, "dtype": torch.uint8, "state_content_bytes": 40},
+    "stacked": {"num_kv_heads": 4, "head_size": 16, "dtype": torch.bfloat16, "num_head_slots": 2, "state_content_bytes": 4 * 16 * 2},
+    "mla": {"num_kv_heads": 1, "head_size": 576, "dtype": torch.bfloat16, "head_size_v": 0},
+    "mla-fp8": {"num_kv_heads": 1, "head_size": 576, "dtype": torch.uint8, "head_size_v": 0, "state_content_bytes": 656},
+    "padded": {"num_kv_heads": 2, "head_size": 16, "dtype": torch.bfloat16, "page_size_padded": 8192},
+}  # fmt: skip
+
+
+def layers_of_vllm(layout: str, kind: str, *, layers: int = 3) -> tuple[Any, dict[str, Any], int]:
+    """The allocation and the views that vLLM makes of it, and heads as the layout has them."""
+    interface = pytest.importorskip("vllm.v1.kv_cache_interface", reason="vLLM is not installed")
+    layouts = pytest.importorskip("vllm.v1.kv_cache_layout", reason="this vLLM has no named layouts")
+    spec = interface.FullAttentionSpec(block_size=TOKENS, **KINDS[kind])
+    chosen = layouts.KVCacheLayout[layout]
+    strides = interface.compute_layout_strides(spec, BLOCKS, layers, chosen)
+    names = [f"l{i}" for i in range(layers)]
+    raw = torch.zeros(layers * BLOCKS * spec.page_size_bytes, dtype=torch.int8)
+    placed = interface.KVCacheTensor(size=raw.numel(), layers=names, layer_stride=strides[0], block_stride=strides[1])
+    views = interface.create_kv_cache_views(raw, spec, BLOCKS, chosen, placed)
+    return raw, dict(zip(names, views, strict=True)), spec.num_heads
+
+
+SCATTERED = ("LHBNC", "BHLNC")  # a block's heads lie apart, where there are several
+LAYOUTS = ("LBHNC", "LBNHC", "BLHNC", "BLNHC", *SCATTERED)
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [(layout, kind) for layout in LAYOUTS for kind in KINDS if not (layout in SCATTERED and kind == "padded")],  # vLLM pads none of these
+)
+def test_descriptor_names_a_token_s_bytes_in_every_layout_of_vllm(layout: str, kind: str) -> None:
+    raw, tensors, heads = layers_of_vllm(layout, kind)
+    if layout in SCATTERED and heads > 1:
+        with pytest.raises(LayoutMismatch, match="not one run"):
+            described(tensors, instruction_set="", dim=KINDS[kind]["head_size"])
+        return
+    found = described(tensors, instruction_set="", dim=KINDS[kind]["head_size"])
+    found.geometry.check()
+    assert found.has_planes
+    assert found.geometry.heads == heads
+    assert (found.geometry.head_dim_value == 0) == (kind in {"mla", "int4-packed"})
+    for name, block, slot in (("l0", 0, 0), ("l1", 3, 17), ("l2", BLOCKS - 1, TOKENS - 1)):
+        raw.zero_()
+        tensors[name][block, :, slot].view(torch.uint8).fill_(7)
+        row = found.rows[list(tensors).index(name)]
+        mask = predicted_bytes(found.geometry, slot)
+        assert (row[block].numpy() == 7 * mask).all()
+        assert int(raw.count_nonzero()) == mask.sum(), "every byte of the token is in that block"
+
+
+def test_latents_are_one_plane_when_the_cache_is_of_mla() -> None:
+    """[block, token, latent], as backends with a shape of their own have it."""
+    cache = torch.zeros(BLOCKS, TOKENS, 576, dtype=torch.bfloat16)
+    found = described({"l0": cache}, instruction_set="", dim=576)
+    found.geometry.check()
+    assert (found.geometry.heads, found.geometry.head_dim_key, found.geometry.head_dim_value) == (1, 576, 0)
+    cache[2, 5].view(torch.uint8).fill_(9)
+    assert (found.rows[0][2].numpy() == 9 * predicted_bytes(found.geometry, 5)).all()
+
+
+def test_only_blocks_are_known_when_latents_lie_on_a_cpu() -> None:
+    """vLLM's CPU kernels tile K and V; what they do to latents is not described."""
+    for cache in (torch.zeros(BLOCKS, 1, TOKENS, 64, dtype=torch.bfloat16), torch.zeros(BLOCKS, TOKENS, 64, dtype=torch.bfloat16)):
+        found = described({"l0": cache}, dim=64)
+        found.geometry.check()
+        assert not found.has_planes

@@ -216,16 +216,18 @@ _Shape = tuple[int, int, int, Plane, Plane]
 def _shape(
     tensor: torch.Tensor, block_count: int, block_tokens: int, head_dim_key: int | None, *, isa: str
 ) -> _Shape | None:
-    """Heads, dims and planes where the shape tells them: [B, H, N, K|V], or the older [B, 2, N, H,
-    D]. No `isa`: not on a CPU.
+    """Heads, dims and planes where the shape tells them: [B, H, N, K|V], [B, N, latent], or the
+    older [B, 2, N, H, D]. No `isa`: not on a CPU.
     """
     size = tensor.element_size()
     if tensor.shape[0] != block_count:
         return None
     stride = [s * size for s in tensor.stride()]
+    if tensor.dim() == 3 and not isa:  # MLA by itself: [B, N, latent]
+        tensor, stride = tensor.unsqueeze(1), [stride[0], stride[0], *stride[1:]]
     if tensor.dim() == 4 and tensor.shape[2] == block_tokens and tensor.stride(3) == 1:
         heads, content = int(tensor.shape[1]), int(tensor.shape[3])
-        key_dim = head_dim_key if head_dim_key and head_dim_key < content else content // 2
+        key_dim = min(head_dim_key or content // 2, content)  # all of it: latents, packed bits
         value_dim = content - key_dim
         if isa:
             of_cpu = _amx_shape if isa.endswith("amx") else _cpu_shape
