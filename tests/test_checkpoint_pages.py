@@ -7,6 +7,7 @@ anywhere is found before a region is touched; records below the newest marker st
 
 from __future__ import annotations
 
+import importlib
 import random
 import threading
 from collections.abc import Iterator
@@ -328,6 +329,70 @@ def test_marker_counts_for_nothing_when_it_is_not_what_is_there(journal: SmallJo
     assert newest(journal).step == 1
 
 
+def test_index_equals_a_model_when_lives_steps_and_owners_end_at_random(journal: SmallJournal) -> None:
+    """Pages, states and markers at random; writers that die anywhere; rounds with a cleaner; owners that adopt."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    count = 12
+    want: tuple[int, dict[int, bytes], bytes] = (0, {}, b"")
+    incarnation, step, pages, refused = 1, 1, dict[int, bytes](), 0
+    stream, writer = journal.open()
+
+    def put_pages(numbers: list[int]) -> None:
+        found = {number: rng.randbytes(4096) for number in numbers}
+        leaf = np.array(numbers, "<u4").tobytes().ljust(4096, b"\0")
+        writer.append(Entry(abi.KIND_PAGE, KEY, incarnation, 0, len(numbers), step=step, region=3), leaf + b"".join(found.values()))
+        pages.update(found)
+
+    def make_room() -> None:
+        """Rounds of the owner until the new stream has a segment; a journal that lets go of too little never gets there."""
+        for _ in range(50):
+            if stream.control.lent_count:
+                return
+            journal.round()
+
+    for _ in range(600):
+        action = rng.randrange(100)
+        if action < 50:
+            put_pages(rng.sample(range(count), rng.randrange(1, 4)))
+        elif action < 85:
+            state = rng.randbytes(rng.randrange(0, 300))
+            for at in range(0, len(state), 128):
+                part = state[at : at + 128]
+                writer.append(Entry(abi.KIND_STATE, KEY, incarnation, at, at + len(part), step=step), part)
+            if rng.random() < 0.7:
+                writer.append(Entry(abi.KIND_CHECKPOINT, KEY, incarnation, step=step), Marker({"a": RegionMark(3, count, 4096)}, len(state)).pack())
+                refused += len(pages) < count
+                want = (step, dict(pages), state) if len(pages) == count else want
+            step += 1
+        elif action < 92:
+            journal.streams.scan_all()
+            journal.streams.release(stream)
+            incarnation, pages = incarnation + rng.randrange(1, 3), {}
+            stream, writer = journal.open()
+            make_room()
+            if rng.random() < 0.8:
+                put_pages(list(range(count)))
+        elif action < 94:
+            journal.streams.scan_all()
+            journal.streams.release(stream)
+            journal.adopted()
+            incarnation, pages = incarnation + 1, {}
+            stream, writer = journal.open()
+            make_room()
+        journal.round()
+        checkpoint = newest(journal)
+        assert checkpoint.step == want[0]
+        if checkpoint.incarnation:
+            found, state = read_checkpoint(checkpoint, journal.pool.view)
+            assert {i: row.tobytes() for i, row in enumerate(found["a"].data)} == want[1]
+            assert state == want[2]
+    assert want[0] > 0
+    assert refused < 200
+    assert journal.streams.index.ledger.live_bytes() < 500_000, "what no checkpoint needs is let go of"
+
+
 def test_records_equal_their_hash_when_a_thread_writes_during_the_scan(shape: tuple[HostDevice, int]) -> None:
     pages = 64
     memory = Buffer(pages * 4096)
@@ -358,3 +423,12 @@ def test_records_equal_their_hash_when_a_thread_writes_during_the_scan(shape: tu
                 latest[int(number)] = record.payload[4096 * (i + 1) : 4096 * (i + 2)]
     assert b"".join(latest[page] for page in range(pages)) == bytes(memory.view)
     stream.close()
+
+
+def test_newest_step_is_restored_when_its_process_was_killed_at_random(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests/gpu does on a GPU, on this device: two processes and SIGKILL."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "gpu"))
+    scenario = importlib.import_module("test_gpu_pages")
+    monkeypatch.setattr(scenario, "DEVICE", "host")
+    for lanes in (1, 4):
+        scenario.test_newest_step_is_restored_when_the_writer_is_killed(lanes, tmp_path / "journal")

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -106,6 +107,20 @@ def test_series_is_refused_while_another_writes_it(journal: pathlib.Path, monkey
             TorchPages.open({"a": torch.ones(4)}, name="twice", journal=journal)
     with TorchPages.open({"a": torch.ones(4)}, name="twice", journal=journal) as pages:
         assert pages.restore() is not None
+
+
+def test_page_s_example_runs_and_its_limits_are_those_of_config(journal: pathlib.Path) -> None:
+    text = (HERE.parent / "docs" / "regions.md").read_text(encoding="utf-8")
+    example = text.split("```python\n")[1].split("```")[0]
+    code = compile(example.replace("/dev/shm/concordia-adapters", str(journal)).replace("101", "4"), "regions.md", "exec")
+    for began in (None, 3):
+        names: dict[str, Any] = {}
+        exec(code, names)
+        assert names["restored"] is None if began is None else names["restored"].step == began
+    assert f"after {config.CHECKPOINT_WAIT_S:.0f} seconds" in text
+    assert f"waits {config.CHECKPOINT_FENCE_S:.0f} seconds" in text
+    assert f"up to {config.STATE_BYTES_MAX >> 20} MiB" in text
+    assert f"keeps it for {config.OWNER_LINGER_S:.0f} seconds" in text
 
 
 def test_generators_go_on_when_they_were_unpacked() -> None:

@@ -14,7 +14,7 @@ from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.checkpoint.cut import CutWriter
 from concordia.checkpoint.region import PageRegion
 from concordia.device.driver import Device, open_device
-from concordia.journal.checkpoints import Checkpoint, CheckpointTable
+from concordia.journal.checkpoints import Checkpoint, CheckpointTable, series_key
 from concordia.journal.ledger import Held, Ledger, Source
 from concordia.recovery.pages import restore_checkpoint
 
@@ -95,7 +95,6 @@ def behind(device: str, path: str) -> dict[str, Any]:
 
     from concordia.integrations.torch_pages import TorchPages
     from concordia.journal.client import JournalClient
-    from concordia.journal.record import request_key
     from concordia.recovery.pages import read_checkpoint
 
     weight = torch.zeros(1 << 21, device=device)  # large enough for a burst
@@ -113,7 +112,7 @@ def behind(device: str, path: str) -> dict[str, Any]:
                 staged_s.append(time.monotonic() - started)
                 weight.fill_(-step)  # the next step, at once
                 pages.commit()
-                found, _ = read_checkpoint(client.checkpoint(request_key("behind")), pool.view)
+                found, _ = read_checkpoint(client.checkpoint(series_key("behind")), pool.view)
                 values = np.unique(found["weight"].data.view("<f4"))
                 if values.tolist() != [step]:
                     wrong.append([step, values.tolist()[:4]])

@@ -27,9 +27,8 @@ from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.checkpoint.cut import Committed, CutWriter
 from concordia.checkpoint.region import PageRegion
 from concordia.errors import JournalError, UsageError
-from concordia.journal.checkpoints import Checkpoint
+from concordia.journal.checkpoints import Checkpoint, series_key
 from concordia.journal.client import JournalClient, StreamAttachment
-from concordia.journal.record import request_key
 from concordia.journal.spawn import spawn_owner
 from concordia.recovery.pages import restore_checkpoint
 
@@ -94,7 +93,7 @@ class TorchPages:
         self._stages = dict(stages)
         self._device = device
         self._client = client
-        self._key = request_key(name)
+        self._key = series_key(name)
         self._is_begun = False
         self._checkpoint = _await_final(client, self._key, name)
         self._stream: StreamAttachment = client.open_stream(
@@ -170,7 +169,7 @@ class TorchPages:
         if self._is_begun:
             self.commit()
         for stage in self._stages.values():
-            torch._foreach_copy_(stage.views, stage.tensors)
+            _copy(stage.views, stage.tensors)
         if self._device.type == "cuda":
             self.checkpointer.order_after(torch.cuda.current_stream(self._device).cuda_stream)
         self.writer.begin(step, extra)
@@ -196,7 +195,7 @@ class TorchPages:
         extra = restore_checkpoint(self.checkpointer, self._regions, self._checkpoint, pool.view)
         with torch.no_grad():
             for stage in self._stages.values():
-                torch._foreach_copy_(stage.tensors, stage.views)
+                _copy(stage.tensors, stage.views)
         return Restored(self._checkpoint.step, extra)
 
     def finish(self) -> None:
@@ -235,6 +234,15 @@ def _device_of(tensors: Sequence[torch.Tensor]) -> torch.device:
     if len(others) > 1 or any(device.type != "cuda" for device in others):
         raise UsageError(f"tensors on {sorted(map(str, devices))}: use one GPU, or the CPU")
     return next(iter(others), torch.device("cpu"))
+
+
+def _copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """All of them by one launch where they lie on one device."""
+    if len({tensor.device for tensor in [*targets, *sources]}) == 1:
+        torch._foreach_copy_(targets, sources)
+        return
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
 
 
 def _await_final(client: JournalClient, key: int, name: str) -> Checkpoint:

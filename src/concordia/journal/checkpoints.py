@@ -4,8 +4,8 @@ Owns: `CheckpointTable`: by key and rank, which records hold the pages and the h
 newest marker counts, and those that wait for the next. Promises: a checkpoint is of one incarnation
 and one step, never half of it: the pages of a step that has no marker change nothing, and the
 records below the newest marker stay in use until the next one; a marker that lacks a page or a byte
-raises Corruption and counts for nothing. Records of one life may come in any order that keeps a
-marker behind its own. Called by the replay index. It checks no payload: recovery/pages does.
+raises Corruption and counts for nothing, and one closes its step for whatever comes later. Called
+by the replay index. It checks no payload: recovery/pages does.
 
     life:  pages of steps <= marker | marker | pages since (open)  ->  next marker takes them in
 """
@@ -22,8 +22,14 @@ from concordia.journal.coverage import Piece, piece_of
 from concordia.journal.ledger import Held, Ledger, Source
 from concordia.journal.marker import Marker, RegionMark, marker_of
 from concordia.journal.pages import page_numbers
+from concordia.journal.record import request_key
 
 _Pages = dict[int, Held]  # by page
+
+
+def series_key(name: str) -> int:
+    """The key of a series' records, which no request shares."""
+    return request_key(f"checkpoints of {name}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +75,15 @@ class Life:
         self._states: dict[int, dict[int, Held]] = {}  # by step and first byte
 
     def add_pages(self, held: Held, view: memoryview) -> None:
-        """A record of pages: of a step to come, or a copy of one below the marker."""
+        """A record of pages; a marker has closed its step and all before."""
         record = held.record
-        is_open = record.step > self.step
-        pages = (self._open if is_open else self._pages).setdefault(record.region, {})
-        for page in page_numbers(record, view):
-            self._put(pages, page, held)
+        if record.step > self.step:
+            pages = self._open.setdefault(record.region, {})
+            for page in page_numbers(record, view):
+                self._put(pages, page, held)
 
     def add_state(self, held: Held) -> None:
-        """A part of the host state; what is below the marker is known."""
+        """A part of the host state; likewise."""
         record = held.record
         if record.step > self.step:
             parts = self._states.setdefault(record.step, {})
