@@ -11,13 +11,14 @@ import importlib
 import random
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from concordia import abi
+from concordia import abi, config
 from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.checkpoint.cut import CutWriter
 from concordia.checkpoint.region import PageRegion
@@ -94,6 +95,24 @@ class Trainer:
         """Its stream is sealed where it is."""
         self.checkpointer.close()
         self.journal.streams.release(self.stream)
+
+
+@contextmanager
+def owned(journal: SmallJournal) -> Iterator[None]:
+    """An owner that lends as it goes on."""
+    stop = threading.Event()
+
+    def own() -> None:
+        while not stop.wait(0.005):
+            journal.round()
+
+    owner = threading.Thread(target=own)
+    owner.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        owner.join()
 
 
 def newest(journal: SmallJournal) -> Checkpoint:
@@ -214,11 +233,17 @@ def test_checkpoint_is_refused_when_it_does_not_fit(device: HostDevice, journal:
         ({0: pages}, "bytes of state"),
         ({0: pieces[1:]}, "in no record"),
         ({0: [replace(pieces[0], pool_offset=len(pool)), *pieces[1:]]}, "outside the pool"),
-        ({0: [replace(pieces[0], region=77), *pieces[1:]]}, "does not belong"),
+        ({0: [*pieces, replace(pieces[0], region=77)]}, "does not belong"),
         ({0: [replace(pieces[0], token_end=pieces[0].token_end + 1), *pieces[1:]]}, "pages in"),
     ):
         with pytest.raises(Corruption, match=words):
             read_checkpoint(replace(checkpoint, pieces=wrong), pool)
+    trainer.buffers["weights"].view[0] ^= 1
+    trainer.save(2, b"abc")
+    (late,) = [piece for piece in newest(journal).pieces[0] if piece.kind == abi.KIND_PAGE and piece.token_end == 1]
+    others = [piece for piece in pieces if piece.region != late.region]
+    with pytest.raises(Corruption, match="page 1 of weights is in no record"):
+        read_checkpoint(replace(checkpoint, pieces={0: [*[late] * 24, *others]}), pool)
 
 
 def test_step_is_refused_when_steps_do_not_grow(device: HostDevice, journal: SmallJournal) -> None:
@@ -257,20 +282,21 @@ def test_commit_goes_on_when_the_owner_lends_more(device: HostDevice, journal: S
     """More than one segment of dirty pages: the scan stops at the end of what is lent, and goes on."""
     trainer = Trainer(device, journal, incarnation=1)
     trainer.step(1, share=1.0)
-    stop = threading.Event()
-
-    def own() -> None:
-        while not stop.wait(0.005):
-            journal.round()
-
-    owner = threading.Thread(target=own)
-    owner.start()
-    trainer.writer.begin(1, bytes(300_00))
-    committed = trainer.writer.commit()
-    stop.set()
-    owner.join()
-    assert committed.pages == 30
+    with owned(journal):
+        trainer.writer.begin(1, bytes(300_00))
+        assert trainer.writer.commit().pages == 30
     assert found_in(journal) == (1, trainer.content(), bytes(300_00))
+
+
+def test_state_comes_back_when_it_is_larger_than_the_ring_s_arena(device: HostDevice, tmp_path: Path) -> None:
+    state = np.random.default_rng(1).bytes(config.RING_ARENA_BYTES * 5 // 4)
+    with SmallJournal(tmp_path / "journal", segments=48, segment_bytes=1 << 20) as journal:
+        trainer = Trainer(device, journal, incarnation=1)
+        with owned(journal):
+            trainer.writer.begin(1, state)
+            trainer.writer.commit()
+        assert found_in(journal)[2] == state
+        trainer.checkpointer.close()
 
 
 def test_checkpoints_survive_the_cleaner_and_another_owner(device: HostDevice, journal: SmallJournal) -> None:

@@ -11,7 +11,7 @@ the regions have.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -46,7 +46,9 @@ def read_checkpoint(
         raise RecoveryError("the journal has no complete checkpoint of this name")
     pieces = checkpoint.pieces.get(rank, [])
     regions = {mark.region: name for name, mark in checkpoint.regions.items()}
-    found = {name: _room(mark) for name, mark in checkpoint.regions.items()}
+    found = {
+        name: _room(name, mark, pieces, len(pool)) for name, mark in checkpoint.regions.items()
+    }
     seen = {name: np.zeros(mark.pages, bool) for name, mark in checkpoint.regions.items()}
     state = bytearray()
     for piece in pieces:
@@ -150,7 +152,13 @@ def _place(piece: Piece, payload: bytes, digests: bytes, target: Pages) -> npt.N
     return numbers
 
 
-def _room(mark: RegionMark) -> Pages:
+def _room(name: str, mark: RegionMark, pieces: Sequence[Piece], pool_bytes: int) -> Pages:
+    """No more of it than the records can fill, whatever the marker says."""
+    there = sum(piece.token_end for piece in pieces if piece.region == mark.region)
+    if there < mark.pages or mark.page_bytes > pool_bytes:
+        raise Corruption(
+            f"some of {mark.pages} pages of {name}, {mark.page_bytes} bytes each, are in no record"
+        )
     shapes = (mark.pages, mark.page_bytes), (mark.pages, 16)
     return Pages(*(np.empty(shape, np.uint8) for shape in shapes))
 
