@@ -216,9 +216,10 @@ static_assert(__builtin_offsetof(RecordHeader, previous_hash) == 8 * kPreviousWo
 
 // Leading team: a filled header goes before the payload at `place`. `previous` is the hash of the
 // header before it, in every lane, and becomes this one's.
-FUNCTION void put_header(RecordHeader* header, uint64_t lane, uint64_t payload_bytes,
-                         uint8_t* place, uint64_t previous[2]) {
+FUNCTION void put_header(RecordHeader* header, uint64_t payload_bytes, uint8_t* place,
+                         uint64_t previous[2]) {
 #if CONCORDIA_CUDA
+  const uint64_t lane = team_lane();
   uint64_t word = reinterpret_cast<const uint64_t*>(header)[lane];
   if (lane == kPreviousWord) word = previous[0];
   if (lane == kPreviousWord + 1) word = previous[1];
@@ -271,7 +272,7 @@ FUNCTION void publish_record(Call* call, uint64_t lane, const RecordNames& names
     fill_header(&call->header, call, {&call->task, names}, call->payload_hash, payload_bytes,
                 journal->sequence);
   team_sync();
-  put_header(&call->header, lane, payload_bytes, call->place, hash);
+  put_header(&call->header, payload_bytes, call->place, hash);
   team_sync();  // every lane's share of the header is released to the leader
   if (lane == 0) put_commits(call, payload_bytes, 1, hash);
 }
@@ -330,8 +331,7 @@ FUNCTION void commit_group(Call* call, uint64_t lane, uint64_t payload_bytes, ui
   if (!is_leading_team(lane)) return;
   uint64_t hash[2] = {journal->previous_hash[0], journal->previous_hash[1]};
   for (uint64_t i = 0; i < count; ++i)
-    put_header(headers + i, lane, payload_bytes, call->place + i * record_bytes(payload_bytes),
-               hash);
+    put_header(headers + i, payload_bytes, call->place + i * record_bytes(payload_bytes), hash);
   team_sync();  // every lane's share of the headers is released to the leader
   if (lane == 0) put_commits(call, payload_bytes, count, hash);
 }
