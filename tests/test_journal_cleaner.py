@@ -241,7 +241,7 @@ def test_places_told_to_a_restore_stay_when_room_is_needed(tmp_path: Path) -> No
         fill(journal, writer, 1, until=4)
         cut = cut_of(journal.streams, 1)
         journal.streams.by_slot[0].source.is_final = False
-        journal.streams.pins.add(cut, None)
+        journal.streams.pins.add(cut.pieces, None)
         journal.streams.index.finish(1, now=0.0)
         journal.streams.index.settle(1e18)
         assert journal.streams.give_back_empty() == 0

@@ -190,6 +190,7 @@ class Engine:
 
     def _run(self, batch: list[Scheduled], seconds: float) -> None:
         self._step += 1
+        self.scheduler.control.store("step_started", self._step)
         self._tend()
         result = self.writes.step(batch, step=self._step)
         self._note(result)
@@ -256,10 +257,14 @@ def check_calm(world: World) -> None:
     assert world.events("full") == world.events("unprotected") == []
 
 
-@pytest.mark.parametrize("slowness", [1, 3])
-def test_nothing_is_refused_when_one_batch_follows_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slowness: int) -> None:
+@pytest.mark.parametrize(("slowness", "standbys"), [(1, 0), (3, 0), (1, 2)])
+def test_nothing_is_refused_when_one_batch_follows_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slowness: int, standbys: int
+) -> None:
     with World(tmp_path / "journal", monkeypatch, slowness=slowness) as world:
         engine = Engine(world, 1)
+        for replica in range(standbys):
+            Engine(world, 2 + replica)
         for batch in range(4):
             names = engine.run_batch(batch)
             check_whole(world, engine, names)

@@ -11,12 +11,36 @@ from __future__ import annotations
 import secrets
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from concordia import abi, config
 from concordia.errors import JournalFull
 from concordia.journal.control import Lent
 from concordia.journal.pace import Peak
 from concordia.journal.stream_state import Stream
+
+
+class Demand(NamedTuple):
+    """Who may want segments: the replicas that have begun a step, their ranks, all open streams."""
+
+    now: float
+    open_count: int
+    rank_count: int
+    working: frozenset[int]
+
+    @staticmethod
+    def of(streams: Sequence[Stream], now: float) -> Demand:
+        """What the open streams say."""
+        working = frozenset(
+            stream.identity.replica for stream in streams if stream.control.word("step_started")
+        )
+        ranks = [
+            stream
+            for stream in streams
+            if stream.identity.writer_kind == abi.WRITER_RANK
+            and stream.identity.replica in working
+        ]
+        return Demand(now, len(streams), len(ranks), working)
 
 
 class Lending:
@@ -30,14 +54,14 @@ class Lending:
         self.taken_count = 0  # ever, by writers
         self._bursts = Peak()  # what one rank took within PACE_S
 
-    def supply(self, stream: Stream, *, open_count: int, rank_count: int, now: float) -> None:
-        """Lend ahead: much to ranks while there is much, one to each of `open_count` streams before
-        two to anybody, and to each of `rank_count` ranks its share of what there is.
+    def supply(self, stream: Stream, demand: Demand) -> None:
+        """Lend ahead: much to ranks that work while there is much, one to every open stream before
+        two to anybody, and to each rank that works its share of what there is.
 
         An engine appends what a step computed at the step's end: a prefill of 8K tokens of an 8B
-        model is 1 GiB in 25 ms, and nothing for 200 ms. So every rank is lent ahead what a rank
-        took at once in the last minute; also one that has not begun, which may take another's
-        place.
+        model is 1 GiB in 25 ms, and nothing for 200 ms. So a rank is lent ahead what a rank took at
+        once in the last minute, from its engine's first step on: that is announced before it is
+        computed. What a standby were lent would be missing where requests run.
         """
         lent = stream.control.lent_count
         taken = min(stream.control.taken_count, lent)
@@ -47,22 +71,21 @@ class Lending:
         if taken == lent and taken > 0:
             stream.ahead *= 2  # it took faster than we looked
         own = 0
-        generous = len(self.free) // (4 * max(1, open_count))
         wanted = config.SEGMENTS_LENT if taken or is_rank else 1
-        if is_rank:
-            lately = stream.pace.note(taken, now)
-            own = min(stream.bursts.note(lately, now), self._burst_most)
-            share = (len(self.free) + lent - taken) // max(1, rank_count)
-            wanted = max(
-                wanted, generous, min(self._bursts.note(lately, now), self._burst_most, share)
-            )
+        if is_rank and stream.identity.replica in demand.working:
+            lately = stream.pace.note(taken, demand.now)
+            own = min(stream.bursts.note(lately, demand.now), self._burst_most)
+            generous = min(len(self.free) // (2 * max(1, demand.rank_count)), self._burst_most)
+            share = (len(self.free) + lent - taken) // max(1, demand.rank_count)
+            burst = min(self._bursts.note(lately, demand.now), self._burst_most)
+            wanted = max(wanted, generous, min(burst, share))
         stream.ahead = min(max(stream.ahead, wanted), abi.LENT_CAPACITY - 1)
         reserve = (
             0 if stream.identity.writer_kind == abi.WRITER_CLEANER else config.CLEANER_SEGMENTS
         )
         while lent - taken < stream.ahead:
             spare = len(self.free) - reserve
-            if spare <= 0 or (lent > taken and spare <= open_count):
+            if spare <= 0 or (lent > taken and spare <= demand.open_count):
                 break
             self.lend(stream, lent)
             lent += 1

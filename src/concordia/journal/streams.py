@@ -16,7 +16,7 @@ from concordia.errors import JournalError
 from concordia.journal.control import Identity
 from concordia.journal.intake import Intake
 from concordia.journal.ledger import Source
-from concordia.journal.lending import Lending
+from concordia.journal.lending import Demand, Lending
 from concordia.journal.pins import Pins
 from concordia.journal.record import Record
 from concordia.journal.replay import ReplayIndex
@@ -113,19 +113,15 @@ class Streams:
 
     def lend_all(self) -> None:
         """Keep every open stream supplied."""
-        for stream in self.writers():
-            self.lend(stream)
+        writers = self.writers()
+        demand = Demand.of(writers, time.monotonic())
+        for stream in writers:
+            self.lending.supply(stream, demand)
             self._note_losses(stream)
 
     def lend(self, stream: Stream) -> None:
         """Keep one stream supplied."""
-        kinds = [other.identity.writer_kind for other in self.writers()]
-        self.lending.supply(
-            stream,
-            open_count=len(kinds),
-            rank_count=kinds.count(abi.WRITER_RANK),
-            now=time.monotonic(),
-        )
+        self.lending.supply(stream, Demand.of(self.writers(), time.monotonic()))
 
     def writers(self) -> list[Stream]:
         """The open streams of other processes."""
