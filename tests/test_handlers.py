@@ -544,6 +544,43 @@ def test_payload_is_refused_when_it_lies_outside_pool_and_arena(setup: Setup) ->
         )
 
 
+class SmallStage(HostDevice):
+    stage_bytes = 4096
+
+
+def test_payload_beyond_the_stage_is_restored_on_the_gpu_s_shape() -> None:
+    """A GPU stages a few MiB; what is larger is read twice, and written only with the right hash all the same."""
+    geometry = GEOMETRIES["gpu-bf16"]
+    device = SmallStage(HostCompiler(flags=("-O1", "-DCONCORDIA_DEVICE_SHAPE=1")))
+    stream = ScratchStream()
+    buffers = [Buffer(BLOCKS * geometry.stride) for _ in range(geometry.layers)]
+    layers = [np.frombuffer(buffer.view, np.uint8) for buffer in buffers]
+    for layer in layers:
+        layer[:] = np.random.default_rng(7).integers(0, 256, layer.size, np.uint8)
+    with Checkpointer(device, stream.target, lanes=4) as checkpointer:
+        region = checkpointer.register_kv(geometry, [buffer.address for buffer in buffers])
+        setup = Setup("gpu-bf16", checkpointer, stream, layers, region)
+        wanted = (abi.KIND_KV_BLOCK, 0, 2 * geometry.block_tokens, [5, 0])
+        assert checkpointer.wait(append(setup, *wanted)).is_ok
+        (record,) = stream.records()
+        saved = [layer.copy() for layer in layers]
+        assert len(record.payload) > SmallStage.stage_bytes
+        address, promised = stream.pool.address + record.offset + 256, tree_hash(record.payload)
+        for layer in layers:
+            layer[:] = 0
+        assert apply(setup, wanted, address=address, payload=record.payload, promised=promised ^ 1) == abi.STATUS_HASH_MISMATCH
+        assert not any(layer.any() for layer in layers)
+        assert apply(setup, wanted, address=address, payload=record.payload, promised=promised) == abi.STATUS_OK
+        for layer, before in zip(layers, saved, strict=True):
+            for block in range(BLOCKS):
+                at = slice(block * geometry.stride, block * geometry.stride + geometry.block_bytes)
+                assert (layer[at] == (before[at] if block in {5, 0} else 0)).all()
+        look = checkpointer.hash_kv(region, kind=wanted[0], token_start=wanted[1], token_end=wanted[2], blocks=wanted[3])
+        assert checkpointer.wait(look).payload_hash == promised
+    device.close()
+    stream.close()
+
+
 def test_record_is_refused_when_no_segment_holds_it(shape: tuple[HostDevice, int]) -> None:
     stream = ScratchStream(segment_bytes=8192)
     with Checkpointer(shape[0], stream.target, lanes=shape[1]) as checkpointer:

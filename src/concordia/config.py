@@ -33,6 +33,9 @@ AUTO_S: Final = 0.15
 AUTO_STEP_US: Final = 10_000.0  # a decode step with one batch of tasks
 AUTO_NOISE: Final = 0.01
 AUTO_GAIN_MIN: Final = 0.1
+# of a GPU, for each executor: an 8B model's block is 2 MiB. A whole segment, as a CPU has it, would
+# be half a percent of the KV cache that it protects.
+STAGE_BYTES: Final = 4 << 20
 WAIT_TASK_S: Final = 5.0  # a task that takes longer is a fault of the executor
 # and of an engine, when it was the oldest at so many steps too: a process that was stopped for a
 # while finds its executor at work again before them

@@ -107,6 +107,7 @@ class CudaDevice:
 
     needs_parking = True
     idle_ns = config.IDLE_NS
+    stage_bytes = config.STAGE_BYTES
     residencies: tuple[str, ...] = tuple(POLICIES)
 
     def __init__(self, index: int = 0) -> None:

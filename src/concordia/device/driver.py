@@ -167,6 +167,7 @@ class Device(Protocol):
     name: str  # "host" or "cuda:<index>"
     library: HostLibrary  # compiled submission; on a GPU too it is host threads that submit
     idle_ns: int  # silence after which its executor leaves
+    stage_bytes: int  # most that an executor has room for of a payload that is not in its place yet
     needs_parking: bool  # whether the operator table may change only while nobody is inside
     residencies: tuple[str, ...]  # policies that its executors can follow, the default first
 

@@ -174,6 +174,7 @@ class HostDevice:
 
     name = "host"
     idle_ns = config.HOST_IDLE_NS
+    stage_bytes = 1 << 32  # what is never touched takes no room: whole segments
     needs_parking = False
     residencies: tuple[str, ...] = (DEFAULT,)
 

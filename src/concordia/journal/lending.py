@@ -21,7 +21,9 @@ from concordia.journal.stream_state import Stream
 
 
 class Demand(NamedTuple):
-    """Who may want segments: the replicas that have begun a step, their ranks, all open streams."""
+    """Who may want segments: the replicas that have begun a step or written, their ranks, all open
+    streams.
+    """
 
     now: float
     open_count: int
@@ -32,13 +34,14 @@ class Demand(NamedTuple):
     def of(streams: Sequence[Stream], now: float) -> Demand:
         """What the open streams say."""
         working = frozenset(
-            stream.identity.replica for stream in streams if stream.control.word("step_started")
+            stream.identity.replica
+            for stream in streams
+            if stream.control.word("step_started") or stream.control.taken_count
         )
         ranks = [
             stream
             for stream in streams
-            if stream.identity.writer_kind == abi.WRITER_RANK
-            and stream.identity.replica in working
+            if stream.identity.writer_kind == abi.WRITER_RANK and stream.identity.replica in working
         ]
         return Demand(now, len(streams), len(ranks), working)
 

@@ -126,6 +126,11 @@ FUNCTION void check_range(Call* call, uint64_t lane) {
   if (any_in_team(is_bad)) refuse(call, lane, kStatusBadTask);
 }
 
+// Whether a range's leaves find room for their digests.
+FUNCTION bool has_digests(const Call* call, const Range& range) {
+  return root_bytes(leaf_count(range.bytes)) <= call->digest_bytes;
+}
+
 FUNCTION uint8_t* block_address(const Call* call, uint64_t layer, uint64_t block) {
   return reinterpret_cast<uint8_t*>(reinterpret_cast<const uint64_t*>(call->region->bases)[layer]) +
          block * kBlockStride;

@@ -8,7 +8,8 @@ HANDLER {
   grid_sync(call);
   if (call->status != kStatusOk) return;
   const Range range = range_of(call);
-  if (range.bytes > call->stage_bytes) return refuse(call, lane, kStatusTooLarge);
+  if (kDeviceShape ? !has_digests(call, range) : range.bytes > call->stage_bytes)
+    return refuse(call, lane, kStatusTooLarge);
   if constexpr (kDeviceShape) {
     stream_range(call, lane, range, nullptr);
     return finish_payload(call, lane, range.bytes);

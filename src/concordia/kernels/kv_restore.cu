@@ -16,7 +16,7 @@ FUNCTION uint64_t restore(Call* call, uint64_t lane, const uint8_t* pool_ptr, ui
   const Range range = range_of(call);
   if (call->status != kStatusOk) return call->status;
   if (range.bytes != task->source_bytes || task->source % 16 != 0 ||
-      root_bytes(leaf_count(range.bytes)) > call->digest_bytes ||
+      !has_digests(call, range) ||
       !is_within(task->source, range.bytes, pool_ptr, pool_bytes))
     return kStatusBadTask;
   scatter_range(call, lane, range, reinterpret_cast<const uint8_t*>(task->source));

@@ -349,8 +349,8 @@ class Runtime:
     def _plan(self, target: JournalTarget | None, lanes: int) -> ExecutorPlan:
         """Scratch for one payload: staged bytes, and what hashing them needs."""
         segment = target.segment_bytes if target else config.SEGMENT_BYTES
-        stage = -(-segment // abi.LEAF_BYTES) * abi.LEAF_BYTES
-        leaves = stage // abi.LEAF_BYTES
+        leaves = -(-segment // abi.LEAF_BYTES)
+        stage = min(leaves * abi.LEAF_BYTES, self.device.stage_bytes)
         digest_bytes = max(leaves * 16, config.SCAN_PAGES * abi.ROOT_BYTES_MIN) + abi.ROOT_BYTES_MIN
         pool = control = 0
         if target is not None:
