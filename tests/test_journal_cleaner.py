@@ -98,7 +98,7 @@ def fill(journal: SmallJournal, writer: StreamWriter, key: int, *, until: int) -
 
 def test_oldest_unused_block_goes_first_when_room_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "CONDEMN_GRACE_S", 0.0)
-    with SmallJournal(tmp_path / "journal", segments=18, segment_bytes=1 << 15) as journal:
+    with SmallJournal(tmp_path / "journal", segments=15, segment_bytes=1 << 15) as journal:
         _, writer = journal.open()
         _, keys = journal.open(writer_kind=abi.WRITER_SCHEDULER)
         index = journal.streams.index

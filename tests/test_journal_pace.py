@@ -12,6 +12,7 @@ from concordia import abi, config
 from concordia.journal.pace import Pace, Peak
 from concordia.journal.pins import Told
 from concordia.journal.record import payload_hash
+from concordia.journal.stream_state import Stream
 from concordia.journal.writer import Entry, StreamWriter
 from concordia.testing.journal import SmallJournal
 
@@ -28,6 +29,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def append(writer: StreamWriter, key: int, index: int, *, incarnation: int) -> None:
     entry = Entry(abi.KIND_KV_BLOCK, key, incarnation, 4 * index, 4 * index + 4, flags=4, layout_hash=1, model_hash=1)
     writer.append(entry, BLOCK, payload_hash=payload_hash(BLOCK))
+
+
+def announce(stream: Stream, tokens: int) -> None:
+    stream.control.store("step_tokens", tokens)
+    stream.control.store("step_started", stream.control.word("step_started") + 1)
 
 
 def test_pace_is_what_came_within_the_window_when_looks_are_frequent_and_when_they_are_rare() -> None:
@@ -47,7 +53,7 @@ def test_peak_is_forgotten_when_its_time_is_over() -> None:
 def test_every_rank_that_works_is_lent_what_one_took_at_once_lately(tmp_path: Path, clock: list[float]) -> None:
     with SmallJournal(tmp_path / "journal", segments=120, segment_bytes=1 << 15) as journal:
         stream, writer = journal.open()
-        stream.control.store("step_started", 1)
+        announce(stream, 8192)
         journal.round(clean=False)
         for index in range(25):
             append(writer, 1, index, incarnation=1)
@@ -62,7 +68,10 @@ def test_every_rank_that_works_is_lent_what_one_took_at_once_lately(tmp_path: Pa
             journal.round(clean=False)
         assert stream.control.lent_count - stream.control.taken_count >= 25
         assert other.control.lent_count <= config.SEGMENTS_LENT, "a standby holds what others need"
-        other.control.store("step_started", 1)
+        announce(other, 8)
+        journal.round(clean=False)
+        assert other.control.lent_count <= config.SEGMENTS_LENT, "it only tries itself out"
+        announce(other, 8192)
         journal.round(clean=False)
         assert other.control.lent_count >= 25
         clock[0] += config.PEAK_S

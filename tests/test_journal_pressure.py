@@ -132,17 +132,17 @@ class Engine:
         writer = SparseWriter(streams.pool.view, stream.control, segment_bytes=SEGMENT_BYTES, stream=stream.identity.stream)
         return stream, writer
 
-    def run_batch(self, batch: int) -> list[str]:
+    def run_batch(self, batch: int, *, count: int = BATCH, tokens: int = PROMPT, steps: int = ANSWER) -> list[str]:
         """New requests, until each has its answer."""
-        names = [f"{self.replica}-{batch}-{index}" for index in range(BATCH)]
+        names = [f"{self.replica}-{batch}-{index}" for index in range(count)]
         for name in names:
-            self.start(name, list(itertools.islice(self.world.numbers, PROMPT)))
+            self.start(name, list(itertools.islice(self.world.numbers, tokens)))
         self.prefill(names)
-        self.answer(names)
+        self.answer(names, steps)
         return names
 
-    def answer(self, names: list[str]) -> None:
-        for _ in range(ANSWER):
+    def answer(self, names: list[str], steps: int = ANSWER) -> None:
+        for _ in range(steps):
             self.decode(names)
 
     def die(self) -> None:
@@ -190,7 +190,7 @@ class Engine:
 
     def _run(self, batch: list[Scheduled], seconds: float) -> None:
         self._step += 1
-        self.scheduler.control.store("step_started", self._step)
+        self._announce(sum(item.end - item.start for item in batch))
         self._tend()
         result = self.writes.step(batch, step=self._step)
         self._note(result)
@@ -212,6 +212,15 @@ class Engine:
             self.writes.rewind(name, token)
             self.writes.tracks[name].is_resting = True
             self.retries.miss(name, now=self.world.now)
+
+    def _announce(self, tokens: int) -> None:
+        self.scheduler.control.store("step_done", self._step - 1)
+        self.scheduler.control.store("step_tokens", tokens)
+        self.scheduler.control.store("step_started", self._step)
+
+    def try_out(self) -> None:
+        """What a server asks each engine before it counts as ready."""
+        self.end(self.run_batch(-1, count=1, tokens=20, steps=4))
 
     def _note(self, result: StepWrites) -> None:
         assert not result.lost
@@ -257,14 +266,14 @@ def check_calm(world: World) -> None:
     assert world.events("full") == world.events("unprotected") == []
 
 
-@pytest.mark.parametrize(("slowness", "standbys"), [(1, 0), (3, 0), (1, 2)])
+@pytest.mark.parametrize(("slowness", "standbys"), [(1, 0), (3, 0), (1, 2), (1, 6)])
 def test_nothing_is_refused_when_one_batch_follows_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slowness: int, standbys: int
 ) -> None:
     with World(tmp_path / "journal", monkeypatch, slowness=slowness) as world:
-        engine = Engine(world, 1)
-        for replica in range(standbys):
-            Engine(world, 2 + replica)
+        engine, *others = (Engine(world, 1 + replica) for replica in range(1 + standbys))
+        for one in (engine, *others):
+            one.try_out()
         for batch in range(4):
             names = engine.run_batch(batch)
             check_whole(world, engine, names)

@@ -71,7 +71,7 @@ SEGMENTS_WANTED: Final = 64
 SEGMENT_BYTES: Final = 16 << 20
 SEGMENT_BYTES_MAX: Final = 64 << 20  # an 8B's 128 tokens, a block of vLLM on a CPU, are 17 MiB
 SEGMENT_BYTES_MIN: Final = 1 << 20
-# lent ahead per stream: at 50 GB/s over a millisecond of owner latency each
+# lent ahead to a rank: at 50 GB/s over a millisecond of owner latency each
 SEGMENTS_LENT: Final = 4
 SEGMENT_COUNT_MIN: Final = 8
 # that `serve` asks for; less holds too few requests to be worth the name
@@ -92,6 +92,8 @@ FENCE_WAIT_S: Final = 10.0
 CUT_PIN_S: Final = 30.0  # a place told to a restore stays for this long: three times its own bound
 # engines look every second whether keys were withdrawn, and refer to none of these after that
 CONDEMN_GRACE_S: Final = 3.0
+# a step of so many tokens may write segments at once; a server tries an engine out with a few
+BURST_STEP_TOKENS: Final = 256
 PACE_S: Final = 0.25  # what writers took in so long must be free, or cleaning is urgent
 # the blocks of a batch that ended are nobody's after half of this, and the next batch is there
 RESERVE_S: Final = 1.0

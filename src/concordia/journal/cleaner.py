@@ -70,7 +70,8 @@ class Cleaner:
         if len(streams.free) >= max(wanted, reserve):
             return
         streams.index.successions.drop_superseded()
-        is_urgent = short > 0 or len(streams.free) <= max(config.CLEANER_SEGMENTS, hurried)
+        is_needed = short > 0 and len(streams.free) < wanted  # else lending has them for it
+        is_urgent = is_needed or len(streams.free) <= max(config.CLEANER_SEGMENTS, hurried)
         if streams.give_back_empty() and not is_urgent:
             return
         if is_urgent:

@@ -11,39 +11,48 @@ from __future__ import annotations
 import secrets
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from concordia import abi, config
 from concordia.errors import JournalFull
-from concordia.journal.control import Lent
+from concordia.journal.control import Control, Lent
 from concordia.journal.pace import Peak
 from concordia.journal.stream_state import Stream
 
 
+KEPT_MOST: Final = 8  # a dozen of standbys must not keep more from the engine that runs
+
+
 class Demand(NamedTuple):
-    """Who may want segments: the replicas that have begun a step or written, their ranks, all open
-    streams.
+    """Who may want segments: replicas with a large step before them, ranks that take many; and how
+    many stay for those who have none, or soon may.
     """
 
     now: float
-    open_count: int
+    beginning: frozenset[int]
     rank_count: int
-    working: frozenset[int]
+    kept_count: int
 
     @staticmethod
     def of(streams: Sequence[Stream], now: float) -> Demand:
         """What the open streams say."""
-        working = frozenset(
-            stream.identity.replica
-            for stream in streams
-            if stream.control.word("step_started") or stream.control.taken_count
+        beginning = frozenset(
+            stream.identity.replica for stream in streams if _is_large_step_begun(stream.control)
         )
         ranks = [
             stream
             for stream in streams
-            if stream.identity.writer_kind == abi.WRITER_RANK and stream.identity.replica in working
+            if stream.identity.writer_kind == abi.WRITER_RANK
+            and (stream.is_hasty or stream.identity.replica in beginning)
         ]
-        return Demand(now, len(streams), len(ranks), working)
+        poor = [s for s in streams if s.control.lent_count <= s.control.taken_count]
+        return Demand(now, beginning, len(ranks), max(len(poor), min(len(streams), KEPT_MOST)))
+
+
+def _is_large_step_begun(control: Control) -> bool:
+    """Whether more was announced than the few tokens that a standby tries itself out with."""
+    is_begun = control.word("step_started") > control.word("step_done")
+    return is_begun and control.word("step_tokens") >= config.BURST_STEP_TOKENS
 
 
 class Lending:
@@ -63,8 +72,8 @@ class Lending:
 
         An engine appends what a step computed at the step's end: a prefill of 8K tokens of an 8B
         model is 1 GiB in 25 ms, and nothing for 200 ms. So a rank is lent ahead what a rank took at
-        once in the last minute, from its engine's first step on: that is announced before it is
-        computed. What a standby were lent would be missing where requests run.
+        once in the last minute, if it is one that takes much, or about to be: a step is announced
+        before it is computed. What a standby were lent would be missing where requests run.
         """
         lent = stream.control.lent_count
         taken = min(stream.control.taken_count, lent)
@@ -74,21 +83,24 @@ class Lending:
         if taken == lent and taken > 0:
             stream.ahead *= 2  # it took faster than we looked
         own = 0
-        wanted = config.SEGMENTS_LENT if taken or is_rank else 1
-        if is_rank and stream.identity.replica in demand.working:
+        wanted = config.SEGMENTS_LENT if is_rank else 1
+        if is_rank:
             lately = stream.pace.note(taken, demand.now)
             own = min(stream.bursts.note(lately, demand.now), self._burst_most)
-            generous = min(len(self.free) // (2 * max(1, demand.rank_count)), self._burst_most)
-            share = (len(self.free) + lent - taken) // max(1, demand.rank_count)
             burst = min(self._bursts.note(lately, demand.now), self._burst_most)
-            wanted = max(wanted, generous, min(burst, share))
+            stream.is_hasty = own > 1
+            if stream.is_hasty or stream.identity.replica in demand.beginning:
+                ranks = max(1, demand.rank_count)
+                generous = min(len(self.free) // (2 * ranks), self._burst_most)
+                share = (len(self.free) + lent - taken) // ranks
+                wanted = max(wanted, generous, min(burst, share))
         stream.ahead = min(max(stream.ahead, wanted), abi.LENT_CAPACITY - 1)
         reserve = (
             0 if stream.identity.writer_kind == abi.WRITER_CLEANER else config.CLEANER_SEGMENTS
         )
         while lent - taken < stream.ahead:
             spare = len(self.free) - reserve
-            if spare <= 0 or (lent > taken and spare <= demand.open_count):
+            if spare <= 0 or (lent > taken and spare <= demand.kept_count):
                 break
             self.lend(stream, lent)
             lent += 1

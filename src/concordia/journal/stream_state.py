@@ -36,6 +36,7 @@ class Stream:
         self.taken_seen = min(control.taken_count, control.lent_count)
         self.pace = Pace(config.PACE_S)  # of taking segments
         self.bursts = Peak()  # of that pace
+        self.is_hasty = False  # it took several at once within PEAK_S
         self.short = 0  # segments that another such burst would not find
         self.dropped_seen = 0
         self.dropped_told = 0.0  # when
