@@ -392,6 +392,9 @@ def test_seal_reads_the_whole_backlog_when_it_takes_longer_than_a_bad_place_is_g
     monkeypatch.setattr(config, "HINT_SETTLE_S", 0.0)
     with SmallJournal(tmp_path / "journal", segments=64) as journal:
         stream, writer = journal.open()
+        stream.control.store("step_tokens", 600)
+        stream.control.store("step_started", 1)
+        journal.streams.lend_all()
         made = 0
         for _ in range(8):
             for _ in range(600):

@@ -19,7 +19,6 @@ from concordia.journal.control import Control, Lent
 from concordia.journal.pace import Peak
 from concordia.journal.stream_state import Stream
 
-
 KEPT_MOST: Final = 8  # a dozen of standbys must not keep more from the engine that runs
 
 

@@ -79,7 +79,12 @@ extern "C" __global__ void __launch_bounds__(512)
   __syncthreads();
   if (launch == 0) return;  // a replay for which nothing was handed in costs one look
   run_near(tasks, &executor->journal, &executor->ring->generation, state, launch);
+  __syncthreads();  // the state is back in its place
   if (threadIdx.x != 0) return;
-  store<kRelaxed, kDevice>(bell + 1, launch);
+  // Whom the lease cut short goes on when the graph is replayed next, rung for or not.
+  const Task* next = slot_of(tasks, tasks->position);
+  const bool is_closed = next->kind == kTaskGate && next->arg > launch;
+  if (is_closed || !is_published(tasks->ring, tasks->position))
+    store<kRelaxed, kDevice>(bell + 1, launch);
   give_turn(turn);
 }

@@ -248,6 +248,9 @@ FUNCTION void start_task(Executor* executor) {
     call->status = kStatusBadTask;
     return;
   }
+  // A step's tokens are done within microseconds, and the next of them brings a fence along. What
+  // may take longer must not keep the answer of the task before.
+  if (call->task.kind != kTaskAppend || call->task.block_count > 1) settle_answer(call);
   // Our copy of the region: it does not change while it is registered.
   if (call->op->region != 0) call->region = executor->kept_region + (call->op - executor->kept);
   executor->handler = reinterpret_cast<HandlerFunction>(call->op->function);

@@ -50,7 +50,8 @@ FUNCTION void append_group(Call* call, uint64_t lane, const Range& range) {
 }
 
 FUNCTION bool is_token(const Task* task) {
-  return task->record_kind == kKindKvTail && task->token_end == task->token_start + 1 &&
+  return task->record_kind == kKindKvTail && task->token_end - task->token_start == 1 &&
+         task->token_start < task->token_end &&
          task->block_count == 1 && task->arg == 0;
 }
 
