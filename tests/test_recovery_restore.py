@@ -6,14 +6,18 @@ named, before a token is promised; verification ends at its deadline.
 
 from __future__ import annotations
 
+import pathlib
 import random
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
 from concordia import abi
+from concordia.device.memory import SharedFile
+from concordia.device.payload_hash import PayloadHash
 from concordia.errors import Corruption, RecoveryError, WaitTimeout
 from concordia.journal import record
 from concordia.journal.coverage import Cut, Piece
@@ -113,3 +117,19 @@ def test_verification_ends_when_its_deadline_has_passed() -> None:
     plan = plan_restore(cut_of(pool), world=2, layout_hash=LAYOUT, pool=memoryview(pool), segment_bytes=1 << 20, model_hash=MODEL)
     with pytest.raises(WaitTimeout, match="0 of 4"):
         verify(plan, memoryview(pool), deadline=time.monotonic() - 1)
+
+
+def test_pool_stays_mapped_while_it_is_hashed(tmp_path: pathlib.Path) -> None:
+    """An engine that shuts down closes its mapping beside a look-up's thread."""
+    size = 256 << 20
+    file = SharedFile.create(tmp_path / "pool", size)
+    digest = PayloadHash().of(file.address, size)
+    found = [Piece(0, abi.KIND_KV_BLOCK, 0, 4, 0, size, digest, 0, 7, LAYOUT, 0, MODEL)]
+    plan = plan_restore(Cut(4, 1000, {0: found}, [1]), world=1, layout_hash=LAYOUT, pool=file.view, segment_bytes=size, model_hash=MODEL)
+    with ThreadPoolExecutor(1) as pool:
+        verifying = pool.submit(verify, plan, file.view, deadline=time.monotonic() + 60)
+        while not verifying.running():
+            time.sleep(0.001)
+        time.sleep(0.005)  # it hashes for 30 ms
+        file.close()
+        verifying.result()

@@ -125,7 +125,7 @@ COHORTS_REMEMBERED: Final = 64
 LOOKUP_WAIT_S: Final = 1.0
 # They hash what a failed engine's requests restore, some GB at 7 GB/s each, and the engine waits;
 # with two, one may do so while the other answers small look-ups.
-LOOKUP_THREADS: Final = max(2, min(8, (os.cpu_count() or 2) // 2))
+LOOKUP_THREADS: Final = max(2, min(8, len(os.sched_getaffinity(0)) // 2))
 # a block that the journal let go of is saved again after this long
 KNOWN_KEYS_REFRESH_S: Final = 1.0
 KNOWN_KEYS_ALL_S: Final = 5.0  # how late an engine learns of prefixes that another engine saved

@@ -82,7 +82,7 @@ def verify(plan: RestorePlan, pool: memoryview, *, deadline: float) -> None:
     """Hash every piece of every rank; raises Corruption for the first that differs, WaitTimeout at
     the deadline (monotonic).
     """
-    start = np.frombuffer(pool, np.uint8).ctypes.data
+    held = np.frombuffer(pool, np.uint8)  # as long as this lives, the pool stays mapped
     hasher = PayloadHash()
     for rank, pieces in plan.pieces.items():
         for done, piece in enumerate(pieces):
@@ -90,7 +90,7 @@ def verify(plan: RestorePlan, pool: memoryview, *, deadline: float) -> None:
                 raise WaitTimeout(
                     f"{done} of {len(pieces)} pieces of rank {rank} were verified in time"
                 )
-            found = hasher.of(start + piece.pool_offset, piece.payload_bytes)
+            found = hasher.of(held.ctypes.data + piece.pool_offset, piece.payload_bytes)
             if found != piece.payload_hash:
                 raise Corruption(
                     f"tokens {piece.token_start}..{piece.token_end} of rank {rank} (stream "

@@ -93,8 +93,9 @@ class Lookups:
     def close(self) -> None:
         for _ in self._threads:
             self._queue.put(None)
+        until = time.monotonic() + config.LOOKUP_WAIT_S
         for thread in self._threads:
-            thread.join(config.LOOKUP_WAIT_S)
+            thread.join(max(0.0, until - time.monotonic()))
 
     def _run(self) -> None:
         while True:
