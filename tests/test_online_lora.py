@@ -23,7 +23,7 @@ EXAMPLE = ROOT / "examples" / "online_lora.py"
 
 
 def run(*arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{os.environ.get('PYTHONPATH', '')}"}
     return subprocess.run([sys.executable, str(EXAMPLE), *arguments], env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 

@@ -58,7 +58,7 @@ def test_checkpoint_holds_its_step_and_nothing_of_the_next_when_training_goes_on
 def test_losses_have_the_unfailed_run_s_bits_when_training_is_killed() -> None:
     pytest.importorskip("torch", reason="torch is not installed")
     seed = random.randrange(1 << 20)
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{os.environ.get('PYTHONPATH', '')}"}
     device = "cpu" if DEVICE == "host" else DEVICE
     command = [sys.executable, str(ROOT / "examples" / "online_lora.py"), "--rounds", "4", "--seed", str(seed), "--device", device]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
