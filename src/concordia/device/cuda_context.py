@@ -13,7 +13,7 @@ import ctypes
 import threading
 from typing import Any
 
-from concordia.device.cuda_call import checked, released
+from concordia.device.cuda_call import CudaError, checked, released
 from concordia.errors import DeviceError, EnvironmentRefused, UsageError
 
 
@@ -46,7 +46,12 @@ class CudaContext:
 
     def __init__(self, index: int) -> None:
         self.driver = _driver()
-        checked(self.driver.cuInit(0), "initialise CUDA")
+        try:
+            checked(self.driver.cuInit(0), "initialise CUDA")
+        except CudaError as error:
+            if error.status != "CUDA_ERROR_NO_DEVICE":
+                raise
+            raise EnvironmentRefused("this process sees no NVIDIA GPU") from error
         count = checked(self.driver.cuDeviceGetCount(), "count GPUs")
         if index >= count:
             raise EnvironmentRefused(f"there is no GPU {index}: {count} found")
