@@ -30,11 +30,13 @@ soak: setup
 bench: setup
 	$(RUN) benchmarks/cost.py $(ARGS)
 
-# ARGS="--only delta append": some parts of it
+# ARGS="--only delta append": these parts alone
 bench-gpu: setup
 	$(RUN) benchmarks/device_runtime.py $(ARGS)
+ifeq ($(filter --only%,$(ARGS)),)
 	$(RUN) benchmarks/residency.py
 	$(RUN) benchmarks/swap_storm.py --device cuda:0 --output benchmarks/results/device_runtime_h200.json
+endif
 	-$(RUN) benchmarks/plot.py
 	$(RUN) benchmarks/table.py
 

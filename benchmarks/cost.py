@@ -18,7 +18,6 @@ import dataclasses
 import json
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from openai import AsyncOpenAI
 from rich.console import Console
 
 from concordia.errors import ConcordiaError
+from concordia.testing.command import Parser, count, file_in_folder, run_command
 from concordia.testing.load import ask_all, make_questions
 from concordia.testing.machine import machine
 from concordia.testing.model import make_model
@@ -67,20 +67,18 @@ async def tokens_per_second(
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--pairs", type=int, default=12)
+    parser = Parser(__doc__)
+    parser.add_argument("--pairs", type=count, default=12)
     parser.add_argument(
         "--starts",
-        type=int,
+        type=count,
         default=4,
         help="how often the servers are started anew: two of one kind differ, too",
     )
-    parser.add_argument("--requests", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--requests", type=count, default=4)
+    parser.add_argument("--tokens", type=count, default=256)
     parser.add_argument("--shape", default="140m")
-    parser.add_argument("--words", type=int, default=120, help="longest prompt")
+    parser.add_argument("--words", type=count, default=120, help="longest prompt")
     parser.add_argument(
         "--one-engine", action="store_true", help="compare within one engine, past the router"
     )
@@ -92,7 +90,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("demo-output"))
     parser.add_argument(
-        "--result", type=pathlib.Path, default=pathlib.Path("benchmarks/results/cost_cpu.json")
+        "--result", type=file_in_folder, default=pathlib.Path("benchmarks/results/cost_cpu.json")
     )
     options = parser.parse_args(arguments)
     model = options.folder / f"model-{options.shape}-3"
@@ -204,15 +202,10 @@ def report(rows: list[dict[str, float]], options: argparse.Namespace) -> int:
         "plain_tokens_per_s_median": round(statistics.median(r["plain"] for r in rows), 1),
         "pairs": [{key: round(value, 4) for key, value in row.items()} for row in rows],
     }
-    options.result.parent.mkdir(parents=True, exist_ok=True)
     options.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({k: v for k, v in result.items() if k != "pairs"}))
     return 0 if result["ratio_median"] >= 0.97 else 1
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except ConcordiaError as error:
-        console.print(f"bench: {error}")
-        sys.exit(error.exit_code)
+    run_command(main)

@@ -19,8 +19,6 @@ What a real engine pays is measured by engine.py, plots are drawn by plot.py.
 from __future__ import annotations
 
 import argparse
-import pathlib
-import sys
 from collections.abc import Callable
 from typing import Final
 
@@ -33,8 +31,8 @@ from swap import hot_swap
 from transfer import append, restore
 
 from concordia.checkpoint.checkpointer import Checkpointer
-from concordia.errors import ConcordiaError
 from concordia.runtime.ring import Task
+from concordia.testing.command import Parser, result_file, run_command
 
 BURST: Final = 32  # submissions between two readings of the clock, which itself takes 20 ns
 
@@ -72,14 +70,14 @@ PARTS: Final[dict[str, Callable[[Bench], None]]] = {
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Options; exits with 2 where they are wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--only", nargs="+", metavar="PART", choices=list(PARTS), default=list(PARTS),
         help=f"parts to run: {', '.join(PARTS)}",
     )  # fmt: skip
-    parser.add_argument("--output", type=pathlib.Path, default=RESULTS, help="the result file")
+    parser.add_argument(
+        "--output", type=result_file("figures"), default=RESULTS, help="the result file"
+    )
     return parser.parse_args(arguments)
 
 
@@ -98,8 +96,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except ConcordiaError as error:
-        print(f"device_runtime: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_command(main)

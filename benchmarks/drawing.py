@@ -89,7 +89,6 @@ def save_picture(picture: Any, path: pathlib.Path, digest: str) -> None:
         return
     from matplotlib import pyplot
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path, dpi=144, metadata={DIGEST_KEY: digest, "Software": None})
     pyplot.close(picture)
     print(path)

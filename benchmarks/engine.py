@@ -39,7 +39,9 @@ from figures import RESULTS, Figures, figure, joined, read_figures, save, with_i
 from rich.console import Console
 from slope import SKIPPED, measure_slope
 
+from concordia.device.cuda import CudaDevice
 from concordia.errors import ConcordiaError
+from concordia.testing.command import Parser, count, result_file, run_command
 from concordia.testing.fault_plan import Target, find_target
 from concordia.testing.model import SHAPES, make_skeleton
 from concordia.testing.served import Served
@@ -177,31 +179,29 @@ def measure_driver(timeout_s: float = 180.0) -> Figures:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Options; exits with 2 where they are wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--only", nargs="+", metavar="PART", choices=PARTS, default=["cost"], help="see above")
     add("--shape", default="8b", choices=list(SHAPES))
-    add("--requests", type=int, default=32)
-    add("--context", type=int, default=2048, help="tokens of each prompt")
-    add("--tokens", type=int, default=192, help="tokens of each answer")
-    add("--prefill", type=int, default=8192, help="tokens of the long prompt")
-    add("--pairs", type=int, default=20, help="of windows, one for each arm")
+    add("--requests", type=count, default=32)
+    add("--context", type=count, default=2048, help="tokens of each prompt")
+    add("--tokens", type=count, default=192, help="tokens of each answer")
+    add("--prefill", type=count, default=8192, help="tokens of the long prompt")
+    add("--pairs", type=count, default=20, help="of windows, one for each arm")
     add("--add", action="store_true", help="cost, peer: to the ratios that the result file has")
     add(
         "--slope-contexts",
-        type=int,
+        type=count,
         nargs="+",
         default=[1024, 8192, 32768, 131072],
         metavar="TOKENS",
         help="of prompt and answer together; 128 KiB of KV each for 8b",
     )
-    add("--slope-rounds", type=int, default=8, help="of one pair of windows at each context")
+    add("--slope-rounds", type=count, default=8, help="of one pair of windows at each context")
     add("--seed", type=int, default=11)
     add("--kv-cache", help="bytes of each engine; 12 GiB, 20 GiB with slope")
     add("--folder", type=pathlib.Path, default=pathlib.Path("bench-output"))
-    add("--output", type=pathlib.Path, default=RESULTS, help="the result file")
+    add("--output", type=result_file("figures"), default=RESULTS, help="the result file")
     add("engine_flags", nargs="*", help="after --: to vLLM")
     options = parser.parse_args(arguments)
     if min(options.slope_contexts) <= options.tokens or len(set(options.slope_contexts)) < 2:
@@ -250,6 +250,7 @@ def measure_served(model: pathlib.Path, options: argparse.Namespace) -> None:
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
+    CudaDevice(0).close()  # refuses where there is none, before an engine starts
     model = options.folder / f"model-{options.shape}"
     make_skeleton(model, shape=options.shape)
     if "driver" in options.only:
@@ -269,8 +270,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except ConcordiaError as error:
-        console.print(f"engine: {error}")
-        sys.exit(error.exit_code)
+    run_command(main)

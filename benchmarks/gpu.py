@@ -7,10 +7,8 @@ and prints a table. Needs an NVIDIA GPU and 4 GiB of /dev/shm.
 
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -26,8 +24,8 @@ from concordia import abi
 from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.checkpoint.region import KvGeometry, Plane, Region
 from concordia.device.cuda import CudaDevice
-from concordia.errors import ConcordiaError
 from concordia.runtime.ring import Task
+from concordia.testing.command import Parser, count, file_in_folder, run_command
 from concordia.testing.machine import machine
 
 RESULTS: Final = pathlib.Path(__file__).parent / "results" / "gpu_runtime.json"
@@ -233,13 +231,11 @@ def measure(
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
-        "--ctas", type=int, nargs="*", default=[1, 2, 4], help="CTAs of the executor"
+        "--ctas", type=count, nargs="+", default=[1, 2, 4], help="CTAs of the executor"
     )
-    parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--output", type=file_in_folder, default=RESULTS)
     options = parser.parse_args(arguments)
     figures: Figures = {}
     device, stream = CudaDevice(0), Stream()
@@ -260,7 +256,6 @@ def main(arguments: list[str]) -> int:
     finally:
         device.close()
         stream.close()
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(
         json.dumps(
             {
@@ -277,8 +272,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except ConcordiaError as error:
-        print(f"gpu: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_command(main)

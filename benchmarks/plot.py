@@ -12,7 +12,6 @@ was not measured is left out and named. Needs matplotlib (the extra `bench`) and
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import pathlib
@@ -22,6 +21,8 @@ from typing import Any, Final
 
 from drawing import COLOURS, frame, label_at, length, save_picture, say_time, styled
 from goals import BY_KEY, KEYS, SLOPE_KEY, Goal
+
+from concordia.testing.command import Parser, folder, run_command
 
 ROOT: Final = pathlib.Path(__file__).parents[1]
 RESULTS: Final = ROOT / "benchmarks" / "results"
@@ -286,12 +287,10 @@ def digest(results: Results, files: Sequence[str]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=list(PICTURES), default=list(PICTURES))
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder")
-    parser.add_argument("--output", type=pathlib.Path, default=IMAGES, help="folder")
+    parser.add_argument("--output", type=folder, default=IMAGES, help="folder")
     options = parser.parse_args(arguments)
     try:
         results = read(options.results)
@@ -313,4 +312,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

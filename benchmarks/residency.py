@@ -8,10 +8,8 @@ the matrix product needs torch, without it only the probe of `auto` is the neigh
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +22,7 @@ from concordia.device.policy import POLICIES
 from concordia.errors import WaitTimeout
 from concordia.runtime.executor import Runtime
 from concordia.runtime.ring import Completion, Task, Ticket
+from concordia.testing.command import Parser, result_file, run_command
 from concordia.testing.machine import add_figures
 from gpu import Figures, figure, launch_and_sync, us
 
@@ -214,10 +213,8 @@ def summary(samples: dict[str, list[float]]) -> Figures:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
+    parser = Parser(__doc__)
+    parser.add_argument("--output", type=result_file("figures"), default=RESULTS)
     options = parser.parse_args(arguments)
     until = time.monotonic() + BUDGET_S
     bench = Bench()
@@ -246,4 +243,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

@@ -8,7 +8,6 @@ compute-sanitizer or a GPU is missing.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import pathlib
@@ -21,6 +20,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Final
 
+from concordia.testing.command import Parser, file_in_folder, run_command
 from concordia.testing.machine import machine
 
 ROOT: Final = pathlib.Path(__file__).resolve().parent.parent
@@ -134,13 +134,11 @@ def table(verdicts: list[Verdict]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--tool", nargs="*", choices=TOOLS, default=list(TOOLS))
+    parser = Parser(__doc__)
+    parser.add_argument("--tool", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all of it")
     parser.add_argument("--no-planted", action="store_true", help="do not prove that tools see")
-    parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--output", type=file_in_folder, default=RESULTS)
     options = parser.parse_args(arguments)
     sanitizer = find_sanitizer()
     if sanitizer is None:
@@ -177,10 +175,9 @@ def main(arguments: list[str]) -> int:
         "clean": all(v.is_clean for v in verdicts),
         "tools": [asdict(v) for v in verdicts],
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0 if all(v.is_clean and not v.is_blind for v in verdicts) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

@@ -18,7 +18,6 @@ import os
 import pathlib
 import random
 import signal
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from openai import AsyncOpenAI
 from rich.console import Console
 
 from concordia.errors import ConcordiaError
+from concordia.testing.command import Parser, count, file_in_folder, run_command
 from concordia.testing.fault_plan import RAISE_FILE_ENV, Target, hit, make_forward_raise
 from concordia.testing.load import Answer, Question, ask_all, first_difference, make_questions
 from concordia.testing.machine import machine
@@ -397,13 +397,11 @@ def summarise(
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--faults", type=int, default=100)
+    parser = Parser(__doc__)
+    parser.add_argument("--faults", type=count, default=100)
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--seed", type=int, default=1000)
-    parser.add_argument("--tokens", type=int, default=1500)
+    parser.add_argument("--tokens", type=count, default=1500)
     parser.add_argument("--shape", default="tiny")
     parser.add_argument(
         "--dtype", default="float32", help="others than float32 are asked as closed cohorts"
@@ -420,9 +418,9 @@ def main(arguments: list[str]) -> int:
         default=PAUSE_MAX_S,
         help="longest pause where a standby was ready, in seconds",
     )
-    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--tensor-parallel-size", type=count, default=1)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("soak-output"))
-    parser.add_argument("--result", type=pathlib.Path, default=None)
+    parser.add_argument("--result", type=file_in_folder, default=None)
     parser.add_argument("engine", nargs="*", help="more flags for vLLM, after --")
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -445,8 +443,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except ConcordiaError as error:
-        console.print(f"soak: {error}")
-        sys.exit(error.exit_code)
+    run_command(main)

@@ -7,16 +7,14 @@ Ends with 1 when a task went astray, within `--within` seconds in any case.
 
 from __future__ import annotations
 
-import argparse
-import pathlib
 import secrets
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from concordia.device.driver import open_device
 from concordia.runtime.executor import Runtime
+from concordia.testing.command import Parser, count, result_file, run_command
 from concordia.testing.machine import add_figures
 from concordia.testing.swap_storm import StormVerdict, SwapStorm
 from gpu import figure
@@ -52,16 +50,14 @@ def opened(device: str, lanes: int) -> Iterator[Runtime]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--device", default="auto", help="auto, host, cuda or cuda:<index>")
-    parser.add_argument("--lanes", type=int, default=1, help="threads, or CTAs on a GPU")
-    parser.add_argument("--tasks", type=int, default=1_000_000)
-    parser.add_argument("--swaps", type=int, default=1_000)
+    parser.add_argument("--lanes", type=count, default=1, help="threads, or CTAs on a GPU")
+    parser.add_argument("--tasks", type=count, default=1_000_000)
+    parser.add_argument("--swaps", type=count, default=1_000)
     parser.add_argument("--seed", type=int, default=secrets.randbits(32))
     parser.add_argument("--within", type=float, default=90.0, help="seconds")
-    parser.add_argument("--output", type=pathlib.Path)
+    parser.add_argument("--output", type=result_file("figures"))
     options = parser.parse_args(arguments)
     print(f"seed {options.seed}", flush=True)
     with opened(options.device, options.lanes) as runtime:
@@ -87,4 +83,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

@@ -7,13 +7,14 @@ after a result file has changed; which goals are not reached, and why, is writte
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 import sys
 from typing import Any, Final
 
 from figures import RESULTS, Figures, read_figures
 from goals import BY_KEY, KEYS, SLOPE_KEY, SLOPE_MEANING, Goal
+
+from concordia.testing.command import Parser, run_command
 
 PAGE: Final = pathlib.Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN: Final = "<!-- made by benchmarks/table.py -->\n"
@@ -76,14 +77,15 @@ def with_table(page: str, figures: Figures) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--page", type=pathlib.Path, default=PAGE)
     options = parser.parse_args(arguments)
     figures = read_figures(RESULTS)
-    page = options.page.read_text(encoding="utf-8")
-    options.page.write_text(with_table(page, figures), encoding="utf-8")
+    try:
+        page = with_table(options.page.read_text(encoding="utf-8"), figures)
+        options.page.write_text(page, encoding="utf-8")
+    except (OSError, ValueError) as error:
+        parser.error(f"--page {options.page}: {error}")
     for key in KEYS:
         if key not in figures:
             print(f"table: {key} is not measured", file=sys.stderr)
@@ -93,4 +95,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

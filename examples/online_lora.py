@@ -42,6 +42,7 @@ from concordia.errors import ConcordiaError, UsageError, WaitTimeout
 from concordia.integrations.torch_pages import TorchPages
 from concordia.integrations.torch_random import pack_random, unpack_random
 from concordia.journal.client import JournalClient
+from concordia.testing.command import Parser, run_command
 
 SERIES: Final = "online-lora"
 VOCABULARY, WIDTH, RANK, LENGTH, BATCH = 61, 64, 4, 24, 8
@@ -287,16 +288,9 @@ def end_journal(journal: pathlib.Path) -> None:
             print(f"the journal {journal} ends by itself: {error}", file=sys.stderr)
 
 
-class Parser(argparse.ArgumentParser):
-    """One line for what is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; --help says more\n")
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; ends the process with 2 when they are wrong."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     home = pathlib.Path("/dev/shm") / f"concordia-{os.getuid()}-online-lora"
     add = parser.add_argument
     add("--steps", type=int, default=30, help="steps of the whole run (%(default)s)")
@@ -327,12 +321,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     """The exit status: 0, 1 when a loss differs, 2 for wrong input."""
     options = parse(arguments)
-    try:
-        return prove(options) if options.rounds is not None else train(options)
-    except ConcordiaError as error:
-        print(f"online_lora.py: {error}", file=sys.stderr)
-        return error.exit_code
+    return prove(options) if options.rounds is not None else train(options)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

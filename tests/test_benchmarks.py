@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -42,6 +43,7 @@ from concordia import abi  # noqa: E402
 from concordia.checkpoint.checkpointer import Checkpointer  # noqa: E402
 from concordia.device.host import HostDevice  # noqa: E402
 from concordia.errors import ConcordiaError, DeviceError  # noqa: E402
+from concordia.testing import command  # noqa: E402
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def stream() -> Iterator[lent_stream.Stream]:
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
-        capture_output=True, text=True, check=False, timeout=120, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT / "src"), "HOME": "/nonexistent", "CONCORDIA_CACHE": "/nonexistent"},
+        capture_output=True, text=True, check=False, timeout=120, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT / "src"), "HOME": "/nonexistent", "CONCORDIA_CACHE": "/nonexistent", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
 
 
@@ -168,18 +170,55 @@ def test_plots_end_with_2_when_a_file_holds_no_results(tmp_path: pathlib.Path) -
 # --- commands
 
 
-@pytest.mark.parametrize("script", ["device_runtime.py", "gpu.py"])
-def test_benchmark_of_the_gpu_ends_with_one_line_and_2_when_there_is_none(script: str) -> None:
-    done = run(script)
-    if done.returncode == 0:
-        pytest.skip("this machine has a GPU")
+@pytest.mark.parametrize("started", ["device_runtime.py", "gpu.py", "residency.py", "engine.py", "swap_storm.py --device cuda:0"])
+def test_benchmark_of_the_gpu_ends_with_one_line_and_2_when_it_sees_none(started: str) -> None:
+    script, *arguments = started.split()
+    done = run(script, *arguments)
     assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert re.fullmatch(rf"{script}: (no CUDA driver on this machine: .*|no CUDA bindings .*|this process sees no NVIDIA GPU)", line)
 
 
-@pytest.mark.parametrize("arguments", [("--only", "everything"), ("--only",), ("--frobnicate",)])
-def test_benchmark_ends_with_2_when_arguments_are_wrong(arguments: tuple[str, ...]) -> None:
-    assert run("device_runtime.py", *arguments).returncode == 2
+WRONG = {
+    "device_runtime.py": ["--only everything", "--only", "--frobnicate", "--output /nope/x.json"],
+    "gpu.py": ["--ctas 0", "--ctas"],
+    "residency.py": ["--output /"],
+    "swap_storm.py": ["--swaps 0", "--tasks many", "--device foo", "--output OTHER"],
+    "kill_rounds.py": ["--rounds 0", "--rounds -3", "--device cuda:99", "--output /nope/x.json", "--output OTHER"],
+    "engine.py": ["--only all", "--pairs 0"],
+    "cost.py": ["--starts 0", "--result /nope/x.json"],
+    "soak.py": ["--faults 0"],
+    "sanitize.py": ["--tool", "--output /nope/x.json"],
+    "plot.py": ["--output /nope"],
+    "table.py": ["--page /nope", "--page OTHER"],
+}
+
+
+@pytest.mark.parametrize("script", WRONG)
+def test_benchmark_ends_with_one_line_and_2_when_arguments_are_wrong(script: str, tmp_path: pathlib.Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    for arguments in WRONG[script]:
+        done = run(script, *arguments.replace("OTHER", str(other)).split())
+        assert done.returncode == 2, f"{arguments}: {done.stderr}"
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.stderr.startswith(f"{script}: ")
+    assert other.read_text() == "{}"
+    assert not pathlib.Path("/nope").exists()
+
+
+def test_results_are_added_to_a_file_that_has_some_and_to_a_new_one(tmp_path: pathlib.Path) -> None:
+    path, wanted = tmp_path / "results.json", command.result_file("figures")
+    assert wanted(str(path)) == path
+    figures.save(path, {"submit": {"median": 0.5, "peer": {}}})
+    assert wanted(str(path)) == path
+
+
+@pytest.mark.parametrize(("arguments", "is_all"), [("", True), ("--only delta append", False)])
+def test_make_runs_residency_and_storm_only_when_no_part_is_chosen(arguments: str, is_all: bool) -> None:
+    done = subprocess.run(["make", "-n", "bench-gpu", f"ARGS={arguments}", "ENV_PYTHON=python3"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
+    assert f"device_runtime.py {arguments}" in done.stdout
+    assert ("residency.py" in done.stdout, "swap_storm.py" in done.stdout) == (is_all, is_all)
 
 
 def test_help_names_every_part_and_figure_when_it_is_asked_for() -> None:

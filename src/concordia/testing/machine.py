@@ -44,7 +44,6 @@ def add_figures(path: pathlib.Path, figures: Mapping[str, Any]) -> None:
     old = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.exists() else {}
     found = machine()
     result = {"machine": found, "commit": found["commit"], "figures": {**old, **figures}}
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
