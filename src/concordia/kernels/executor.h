@@ -92,8 +92,8 @@ FUNCTION void copy_slots(Executor* executor, uint32_t lane, uint32_t there) {
 FUNCTION uint32_t look_ahead(const Executor* executor, uint64_t lane) {
   const uint64_t position = executor->position + lane;
   // pairs with submit(): slot and arguments are there
-  return team_bits(lane < kFetchAhead && load<kAcquire, kSystem>(&slot_of(executor, position)->publish) ==
-                                             position + 1);
+  return team_bits(lane < kFetchAhead &&
+                   load<kAcquire, kSystem>(&slot_of(executor, position)->publish) == position + 1);
 }
 #else
 FUNCTION void copy_slots(Executor* executor, uint32_t, uint32_t there) {

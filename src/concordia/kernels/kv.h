@@ -4,8 +4,8 @@
 // when the handler is compiled, so that every stride and bound but the number of tokens is a
 // constant. Promises: KIND_KV_TAIL is layer -> K then V -> head -> token -> element; KIND_KV_BLOCK
 // is block -> layer -> the block's bytes as they lie. Block ids are checked before they become
-// addresses. Called by kv_append, kv_apply and kv_hash, all lanes together. Does not hash and knows
-// no journal.
+// addresses. Called by kv_append, kv_apply, kv_hash and kv_restore, all lanes together. Hashes only
+// what stream.h reads on its way (stream_range), and knows no journal.
 #pragma once
 #include "stream.h"
 

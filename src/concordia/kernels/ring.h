@@ -121,7 +121,7 @@ enum Found { kPending = 0, kDone = 1, kForgotten = 2 };
 // was read was not being written over.
 FUNCTION int read_completion(const RingHeader* ring, uint64_t position, Completion* found_ptr) {
   const Completion* completion = completion_at(ring, position);
-  // pairs with the release in finish()
+  // pairs with the release in flush_answer() of journal.h
   const uint64_t published = __atomic_load_n(&completion->publish, __ATOMIC_ACQUIRE);
   if (published < position + 1) return kPending;
   const uint64_t* words = reinterpret_cast<const uint64_t*>(completion);
