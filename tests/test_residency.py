@@ -19,7 +19,7 @@ from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.device.compiler import HandlerSource, HostCompiler
 from concordia.device.driver import ExecutorPlan, open_device
 from concordia.device.host import HostDevice
-from concordia.device.memory import Buffer
+from concordia.device.memory import Buffer, JournalTarget
 from concordia.device.policy import DEFAULT, POLICIES, policy_of
 from concordia.errors import DeviceError, RingFull, UsageError, WaitTimeout
 from concordia.runtime.executor import Runtime
@@ -128,9 +128,16 @@ def staged(device: HostDevice) -> Iterator[Staged]:
 
 
 @pytest.mark.parametrize("residency", sorted(set(POLICIES) - {DEFAULT}))
-def test_residency_is_refused_when_the_device_has_only_threads(device: HostDevice, residency: str) -> None:
+def test_residency_is_refused_when_the_device_has_only_threads(
+    device: HostDevice, residency: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: list[int] = []
+    monkeypatch.setattr(device, "share", lambda address, size: (shared.append(address), address)[1])
+    monkeypatch.setattr(device, "unshare", shared.remove)
+    pool, control = Buffer(1 << 16), Buffer(4096)
     with pytest.raises(UsageError, match=f"residency {residency} wants a GPU"):
-        Runtime(device, residency=residency)
+        Runtime(device, target=JournalTarget(pool.address, pool.size, 4096, control.address), residency=residency)
+    assert (device._buffers, shared) == ({}, [])  # and nothing of it is left
 
 
 def test_residency_is_refused_when_its_name_is_unknown(device: HostDevice) -> None:
@@ -143,7 +150,8 @@ def test_stats_say_the_residency_when_it_was_asked_for(residency: str) -> None:
     with Checkpointer.open("host", None, residency=residency) as checkpointer:
         with checkpointer.parked(), checkpointer.parked():
             ticket = checkpointer.runtime.submit(Task())
-            assert checkpointer.result(ticket) is None
+            with pytest.raises(WaitTimeout):
+                checkpointer.wait(ticket, 0.02)
         assert checkpointer.wait(ticket).is_ok
         assert checkpointer.runtime.stats().residency == "leased"
 
@@ -158,6 +166,7 @@ def test_stream_tasks_are_refused_when_the_device_has_no_streams(device: HostDev
 def test_policies_keep_a_foreign_call_late_and_never_stuck_when_they_stay() -> None:
     assert all(policy.lease_ns <= config.RESIDENT_LEASE_NS for policy in POLICIES.values())
     assert config.RESIDENT_LEASE_NS <= config.WAIT_PARK_S * 1e9
+    assert config.PLACE_LEASE_NS <= config.WAIT_PARK_S * 1e9 / 4  # no stop reaches a place: parks wait for all of it
     assert [name for name, policy in POLICIES.items() if policy.stays] == ["resident"]
     assert policy_of("stream").idle_ns == 0
 
@@ -172,6 +181,7 @@ def test_page_states_the_limits_when_they_change() -> None:
         f"a launch stays {stream.lease_ns // 1_000_000} ms at most",
         f"for a step of {config.AUTO_STEP_US / 1000:.0f} ms",
         f"cheaper by {100 * config.AUTO_GAIN_MIN:.0f} %",
+        f"and {config.PLACE_LEASE_NS // 1_000_000} ms at most",
         f"its ring ({config.STREAM_TASK_SLOTS:,} slots)",
     ):
         assert words in text

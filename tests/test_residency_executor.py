@@ -15,10 +15,10 @@ import pytest
 from concordia import abi
 from concordia.device.compiler import HandlerSource
 from concordia.device.policy import POLICIES
-from concordia.errors import DeviceError, UsageError
+from concordia.errors import DeviceError, UsageError, WaitTimeout
 from concordia.runtime.executor import Runtime
 from concordia.runtime.ring import Task
-from fake_cuda import FakeCuda, until
+from fake_cuda import FakeCuda, Result, until
 
 COUNTING = """#include "call.h"
 HANDLER {
@@ -73,11 +73,17 @@ def test_tasks_run_once_in_order_whatever_the_policy(runtime: Runtime, words: np
 def test_nothing_runs_when_parked_whatever_the_policy(runtime: Runtime, words: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
     wanted = task(runtime, words)
     runtime.wait(runtime.submit(wanted))
+    other = Runtime(runtime.device, slots=64)
     with runtime.parked(), runtime.parked():
-        assert runtime.device.driver.inside == 0  # type: ignore[attr-defined]
+        assert runtime.device._executors[0]._is_out()  # type: ignore[attr-defined]
         ticket = runtime.submit(wanted)
-        assert runtime.result(ticket) is None
+        runtime.executor.launch()
+        other.drain()  # what is not parked has run meanwhile
+        with pytest.raises(WaitTimeout):
+            runtime.wait(ticket, 0.02)
+        assert words[0] == 1
     assert runtime.wait(ticket).result == 17
+    other.close()
 
 
 def test_new_code_runs_when_swapped_whatever_the_policy(runtime: Runtime, words: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
@@ -90,12 +96,13 @@ def test_tasks_wait_for_a_framework_s_stream_whatever_the_policy(runtime: Runtim
     wanted = task(runtime, words)
     _, stream = driver.cuStreamCreate(1)
     held = threading.Event()
-    driver.streams[stream].put(lambda: held.wait(5))
+    driver.streams[stream].put(lambda: held.wait(5) and words.__setitem__(0, 7))
+    early = runtime.submit(wanted)
     runtime.order_after(stream)
     ticket = runtime.submit(wanted)
-    assert runtime.result(ticket) is None
-    held.set()
-    assert runtime.wait(ticket).is_ok
+    assert runtime.wait(early).result == 1
+    threading.Timer(0.02, held.set).start()
+    assert runtime.wait(ticket).result >> 4 == 7  # the word that the stream's work wrote, not what was there before
 
 
 def test_runtime_ends_when_forgotten_whatever_the_policy(device: FakeCuda) -> None:
@@ -146,6 +153,19 @@ def test_resident_is_out_when_a_call_of_ours_waits_for_the_device(device: FakeCu
     assert device.met == []
     assert first.wait(first.submit(Task())).is_ok
     first.close()
+
+
+@pytest.mark.parametrize("failing", ["cuModuleGetFunction", "cuStreamCreate", "cuEventCreate", "cuLaunchKernel"])
+def test_nothing_is_kept_when_an_executor_cannot_be_made(device: FakeCuda, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, streams = set(device._buffers), []
+    monkeypatch.setattr(device.driver, failing, lambda *_: (Result.CUDA_ERROR_ILLEGAL_ADDRESS, None))
+    destroy = device.driver.cuStreamDestroy
+    monkeypatch.setattr(device.driver, "cuStreamDestroy", lambda stream: (streams.append(stream), destroy(stream))[1])
+    with pytest.raises(DeviceError):
+        Runtime(device, slots=64, residency="resident")
+    assert set(device._buffers) == held
+    assert streams == list(device.driver.streams)
+    assert device._executors == []
 
 
 def test_close_ends_when_the_context_was_lost(device: FakeCuda) -> None:

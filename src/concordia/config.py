@@ -26,6 +26,9 @@ RESIDENT_LEASE_NS: Final = 1_000_000_000
 # Without residency (`stream`): what is in the ring, and out. A launch that lies in a framework's
 # stream may have to wait for one that does so long.
 STREAM_LEASE_NS: Final = 2_000_000
+# A place in a framework's stream ends with what was handed in for it: 1,024 tails of a token take
+# some 10 ms. A park beside it waits for so long and its last task, well within WAIT_PARK_S.
+PLACE_LEASE_NS: Final = 250_000_000
 STREAM_TASK_SLOTS: Final = 1024  # of tasks in a framework's stream: two steps of 256 requests
 # Choosing a residency: time for measuring, the step that its costs are weighed for, what of a
 # neighbour's slow-down is noise, and how much less another one must cost than the default.

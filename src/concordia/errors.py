@@ -40,6 +40,16 @@ class RingFull(DeviceError):
     """The ring has no free slot: the caller decides, nothing waits silently."""
 
 
+class AnswerForgotten(DeviceError):
+    """A task was done so long ago that its answer is no longer kept."""
+
+
+class RestoreUnfinished(DeviceError):
+    """A restore failed, and what it handed in may still write blocks: whoever computes into them
+    would be written over, so the engine must not go on.
+    """
+
+
 class WaitTimeout(ConcordiaError):
     """A bounded wait reached its bound; the message says who waited for what and how long."""
 

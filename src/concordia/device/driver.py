@@ -133,13 +133,13 @@ class Executor(Protocol):
     def launch(self) -> None:
         """Send the executor in, unless it is in or parked: a producer found that it had left."""
 
-    def launch_after(self, stream: int, submit_gate: Callable[[int], None]) -> None:
+    def launch_after(self, stream: int, submit_gate: Callable[[int], object]) -> None:
         """Send it in once more, behind the work that is in `stream` now; `submit_gate(n)` hands in
         a gate that no launch before n passes.
         """
 
     def launch_burst(
-        self, enqueue: Callable[[Any], None], submit_gate: Callable[[int], None]
+        self, enqueue: Callable[[Any], None], submit_gate: Callable[[int], object]
     ) -> None:
         """The same behind what `enqueue` puts into the executor's own stream."""
 

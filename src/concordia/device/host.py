@@ -143,13 +143,13 @@ class HostExecutor:
     def launch(self) -> None:
         raise AssertionError("submission launches this executor by itself")
 
-    def launch_after(self, stream: int, submit_gate: Callable[[int], None]) -> None:
+    def launch_after(self, stream: int, submit_gate: Callable[[int], object]) -> None:
         """Work of this processor is done when the call that did it returns: there is nothing to
         wait for.
         """
 
     def launch_burst(
-        self, enqueue: Callable[[Any], None], submit_gate: Callable[[int], None]
+        self, enqueue: Callable[[Any], None], submit_gate: Callable[[int], object]
     ) -> None:
         raise AssertionError("this device has no bursts")
 

@@ -14,6 +14,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -75,10 +76,15 @@ class CudaExecutor:
         self._is_closed = False
         self._hurry = threading.Event()  # the keeper looks now
         self.lost: DeviceError | None = None
-        self._code = ExecutorCode(image, threads=THREADS, context=context)
-        self._make_marks()
-        self._state = self._place(replace(plan, lanes=plan.lanes * THREADS))
-        self._turn = memory.allocate(TURN_BYTES)
+        with ExitStack() as undo:
+            self._code = ExecutorCode(image, threads=THREADS, context=context)
+            undo.callback(self._code.close)
+            self._make_marks(undo)
+            self._state = self._place(replace(plan, lanes=plan.lanes * THREADS))
+            undo.callback(memory.free, self._state)
+            self._turn = memory.allocate(TURN_BYTES)
+            undo.callback(memory.free, self._turn)
+            self._held = undo.pop_all()
         self._values = (ctypes.c_uint64 * 3)(self._state, 0, 0)
         at = ctypes.addressof(self._values)
         self._arguments = (ctypes.c_void_p * 3)(*(at + 8 * i for i in range(3)))
@@ -86,7 +92,11 @@ class CudaExecutor:
         self._keeper = threading.Thread(target=self._keep, name="concordia-lease", daemon=True)
         self._keeper.start()
         if policy.stays:
-            self.launch()
+            try:
+                self.launch()
+            except BaseException:
+                self.close(config.WAIT_PARK_S)
+                raise
 
     @property
     def residency(self) -> str:
@@ -134,16 +144,21 @@ class CudaExecutor:
         made.enqueue(self._stream)  # nothing to do; what a first launch takes is no part of a graph
         return made
 
-    def _make_marks(self) -> None:
+    def _make_marks(self, undo: ExitStack) -> None:
         with self._context.current() as driver:
             flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
             self._stream = checked(driver.cuStreamCreate(flags), "create the executor's stream")
-            events = driver.CUevent_flags
+            undo.callback(self._release, "cuStreamDestroy", self._stream)
+            events, made = driver.CUevent_flags, []
             quiet = int(events.CU_EVENT_DISABLE_TIMING)
-            self._out = checked(
-                driver.cuEventCreate(quiet | int(events.CU_EVENT_BLOCKING_SYNC)), "create an event"
-            )
-            self._before = checked(driver.cuEventCreate(quiet), "create an event")
+            for kind in (quiet | int(events.CU_EVENT_BLOCKING_SYNC), quiet):
+                made.append(checked(driver.cuEventCreate(kind), "create an event"))
+                undo.callback(self._release, "cuEventDestroy", made[-1])
+            self._out, self._before = made
+
+    def _release(self, call: str, handle: Any) -> None:
+        with self._context.current() as driver:
+            released(getattr(driver, call)(handle), "release the executor")
 
     def _place(self, plan: ExecutorPlan) -> int:
         size = self._library.executor_bytes()
@@ -161,7 +176,7 @@ class CudaExecutor:
             if self._park_depth == 0 and self._is_out():
                 self._send()
 
-    def launch_after(self, stream: int, submit_gate: Callable[[int], None]) -> None:
+    def launch_after(self, stream: int, submit_gate: Callable[[int], object]) -> None:
         """Put a launch behind the work that is in `stream` now. `submit_gate(n)` hands in a task
         that no launch below n passes.
         """
@@ -176,19 +191,19 @@ class CudaExecutor:
         self._launch_behind(wait_for_stream, submit_gate)
 
     def launch_burst(
-        self, enqueue: Callable[[Any], None], submit_gate: Callable[[int], None]
+        self, enqueue: Callable[[Any], None], submit_gate: Callable[[int], object]
     ) -> None:
         """Put a launch behind what `enqueue` puts into this executor's own stream, which runs
         between two of its stays.
         """
         self._launch_behind(lambda: enqueue(self._stream), submit_gate)
 
-    def _launch_behind(self, put: Callable[[], None], submit_gate: Callable[[int], None]) -> None:
+    def _launch_behind(self, put: Callable[[], None], submit_gate: Callable[[int], object]) -> None:
         with self._lock:
             self._raise_if_lost()
             launch = self._library.load(self._launched_at) + 1
+            submit_gate(launch)  # first: where the ring has no room for it, nothing was put
             put()
-            submit_gate(launch)
             if self._park_depth == 0:
                 self._send()
 
@@ -321,14 +336,5 @@ class CudaExecutor:
             self._wanted.notify_all()
         self._hurry.set()
         self._keeper.join(timeout_s)
-        with self._context.current() as driver:
-            for release, what in (
-                (driver.cuEventDestroy, self._out),
-                (driver.cuEventDestroy, self._before),
-                (driver.cuStreamDestroy, self._stream),
-            ):
-                released(release(what), "release the executor")
-        self._code.close()
-        self._memory.free(self._state)
-        self._memory.free(self._turn)
+        self._held.close()
         return True

@@ -14,16 +14,24 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
 from concordia import abi, config
 from concordia.device.compiler import HandlerSource
-from concordia.device.driver import Device, Executor, ExecutorPlan, Image
+from concordia.device.driver import Device, Executor, Image
 from concordia.device.memory import JournalTarget
 from concordia.device.policy import AUTO, DEFAULT
-from concordia.errors import ConcordiaError, DeviceError, RingFull, UsageError, WaitTimeout
+from concordia.errors import (
+    AnswerForgotten,
+    ConcordiaError,
+    DeviceError,
+    RingFull,
+    UsageError,
+    WaitTimeout,
+)
+from concordia.runtime.executor_plan import plan_executor
 from concordia.runtime.op_table import Operator, OperatorTable
 from concordia.runtime.residency_choice import choose
 from concordia.runtime.ring import Completion, Ring, Task, Ticket
@@ -74,18 +82,23 @@ class Runtime:
         self._lock = threading.RLock()
         self._is_open = True
         self._park_count = 0
-        self.ring = Ring(
-            device, slots=slots, arena_bytes=config.RING_ARENA_BYTES // config.RING_SLOTS * slots
-        )
-        self.operators = OperatorTable(device, self.ring)
-        self._scratch: list[int] = []
-        self._target = target
-        plan = self._plan(target, lanes)
-        self.executor: Executor = device.executor(plan, DEFAULT if residency == AUTO else residency)
-        self._finalizer = weakref.finalize(self, _abandon, self.executor)
         self._stream_tasks: list[StreamTasks] = []
+        with ExitStack() as undo:
+            arena = config.RING_ARENA_BYTES // config.RING_SLOTS * slots
+            self.ring = undo.enter_context(closing(Ring(device, slots=slots, arena_bytes=arena)))
+            self.operators = undo.enter_context(closing(OperatorTable(device, self.ring)))
+            plan = plan_executor(device, self.ring, target, lanes, undo)
+            first = DEFAULT if residency == AUTO else residency
+            self.executor: Executor = device.executor(plan, first)
+            # what the executor uses: given back once it is gone
+            self._memory = undo.pop_all()
+        self._finalizer = weakref.finalize(self, _abandon, self.executor)
         if residency == AUTO:
-            choose(device, self.ring, self.executor)
+            try:
+                choose(device, self.ring, self.executor)
+            except BaseException:
+                self.close()
+                raise
 
     def install(
         self,
@@ -208,12 +221,15 @@ class Runtime:
         self._require_open()
         self.executor.launch_after(stream, self._submit_gate)
 
-    def run_burst(self, enqueue: Callable[[Any], None]) -> None:
+    def run_burst(self, enqueue: Callable[[Any], None]) -> Ticket:
         """What `enqueue` puts into the executor's stream runs before all tasks that are handed in
-        from now on. Waits for nothing; raises RingFull.
+        from now on; the ticket is done once it has run. Waits for nothing; raises RingFull, and
+        then `enqueue` was not called.
         """
         self._require_open()
-        self.executor.launch_burst(enqueue, self._submit_gate)
+        gates: list[Ticket] = []
+        self.executor.launch_burst(enqueue, lambda at: gates.append(self._submit_gate(at)))
+        return gates[0]
 
     def stream_tasks(self, stream: int, *, slots: int = config.STREAM_TASK_SLOTS) -> StreamTasks:
         """Tasks that run as work of this stream of the framework (a handle, 0 for the default one)
@@ -227,8 +243,8 @@ class Runtime:
             self._stream_tasks.append(made)
             return made
 
-    def _submit_gate(self, launch: int) -> None:
-        self.ring.submit(Task(kind=abi.TASK_GATE, arg=launch), self.executor.handle)
+    def _submit_gate(self, launch: int) -> Ticket:
+        return self.ring.submit(Task(kind=abi.TASK_GATE, arg=launch), self.executor.handle)[0]
 
     def result(self, ticket: Ticket) -> Completion | None:
         """None while pending. Answers are kept for several laps of the ring."""
@@ -249,6 +265,11 @@ class Runtime:
                 if left_s <= config.WAIT_LOOK_S:
                     raise
 
+    def finish(self, ticket: Ticket, timeout_s: float = config.WAIT_TASK_S) -> None:
+        """Wait until a task is done, however long ago that was; raises as `wait` does."""
+        with suppress(AnswerForgotten):
+            self.wait(ticket, timeout_s)
+
     def drain(self, timeout_s: float = config.WAIT_TASK_S) -> None:
         """Wait until everything handed in so far is done."""
         until = time.monotonic() + timeout_s
@@ -263,10 +284,11 @@ class Runtime:
 
     @contextmanager
     def parked(self) -> Iterator[None]:
-        """Nobody runs handlers inside; what is handed in waits in the ring. Around calls of a
-        framework or the driver that wait for the whole GPU (docs/residency.md lists them): beside a
-        leased executor they are at most a lease late, beside a resident one RESIDENT_LEASE_NS.
-        Raises WaitTimeout when a task does not end within WAIT_PARK_S. Nests.
+        """The executor is out; what is handed in waits in the ring. A place of stream tasks that a
+        framework's stream comes to meanwhile runs all the same: that is the framework's own work.
+        Around calls of a framework or the driver that wait for the whole GPU (docs/residency.md
+        lists them): beside a leased executor they are at most a lease late, beside a resident one
+        RESIDENT_LEASE_NS. Raises WaitTimeout when a task does not end within WAIT_PARK_S. Nests.
         """
         with self._lock:
             self._require_open()
@@ -329,13 +351,7 @@ class Runtime:
             )
         for tasks in self._stream_tasks:
             tasks.close()
-        self.operators.close()
-        for address in self._scratch:
-            self.device.free(address)
-        if self._target is not None:
-            self.device.unshare(self._target.pool_address)
-            self.device.unshare(self._target.control_address)
-        self.ring.close()
+        self._memory.close()
 
     def _require_open(self) -> None:
         if not self._is_open:
@@ -345,35 +361,6 @@ class Runtime:
         self._require_open()
         if self.executor.lost is not None:
             raise self.executor.lost
-
-    def _plan(self, target: JournalTarget | None, lanes: int) -> ExecutorPlan:
-        """Scratch for one payload: staged bytes, and what hashing them needs."""
-        segment = target.segment_bytes if target else config.SEGMENT_BYTES
-        leaves = -(-segment // abi.LEAF_BYTES)
-        stage = min(leaves * abi.LEAF_BYTES, self.device.stage_bytes)
-        digest_bytes = max(leaves * 16, config.SCAN_PAGES * abi.ROOT_BYTES_MIN) + abi.ROOT_BYTES_MIN
-        pool = control = 0
-        if target is not None:
-            pool = self.device.share(target.pool_address, target.pool_bytes)
-            control = self.device.share(target.control_address, abi.STREAM_CONTROL.size)
-        return ExecutorPlan(
-            ring=self.ring.device_address,
-            pool=pool,
-            pool_bytes=target.pool_bytes if target else 0,
-            segment_bytes=segment,
-            control=control,
-            stage=self._allocate(stage),
-            stage_bytes=stage,
-            ids=self._allocate(leaves * abi.IDS_PER_LEAF * 4),
-            digests=self._allocate(digest_bytes),
-            digest_bytes=digest_bytes,
-            lanes=lanes,
-        )
-
-    def _allocate(self, size: int) -> int:
-        address = self.device.allocate(size)
-        self._scratch.append(address)
-        return address
 
 
 def _abandon(executor: Executor) -> None:

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple, NewType
 from concordia import abi, config
 from concordia.device.driver import Device
 from concordia.device.memory import Buffer
-from concordia.errors import DeviceError, RingFull, UsageError, WaitTimeout
+from concordia.errors import AnswerForgotten, DeviceError, RingFull, UsageError, WaitTimeout
 
 Ticket = NewType("Ticket", int)  # position of a task in its ring
 
@@ -216,7 +216,7 @@ class Ring:
         if said == _PENDING:
             return None
         if said == _FORGOTTEN:
-            raise DeviceError(
+            raise AnswerForgotten(
                 f"task {ticket} was done long ago: its answer is kept for "
                 f"{config.COMPLETION_LAPS - 1} laps of {self.slot_count} tasks"
             )

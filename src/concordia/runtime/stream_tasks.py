@@ -39,9 +39,9 @@ class StreamTasks:
         self._lock = threading.Lock()  # a bell follows its gate
         arena = config.RING_ARENA_BYTES // config.RING_SLOTS * slots
         self._ring = Ring(device, slots=slots, arena_bytes=arena)
-        # Its runs are bounded by what was handed in: they end with it, and none is left for later.
+        # Its runs end with what was handed in; only a lease of such tasks leaves some for later.
         self._ring.store("idle_ns", 0)
-        self._ring.store("lease_ns", config.RESIDENT_LEASE_NS)
+        self._ring.store("lease_ns", config.PLACE_LEASE_NS)
         self._ring.store("operators", operators.address)
         self._count = 0
         self._is_open = True
