@@ -30,6 +30,7 @@ from concordia.journal.checkpoints import Checkpoint
 from concordia.journal.marker import Marker, RegionMark
 from concordia.journal.writer import Entry, StreamWriter
 from concordia.recovery.pages import read_checkpoint, restore_checkpoint
+from concordia.runtime.ring import Task
 from concordia.testing.journal import SmallJournal
 from scratch_stream import ScratchStream
 
@@ -135,6 +136,19 @@ def test_newest_step_comes_back_when_every_step_changed_some_pages(device: HostD
         assert found_in(journal) == (step, trainer.content(), bytes([step]) * step)
     trainer.die()
     assert newest(journal).is_final
+
+
+def test_checkpoint_is_whole_when_its_answers_are_no_longer_kept(device: HostDevice, journal: SmallJournal) -> None:
+    trainer = Trainer(device, journal, incarnation=1)
+    trainer.step(1, share=1.0)
+    with owned(journal):
+        trainer.writer.begin(1, b"state")
+        trainer.checkpointer.runtime.drain()
+        for _ in range(config.RING_SLOTS * config.COMPLETION_LAPS // 1024 + 1):
+            trainer.checkpointer.wait(trainer.checkpointer.submit_many([Task()] * 1024)[-1])
+        trainer.writer.commit()
+    assert found_in(journal) == (1, trainer.content(), b"state")
+    trainer.die()
 
 
 def test_step_without_a_marker_changes_nothing(device: HostDevice, journal: SmallJournal) -> None:

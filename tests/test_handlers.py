@@ -20,7 +20,7 @@ from concordia.checkpoint.scratch_journal import record_bytes
 from concordia.device.compiler import HostCompiler
 from concordia.device.host import HostDevice
 from concordia.device.memory import Buffer
-from concordia.errors import UsageError
+from concordia.errors import DeviceError, UsageError
 from concordia.journal.control import Lent
 from concordia.journal.ledger import Source
 from concordia.journal.replay import ReplayIndex
@@ -795,3 +795,25 @@ def test_registration_is_refused_when_the_memory_is_not_ours(shape: tuple[HostDe
                 checkpointer.register_kv(geometry, addresses)
         with pytest.raises(UsageError):
             checkpointer.register_pages(memory.address, size=4097, page_bytes=4096)
+
+
+def test_registration_gives_everything_back_when_it_fails(monkeypatch: pytest.MonkeyPatch, shape: tuple[HostDevice, int]) -> None:
+    geometry = GEOMETRIES["mla"]
+    memory = Buffer(BLOCKS * geometry.stride)
+    device = shape[0]
+
+    def fail(*_: object, **__: object) -> None:
+        raise DeviceError("no room")
+
+    with Checkpointer(device, None) as checkpointer:
+        held = set(device._buffers)
+        for target, name in ((checkpointer, "_load_burst"), (checkpointer.runtime, "adopt")):
+            with monkeypatch.context() as patched:
+                patched.setattr(target, name, fail)
+                with pytest.raises(DeviceError, match="no room"):
+                    checkpointer.register_kv(geometry, [memory.address] * geometry.layers)
+                with pytest.raises(DeviceError, match="no room"):
+                    checkpointer.register_pages(memory.address, size=4096, page_bytes=4096)
+        assert set(device._buffers) == held
+        region = checkpointer.register_kv(geometry, [memory.address] * geometry.layers)
+        assert region.number == 1

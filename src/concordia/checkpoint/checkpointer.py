@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any, Self
 
 from concordia import abi, config
 from concordia.checkpoint.handler import burst_source, proven_append, proven_code
+from concordia.checkpoint.page_tasks import PageTasks, pages_task
 from concordia.checkpoint.record_proof import proven_bytes, proven_pages
 from concordia.checkpoint.region import BASE_ALIGNMENT, KvGeometry, PageRegion, Region, RegionEntry
 from concordia.checkpoint.restore_burst import RESTORE_KERNEL, RestoreBurst
@@ -53,7 +54,7 @@ class Checkpointer(StreamWords):
         self._lanes = lanes
         self._lock = threading.Lock()
         self._regions: list[Region | PageRegion] = []
-        self._page_tasks: dict[int, Ticket] = {}  # the last of each page region
+        self._pages: dict[int, PageTasks] = {}  # of page regions
         self._restores: dict[int, RestoreBurst] = {}  # of KV regions, where the device has bursts
         self._burst: Burst | None = None  # for all page regions, once the first is there
         self._is_open = True
@@ -102,7 +103,7 @@ class Checkpointer(StreamWords):
                 address, (geometry.block_count - 1) * geometry.stride + geometry.block_bytes
             )
         code = proven_code(self.device, geometry, lanes=self._lanes)
-        with self._lock:
+        with self._lock, ExitStack() as undo:
             number = len(self._regions) + 1
             entry = RegionEntry(
                 self.device,
@@ -111,15 +112,17 @@ class Checkpointer(StreamWords):
                 block_count=geometry.block_count,
                 layout_hash=geometry.layout_hash(),
             )
+            undo.callback(entry.close)
             operators = [
                 self.runtime.adopt(f"{name}.{number}", image, region_address=entry.address)
                 for name, image in code.handlers.items()
             ]
             region = Region(number, geometry, geometry.layout_hash(), entry, *operators)
-            self._regions.append(region)
             burst = self._load_burst(code.restore, RESTORE_KERNEL)
             if burst is not None:
                 self._restores[number] = RestoreBurst(self.device, burst, region)
+            self._regions.append(region)
+            undo.pop_all()
         return region
 
     def _load_burst(self, image: Image | None, name: str) -> Burst | None:
@@ -149,13 +152,15 @@ class Checkpointer(StreamWords):
         pages = size // page_bytes
         image = proven_pages(self.device, page_bytes, lanes=self._lanes)
         page_burst = self.device.build_burst(burst_source())
-        with self._lock:
+        with self._lock, ExitStack() as undo:
             number = len(self._regions) + 1
             hashes = self.device.allocate(PageRegion.table_bytes(pages))
+            undo.callback(self.device.free, hashes)
             entry = RegionEntry(
                 self.device, number=number, bases=[address], block_count=pages,
                 layout_hash=layout_hash, page_hashes=hashes,
             )  # fmt: skip
+            undo.callback(entry.close)
             operator = self.runtime.adopt(
                 f"page_scan.{number}", image, region_address=entry.address
             )
@@ -165,7 +170,9 @@ class Checkpointer(StreamWords):
             region = PageRegion(
                 number, address, page_bytes, pages, layout_hash, entry, hashes, operator, burst
             )
+            self._pages[number] = PageTasks(self.runtime, region)
             self._regions.append(region)
+            undo.pop_all()
         return region
 
     def replace_append(self, region: Region, source: HandlerSource) -> Operator:
@@ -289,7 +296,8 @@ class Checkpointer(StreamWords):
         what its record promised. A piece that is not leaves its blocks without meaning.
 
         Where the device has bursts, all multiprocessors do it, and what is handed in meanwhile
-        waits. Raises WaitTimeout.
+        waits. Raises WaitTimeout or RingFull, and RestoreUnfinished when blocks may still be
+        written: then nobody may compute into them.
         """
         burst, target = self._restores.get(region.number), self._target
         if burst is None or target is None or not burst.takes(pieces):
@@ -326,24 +334,8 @@ class Checkpointer(StreamWords):
         to be worth its launch.
         """
         end = region.page_count if count is None else first + count
-        if is_burst is None:
-            is_burst = (end - first) * region.page_bytes >= config.BURST_BYTES_MIN
-        is_burst = is_burst and region.burst is not None and 0 <= first < end <= region.page_count
-        if is_burst:
-            self._enqueue_burst(region, first, end)
-        arg = abi.PAGES_NOTED if is_burst else 0
-        words = {"key": key, "incarnation": incarnation, "step": step, "arg": arg}
-        return self._submit_pages(region, token_start=first, token_end=end, **words)
-
-    def _enqueue_burst(self, region: PageRegion, first: int, end: int) -> None:
-        last = self._page_tasks.get(region.number)
-        if last is not None:  # it may still read the list that a burst writes
-            self.runtime.wait(last)
-        burst, words = region.burst, (region.entry.address, first, end)
-        assert burst is not None
-        self.runtime.run_burst(
-            lambda stream: burst.enqueue(stream, words, zeroed=region.found_count)
-        )
+        words = {"key": key, "incarnation": incarnation, "step": step}
+        return self._pages[region.number].scan(first, end, is_burst=is_burst, **words)
 
     def append_pages(
         self,
@@ -355,22 +347,14 @@ class Checkpointer(StreamWords):
         step: int = 0,
     ) -> Ticket:
         """Append just these pages, which the caller knows to have changed; nothing is scanned."""
-        return self._submit_pages(region, blocks=pages, key=key, incarnation=incarnation, step=step)
+        words = {"key": key, "incarnation": incarnation, "step": step}
+        return self._pages[region.number].append(pages, **words)
 
     def pages_task(self, region: PageRegion, **words: Any) -> Task:
-        """What `append_pages` and `scan_pages` submit, for a producer that does so by itself."""
-        return Task(
-            opcode=region.scan.opcode,
-            kind=abi.TASK_CHECKPOINT,
-            region=region.number,
-            record_kind=abi.KIND_PAGE,
-            **words,
-        )
-
-    def _submit_pages(self, region: PageRegion, **words: Any) -> Ticket:
-        ticket = self.runtime.submit(self.pages_task(region, **words))
-        self._page_tasks[region.number] = ticket
-        return ticket
+        """What `append_pages` and `scan_pages` submit, for a producer that does so by itself; not
+        beside a burst of the same region.
+        """
+        return pages_task(region, **words)
 
     def result(self, ticket: Ticket) -> Completion | None:
         """None while pending."""

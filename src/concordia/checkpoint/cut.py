@@ -3,9 +3,10 @@
 Owns: `CutWriter`: the order of a checkpoint's records. Promises: the marker is handed in only once
 every page that differs and all host state are committed, so a marker in the journal means a whole
 step; one life of a writer begins with all pages, so a checkpoint never mixes incarnations; a full
-journal is waited for within a bound, then it is JournalFull and the checkpoint before counts on.
-The regions must not change between `begin` and the end of `commit`. Called by integrations. One
-thread at a time. It reads nothing back: recovery/pages does.
+journal is waited for within a bound, then it is JournalFull and the checkpoint before counts on;
+a part whose answer is no longer kept is handed in once more: what is there stays or is replaced by
+the same. The regions must not change between `begin` and the end of `commit`. Called by
+integrations. One thread at a time. It reads nothing back: recovery/pages does.
 
     begin:  scan region 1 | scan region 2 | ... | state      commit:  wait for them | marker
 """
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 from concordia import abi, config
 from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.checkpoint.region import PageRegion
-from concordia.errors import DeviceError, JournalFull, UsageError
+from concordia.errors import AnswerForgotten, DeviceError, JournalFull, UsageError
 from concordia.journal.marker import Marker, RegionMark
 from concordia.runtime.ring import Completion, Ticket
 
@@ -31,7 +32,7 @@ class Committed:
     """A checkpoint that is in the journal."""
 
     step: int
-    pages: int  # that were appended
+    pages: int  # that were appended, as far as the answers were still kept
     sequence: int  # of the marker in its stream
 
 
@@ -81,7 +82,7 @@ class CutWriter:
             part = state[at : at + config.STATE_PART_BYTES]
             self._hand_in("host state", partial(self._append, part, abi.KIND_STATE, at))
             if len(self._parts) > config.STATE_PARTS_AHEAD:  # the ring's arena holds only so much
-                self._checkpointer.wait(self._parts[-config.STATE_PARTS_AHEAD].ticket)
+                self._checkpointer.runtime.finish(self._parts[-config.STATE_PARTS_AHEAD].ticket)
 
     def commit(self, timeout_s: float = config.CHECKPOINT_WAIT_S) -> Committed:
         """Wait until all of it is committed, then for the marker. Raises JournalFull, WaitTimeout
@@ -119,7 +120,11 @@ class CutWriter:
         """Its last answer, and the pages of all; what found the journal full is handed in again,
         and a scan goes on where it stopped.
         """
-        done, pages = self._wait(part.ticket, deadline), 0
+        pages = 0
+        try:
+            done = self._wait(part.ticket, deadline)
+        except AnswerForgotten:  # other tasks went round the ring for laps since `begin`
+            done = self._wait(part.again(), deadline)
         while done.status == abi.STATUS_JOURNAL_FULL:
             pages += done.result
             if time.monotonic() >= deadline:
