@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from concordia import abi, config
-from concordia.errors import ConcordiaError, RingFull, UsageError, WaitTimeout
+from concordia.errors import ConcordiaError, RestoreUnfinished, RingFull, UsageError, WaitTimeout
 from concordia.integrations.vllm.append_clock import AppendClock
 from concordia.integrations.vllm.door import GuestDoor
 from concordia.integrations.vllm.pump import Append, AppendPump, Batch, Failure
@@ -209,6 +209,21 @@ def test_door_shuts_once_and_says_why_when_something_fails(caplog: pytest.LogCap
     assert door.call("entry", 7, lambda: 1) == 7
     assert said == ["entry: RuntimeError: boom"]
     assert len([r for r in caplog.records if "protection is OFF" in r.message]) == 1
+
+
+def test_door_lets_the_engine_know_when_going_on_could_change_its_blocks(caplog: pytest.LogCaptureFixture) -> None:
+    door = GuestDoor("a test")
+    said: list[str] = []
+    door.on_shut(said.append)
+
+    def fail() -> int:
+        raise RestoreUnfinished("blocks are still being written")
+
+    with pytest.raises(RestoreUnfinished):
+        door.call("start_load_kv", 7, fail)
+    assert said == ["start_load_kv: RestoreUnfinished: blocks are still being written"]
+    assert caplog.records[-1].getMessage().endswith("The engine ends.")
+    assert door.call("start_load_kv", 7, fail) == 7
 
 
 def test_door_stays_shut_quietly_when_saying_so_fails_too() -> None:

@@ -3,7 +3,8 @@
 Owns: the lists that launches read, their answers, and each CTA's scratch. Promises: pieces that
 name the same block are written in the order given; a piece counts as restored only if the region's
 own bytes, read back, have the hash that its record promised; while one list is worked at the next
-is filled; the wait is bounded. Called by checkpointer.py, where the device has bursts;
+is filled; whatever it raises but RestoreUnfinished, nothing of it writes any more; every wait is
+bounded. Called by checkpointer.py, where the device has bursts;
 kernels/kv_restore.cu does the work.
 """
 
@@ -12,7 +13,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
 from itertools import accumulate, chain
 from typing import Any, Final
 
@@ -21,12 +24,12 @@ import numpy.typing as npt
 
 from concordia import abi
 from concordia.checkpoint.region import Region
-from concordia.checkpoint.restore_tasks import KvPiece
+from concordia.checkpoint.restore_tasks import KvPiece, landed, when_room
 from concordia.device.driver import Burst, Device
 from concordia.device.memory import Buffer, JournalTarget
-from concordia.errors import UsageError
+from concordia.errors import RestoreUnfinished, UsageError, WaitTimeout
 from concordia.runtime.executor import Runtime
-from concordia.runtime.ring import Task, Ticket
+from concordia.runtime.ring import Ticket
 
 RESTORE_KERNEL: Final = "concordia_kv_restore"
 # of one list: 64 KiB pieces of it take the bus a millisecond, which is what filling the next takes
@@ -40,14 +43,18 @@ class RestoreBurst:
     def __init__(self, device: Device, burst: Burst, region: Region) -> None:
         self._device, self._burst, self._region = device, burst, region
         self._lock = threading.Lock()
+        self._is_unfinished = False  # launches may still read the lists
         geometry = region.geometry
         # an engine's pieces lie within a block; the self-test's reach into a second one
         tail_max = geometry.tail_bytes(2 * geometry.block_tokens)
         self._payload_max = max(geometry.raw_bytes(), tail_max)
         leaves = -(-self._payload_max // abi.LEAF_BYTES)
         self._digest_bytes = -(-16 * leaves // abi.ROOT_BYTES_MIN) * abi.ROOT_BYTES_MIN
-        self._scratch = device.allocate(burst.ctas * (self._digest_bytes + 4 * BLOCKS_MAX))
-        self._lists = [PieceList(device), PieceList(device)]
+        with ExitStack() as undo:
+            self._scratch = device.allocate(burst.ctas * (self._digest_bytes + 4 * BLOCKS_MAX))
+            undo.callback(device.free, self._scratch)
+            self._lists = [undo.enter_context(closing(PieceList(device))) for _ in range(2)]
+            self._memory = undo.pop_all()
 
     def takes(self, pieces: Sequence[KvPiece]) -> bool:
         """Whether they are small enough; all that an engine appends is."""
@@ -59,33 +66,50 @@ class RestoreBurst:
     def restore(
         self, runtime: Runtime, target: JournalTarget, pieces: Sequence[KvPiece], timeout_s: float
     ) -> list[int]:
-        """A status for each piece; raises WaitTimeout."""
+        """A status for each piece; raises WaitTimeout, RingFull, or RestoreUnfinished."""
         until = time.monotonic() + timeout_s
+        if not self._lock.acquire(timeout=timeout_s):
+            raise WaitTimeout(f"another restore into this region took over {timeout_s} s")
+        try:
+            if self._is_unfinished:
+                raise RestoreUnfinished("an earlier restore into this region has not ended")
+            with landed(runtime):
+                return self._write(runtime, target, pieces, until)
+        except RestoreUnfinished:
+            self._is_unfinished = True
+            raise
+        finally:
+            self._lock.release()
+
+    def _write(
+        self, runtime: Runtime, target: JournalTarget, pieces: Sequence[KvPiece], until: float
+    ) -> list[int]:
+        """List after list, each filled while the one before is worked at."""
         flying: deque[tuple[PieceList, list[int], Ticket]] = deque()
         found: list[int] = []
 
         def land() -> None:
             pieces_list, order, ticket = flying.popleft()
-            runtime.wait(ticket, max(0.001, until - time.monotonic()))
+            runtime.finish(ticket, max(0.001, until - time.monotonic()))
             found.extend(pieces_list.statuses(order))
 
-        with self._lock:
-            for number, start in enumerate(range(0, len(pieces), PIECES_MAX)):
-                if len(flying) == len(self._lists):
-                    land()
-                part, free = pieces[start : start + PIECES_MAX], self._lists[number % 2]
-                rounds = in_rounds(part)
-                order = list(chain.from_iterable(rounds))
-                free.fill(part if len(rounds) == 1 else [part[index] for index in order])
-                flying.append((free, order, self._send(runtime, target, free, rounds)))
-            while flying:
+        for number, start in enumerate(range(0, len(pieces), PIECES_MAX)):
+            if len(flying) == len(self._lists):
                 land()
+            part, free = pieces[start : start + PIECES_MAX], self._lists[number % 2]
+            rounds = in_rounds(part)
+            order = list(chain.from_iterable(rounds))
+            free.fill(part if len(rounds) == 1 else [part[index] for index in order])
+            send = partial(runtime.run_burst, self._launches(target, free, rounds))
+            flying.append((free, order, when_room(send, until)))
+        while flying:
+            land()
         return found
 
-    def _send(
-        self, runtime: Runtime, target: JournalTarget, one: PieceList, rounds: list[list[int]]
-    ) -> Ticket:
-        """A launch for each round; the ticket of what runs after them."""
+    def _launches(
+        self, target: JournalTarget, one: PieceList, rounds: list[list[int]]
+    ) -> Callable[[Any], None]:
+        """What puts a launch for each round into a stream."""
         pool = (target.pool_address, target.pool_bytes)
         scratch = (self._scratch, self._digest_bytes, BLOCKS_MAX)
         launches = [
@@ -97,14 +121,12 @@ class RestoreBurst:
             for words in launches:
                 self._burst.enqueue(stream, words)
 
-        runtime.run_burst(enqueue)
-        return runtime.submit(Task())
+        return enqueue
 
     def close(self) -> None:
-        """Nothing of it is under way, and the executor is gone or parked."""
-        for one in self._lists:
-            one.close()
-        self._device.free(self._scratch)
+        """The executor is gone or parked; what a launch may still use is kept."""
+        if not self._is_unfinished:
+            self._memory.close()
 
 
 class PieceList:
@@ -115,7 +137,11 @@ class PieceList:
         sizes = [size * PIECES_MAX for size in (abi.TASK.size, 8, 4 * BLOCKS_MAX)]
         self._answers_at, self._ids_at = sizes[0], sizes[0] + sizes[1]
         self._buffer = Buffer(sum(sizes))
-        self._address = device.share(self._buffer.address, self._buffer.size)
+        try:
+            self._address = device.share(self._buffer.address, self._buffer.size)
+        except BaseException:
+            self._buffer.close()
+            raise
         self._tasks = np.frombuffer(self._buffer.view, abi.TASK.dtype, PIECES_MAX)
         self._answers = np.frombuffer(self._buffer.view, np.uint64, PIECES_MAX, self._answers_at)
         ids = np.frombuffer(self._buffer.view, np.uint32, BLOCKS_MAX * PIECES_MAX, self._ids_at)

@@ -1,25 +1,31 @@
 """Records back into a KV region, one after the other, by the executor, floor 4.
 
 Owns: KvPiece, and the tasks that a piece needs. Promises: a piece is written only with the hash
-that its record promised, and hashed again in place before anything later may write over it; the
-wait is bounded. Called by checkpointer.py, where there is no burst or a piece is too large for it.
+that its record promised, and hashed again in place before anything later may write over it;
+whatever a restore raises but RestoreUnfinished, nothing of it writes any more; every wait is
+bounded. Called by checkpointer.py, where there is no burst or a piece is too large for it.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Final, NamedTuple, TypeVar
 
-from concordia import abi
+from concordia import abi, config
 from concordia.checkpoint.region import Region
-from concordia.errors import RingFull
+from concordia.errors import ConcordiaError, RestoreUnfinished, RingFull
 from concordia.runtime.executor import Runtime
 from concordia.runtime.ring import Task, Ticket
 
 # two tasks each: an eighth of the ring, so that appends never find it full
 PIECES_IN_FLIGHT: Final = 256
+ROOM_LOOK_S: Final = 0.001
+
+T = TypeVar("T")
 
 
 class KvPiece(NamedTuple):
@@ -66,7 +72,7 @@ class KvPiece(NamedTuple):
 def restore_by_tasks(
     runtime: Runtime, region: Region, pieces: Sequence[KvPiece], timeout_s: float
 ) -> list[int]:
-    """A status for each piece; raises WaitTimeout."""
+    """A status for each piece; raises WaitTimeout, RingFull, or RestoreUnfinished."""
     until = time.monotonic() + timeout_s
     flying: deque[tuple[KvPiece, list[Ticket]]] = deque()
     found: list[int] = []
@@ -78,20 +84,47 @@ def restore_by_tasks(
         is_other = status == abi.STATUS_OK and seen.payload_hash != piece.payload_hash
         found.append(abi.STATUS_HASH_MISMATCH if is_other else status)
 
-    for piece in pieces:
-        # Hashed right behind its own apply: the executor runs tasks in order, and a later piece
-        # may write over this one.
-        flying.append((piece, _both(runtime, [piece.task(region), piece.look(region)])))
-        if len(flying) >= PIECES_IN_FLIGHT:
+    with landed(runtime):
+        for piece in pieces:
+            # Hashed right behind its own apply: the executor runs tasks in order, and a later
+            # piece may write over this one.
+            tasks, tickets = [piece.task(region), piece.look(region)], list[Ticket]()
+            while len(tickets) < len(tasks):
+                rest = tasks[len(tickets) :]
+                tickets += when_room(partial(runtime.submit_many, rest), until)
+            flying.append((piece, tickets))
+            if len(flying) >= PIECES_IN_FLIGHT:
+                land()
+        while flying:
             land()
-    while flying:
-        land()
     return found
 
 
-def _both(runtime: Runtime, tasks: list[Task]) -> list[Ticket]:
-    """Both tickets, or RingFull with none of the two done for nothing."""
-    tickets = runtime.submit_many(tasks)
-    if len(tickets) < len(tasks):
-        raise RingFull("appends fill the ring while a restore wants it")
-    return tickets
+def when_room(hand_in: Callable[[], T], until: float) -> T:
+    """Its answer once the ring has room, which appends may take for a while; raises RingFull when
+    they still do at `until`.
+    """
+    while True:
+        try:
+            return hand_in()
+        except RingFull:
+            if time.monotonic() > until:
+                raise
+            time.sleep(ROOM_LOOK_S)
+
+
+@contextmanager
+def landed(runtime: Runtime) -> Iterator[None]:
+    """What was handed in here has ended when this does, within WAIT_TASK_S also after an error;
+    raises RestoreUnfinished when it has not.
+    """
+    try:
+        yield
+    except BaseException as error:
+        try:
+            runtime.drain(config.WAIT_TASK_S)
+        except ConcordiaError as unfinished:
+            raise RestoreUnfinished(
+                f"blocks are still being written by a restore that failed ({error}): {unfinished}"
+            ) from error
+        raise

@@ -2,11 +2,11 @@
 concordia.integrations.vllm.connector).
 
 Owns: the mapping from vLLM's connector methods to one of two sides. Promises: no error of ours gets
-past the guest door; whatever was promised to the engine and cannot be kept is reported to it as a
-failed load; save_kv_layer does nothing, so full CUDA graphs stay possible; KV delivery is best
-effort (requires_kv_delivery is False). Called by vLLM's scheduler and workers, directly or through
-MultiConnector. It keeps no state but what must survive a shut door: blocks that the engine counts
-on.
+past the guest door but RestoreUnfinished; whatever was promised to the engine and cannot be kept is
+reported to it as a failed load; save_kv_layer does nothing, so full CUDA graphs stay possible; KV
+delivery is best effort (requires_kv_delivery is False). Called by vLLM's scheduler and workers,
+directly or through MultiConnector. It keeps no state but what must survive a shut door: blocks that
+the engine counts on.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The guest door: where our errors stop.
 
 Owns: the one `except Exception` between Concordia and the engine it lives in. Promises: nothing
-that goes wrong behind the door reaches the engine; the first time it does, protection goes off for
-this side of this engine, with one log line that says where and why, and stays off. Called by the
-connector around every entry point. It does not decide what the engine is told instead: the caller
-names that.
+that goes wrong behind the door reaches the engine, unless going on could change KV bytes
+(RestoreUnfinished); the first time it does, protection goes off for this side of this engine, with
+one log line that says where and why, and stays off. Called by the connector around every entry
+point. It does not decide what the engine is told instead: the caller names that.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
+
+from concordia.errors import RestoreUnfinished
 
 # below vLLM's root, so that its handlers and levels apply
 logger = logging.getLogger("vllm.concordia")
@@ -39,13 +41,17 @@ class GuestDoor:
     def call(
         self, entry: str, otherwise: T, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """`action`'s answer, or `otherwise` when the door is shut or shuts now."""
+        """`action`'s answer, or `otherwise` when the door is shut or shuts now; lets
+        RestoreUnfinished through, for then no other answer is right.
+        """
         if self.reason is not None:
             return otherwise
         try:
             return action(*args, **kwargs)
         except Exception as error:
             self.shut(f"{entry}: {type(error).__name__}: {error}", cause=error)
+            if isinstance(error, RestoreUnfinished):
+                raise
             return otherwise
 
     def leave(self, entry: str, action: Callable[[], None]) -> None:
@@ -63,9 +69,10 @@ class GuestDoor:
             return
         self.reason = reason
         logger.error(
-            "Concordia protection is OFF for %s from here: %s. The engine goes on without it.",
+            "Concordia protection is OFF for %s from here: %s. The engine %s.",
             self.label,
             reason,
+            "ends" if isinstance(cause, RestoreUnfinished) else "goes on without it",
             exc_info=cause,
         )
         for action in self._on_shut:
