@@ -12,10 +12,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from concordia import abi
+from concordia import abi, config
 from concordia.device.compiler import HandlerSource
 from concordia.device.policy import POLICIES
-from concordia.errors import DeviceError, UsageError, WaitTimeout
+from concordia.errors import DeviceError, HandlerRefused, UsageError, WaitTimeout
 from concordia.runtime.executor import Runtime
 from concordia.runtime.ring import Task
 from fake_cuda import FakeCuda, Result, until
@@ -153,6 +153,24 @@ def test_resident_is_out_when_a_call_of_ours_waits_for_the_device(device: FakeCu
     assert device.met == []
     assert first.wait(first.submit(Task())).is_ok
     first.close()
+
+
+def test_device_says_so_when_a_refused_candidate_does_not_end(device: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime(device, slots=64)
+    word = np.zeros(1, np.uint64)
+    holding = '#include "call.h"\nHANDLER { while (load<kAcquire, kSystem>(reinterpret_cast<uint64_t*>(call->task.arg)) == 0) yield_lane(); }\n'
+    with monkeypatch.context() as patched:
+        patched.setattr(config, "WAIT_TASK_S", 0.05)
+        patched.setattr(config, "WAIT_PARK_S", 0.05)
+        with pytest.raises(HandlerRefused, match="no answer"):
+            runtime.register_operator("hold", holding, self_test=lambda trial: trial.compute(arg=word.ctypes.data))
+    for waits in (lambda: runtime.install("count", source(1)), lambda: device.free(0), lambda: device.unshare(0)):
+        with pytest.raises(DeviceError, match="does not end"):
+            waits()
+    word[0] = 1
+    assert device._executors[1].close(1)
+    runtime.install("count", source(1))
+    runtime.close()
 
 
 @pytest.mark.parametrize("failing", ["cuModuleGetFunction", "cuStreamCreate", "cuEventCreate", "cuLaunchKernel"])

@@ -130,10 +130,16 @@ class CudaDevice:
     @contextmanager
     def parked(self) -> Iterator[None]:
         """No executor of ours that stays is on the GPU meanwhile: for driver calls that wait for
-        all that runs. A leased one is not parked; it leaves by itself within its lease.
+        all that runs. A leased one is not parked; it leaves by itself within its lease. Raises
+        DeviceError while one is inside that never will.
         """
         with ExitStack() as parked:
             for executor in tuple(self._executors):
+                if executor.is_stuck():
+                    raise DeviceError(
+                        f"{self.name}: a task that does not end is on the GPU, and what waits for "
+                        "all that runs there would not return: start the process anew"
+                    )
                 if not executor.parks_for_driver:
                     continue
                 try:

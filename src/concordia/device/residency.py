@@ -73,7 +73,7 @@ class CudaExecutor:
         self._lock = threading.Lock()
         self._wanted = threading.Condition(self._lock)
         self._park_depth = 0
-        self._is_closed = False
+        self._is_closed = self._is_hung = False
         self._hurry = threading.Event()  # the keeper looks now
         self.lost: DeviceError | None = None
         with ExitStack() as undo:
@@ -304,6 +304,10 @@ class CudaExecutor:
                 if waited > SPIN_S:
                     time.sleep(SLEEP_S)
 
+    def is_stuck(self) -> bool:
+        """Whether it did not leave when it was closed, and has not since."""
+        return self._is_hung and not self._is_closed and not self._wait_out(0)
+
     def unpark(self) -> None:
         """Undo one `park`; what waits in the ring is run."""
         with self._lock:
@@ -323,7 +327,8 @@ class CudaExecutor:
         if self._is_closed:
             return True
         try:
-            if not self.park(timeout_s):
+            self._is_hung = not self.park(timeout_s)
+            if self._is_hung:
                 return False
         except CudaError as error:
             if not error.context_lost:

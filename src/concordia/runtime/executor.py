@@ -343,6 +343,11 @@ class Runtime:
             with self.device.parked():
                 self._release()
 
+    def abandon(self) -> None:
+        """Stop the executor if it can be stopped, and keep all memory: a task does not end."""
+        self._is_open = False
+        self._finalizer()
+
     def _release(self) -> None:
         if not self.executor.close(config.WAIT_PARK_S):
             raise WaitTimeout(

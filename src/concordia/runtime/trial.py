@@ -107,8 +107,9 @@ class Trial:
         """Give everything back, or keep it all where the candidate still runs."""
         if self._is_hung:
             # Unmapped memory under a thread or a kernel that still runs would end the process: the
-            # runtime is forgotten, which stops it where that is possible and frees nothing.
+            # runtime is left alone, and its device knows that it is.
             logger.warning("a refused handler does not end: its scratch memory is kept")
+            self._runtime.abandon()
             return
         self._runtime.close()
         for address in self._memory:
