@@ -607,10 +607,47 @@ def test_pool_lies_elsewhere_and_is_removed_when_another_place_is_named(journal:
     await_true(lambda: not journal.exists() and not place.exists(), "both are removed")
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o644])
+def test_file_that_is_there_is_left_as_it_is_when_a_pool_shall_lie_there(journal: Path, tmp_path: Path, mode: int) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.write_bytes(b"precious" * (SIZE // 8))
+    theirs.chmod(mode)
+    with pytest.raises(JournalRefused, match="theirs is there already, and is left as it is"):
+        spawn_owner(journal, size_bytes=SIZE, segment_bytes=SEGMENT, linger_s=60.0, place=Place(theirs))
+    assert theirs.read_bytes() == b"precious" * (SIZE // 8)
+    with pytest.raises(JournalRefused, match="cannot allocate"):  # put there a moment after it was looked for
+        segment.Pool.create(tmp_path / "pool", size=SIZE, segment_bytes=SEGMENT, at=theirs)
+    Folder(tmp_path).clear()
+    (tmp_path / "pool").symlink_to(theirs)  # in the place of one that an owner made
+    Folder(tmp_path).clear()
+    assert theirs.exists() == (mode == 0o644)
+
+
+def test_pool_is_refused_in_one_line_when_it_cannot_lie_there(journal: Path, tmp_path: Path) -> None:
+    for wrong, words in (
+        (Path("/dev/null"), "no devdax device"),
+        (tmp_path, "is there already"),
+        (tmp_path / "none" / "pool", "there is no folder"),
+    ):
+        with pytest.raises(JournalRefused, match=words):
+            spawn_owner(journal, size_bytes=SIZE, segment_bytes=SEGMENT, place=Place(wrong))
+        assert not (journal / "pool").is_symlink()
+    with pytest.raises(JournalRefused, match="cannot map"):  # a device that mmap does not take
+        segment.Pool.create(tmp_path / "pool", size=SIZE, segment_bytes=SEGMENT, at=Path("/dev/null"))
+
+
+def test_journal_and_pool_lie_where_their_maker_says_when_their_names_are_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    spawn_owner(Path("journal"), size_bytes=SIZE, segment_bytes=SEGMENT, linger_s=60.0, place=Place(Path("records")))
+    with JournalClient.connect(Path("journal")) as client:
+        assert (tmp_path / "records").stat().st_size == SIZE
+        client.shutdown()
+    await_true(lambda: not (tmp_path / "journal").exists() and not (tmp_path / "records").exists(), "both are removed")
+
+
 def test_pool_on_a_device_is_mapped_when_mmap_takes_it(tmp_path: Path) -> None:
-    link = tmp_path / "pool"
-    link.symlink_to("/dev/zero")  # a character device, as devdax is
-    pool = segment.Pool.create(link, size=4 * SEGMENT, segment_bytes=SEGMENT)
+    device = Path("/dev/zero")  # a character device, as devdax is
+    pool = segment.Pool.create(tmp_path / "pool", size=4 * SEGMENT, segment_bytes=SEGMENT, at=device)
     pool.view[5 * 1000] = 7
     assert (pool.segment_count, pool.view[5 * 1000], pool.is_marked_free(3)) == (4, 7, True)
     pool.close()

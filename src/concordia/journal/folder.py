@@ -66,7 +66,7 @@ class Folder:
     def clear(self) -> None:
         """Unlink what holds data or answers; what is not there is no error."""
         if self.pool.is_symlink() and self.pool.is_file():
-            self.pool.resolve().unlink()  # a file that we made elsewhere, on hugetlbfs for instance
+            _unlink_private(self.pool.readlink())  # one that we made, on hugetlbfs for instance
         for file in (self.socket, self.pool, self.board):
             file.unlink(missing_ok=True)
 
@@ -141,6 +141,15 @@ def fit_size(
             f"(docker run --shm-size), raise --journal-size or name another --journal-dir"
         )
     return count * size
+
+
+def _unlink_private(path: Path) -> None:
+    """Unlink a file of ours; one that is not as we made it was put in its place by somebody."""
+    try:
+        _private_stat(path)
+    except JournalRefused:
+        return
+    path.unlink()
 
 
 def _private_stat(path: Path) -> os.stat_result:

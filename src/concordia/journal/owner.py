@@ -243,18 +243,17 @@ def _take(home: Folder, settings: dict[str, Any]) -> Owner:
 
 def _make(home: Folder, settings: dict[str, Any], place: Place) -> Owner:
     """A new journal."""
-    if place.pool is not None:
-        home.pool.symlink_to(place.pool)
+    place.check_pool(home.pool)
     own_bytes = place.own_bytes()
-    size = fit_size(
-        home.path, settings["size_bytes"], settings["segment_bytes"], own_bytes=own_bytes
-    )
+    folder = place.folder(home.path)
+    size = fit_size(folder, settings["size_bytes"], settings["segment_bytes"], own_bytes=own_bytes)
     segment_bytes = settings["segment_bytes"] or choose_segment_bytes(size)
     try:
         pool = Pool.create(
             home.pool,
             size=size,
             segment_bytes=segment_bytes,
+            at=place.pool,
             put=lambda address: _say(place.put(address, size, unit=segment_bytes)),
         )
         place.check(pool.mapping.address, size)

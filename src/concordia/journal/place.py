@@ -30,6 +30,10 @@ class Place:
     node: int | None = None
     near: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.pool is not None:  # the owner has another working folder
+            object.__setattr__(self, "pool", self.pool.absolute())
+
     @staticmethod
     def of(settings: Mapping[str, Any]) -> Place:
         """Out of the owner's settings. A device promises the node of its memory by itself."""
@@ -42,6 +46,28 @@ class Place:
     def to_settings(self) -> dict[str, Any]:
         """The inverse, as JSON."""
         return {"pool": str(self.pool) if self.pool else None, "node": self.node, "near": self.near}
+
+    def check_pool(self, link: Path) -> None:
+        """Raise JournalRefused unless the pool can be made there. What `link` names already, the
+        owner before us made: that is adopted or removed.
+        """
+        pool = self.pool
+        if pool is None or (link.is_symlink() and link.readlink() == pool):
+            return
+        if pool.is_char_device():
+            if numa.device_bytes(pool) is None:
+                raise JournalRefused(f"{pool} is no devdax device: name another --journal-pool")
+        elif os.path.lexists(pool):
+            raise JournalRefused(
+                f"{pool} is there already, and is left as it is: --journal-pool names a devdax "
+                "device, or a file that is yet to be made"
+            )
+        elif not pool.parent.is_dir():
+            raise JournalRefused(f"there is no folder {pool.parent} for the file of --journal-pool")
+
+    def folder(self, home: Path) -> Path:
+        """Where the pool of the journal in `home` takes its room."""
+        return home if self.pool is None else self.pool.parent
 
     def own_bytes(self) -> int | None:
         """What there is for nobody else: a device, or huge pages that were set aside; None for a

@@ -58,15 +58,22 @@ class Pool:
         *,
         size: int,
         segment_bytes: int,
+        at: Path | None = None,
         put: Callable[[int], None] | None = None,
     ) -> Pool:
-        """Allocate and map a new pool; `path` may be a link to a file elsewhere or to a devdax
-        device. `put` gets the address before any page is there.
+        """Allocate and map a new pool. With `at` it is that device, or a new file there, and `path`
+        becomes a link to it: so a link to a file is always to one that we made. `put` gets the
+        address before any page is there.
         """
-        if not path.exists():
-            _allocate(path.resolve(), size, put)
+        if at is None or not at.is_char_device():
+            _allocate(at or path, size, put)
+        if at is not None:
+            path.symlink_to(at)
         _check_pool(path, size)
-        pool = Pool(path, size=size, segment_bytes=segment_bytes, writable=True)
+        try:
+            pool = Pool(path, size=size, segment_bytes=segment_bytes, writable=True)
+        except (OSError, EnvironmentRefused) as error:
+            raise JournalRefused(f"cannot map {size >> 20} MiB of {at or path}: {error}") from error
         for segment in range(pool.segment_count):
             pool.mark_free(segment)  # a device still has what it had before
         return pool

@@ -38,7 +38,7 @@ def spawn_owner(
     pool shall lie when not in the journal's folder, and on which memory nodes. Raises
     JournalRefused or WaitTimeout.
     """
-    home = Folder(journal)
+    home = Folder(journal := journal.absolute())  # the owner has another working folder
     home.make()
     found = _ask_pid(home)
     if found is not None:

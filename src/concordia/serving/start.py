@@ -26,7 +26,7 @@ from concordia.journal.segment import Board
 from concordia.serving import resources
 from concordia.serving.engine_flags import EngineFlags
 from concordia.serving.engine_spec import check_socket_room
-from concordia.serving.machine import Engine, find_engine, find_gpu_nodes, read_machine
+from concordia.serving.machine import Engine, Machine, find_engine, find_gpu_nodes, read_machine
 from concordia.serving.run_folder import RunFolder, default_base
 from concordia.serving.shared_names import SHARED_MEMORY
 
@@ -42,7 +42,7 @@ def start(options: Mapping[str, Any], engine_arguments: Sequence[str]) -> int:
     _check_model(options["model"])
     journal = _journal_path(options)
     place = Place(options["journal_pool"], options["journal_node"])
-    machine = read_machine(journal or SHARED_MEMORY)
+    machine = _machine(journal, place)
     plan = resources.divide(
         machine,
         engine,
@@ -175,6 +175,15 @@ def _journal_path(options: Mapping[str, Any]) -> pathlib.Path | None:
     return (given or config.Paths.default().journal).absolute()
 
 
+def _machine(journal: pathlib.Path | None, place: Place) -> Machine:
+    """This machine, with the room that there is where the journal's records shall lie."""
+    if journal is None:
+        return read_machine(SHARED_MEMORY)
+    place.check_pool(Folder(journal).pool)
+    machine, own_bytes = read_machine(place.folder(journal)), place.own_bytes()
+    return machine if own_bytes is None else replace(machine, shared_free_bytes=2 * own_bytes)
+
+
 def _check_journal(journal: pathlib.Path, size_bytes: int, place: Place) -> None:
     """Raise when the journal would not fit, is not ours, or serves another server."""
     home = Folder(journal)
@@ -193,7 +202,7 @@ def _check_journal(journal: pathlib.Path, size_bytes: int, place: Place) -> None
         parent = parent.parent
     if not os.access(parent, os.W_OK):
         raise EnvironmentRefused(f"cannot write to {parent}: name another --journal-dir")
-    fit_size(parent, size_bytes, None, own_bytes=place.own_bytes())
+    fit_size(place.folder(parent), size_bytes, None, own_bytes=place.own_bytes())
 
 
 def _living_user(home: Folder) -> int | None:
