@@ -85,9 +85,10 @@ def test_protection_is_refused_when_tensors_cannot_be_saved(journal: pathlib.Pat
         ({"a": torch.empty(0)}, "empty, sparse"),
         ({"a": torch.eye(4).to_sparse()}, "empty, sparse"),
         ({"a": torch.empty(4, device="meta")}, "use one GPU, or the CPU"),
+        ({"a": torch.ones(4)}, "bytes of name"),
     ):
         with pytest.raises(UsageError, match=words):
-            TorchPages.open(tensors, name="refused", journal=journal)
+            TorchPages.open(tensors, name="refused" * (20 if words == "bytes of name" else 1), journal=journal)
 
 
 def test_restore_is_refused_when_shapes_changed_and_no_tensor_is_touched(journal: pathlib.Path) -> None:
@@ -102,6 +103,8 @@ def test_restore_is_refused_when_shapes_changed_and_no_tensor_is_touched(journal
 def test_series_is_refused_while_another_writes_it(journal: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "CHECKPOINT_FENCE_S", 0.1)
     with TorchPages.open({"a": torch.ones(4)}, name="twice", journal=journal) as pages:
+        with pytest.raises(JournalError, match="end it first"):  # before either has saved
+            TorchPages.open({"a": torch.ones(4)}, name="twice", journal=journal)
         pages.save(1)
         with pytest.raises(JournalError, match="end it first"):
             TorchPages.open({"a": torch.ones(4)}, name="twice", journal=journal)

@@ -27,7 +27,7 @@ from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.checkpoint.cut import Committed, CutWriter
 from concordia.checkpoint.region import PageRegion
 from concordia.errors import JournalError, UsageError
-from concordia.journal.checkpoints import Checkpoint, series_key
+from concordia.journal.checkpoints import series_key
 from concordia.journal.client import JournalClient, StreamAttachment
 from concordia.journal.spawn import spawn_owner
 from concordia.recovery.pages import restore_checkpoint
@@ -95,11 +95,9 @@ class TorchPages:
         self._client = client
         self._key = series_key(name)
         self._is_begun = False
-        self._checkpoint = _await_final(client, self._key, name)
-        self._stream: StreamAttachment = client.open_stream(
-            writer_kind=abi.WRITER_RANK, rank=0, world=1, replica=0, layout_hash=0, label=name
-        )
+        self._stream = _open_sole(client, name)
         try:
+            self._checkpoint = client.checkpoint(self._key)
             ours = "host" if device.type == "cpu" else f"cuda:{device.index}"
             self.checkpointer = Checkpointer.open(ours, self._stream.target)
         except BaseException:
@@ -145,6 +143,8 @@ class TorchPages:
         }
         if not groups or not all(groups.values()):
             raise UsageError("no tensors to protect: give at least one in each group")
+        if len(name.encode()) > abi.LINE_BYTES:
+            raise UsageError(f"{name[:40]!r}...: at most {abi.LINE_BYTES} bytes of name")
         device = _device_of([tensor for found in groups.values() for tensor in found])
         stages = {group: Stage(group, found, device) for group, found in groups.items()}
         spawn_owner(journal, size_bytes=journal_bytes, linger_s=linger_s)
@@ -245,14 +245,16 @@ def _copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> N
         target.copy_(source)
 
 
-def _await_final(client: JournalClient, key: int, name: str) -> Checkpoint:
-    """What the series has, once nobody can add to it."""
+def _open_sole(client: JournalClient, name: str) -> StreamAttachment:
+    """The stream of this series, once nobody else can add to it."""
     deadline = time.monotonic() + config.CHECKPOINT_FENCE_S
-    while not (found := client.checkpoint(key)).is_final:
-        if time.monotonic() >= deadline:
-            raise JournalError(
-                f"another process still writes {name!r} in {client.journal}: end it first, "
-                "or use another name"
-            )
+    while True:
+        try:
+            return client.open_stream(
+                writer_kind=abi.WRITER_RANK, rank=0, world=1, replica=0, layout_hash=0,
+                label=name, is_sole=True,
+            )  # fmt: skip
+        except JournalError:
+            if time.monotonic() >= deadline:
+                raise
         time.sleep(config.OWNER_POLL_S)
-    return found

@@ -117,9 +117,11 @@ class JournalClient:
         layout_hash: int,
         label: str,
         node: int | None = None,
+        is_sole: bool = False,
     ) -> StreamAttachment:
         """A stream of this process's own, with segments near the memory `node` where there are
-        several; raises JournalError when the replica was sealed.
+        several; raises JournalError when the replica was sealed, and with `is_sole` while another
+        stream of this label (at most LINE_BYTES of UTF-8) is open.
         """
         answer = self._ask(
             "open_stream",
@@ -131,6 +133,7 @@ class JournalClient:
             layout_hash=layout_hash,
             label=label,
             node=node,
+            is_sole=is_sole,
         )
         pool, board = self.map(writable=True)
         attachment = StreamAttachment(

@@ -91,9 +91,15 @@ class Office:
         if kind not in (abi.WRITER_RANK, abi.WRITER_SCHEDULER, abi.WRITER_ROUTER) or rank >= world:
             raise JournalError(f"writer kind {kind}, rank {rank} of {world}: no such writer")
         layout = _number(arguments, "layout_hash", _U64)
+        label = str(arguments["label"])
+        others = self._owner.streams.writers() if arguments.get("is_sole") else []
+        if any(stream.control.label == label for stream in others):
+            raise JournalError(
+                f"another process still writes {label!r}: end it first, or use another name"
+            )
         identity = Identity(0, kind, rank, world, peer.pid, writer.start, replica, layout)
         node = None if arguments.get("node") is None else _number(arguments, "node", _NODES_MAX)
-        opened = self._owner.streams.open(identity, str(arguments["label"]), node=node)
+        opened = self._owner.streams.open(identity, label, node=node)
         self._owner.watch(peer.pid, writer.start)
         by_slot = self._owner.streams.by_slot
         self._opened = {
