@@ -27,7 +27,10 @@ from concordia.device.host import HostDevice
 from concordia.device.memory import Buffer, JournalTarget
 from concordia.errors import Corruption, JournalFull, LayoutMismatch, RecoveryError, UsageError
 from concordia.journal.checkpoints import Checkpoint
-from concordia.journal.marker import Marker, RegionMark
+from concordia.journal.marker import Marker, RegionMark, table_digest
+from concordia.journal.record import leaf_digests
+from concordia.journal.replay import ReplayIndex
+from concordia.journal.survey import survey
 from concordia.journal.writer import Entry, StreamWriter
 from concordia.recovery.pages import read_checkpoint, restore_checkpoint
 from concordia.runtime.ring import Task
@@ -129,11 +132,14 @@ def found_in(journal: SmallJournal) -> tuple[int, dict[str, bytes], bytes]:
 
 def test_newest_step_comes_back_when_every_step_changed_some_pages(device: HostDevice, journal: SmallJournal) -> None:
     trainer = Trainer(device, journal, incarnation=1)
+    pages = []
     for step in range(1, 6):
-        trainer.step(step)
-        pages = trainer.save(step, bytes([step]) * step)
-        assert pages == 30 if step == 1 else 0 < pages < 30
+        trainer.step(step, share=0.2)
+        pages.append(trainer.save(step, bytes([step]) * step))
         assert found_in(journal) == (step, trainer.content(), bytes([step]) * step)
+    assert pages[0] == 30
+    assert min(pages) > 0
+    assert sum(count < 30 for count in pages[1:]) >= 3
     trainer.die()
     assert newest(journal).is_final
 
@@ -258,6 +264,33 @@ def test_checkpoint_is_refused_when_it_does_not_fit(device: HostDevice, journal:
     others = [piece for piece in pieces if piece.region != late.region]
     with pytest.raises(Corruption, match="page 1 of weights is in no record"):
         read_checkpoint(replace(checkpoint, pieces={0: [*[late] * 24, *others]}), pool)
+    large = checkpoint.regions | {"weights": replace(checkpoint.regions["weights"], pages=1 << 16)}
+    huge = checkpoint.regions | {"weights": replace(checkpoint.regions["weights"], pages=1 << 31, page_bytes=1 << 39)}
+    for marks in (large, huge):
+        with pytest.raises(Corruption, match=r"some of .* pages of weights"):
+            read_checkpoint(replace(checkpoint, regions=marks), pool)
+
+
+def test_checkpoint_of_mixed_steps_is_refused_when_a_record_went_with_its_owner(device: HostDevice, journal: SmallJournal) -> None:
+    """An owner that adopts finds records that the one before had let go of: without the newest, an older one fills its page."""
+    trainer = Trainer(device, journal, incarnation=1)
+    for step in range(1, 4):
+        trainer.buffers["weights"].view[5 * 4096] = step
+        trainer.save(step)
+    (found,) = survey(journal.pool, journal.board).streams
+    pages = [record for record in found.records if record.kind == abi.KIND_PAGE and record.step < 4]
+    for lost in (None, pages[-1]):
+        index = ReplayIndex(journal.pool.segment_bytes)
+        for record in found.records:
+            if record is not lost:
+                index.ingest(record, found.source, journal.pool.view)
+        checkpoint = index.checkpoints.newest(KEY)
+        assert checkpoint.step == 3
+        if lost is None:
+            read_checkpoint(checkpoint, journal.pool.view)
+            continue
+        with pytest.raises(Corruption, match="some page of weights is not as it was at step 3"):
+            read_checkpoint(checkpoint, journal.pool.view)
 
 
 def test_step_is_refused_when_steps_do_not_grow(device: HostDevice, journal: SmallJournal) -> None:
@@ -333,6 +366,29 @@ def test_checkpoints_survive_the_cleaner_and_another_owner(device: HostDevice, j
     assert newest(journal).is_final
 
 
+def test_journal_of_four_times_the_pages_is_enough_when_steps_change_random_pages(device: HostDevice, tmp_path: Path) -> None:
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    rng = np.random.default_rng(seed)
+    with SmallJournal(tmp_path / "journal", segments=64, segment_bytes=1 << 16) as journal:
+        stream, _ = journal.open(layout_hash=0)
+        buffer = Buffer(1 << 20)  # 256 pages
+        pool = journal.pool
+        target = JournalTarget(pool.mapping.address, pool.mapping.size, pool.segment_bytes, stream.control.address)
+        with owned(journal), Checkpointer(device, target) as checkpointer:
+            region = checkpointer.register_pages(buffer.address, size=buffer.size, page_bytes=4096)
+            writer = CutWriter(checkpointer, {"a": region}, key=KEY, incarnation=1)
+            appended = []
+            for step in range(1, 301):
+                for page in rng.choice(256, 4, replace=False):
+                    buffer.view[4096 * int(page) + 9] = step % 251
+                writer.begin(step)
+                appended.append(writer.commit(timeout_s=5).pages)
+        assert appended.count(256) > 1, "old records let go of by new ones of all pages"
+        assert sum(appended) < 3 * 4 * 300, "and not more often than it pays"
+        assert found_in(journal) == (300, {"a": bytes(buffer.view)}, b"")
+
+
 def test_series_is_let_go_when_it_is_finished(device: HostDevice, journal: SmallJournal) -> None:
     trainer = Trainer(device, journal, incarnation=1)
     trainer.save(1)
@@ -346,6 +402,20 @@ def put(writer: StreamWriter, kind: int, payload: bytes, *, step: int = 1, start
     writer.append(Entry(kind, KEY, 1, start, end, step=step, region=region), payload)
 
 
+def test_adoption_says_nothing_of_markers_that_were_superseded(journal: SmallJournal) -> None:
+    """The pages of the first step are gone with their segment; its marker lies beside what is wanted."""
+    _, writer = journal.open()
+    for step, state in ((1, bytes(journal.pool.segment_bytes - (4 << 12))), (2, b"")):  # the first fills a segment
+        put(writer, abi.KIND_PAGE, bytes(8192), step=step, end=1, region=1)
+        put(writer, abi.KIND_STATE, state, step=step, end=len(state))
+        put(writer, abi.KIND_CHECKPOINT, Marker({"a": RegionMark(1, 1, 4096, 0)}, len(state)).pack().ljust(9000), step=step)
+    assert newest(journal).step == 2
+    assert journal.streams.give_back_empty() == 1
+    journal.adopted()
+    assert newest(journal).step == 2
+    assert list(journal.streams.index.events) == []
+
+
 @pytest.mark.parametrize(
     ("payload", "words"),
     [
@@ -353,8 +423,9 @@ def put(writer: StreamWriter, kind: int, payload: bytes, *, step: int = 1, start
         (b"[]", "cannot be read"),
         (b'{"regions": {"a": {"region": 0, "pages": 1, "page_bytes": 4096}}, "state_bytes": 0}', "cannot be read"),
         (b'{"regions": {}, "state_bytes": -1}', "cannot be read"),
-        (Marker({"a": RegionMark(1, 2, 4096)}, 0).pack(), "counts 2 pages of a, the journal has 1"),
-        (Marker({"a": RegionMark(1, 1, 4096)}, 9).pack(), "counts 9 bytes of state, the journal has 4"),
+        (Marker({"a": RegionMark(1, 1, 4096 + 64, 0)}, 4).pack(), "no multiple of 4096"),
+        (Marker({"a": RegionMark(1, 2, 4096, 0)}, 0).pack(), "counts 2 pages of a, the journal has 1"),
+        (Marker({"a": RegionMark(1, 1, 4096, 0)}, 9).pack(), "counts 9 bytes of state, the journal has 4"),
     ],
 )
 def test_marker_counts_for_nothing_when_it_is_not_what_is_there(journal: SmallJournal, payload: bytes, words: str) -> None:
@@ -365,7 +436,7 @@ def test_marker_counts_for_nothing_when_it_is_not_what_is_there(journal: SmallJo
     assert newest(journal).incarnation == 0
     (event,) = [event for _, event in journal.streams.index.events if event["event"] == "malformed"]
     assert words in event["reason"]
-    put(writer, abi.KIND_CHECKPOINT, Marker({"a": RegionMark(1, 1, 4096)}, 4).pack())
+    put(writer, abi.KIND_CHECKPOINT, Marker({"a": RegionMark(1, 1, 4096, 0)}, 4).pack())
     assert newest(journal).step == 1
 
 
@@ -385,6 +456,9 @@ def test_index_equals_a_model_when_lives_steps_and_owners_end_at_random(journal:
         writer.append(Entry(abi.KIND_PAGE, KEY, incarnation, 0, len(numbers), step=step, region=3), leaf + b"".join(found.values()))
         pages.update(found)
 
+    def mark() -> RegionMark:
+        return RegionMark(3, count, 4096, table_digest(leaf_digests(b"".join(pages[page] for page in sorted(pages)))))
+
     def make_room() -> None:
         """Rounds of the owner until the new stream has a segment; a journal that lets go of too little never gets there."""
         for _ in range(50):
@@ -402,7 +476,7 @@ def test_index_equals_a_model_when_lives_steps_and_owners_end_at_random(journal:
                 part = state[at : at + 128]
                 writer.append(Entry(abi.KIND_STATE, KEY, incarnation, at, at + len(part), step=step), part)
             if rng.random() < 0.7:
-                writer.append(Entry(abi.KIND_CHECKPOINT, KEY, incarnation, step=step), Marker({"a": RegionMark(3, count, 4096)}, len(state)).pack())
+                writer.append(Entry(abi.KIND_CHECKPOINT, KEY, incarnation, step=step), Marker({"a": mark()}, len(state)).pack())
                 refused += len(pages) < count
                 want = (step, dict(pages), state) if len(pages) == count else want
             step += 1

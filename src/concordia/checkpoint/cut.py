@@ -2,11 +2,13 @@
 
 Owns: `CutWriter`: the order of a checkpoint's records. Promises: the marker is handed in only once
 every page that differs and all host state are committed, so a marker in the journal means a whole
-step; one life of a writer begins with all pages, so a checkpoint never mixes incarnations; a full
-journal is waited for within a bound, then it is JournalFull and the checkpoint before counts on;
-a part whose answer is no longer kept is handed in once more: what is there stays or is replaced by
-the same. The regions must not change between `begin` and the end of `commit`. Called by
-integrations. One thread at a time. It reads nothing back: recovery/pages does.
+step; one life of a writer begins with all pages, so a checkpoint never mixes incarnations; it
+appends all again once it has appended as much as they are since it last did, because a record lives
+while one of its pages is the newest: so no more than three times the pages lie in the journal; a
+full one is waited for within a bound, then it is JournalFull and the checkpoint before counts on; a
+part whose answer is no longer kept is handed in once more: what is there stays or is replaced by the
+same. The regions must not change between `begin` and the end of `commit`. Called by integrations.
+One thread at a time. It reads nothing back: recovery/pages does.
 
     begin:  scan region 1 | scan region 2 | ... | state      commit:  wait for them | marker
 """
@@ -23,7 +25,7 @@ from concordia import abi, config
 from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.checkpoint.region import PageRegion
 from concordia.errors import AnswerForgotten, DeviceError, JournalFull, UsageError
-from concordia.journal.marker import Marker, RegionMark
+from concordia.journal.marker import Marker, RegionMark, table_digest
 from concordia.runtime.ring import Completion, Ticket
 
 
@@ -61,6 +63,7 @@ class CutWriter:
         self._step = -1  # the newest that was begun
         self._parts: list[_Part] = []  # of the checkpoint that is open
         self._state_bytes = 0
+        self._fresh_at = 0  # bytes of the stream when all pages were appended last
 
     def begin(self, step: int, state: bytes = b"") -> None:
         """Enqueue every page that differs from what was appended last, and these bytes. Steps only
@@ -73,7 +76,8 @@ class CutWriter:
                 f"{len(state)} bytes of state: at most {config.STATE_BYTES_MAX}; "
                 "make the rest a region"
             )
-        if self._step < 0:
+        all_bytes = sum(region.size for region in self._regions.values())
+        if self._step < 0 or self._appended_bytes() - self._fresh_at > all_bytes:
             self._forget_pages()
         self._step, self._state_bytes, self._parts = step, len(state), []
         for name in self._regions:
@@ -93,8 +97,12 @@ class CutWriter:
         deadline = time.monotonic() + timeout_s
         parts, self._parts = self._parts, []
         pages = sum(self._settle(part, deadline)[1] for part in parts)
+        if pages == sum(region.page_count for region in self._regions.values()):
+            self._fresh_at = self._appended_bytes()
         marks = {
-            name: RegionMark(region.number, region.page_count, region.page_bytes)
+            name: RegionMark(
+                region.number, region.page_count, region.page_bytes, self._digest(region)
+            )
             for name, region in self._regions.items()
         }
         payload = Marker(marks, self._state_bytes).pack()
@@ -136,9 +144,18 @@ class CutWriter:
         return done, pages + done.result
 
     def _forget_pages(self) -> None:
-        """To this life's first scan every page is new."""
+        """To the next scan every page is new."""
+        self._fresh_at = self._appended_bytes()
         for region in self._regions.values():
             self._checkpointer.device.write(region.page_hashes, bytes(16 * region.page_count))
+
+    def _appended_bytes(self) -> int:
+        return self._checkpointer.stream_stats().committed_bytes
+
+    def _digest(self, region: PageRegion) -> int:
+        """What names the version of every page."""
+        table = self._checkpointer.device.read(region.page_hashes, 16 * region.page_count)
+        return table_digest(table)
 
     def _wait(self, ticket: Ticket, deadline: float) -> Completion:
         left_s = deadline - time.monotonic()

@@ -22,7 +22,7 @@ from concordia.journal.coverage import Piece, piece_of
 from concordia.journal.ledger import Held, Ledger, Source
 from concordia.journal.marker import Marker, RegionMark, marker_of
 from concordia.journal.pages import page_numbers
-from concordia.journal.record import request_key
+from concordia.journal.record import Record, request_key
 
 _Pages = dict[int, Held]  # by page
 
@@ -30,6 +30,21 @@ _Pages = dict[int, Held]  # by page
 def series_key(name: str) -> int:
     """The key of a series' records, which no request shares."""
     return request_key(f"checkpoints of {name}")
+
+
+def superseded_markers(found: Iterable[tuple[Record, Source]]) -> set[int]:
+    """Where the markers lie that a newer one of their series and rank has taken the place of:
+    pages of theirs were let go of since.
+    """
+    markers: dict[tuple[int, int], list[Record]] = {}
+    for record, source in found:
+        if record.kind == abi.KIND_CHECKPOINT:
+            markers.setdefault((record.key, source.rank), []).append(record)
+    old: set[int] = set()
+    for series in markers.values():
+        newest = max((record.incarnation, record.step) for record in series)
+        old |= {r.offset for r in series if (r.incarnation, r.step) < newest}
+    return old
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ Owns: that layout (JSON). Promises: what `parse` returns has every field in its 
 else raises Corruption. Called by whoever writes a checkpoint and by the replay index. It does not
 say where the pages lie: the index knows, for each page its newest record below the marker.
 
-    {"regions": {name: {"region", "pages", "page_bytes"}}, "state_bytes"}       the step is the
-    record's own
+    {"regions": {name: {"region", "pages", "page_bytes", "digest"}}, "state_bytes"}       the step
+    is the record's own
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from typing import Any
 
 from concordia import abi
 from concordia.errors import Corruption
-from concordia.journal.record import Record
+from concordia.journal.record import Record, root_hash
 
 _U32 = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
 class RegionMark:
-    """One page region of a checkpoint: its number in the records, its pages and their size."""
+    """One page region of a checkpoint: its number in the records, its pages and their size, and the
+    table_digest of their hashes, which says of each page which version belongs to the step.
+    """
 
     region: int
     pages: int
     page_bytes: int
+    digest: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,8 @@ class Marker:
                 str(name): RegionMark(
                     _number(mark["region"], 1, _U32),
                     _number(mark["pages"], 1, _U32),
-                    _number(mark["page_bytes"], abi.LEAF_BYTES, 1 << 40),
+                    _number(mark["page_bytes"], abi.LEAF_BYTES, 1 << 40, unit=abi.LEAF_BYTES),
+                    _number(mark["digest"], 0, 1 << 128),
                 )
                 for name, mark in value["regions"].items()
             }
@@ -67,7 +71,14 @@ def marker_of(record: Record, view: memoryview) -> Marker:
     return Marker.parse(bytes(view[at : at + record.payload_bytes]))
 
 
-def _number(value: Any, least: int, below: int) -> int:
+def table_digest(hashes: bytes) -> int:
+    """128 bits that name these hashes of all pages, 16 bytes each, in the order of the pages."""
+    return root_hash(hashes)
+
+
+def _number(value: Any, least: int, below: int, *, unit: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < below:
         raise ValueError(f"{value!r} is no integer in [{least}, {below})")
+    if value % unit:
+        raise ValueError(f"{value} is no multiple of {unit}")
     return value

@@ -55,8 +55,10 @@ class ReplayIndex:
 
     # --- growing
 
-    def ingest(self, record: Record, source: Source, view: memoryview) -> None:
-        """Take in the next record of a stream."""
+    def ingest(
+        self, record: Record, source: Source, view: memoryview, *, is_old: bool = False
+    ) -> None:
+        """Take in the next record of a stream; a marker that `is_old` may lack what it counts."""
         held = Held(record, source)
         if record.kind == abi.KIND_EVENT:
             event = self.events.take(record, source, view)
@@ -64,7 +66,7 @@ class ReplayIndex:
                 self._withdraw(event)
             return
         if record.kind in _CHECKPOINT:
-            self._ingest_checkpoint(held, view)
+            self._ingest_checkpoint(held, view, is_old)
             return
         if record.kind == abi.KIND_MEMBERSHIP:
             self._ingest_latest(held)
@@ -229,11 +231,12 @@ class ReplayIndex:
                 self.successions.note(record.key)
         return life
 
-    def _ingest_checkpoint(self, held: Held, view: memoryview) -> None:
+    def _ingest_checkpoint(self, held: Held, view: memoryview, is_old: bool) -> None:
         try:
             self.checkpoints.ingest(held, view)
         except Corruption as error:
-            self.events.note({"event": "malformed", "reason": str(error)})
+            if not is_old:
+                self.events.note({"event": "malformed", "reason": str(error)})
 
     def _ingest_latest(self, held: Held) -> None:
         """Only the newest record is wanted."""
@@ -309,12 +312,8 @@ class ReplayIndex:
                 int(event["token_start"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            self.events.note(
-                {
-                    "event": "malformed",
-                    "reason": f"an event of a difference names no block: {error!r}",
-                }
-            )
+            reason = f"an event of a difference names no block: {error!r}"
+            self.events.note({"event": "malformed", "reason": reason})
             return
         self.keys.withdraw_of(key, incarnation=incarnation, token_start=start)
         request = self.requests.get(key)

@@ -13,6 +13,7 @@ import time
 
 from concordia import abi, config
 from concordia.errors import JournalError
+from concordia.journal.checkpoints import superseded_markers
 from concordia.journal.control import Identity
 from concordia.journal.intake import Intake
 from concordia.journal.ledger import Source
@@ -69,8 +70,10 @@ class Streams:
                 if not stream.is_sealed:
                     self._finish(stream, old.reader.sequence)
                 self.release(stream)
+        old_markers = superseded_markers((record, source) for _, record, source in arrivals)
         for _, record, source in sorted(arrivals, key=lambda arrival: arrival[0]):
-            self.index.ingest(record, source, self.pool.view)
+            is_old = record.offset in old_markers
+            self.index.ingest(record, source, self.pool.view, is_old=is_old)
 
     # --- writers
 

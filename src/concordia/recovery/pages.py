@@ -25,7 +25,7 @@ from concordia.errors import Corruption, LayoutMismatch, RecoveryError
 from concordia.journal import record
 from concordia.journal.checkpoints import Checkpoint
 from concordia.journal.coverage import Piece
-from concordia.journal.marker import RegionMark
+from concordia.journal.marker import RegionMark, table_digest
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
@@ -63,6 +63,8 @@ def read_checkpoint(
     for name, has in seen.items():
         if not has.all():
             raise Corruption(f"page {int(np.argmin(has))} of {name} is in no record")
+        if table_digest(found[name].hashes.tobytes()) != checkpoint.regions[name].digest:
+            raise Corruption(f"some page of {name} is not as it was at step {checkpoint.step}")
     if len(state) != checkpoint.state_bytes:
         raise Corruption(f"{len(state)} bytes of state, the marker says {checkpoint.state_bytes}")
     return found, bytes(state)
@@ -154,8 +156,8 @@ def _place(piece: Piece, payload: bytes, digests: bytes, target: Pages) -> npt.N
 
 def _room(name: str, mark: RegionMark, pieces: Sequence[Piece], pool_bytes: int) -> Pages:
     """No more of it than the records can fill, whatever the marker says."""
-    there = sum(piece.token_end for piece in pieces if piece.region == mark.region)
-    if there < mark.pages or mark.page_bytes > pool_bytes:
+    there = sum(piece.payload_bytes for piece in pieces if piece.region == mark.region)
+    if mark.pages * mark.page_bytes > min(there, pool_bytes):
         raise Corruption(
             f"some of {mark.pages} pages of {name}, {mark.page_bytes} bytes each, are in no record"
         )
