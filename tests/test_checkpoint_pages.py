@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import random
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -396,6 +397,32 @@ def test_series_is_let_go_when_it_is_finished(device: HostDevice, journal: Small
     assert journal.streams.index.finish(KEY, now=0.0)
     assert newest(journal).incarnation == 0
     assert journal.streams.index.ledger.live_bytes() == 0
+    assert journal.cleaner.write_finish(KEY)
+    for _ in range(2):
+        journal.streams.index.settle(time.monotonic() + 2 * config.FINISH_GRACE_S)
+        assert journal.streams.index.ledger.live_bytes() > 0, "its end is known as long as its records lie there"
+        journal.adopted()
+        assert newest(journal).incarnation == 0
+    journal.streams.index.settle(time.monotonic() + 2 * config.FINISH_GRACE_S)
+    for stream in list(journal.streams.by_slot.values()):
+        journal.streams.release(stream)
+    for _ in range(2):  # its records go, then the one of its end
+        journal.streams.give_back_empty()
+    assert journal.streams.index.ledger.live_bytes() == 0
+
+
+def test_end_of_a_series_counts_when_its_name_was_used_again(journal: SmallJournal) -> None:
+    _, writer = journal.open()
+    index = journal.streams.index
+    for step in (1, 2):
+        put(writer, abi.KIND_PAGE, bytes(8192), step=step, end=1, region=1)
+        put(writer, abi.KIND_CHECKPOINT, Marker({"a": RegionMark(1, 1, 4096, 0)}, 0).pack(), step=step)
+        assert newest(journal).step == step
+        assert index.finish(KEY, now=0.0)
+        assert journal.cleaner.write_finish(KEY)
+        index.settle(time.monotonic() + 2 * config.FINISH_GRACE_S)
+    (end,) = [held for segment in range(32) for held in index.ledger.live(segment)]
+    assert end.record.sequence == 1, "the second one"
 
 
 def put(writer: StreamWriter, kind: int, payload: bytes, *, step: int = 1, start: int = 0, end: int = 0, region: int = 0) -> None:

@@ -66,6 +66,7 @@ class ReplayIndex:
                 self._withdraw(event)
             return
         if record.kind in _CHECKPOINT:
+            self.table.touch(record)  # so that the end of the series outlives its records
             self._ingest_checkpoint(held, view, is_old)
             return
         if record.kind == abi.KIND_MEMBERSHIP:
@@ -248,10 +249,11 @@ class ReplayIndex:
             self.ledger.release(old)
 
     def _ingest_finish(self, request: Request, held: Held) -> None:
-        if request.finish is None:
-            self.ledger.use(held)
-            request.finish = held
-            self.finish(held.record.key, now=time.monotonic())
+        old, request.finish = request.finish, held
+        self.ledger.use(held)
+        if old is not None:  # the name of a series was used again
+            self.ledger.release(old)
+        self.finish(held.record.key, now=time.monotonic())
 
     def _ingest_kv(self, request: Request, held: Held) -> None:
         record = held.record
