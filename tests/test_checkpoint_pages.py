@@ -8,12 +8,13 @@ anywhere is found before a region is touched; records below the newest marker st
 from __future__ import annotations
 
 import importlib
+import json
 import random
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from concordia.device.host import HostDevice
 from concordia.device.memory import Buffer, JournalTarget
 from concordia.errors import Corruption, JournalFull, LayoutMismatch, RecoveryError, UsageError
 from concordia.journal.checkpoints import Checkpoint
+from concordia.journal.coverage import Piece
 from concordia.journal.marker import Marker, RegionMark, table_digest
 from concordia.journal.record import leaf_digests
 from concordia.journal.replay import ReplayIndex
@@ -388,6 +390,21 @@ def test_journal_of_four_times_the_pages_is_enough_when_steps_change_random_page
         assert appended.count(256) > 1, "old records let go of by new ones of all pages"
         assert sum(appended) < 3 * 4 * 300, "and not more often than it pays"
         assert found_in(journal) == (300, {"a": bytes(buffer.view)}, b"")
+
+
+def test_pages_are_appended_again_before_an_answer_about_them_is_too_long(
+    device: HostDevice, journal: SmallJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(device, journal, incarnation=1)
+    monkeypatch.setattr(config, "CHECKPOINT_RECORDS_MAX", 8)
+    appended = []
+    for step in range(1, 9):
+        trainer.buffers["weights"].view[4096 * step] = 1
+        appended.append(trainer.save(step))
+    assert appended == [30, 1, 1, 1, 1, 30, 1, 1], "a marker, then a record of pages and a marker each"
+    monkeypatch.undo()
+    most = Piece(*[(1 << 64) - 1] * 13)
+    assert len(json.dumps(asdict(replace(most, payload_hash=(1 << 128) - 1)))) * config.CHECKPOINT_RECORDS_MAX < config.SOCKET_MESSAGE_BYTES_MAX / 2
 
 
 def test_series_is_let_go_when_it_is_finished(device: HostDevice, journal: SmallJournal) -> None:

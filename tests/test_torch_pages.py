@@ -6,6 +6,7 @@ not; what cannot be saved is refused in one line; a series has one writer; rando
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import random
@@ -134,7 +135,10 @@ def test_generators_go_on_when_they_were_unpacked() -> None:
     drawn = random.gauss(0, 1), random.random(), torch.randn(4).tolist()
     unpack_random(packed)
     assert (random.gauss(0, 1), random.random(), torch.randn(4).tolist()) == drawn
-    for wrong in (b"", b"[]", b'{"python": [3, [1], null], "torch": {}}', packed.replace(b'"cpu"', b'"gpu"')):
+    before, cpu = random.getstate(), json.loads(packed)["torch"]["cpu"]
+    states = ({"cpu": cpu, "cuda:63": cpu}, {"cpu": cpu, "gpu": cpu}, {"cuda:0": cpu})
+    unusable = [json.dumps(json.loads(packed) | {"torch": found}).encode() for found in states]
+    for wrong in (*unusable, b"", b"[]", b'{"python": [3, [1], null], "torch": {}}', packed.replace(b'"cpu"', b'"gpu"')):
         with pytest.raises(Corruption, match="no state of random generators"):
             unpack_random(wrong)
-    assert random.getstate()[1]  # and nothing was set
+        assert random.getstate() == before, "nothing was set"

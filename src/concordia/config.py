@@ -62,6 +62,8 @@ COMPILE_WAIT_S: Final = 120.0
 STATE_PART_BYTES: Final = 256 << 10
 STATE_PARTS_AHEAD: Final = 16  # half of the ring's arena
 STATE_BYTES_MAX: Final = 64 << 20  # block tables of thousands of requests are some MB
+# of a series since all its pages were appended: an owner names them in one answer, half a KiB each
+CHECKPOINT_RECORDS_MAX: Final = 20_000
 # for a checkpoint to be committed: an owner lends segments every OWNER_POLL_S, at 1 GB/s and more
 CHECKPOINT_WAIT_S: Final = 30.0
 CHECKPOINT_FENCE_S: Final = 10.0  # for the owner to notice the end of the writer before us

@@ -63,7 +63,8 @@ class CutWriter:
         self._step = -1  # the newest that was begun
         self._parts: list[_Part] = []  # of the checkpoint that is open
         self._state_bytes = 0
-        self._fresh_at = 0  # bytes of the stream when all pages were appended last
+        # of the stream when all pages were appended last
+        self._fresh = self._checkpointer.stream_stats()
 
     def begin(self, step: int, state: bytes = b"") -> None:
         """Enqueue every page that differs from what was appended last, and these bytes. Steps only
@@ -76,8 +77,7 @@ class CutWriter:
                 f"{len(state)} bytes of state: at most {config.STATE_BYTES_MAX}; "
                 "make the rest a region"
             )
-        all_bytes = sum(region.size for region in self._regions.values())
-        if self._step < 0 or self._appended_bytes() - self._fresh_at > all_bytes:
+        if self._step < 0 or self._has_grown():
             self._forget_pages()
         self._step, self._state_bytes, self._parts = step, len(state), []
         for name in self._regions:
@@ -98,7 +98,7 @@ class CutWriter:
         parts, self._parts = self._parts, []
         pages = sum(self._settle(part, deadline)[1] for part in parts)
         if pages == sum(region.page_count for region in self._regions.values()):
-            self._fresh_at = self._appended_bytes()
+            self._fresh = self._checkpointer.stream_stats()
         marks = {
             name: RegionMark(
                 region.number, region.page_count, region.page_bytes, self._digest(region)
@@ -145,12 +145,20 @@ class CutWriter:
 
     def _forget_pages(self) -> None:
         """To the next scan every page is new."""
-        self._fresh_at = self._appended_bytes()
+        self._fresh = self._checkpointer.stream_stats()
         for region in self._regions.values():
             self._checkpointer.device.write(region.page_hashes, bytes(16 * region.page_count))
 
-    def _appended_bytes(self) -> int:
-        return self._checkpointer.stream_stats().committed_bytes
+    def _has_grown(self) -> bool:
+        """Whether what was appended since is as much as all pages, or more records than an owner
+        can name in one answer.
+        """
+        now, then = self._checkpointer.stream_stats(), self._fresh
+        return (
+            now.committed_bytes - then.committed_bytes
+            > sum(region.size for region in self._regions.values())
+            or now.committed_count - then.committed_count > config.CHECKPOINT_RECORDS_MAX
+        )
 
     def _digest(self, region: PageRegion) -> int:
         """What names the version of every page."""

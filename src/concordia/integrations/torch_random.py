@@ -42,8 +42,10 @@ def unpack_random(state: bytes) -> None:
             for where, packed in value["torch"].items()
         }
         torch.Generator().set_state(states["cpu"])
+        for where, found in states.items():
+            torch.Generator(where).set_state(found)  # so that none is set unless all can be
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise Corruption(f"this is no state of random generators: {error!r}") from error
+        raise Corruption(f"this is no state of random generators here: {error!r}") from error
     random.setstate(python)
     for where, found in states.items():
         if where == "cpu":

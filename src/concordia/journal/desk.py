@@ -126,7 +126,8 @@ class Desk:
             answer = {
                 "id": number,
                 "error": "JournalError",
-                "message": f"{len(packed)} bytes of answer",
+                "message": f"the answer has {len(packed)} bytes, and at most "
+                f"{config.SOCKET_MESSAGE_BYTES_MAX} are sent: ask for less",
             }
             packed = json.dumps(answer).encode()
         return packed + b"\n"
