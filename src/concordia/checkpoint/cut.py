@@ -6,9 +6,9 @@ step; one life of a writer begins with all pages, so a checkpoint never mixes in
 appends all again once it has appended as much as they are since it last did, because a record lives
 while one of its pages is the newest: so no more than three times the pages lie in the journal; a
 full one is waited for within a bound, then it is JournalFull and the checkpoint before counts on; a
-part whose answer is no longer kept is handed in once more: what is there stays or is replaced by the
-same. The regions must not change between `begin` and the end of `commit`. Called by integrations.
-One thread at a time. It reads nothing back: recovery/pages does.
+part whose answer is no longer kept is handed in once more: what is there stays or is replaced by
+the same. The regions must not change between `begin` and the end of `commit`. Called by
+integrations. One thread at a time. It reads nothing back: recovery/pages does.
 
     begin:  scan region 1 | scan region 2 | ... | state      commit:  wait for them | marker
 """

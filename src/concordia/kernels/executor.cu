@@ -17,7 +17,7 @@ FUNCTION void copy_words(void* target_ptr, const void* source_ptr, uint64_t coun
     static_cast<uint64_t*>(target_ptr)[i] = static_cast<const uint64_t*>(source_ptr)[i];
 }
 
-// One lane. Whoever has the turn is running and leaves by its lease, so the wait is as long as that.
+// One lane. Whoever has the turn is running and leaves by its lease: the wait is as long as that.
 FUNCTION void take_turn(uint64_t* turn_ptr) {
   while (exchange_device(turn_ptr, 1) != 0) pause_lane();  // pairs with give_turn's release
 }

@@ -256,8 +256,8 @@ FUNCTION void start_task(Executor* executor) {
   executor->handler = reinterpret_cast<HandlerFunction>(call->op->function);
 }
 
-// Leader: answers the tasks that were run, and gives their slots back, with the next fence: a record
-// that follows brings one along.
+// Leader: answers the tasks that were run, and gives their slots back, with the next fence: a
+// record that follows brings one along.
 FUNCTION void finish_task(Executor* executor) {
   RingHeader* ring = executor->ring;
   Call* call = &executor->call;
@@ -274,8 +274,9 @@ FUNCTION void finish_task(Executor* executor) {
     const uint64_t sequence = done > 1 ? call->sequence - (done - 1 - i) : call->sequence;
     const uint64_t answer[] = {call->status | generation << 32, sequence, hash[0], hash[1],
                                call->result};
-    uint64_t* words = reinterpret_cast<uint64_t*>(
-        reinterpret_cast<Completion*>(call->completions) + ((position + i) & call->completion_mask));
+    const uint64_t place = (position + i) & call->completion_mask;
+    uint64_t* words =
+        reinterpret_cast<uint64_t*>(reinterpret_cast<Completion*>(call->completions) + place);
     for (uint64_t k = 0; k < 5; ++k) store<kRelaxed, kSystem>(words + 1 + k, answer[k]);
   }
   // The counters first: whoever has the answer finds it counted.

@@ -100,8 +100,8 @@ FUNCTION uint64_t find_room(Call* call, Journal* journal, uint64_t payload_bytes
 }
 
 // All lanes: places in the pool for the payloads of the next records, at most `most` of this size,
-// one behind the other from call->place on; how many, or 0 with the reason in call->status. They are
-// ours until the next reserve; without a commit they are simply used again.
+// one behind the other from call->place on; how many, or 0 with the reason in call->status. They
+// are ours until the next reserve; without a commit they are simply used again.
 FUNCTION uint64_t reserve_records(Call* call, uint64_t lane, uint64_t payload_bytes,
                                   uint64_t most) {
   if (lane == 0) {
@@ -185,8 +185,8 @@ FUNCTION void count_records(const Journal* journal) {
   store_settled(&control->committed_count, journal->sequence);
 }
 
-// Leader, after a settle(): the answers of the tasks before, and their slots back. Nothing when none
-// waits.
+// Leader, after a settle(): the answers of the tasks before, and their slots back. Nothing when
+// none waits.
 FUNCTION void flush_answer(Call* call) {
   if (call->answer_count == 0) return;
   count_records(call->journal);

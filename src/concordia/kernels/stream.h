@@ -62,8 +62,8 @@ FUNCTION uint64_t scramble(uint64_t sum, TeamPlace place) {
   return scrambled(sum, kSecret[16 + accumulator_of(place)]);
 }
 
-// All accumulators, as add_groups leaves them -> the low half of the hash in lane 0 and the high half
-// in lane kHighLane. Groups 0 and 1 compute the low half, groups 2 and 3 the high half.
+// All accumulators, as add_groups leaves them -> the low half of the hash in lane 0 and the high
+// half in lane kHighLane. Groups 0 and 1 compute the low half, groups 2 and 3 the high half.
 constexpr uint32_t kHighLane = 8;
 FUNCTION uint64_t mix_team(uint64_t sum, uint64_t bytes) {
   const TeamPlace place = team_place();
@@ -200,8 +200,8 @@ struct MemoryWords {
   }
 };
 
-// One team: moves a leaf of the payload of `bytes` bytes that words(offset) gives to its place behind
-// `target_ptr` (null: only hashes), padded with zeroes to whole lines.
+// One team: moves a leaf of the payload of `bytes` bytes that words(offset) gives to its place
+// behind `target_ptr` (null: only hashes), padded with zeroes to whole lines.
 template <class Words>
 FUNCTION void stream_leaf(const Words& words, uint64_t leaf, uint64_t bytes, uint8_t* target_ptr,
                           uint64_t* hash_ptr) {
