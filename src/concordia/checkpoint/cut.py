@@ -3,12 +3,10 @@
 Owns: `CutWriter`: the order of a checkpoint's records. Promises: the marker is handed in only once
 every page that differs and all host state are committed, so a marker in the journal means a whole
 step; one life of a writer begins with all pages, so a checkpoint never mixes incarnations; it
-appends all again once it has appended as much as they are since it last did, because a record lives
-while one of its pages is the newest: so no more than three times the pages lie in the journal; a
-full one is waited for within a bound, then it is JournalFull and the checkpoint before counts on; a
-part whose answer is no longer kept is handed in once more: what is there stays or is replaced by
-the same. The regions must not change between `begin` and the end of `commit`. Called by
-integrations. One thread at a time. It reads nothing back: recovery/pages does.
+appends all again once it has appended as much as they are, so that no more than three times the
+pages lie in the journal; a full one is waited for within a bound, then it is JournalFull and the
+checkpoint before counts on. The regions must not change between `begin` and the end of `commit`.
+Called by integrations. One thread at a time. It reads nothing back: recovery/pages does.
 
     begin:  scan region 1 | scan region 2 | ... | state      commit:  wait for them | marker
 """
@@ -131,7 +129,9 @@ class CutWriter:
         pages = 0
         try:
             done = self._wait(part.ticket, deadline)
-        except AnswerForgotten:  # other tasks went round the ring for laps since `begin`
+        except AnswerForgotten:
+            # Other tasks went round the ring for laps since `begin`. What is there stays, or is
+            # replaced by the same.
             done = self._wait(part.again(), deadline)
         while done.status == abi.STATUS_JOURNAL_FULL:
             pages += done.result
