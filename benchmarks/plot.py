@@ -150,7 +150,11 @@ def engine(results: Results) -> Any:
     slope = figures.get(SLOPE_KEY)
     if not keys and slope is None:
         return None
-    picture, (left, right) = frame(11, 4.6, columns=2)
+    if slope is None:
+        picture, left = frame(11, 4.0)
+    else:
+        picture, (left, right) = frame(11, 4.6, columns=2)
+        _slope(right, slope)
     left.axvline(1, color=COLOURS["limit"], lw=1.6, zorder=1)
     for row, key in enumerate(keys):
         goal = BY_KEY[key]
@@ -166,11 +170,11 @@ def engine(results: Results) -> Any:
     left.set_title("With protection / without", loc="left")
     left.margins(x=0.12)
     left.grid(axis="y", visible=False)
-    for kind, label in (("ours", "Concordia"), ("peer", PEERS["copy_of_each_step"])):
-        left.scatter([], [], color=COLOURS[kind], s=70, label=label)
+    left.scatter([], [], color=COLOURS["ours"], s=70, label="Concordia")
+    if any(f"copy_{key}" in figures for key in keys):
+        left.scatter([], [], color=COLOURS["peer"], s=70, label=PEERS["copy_of_each_step"])
     left.plot([], [], color=COLOURS["reached"], lw=1.6, ls="--", label="goal")
     left.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.4, -0.08), fontsize=9)
-    _slope(right, slope)
     return picture
 
 
@@ -181,12 +185,8 @@ def _ratio(axes: Any, row: float, found: dict[str, Any], kind: str) -> None:
     label_at(axes, f"{found['median']:.3f}", (found["median"], row), 6, **style)
 
 
-def _slope(axes: Any, found: dict[str, Any] | None) -> None:
+def _slope(axes: Any, found: dict[str, Any]) -> None:
     axes.set_title("Cost of a token by context", loc="left")
-    if found is None:
-        axes.set_axis_off()
-        axes.text(0, 0.9, "not measured yet", transform=axes.transAxes, color="#666")
-        return
     contexts = [int(context) for context in found["by_context"]]
     spent = [row["cost_us"] for row in found["by_context"].values()]
     axes.plot(contexts, spent, "o-", color=COLOURS["ours"], lw=2, ms=8, label="Concordia")
