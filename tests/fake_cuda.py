@@ -13,7 +13,6 @@ import ctypes
 import enum
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -235,10 +234,3 @@ class FakeCuda(HostDevice):
         )  # fmt: skip
         self._executors.append(executor)
         return executor
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "the condition was not met in time"
-        time.sleep(0.0005)

@@ -8,7 +8,6 @@ executor sleeps and a waiting thread lets others run.
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -34,6 +33,7 @@ from concordia.errors import (
 from concordia.runtime.executor import Runtime
 from concordia.runtime.ring import Task, Ticket
 from scratch_stream import ScratchStream, tree_hash
+from waiting import until
 
 # Answers which version ran, and adds one to the word whose address the task names: a lost or repeated task shows there.
 VERSIONED = """#include "call.h"
@@ -63,22 +63,6 @@ def source(text: str, **constants: int) -> HandlerSource:
     return HandlerSource.of("test.cu", constants, text=text)
 
 
-@pytest.fixture(scope="module")
-def device() -> Iterator[HostDevice]:
-    device = open_device("host")
-    assert isinstance(device, HostDevice)
-    yield device
-    device.close()
-
-
-@pytest.fixture(params=[1, 4])
-def runtime(device: HostDevice, request: pytest.FixtureRequest) -> Iterator[Runtime]:
-    runtime = Runtime(device, lanes=request.param, slots=64)
-    yield runtime
-    assert runtime.stats().rescues == 0
-    runtime.close()
-
-
 class Gate:
     """A task that holds the executor until it is opened."""
 
@@ -91,13 +75,6 @@ class Gate:
 
     def open(self) -> None:
         self.word[0] = 1
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "the condition was not met in time"
-        threading.Event().wait(0.001)
 
 
 def test_tasks_run_in_order_when_many_are_handed_in(runtime: Runtime) -> None:

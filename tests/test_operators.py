@@ -9,8 +9,6 @@ import gc
 import inspect
 import re
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +18,13 @@ from concordia import abi, config
 from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.checkpoint.handler import bytes_source
 from concordia.device import host, loader, nvrtc
-from concordia.device.driver import open_device
 from concordia.device.host import HostCode, HostDevice, HostImage
 from concordia.errors import CompileError, DeviceError, HandlerRefused, UsageError
 from concordia.runtime.executor import Runtime
 from concordia.runtime.ring import Task
 from concordia.runtime.trial import Trial
 from scratch_stream import ScratchStream
+from waiting import until
 
 # Adds up 64-bit numbers that came along, times the task's word; without any it answers with a status of its own.
 SUM = """#include "call.h"
@@ -49,13 +47,6 @@ HANDLER {
   if (lane == 0) call->result = 99;
 }
 """
-
-
-def until_inside(words: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> None:
-    end = time.monotonic() + 5
-    while not words[1]:
-        assert time.monotonic() < end, "the task did not start within 5 s"
-        threading.Event().wait(0.001)
 
 
 def numbers(*values: int) -> bytes:
@@ -88,22 +79,6 @@ class CountingDevice(HostDevice):
 
     def count(self, what: str) -> int:
         return sum(line.startswith(what) for line in self.log)
-
-
-@pytest.fixture(scope="module")
-def device() -> Iterator[HostDevice]:
-    device = open_device("host")
-    assert isinstance(device, HostDevice)
-    yield device
-    device.close()
-
-
-@pytest.fixture(params=[1, 4])
-def runtime(device: HostDevice, request: pytest.FixtureRequest) -> Iterator[Runtime]:
-    runtime = Runtime(device, lanes=request.param, slots=64)
-    yield runtime
-    assert runtime.stats().rescues == 0
-    runtime.close()
 
 
 def test_operator_answers_with_words_and_status_when_given_a_word_and_bytes(runtime: Runtime) -> None:
@@ -226,7 +201,7 @@ def test_code_is_unloaded_only_when_its_last_task_is_over(monkeypatch: pytest.Mo
     go = np.zeros(2, np.uint64)
     operator = runtime.register_operator("op", HANGS)
     ticket = runtime.submit(operator.task(arg=go.ctypes.data))
-    until_inside(go)
+    until(lambda: bool(go[1]))
     with monkeypatch.context() as patched:
         patched.setattr(config, "WAIT_TASK_S", 0.05)
         runtime.register_operator("op", SUM, constants={"FACTOR": 1})
@@ -300,7 +275,7 @@ def test_device_waits_for_its_executors_when_it_is_closed() -> None:
     runtime = Runtime(device)
     go = np.zeros(2, np.uint64)
     runtime.submit(runtime.register_operator("op", HANGS).task(arg=go.ctypes.data))
-    until_inside(go)
+    until(lambda: bool(go[1]))
     opener = threading.Timer(0.1, lambda: go.__setitem__(0, 1))
     opener.start()
     device.close()  # the task is over then, and with it everybody who reads the device's memory

@@ -18,7 +18,8 @@ from concordia.device.policy import POLICIES
 from concordia.errors import DeviceError, HandlerRefused, UsageError, WaitTimeout
 from concordia.runtime.executor import Runtime
 from concordia.runtime.ring import Task
-from fake_cuda import FakeCuda, Result, until
+from fake_cuda import FakeCuda, Result
+from waiting import until
 
 COUNTING = """#include "call.h"
 HANDLER {

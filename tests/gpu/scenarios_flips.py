@@ -16,7 +16,7 @@ from stage import JournalFile, first_difference, geometry, mask, place, random_l
 
 from concordia import abi
 from concordia.checkpoint.checkpointer import Checkpointer
-from concordia.checkpoint.handler import tree_hash
+from concordia.journal.record import payload_hash
 
 RACE_S = 1.5
 
@@ -31,7 +31,7 @@ def small_records(device: str, path: str, *, lanes: int, seed: int, sizes: list[
             payload = generator.integers(0, 256, size, dtype=np.uint8).tobytes()
             done = checkpointer.wait(checkpointer.append_bytes(payload, kind=abi.KIND_REQUEST, key=number, incarnation=1))
             assert done.is_ok, done
-            assert done.payload_hash == tree_hash(payload)
+            assert done.payload_hash == payload_hash(payload)
             hashes.append(f"{done.payload_hash:032x}")
     return hashes
 

@@ -13,13 +13,14 @@ from stage import JournalFile, counting, first_difference, geometry, mask, place
 
 from concordia import abi
 from concordia.checkpoint.checkpointer import Checkpointer
-from concordia.checkpoint.handler import KvRange, expected_bytes, tree_hash
+from concordia.checkpoint.handler import KvRange, expected_bytes
 from concordia.checkpoint.region import KvGeometry
 from concordia.checkpoint.restore_tasks import KvPiece
 from concordia.device.compiler import HandlerSource
 from concordia.device.driver import open_device
 from concordia.errors import ConcordiaError
 from concordia.journal.client import JournalClient
+from concordia.journal.record import payload_hash
 
 SEGMENT = 1 << 20
 BYTE_SIZES = (0, 1, 15, 16, 127, 128, 129, 4095, 4096, 4097, 70_001)
@@ -65,8 +66,8 @@ def handlers(device: str, lanes: int, shape_name: str, seed: int, path: str) -> 
         difference = first_difference(expected, journal.payload(record))
         if difference:
             wrong.append(f"append {wanted}: {difference}")
-        if not record.payload_hash == answer.payload_hash == tree_hash(expected):
-            wrong.append(f"append {wanted}: hash {record.payload_hash:#x}, expected {tree_hash(expected):#x}")
+        if not record.payload_hash == answer.payload_hash == payload_hash(expected):
+            wrong.append(f"append {wanted}: hash {record.payload_hash:#x}, expected {payload_hash(expected):#x}")
         if (record.kind, record.token_start, record.token_end, record.layout_hash) != (wanted.kind, wanted.token_start, wanted.token_end, shape.layout_hash()):
             wrong.append(f"append {wanted}: header {record}")
         held = checkpointer.wait(checkpointer.hash_kv(region, kind=wanted.kind, token_start=wanted.token_start, token_end=wanted.token_end, blocks=wanted.blocks))
@@ -169,7 +170,7 @@ def grouped(device: str, lanes: int, shape_name: str, seed: int, *, path: str, s
         blocks = [int(b) for b in generator.permutation(shape.block_count)[:count]]
         done = submit(first, blocks)
         wanted += [KvRange(abi.KIND_KV_BLOCK, (first + i) * size, (first + i + 1) * size, (block,)) for i, block in enumerate(blocks)]
-        if (done.status, done.result, done.sequence, done.payload_hash) != (abi.STATUS_OK, count, len(wanted) - 1, tree_hash(expected_bytes(shape, layers, wanted[-1]))):
+        if (done.status, done.result, done.sequence, done.payload_hash) != (abi.STATUS_OK, count, len(wanted) - 1, payload_hash(expected_bytes(shape, layers, wanted[-1]))):
             wrong.append(f"answer for {count}: {done}")
     records, end = journal.records()
     if len(records) != len(wanted) or end.value != "clean":
@@ -178,7 +179,7 @@ def grouped(device: str, lanes: int, shape_name: str, seed: int, *, path: str, s
         expected = expected_bytes(shape, layers, one)
         if (record.kind, record.token_start, record.token_end, record.incarnation) != (one.kind, one.token_start, one.token_end, 3):
             wrong.append(f"{one}: {record}")
-        if record.payload_hash != tree_hash(expected) or journal.payload(record) != expected:
+        if record.payload_hash != payload_hash(expected) or journal.payload(record) != expected:
             wrong.append(f"{one}: {first_difference(expected, journal.payload(record))}")
     refused = [submit(0, range(shape.block_count)) for _ in range(40)]
     kept, _ = journal.records()
@@ -218,7 +219,7 @@ def tokens(device: str, lanes: int, shape_name: str, seed: int, *, path: str) ->
         expected = expected_bytes(shape, layers, one)
         if (record.kind, record.key, record.token_start, record.token_end) != (one.kind, i, one.token_start, one.token_end):
             wrong.append(f"{one}: {record}")
-        if (answer.sequence, answer.payload_hash, record.payload_hash) != (sequence, tree_hash(expected), tree_hash(expected)):
+        if (answer.sequence, answer.payload_hash, record.payload_hash) != (sequence, payload_hash(expected), payload_hash(expected)):
             wrong.append(f"{one}: {answer}")
         if journal.payload(record) != expected:
             wrong.append(f"{one}: {first_difference(expected, journal.payload(record))}")
@@ -239,7 +240,7 @@ def appended_bytes(device: str, lanes: int, seed: int, path: str) -> dict[str, A
     records, end = journal.records()
     wrong = [] if len(records) == len(payloads) else [f"{len(records)} of {len(payloads)}, {end}"]
     for payload, record, answer in zip(payloads, records, done, strict=False):
-        if journal.payload(record) != payload or not record.payload_hash == answer.payload_hash == tree_hash(payload) or answer.sequence != record.sequence:
+        if journal.payload(record) != payload or not record.payload_hash == answer.payload_hash == payload_hash(payload) or answer.sequence != record.sequence:
             wrong.append(f"{len(payload)} bytes: {record} {answer}")
     big = bytes(700_000)
     statuses = [checkpointer.wait(checkpointer.append_bytes(big, kind=abi.KIND_REQUEST, key=1, incarnation=1)).status for _ in range(6)]
@@ -317,7 +318,7 @@ def framework(device: str, path: str, seed: int) -> dict[str, Any]:
         early = checkpointer.result(ticket) is not None and not stream.query()
         done = checkpointer.wait(ticket)
         expected = bytes(fresh.cpu().numpy().tobytes()) * shape.layers
-        if early or not done.is_ok or done.payload_hash != tree_hash(expected):
+        if early or not done.is_ok or done.payload_hash != payload_hash(expected):
             stale.append(step)
         checkpointer.append_bytes(b"x", kind=abi.KIND_EVENT, key=1, incarnation=1)  # the executor is in
         started = time.monotonic()
@@ -349,7 +350,7 @@ def _graph(checkpointer: Checkpointer, region: Any, cache: list[Any], torch: Any
         checkpointer.order_after(torch.cuda.current_stream().cuda_stream)
         tickets.append(checkpointer.append_kv(region, kind=abi.KIND_KV_BLOCK, key=9, incarnation=step, token_start=0, token_end=shape.block_tokens, blocks=[40], step=step))
         torch.cuda.current_stream().synchronize()
-        if checkpointer.wait(tickets[-1]).payload_hash != tree_hash(bytes([step]) * shape.raw_bytes()):
+        if checkpointer.wait(tickets[-1]).payload_hash != payload_hash(bytes([step]) * shape.raw_bytes()):
             wrong.append(step)
     return {"graph_wrong": wrong}
 

@@ -18,10 +18,10 @@ from stage import JournalFile, counting, geometry
 
 from concordia import abi, config
 from concordia.checkpoint.checkpointer import Checkpointer
-from concordia.checkpoint.handler import tree_hash
 from concordia.device.compiler import HandlerSource
 from concordia.device.driver import open_device
 from concordia.errors import UsageError
+from concordia.journal.record import payload_hash
 from concordia.runtime.executor import Runtime
 from concordia.runtime.ring import Task
 
@@ -311,7 +311,7 @@ def graph(device: str, path: str, lanes: int) -> dict[str, Any]:
     for step in range(31, 61):  # without waiting for one
         replay(step)
     done = [(step, tasks.wait(ticket)) for step, ticket in steps]
-    wrong += [f"step {step}: {answer}" for step, answer in done if answer.payload_hash != tree_hash(bytes([step]) * shape.raw_bytes())]
+    wrong += [f"step {step}: {answer}" for step, answer in done if answer.payload_hash != payload_hash(bytes([step]) * shape.raw_bytes())]
     before = counter.item()
     with torch.cuda.stream(stream):
         captured.replay()  # nothing was handed in for it

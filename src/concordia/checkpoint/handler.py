@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from concordia import abi, config
 from concordia.checkpoint.region import KvGeometry, Region, RegionEntry
@@ -26,6 +25,7 @@ from concordia.checkpoint.scratch_journal import ScratchJournal
 from concordia.device.compiler import HandlerSource
 from concordia.device.driver import Device, Image
 from concordia.errors import HandlerRefused
+from concordia.journal.record import payload_hash
 from concordia.runtime.executor import Runtime
 from concordia.runtime.op_table import Operator
 from concordia.runtime.ring import Completion, Task
@@ -56,17 +56,6 @@ def page_source(page_bytes: int) -> HandlerSource:
 def burst_source() -> HandlerSource:
     """The scan by all multiprocessors, for pages of one leaf."""
     return HandlerSource.of("page_burst.cu")
-
-
-def tree_hash(payload: bytes) -> int:
-    """The payload hash, by the xxhash library: what the device's must equal."""
-    leaves = [
-        payload[at : at + abi.LEAF_BYTES].ljust(abi.LEAF_BYTES, b"\0")
-        for at in range(0, len(payload), abi.LEAF_BYTES)
-    ]
-    digests = b"".join(xxhash.xxh3_128_intdigest(leaf).to_bytes(16, "little") for leaf in leaves)
-    padded = max(abi.ROOT_BYTES_MIN, -(-len(digests) // 64) * 64)
-    return xxhash.xxh3_128_intdigest(digests.ljust(padded, b"\0"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,14 +164,14 @@ class KvProof:
         for wanted, expected in zip(self._ranges, self._expected, strict=True):
             self._journal.pool.view[: len(expected)] = expected
             for promised, after in (
-                (tree_hash(expected) ^ 1, zeros),
-                (tree_hash(expected), self._applied(wanted)),
+                (payload_hash(expected) ^ 1, zeros),
+                (payload_hash(expected), self._applied(wanted)),
             ):
                 self._fill(zeros)
                 done = self._run("apply", image, wanted, key=promised, source_bytes=len(expected))
                 for layer, (address, want) in enumerate(zip(self._addresses, after, strict=True)):
                     compare(f"kv_apply, layer {layer}", want, self._trial.read(address, len(want)))
-                if done.is_ok != (promised == tree_hash(expected)):
+                if done.is_ok != (promised == payload_hash(expected)):
                     raise HandlerRefused(
                         f"kv_apply: status {done.status} for a payload whose hash "
                         f"is{'' if after is not zeros else ' not'} right"
@@ -205,7 +194,7 @@ class KvProof:
                 self._fill(zeros)
                 right = KvPiece(
                     *(wanted.kind, wanted.token_start, wanted.token_end, wanted.blocks),
-                    *(self._journal.pool.address, len(expected), tree_hash(expected)),
+                    *(self._journal.pool.address, len(expected), payload_hash(expected)),
                 )
                 wrong = right._replace(payload_hash=right.payload_hash ^ 1)
                 said = restore.restore(
@@ -252,9 +241,9 @@ class KvProof:
     def _judge(self, name: str, done: Completion, expected: bytes) -> None:
         if not done.is_ok:
             raise HandlerRefused(f"{name}: status {done.status} in its self-test")
-        if done.payload_hash != tree_hash(expected):
+        if done.payload_hash != payload_hash(expected):
             raise HandlerRefused(
-                f"{name}: payload hash {done.payload_hash:#x}, expected {tree_hash(expected):#x}"
+                f"{name}: payload hash {done.payload_hash:#x}, expected {payload_hash(expected):#x}"
             )
 
     def _fill(self, layers: Sequence[bytes]) -> None:

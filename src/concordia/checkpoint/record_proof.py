@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from contextlib import closing
 
 from concordia import abi
-from concordia.checkpoint.handler import bytes_source, compare, page_source, tree_hash
+from concordia.checkpoint.handler import bytes_source, compare, page_source
 from concordia.checkpoint.region import PageRegion, RegionEntry
 from concordia.checkpoint.scratch_journal import ScratchJournal
 from concordia.device.compiler import HandlerSource
 from concordia.device.driver import Device, Image
 from concordia.errors import HandlerRefused
+from concordia.journal.record import payload_hash
 from concordia.runtime.executor import Runtime
 from concordia.runtime.ring import Completion, Task
 from concordia.runtime.trial import TRIAL_SLOTS, Trial
@@ -31,8 +33,7 @@ def proven_bytes(device: Device, *, lanes: int, source: HandlerSource | None = N
     """bytes_append, or another handler in its place, compiled and tested."""
     image = device.build(source or bytes_source())
     journal = ScratchJournal(BYTES_SIZES)
-    with Trial(Runtime(device, target=journal.target, lanes=lanes, slots=TRIAL_SLOTS)) as trial:
-        trial.hold(journal)
+    with closing(_open_trial(device, journal, lanes)) as trial:
         trial.adopt("bytes_append", image)
         for index, size in enumerate(BYTES_SIZES):
             payload = secrets.token_bytes(size)
@@ -58,10 +59,15 @@ def proven_pages(
     """page_scan for one page size, or another handler in its place, compiled and tested."""
     image = device.build(source or page_source(page_bytes))
     journal = ScratchJournal([abi.LEAF_BYTES + count * page_bytes for count in (PAGES, 1, 2)])
-    with Trial(Runtime(device, target=journal.target, lanes=lanes, slots=TRIAL_SLOTS)) as trial:
-        trial.hold(journal)
+    with closing(_open_trial(device, journal, lanes)) as trial:
         PageProof(device, trial, journal, page_bytes).test(image)
     return image
+
+
+def _open_trial(device: Device, journal: ScratchJournal, lanes: int) -> Trial:
+    trial = Trial(Runtime(device, target=journal.target, lanes=lanes, slots=TRIAL_SLOTS))
+    trial.hold(journal)
+    return trial
 
 
 class PageProof:
@@ -147,7 +153,7 @@ def _judge(
         raise HandlerRefused(f"{name}: answered with record {done.sequence}, expected {index}")
     compare(name, expected, journal.payload(index))
     low, high = journal.header(index)["payload_hash"]
-    if int(high) << 64 | int(low) != tree_hash(expected):
+    if int(high) << 64 | int(low) != payload_hash(expected):
         raise HandlerRefused(f"{name}: record {index} has another hash than its payload")
 
 

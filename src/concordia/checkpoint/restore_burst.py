@@ -24,12 +24,12 @@ import numpy.typing as npt
 
 from concordia import abi
 from concordia.checkpoint.region import Region
-from concordia.checkpoint.restore_tasks import KvPiece, landed, when_room
+from concordia.checkpoint.restore_tasks import KvPiece, landed
 from concordia.device.driver import Burst, Device
 from concordia.device.memory import Buffer, JournalTarget
 from concordia.errors import RestoreUnfinished, UsageError, WaitTimeout
 from concordia.runtime.executor import Runtime
-from concordia.runtime.ring import Ticket
+from concordia.runtime.ring import Ticket, when_room
 
 RESTORE_KERNEL: Final = "concordia_kv_restore"
 # of one list: 64 KiB pieces of it take the bus a millisecond, which is what filling the next takes

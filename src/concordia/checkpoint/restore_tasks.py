@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple
 
 from concordia import abi, config
 from concordia.checkpoint.region import Region
-from concordia.errors import ConcordiaError, RestoreUnfinished, RingFull
+from concordia.errors import ConcordiaError, RestoreUnfinished
 from concordia.runtime.executor import Runtime
-from concordia.runtime.ring import Task, Ticket
+from concordia.runtime.ring import Task, Ticket, when_room
 
 # two tasks each: an eighth of the ring, so that appends never find it full
 PIECES_IN_FLIGHT: Final = 256
-ROOM_LOOK_S: Final = 0.001
-
-T = TypeVar("T")
 
 
 class KvPiece(NamedTuple):
@@ -98,19 +95,6 @@ def restore_by_tasks(
         while flying:
             land()
     return found
-
-
-def when_room(hand_in: Callable[[], T], until: float) -> T:
-    """Its answer once the ring has room, which appends may take for a while; raises RingFull when
-    they still do at `until`.
-    """
-    while True:
-        try:
-            return hand_in()
-        except RingFull:
-            if time.monotonic() > until:
-                raise
-            time.sleep(ROOM_LOOK_S)
 
 
 @contextmanager

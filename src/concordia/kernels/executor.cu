@@ -79,7 +79,6 @@ extern "C" __global__ void __launch_bounds__(512)
   __syncthreads();
   if (launch == 0) return;  // a replay for which nothing was handed in costs one look
   run_near(tasks, &executor->journal, &executor->ring->generation, state, launch);
-  __syncthreads();  // the state is back in its place
   if (threadIdx.x != 0) return;
   // Whom the lease cut short goes on when the graph is replayed next, rung for or not.
   const Task* next = slot_of(tasks, tasks->position);

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from concordia import abi, config
@@ -34,7 +35,7 @@ from concordia.errors import (
 from concordia.runtime.executor_plan import plan_executor
 from concordia.runtime.op_table import Operator, OperatorTable
 from concordia.runtime.residency_choice import choose
-from concordia.runtime.ring import Completion, Ring, Task, Ticket
+from concordia.runtime.ring import Completion, Ring, Task, Ticket, when_room
 from concordia.runtime.stream_tasks import StreamTasks
 from concordia.runtime.trial import TRIAL_SLOTS, Trial
 
@@ -84,8 +85,7 @@ class Runtime:
         self._park_count = 0
         self._stream_tasks: list[StreamTasks] = []
         with ExitStack() as undo:
-            arena = config.RING_ARENA_BYTES // config.RING_SLOTS * slots
-            self.ring = undo.enter_context(closing(Ring(device, slots=slots, arena_bytes=arena)))
+            self.ring = undo.enter_context(closing(Ring(device, slots=slots)))
             self.operators = undo.enter_context(closing(OperatorTable(device, self.ring)))
             plan = plan_executor(device, self.ring, target, lanes, undo)
             first = DEFAULT if residency == AUTO else residency
@@ -132,7 +132,9 @@ class Runtime:
             raise UsageError(f"{name!r} names no operator: use letters, digits and _")
         image = self.device.build(HandlerSource.of(name, constants, text=source))
         if self_test is not None:
-            with Trial(Runtime(self.device, lanes=self._lanes, slots=TRIAL_SLOTS)) as trial:
+            with closing(
+                Trial(Runtime(self.device, lanes=self._lanes, slots=TRIAL_SLOTS))
+            ) as trial:
                 trial.prove(name, image, self_test)
         # beside the names of our own handlers, which nobody replaces by accident
         return self.adopt(f"own.{name}", image)
@@ -273,14 +275,11 @@ class Runtime:
     def drain(self, timeout_s: float = config.WAIT_TASK_S) -> None:
         """Wait until everything handed in so far is done."""
         until = time.monotonic() + timeout_s
-        while True:
-            try:
-                self.wait(self.submit(Task()), max(0.0, until - time.monotonic()))
-                return
-            except RingFull as error:
-                if time.monotonic() > until:
-                    raise WaitTimeout(f"the ring is still full after {timeout_s} s") from error
-                time.sleep(0.001)
+        try:
+            ticket = when_room(partial(self.submit, Task()), until)
+        except RingFull as error:
+            raise WaitTimeout(f"the ring is still full after {timeout_s} s") from error
+        self.wait(ticket, max(0.0, until - time.monotonic()))
 
     @contextmanager
     def parked(self) -> Iterator[None]:

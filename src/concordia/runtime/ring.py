@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple, NewType
+from typing import Final, NamedTuple, NewType, TypeVar
 
 from concordia import abi, config
 from concordia.device.driver import Device
 from concordia.device.memory import Buffer
 from concordia.errors import AnswerForgotten, DeviceError, RingFull, UsageError, WaitTimeout
 
+T = TypeVar("T")
 Ticket = NewType("Ticket", int)  # position of a task in its ring
 
 WORD_MASK: Final = (1 << 64) - 1
@@ -28,6 +30,8 @@ WORD_MASK: Final = (1 << 64) - 1
 # code's.
 _TASK: Final = struct.Struct("<QIIIIQQQIIQIIQQQQQI4xQ")
 _COMPLETION: Final = struct.Struct("<QIIQQQQ16x")
+
+ROOM_LOOK_S: Final = 0.001
 
 _SUBMITTED, _NEEDS_LAUNCH, _FULL, _TOO_LARGE = range(4)
 _PENDING, _DONE, _FORGOTTEN = range(3)
@@ -98,8 +102,8 @@ class Ring:
         device: Device,
         *,
         slots: int = config.RING_SLOTS,
-        arena_bytes: int = config.RING_ARENA_BYTES,
     ) -> None:
+        arena_bytes = config.RING_ARENA_BYTES // config.RING_SLOTS * slots
         if slots < 4 or slots & (slots - 1) or arena_bytes % (slots * abi.LINE_BYTES):
             raise UsageError(
                 f"{slots} slots, {arena_bytes} bytes: want a power of two, and whole lines of "
@@ -233,3 +237,16 @@ class Ring:
         """Give the memory back; the executor is gone."""
         self._device.unshare(self.address)
         self._buffer.close()
+
+
+def when_room(hand_in: Callable[[], T], until: float) -> T:
+    """Its answer once the ring has room, which appends may take for a while; raises RingFull when
+    they still do at `until`.
+    """
+    while True:
+        try:
+            return hand_in()
+        except RingFull:
+            if time.monotonic() > until:
+                raise
+            time.sleep(ROOM_LOOK_S)

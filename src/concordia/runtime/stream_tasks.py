@@ -37,8 +37,7 @@ class StreamTasks:
     ) -> None:
         self._device, self._executor, self._stream = device, executor, stream
         self._lock = threading.Lock()  # a bell follows its gate
-        arena = config.RING_ARENA_BYTES // config.RING_SLOTS * slots
-        self._ring = Ring(device, slots=slots, arena_bytes=arena)
+        self._ring = Ring(device, slots=slots)
         # Its runs end with what was handed in; only a lease of such tasks leaves some for later.
         self._ring.store("idle_ns", 0)
         self._ring.store("lease_ns", config.PLACE_LEASE_NS)

@@ -13,8 +13,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable
-from types import TracebackType
-from typing import TYPE_CHECKING, Final, Protocol, Self
+from typing import TYPE_CHECKING, Final, Protocol
 
 from concordia import abi, config
 from concordia.device.driver import Image
@@ -37,7 +36,7 @@ class Closable(Protocol):
 
 
 class Trial:
-    """A context manager around one throw-away runtime, which it takes over."""
+    """One throw-away runtime, which it takes over; `close` it."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -116,14 +115,3 @@ class Trial:
             self._device.free(address)
         for thing in reversed(self._held):
             thing.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
