@@ -69,6 +69,26 @@ CHECKPOINT_WAIT_S: Final = 30.0
 CHECKPOINT_FENCE_S: Final = 10.0  # for the owner to notice the end of the writer before us
 KERNEL_CACHE_FILES_MAX: Final = 512  # some 30 KB each; the oldest go
 
+# --- images under the framework
+MARK_PAGE_SHIFT: Final = 16  # pages of 64 KiB: a byte each, 2 MiB of map for all of an H200
+# a library of kernels as a whole is seldom larger; the original is loaded beyond it
+IMAGE_BYTES_MAX: Final = 1 << 30
+IMAGE_SLOTS_MAX: Final = 1 << 20  # a handful per hooked kernel
+IMAGE_KERNELS_MAX: Final = 1 << 16  # all 40,396 kernels of five large libraries would fit
+KERNEL_NAME_BYTES_MAX: Final = (1 << 16) - 1  # as the cache file counts; longer ones are cut
+KERNEL_REASON_BYTES_MAX: Final = 1024
+IMAGE_CACHE_BYTES_MAX: Final = 8 << 30  # all options together; what was unused longest goes
+# how long a program may wait for the first rewrite of an image. Then it gets the original, and the
+# next start finds the file: the shim's own bound must be longer
+REWRITE_ANSWER_S: Final = 5.0
+# of one image; then its process is killed and the original stays
+REWRITE_S: Final = 120.0
+REWRITE_MEMORY_BYTES: Final = 12 << 30  # address space of one rewrite: 1 GiB several times over
+REWRITE_WORKERS: Final = 2  # beside a program that loads: it is waiting for one image at a time
+REWRITE_JOBS_MAX: Final = 256  # images that wait; a later one is told to come again
+REWRITE_CLIENTS_MAX: Final = 1024  # threads of a program's processes that load at the same time
+LIBRARY_PATH_BYTES_MAX: Final = 64 << 10  # of the file that an image came from
+
 # --- journal
 # of a journal: a handful of writers with some lent ahead each, and most of them still free
 SEGMENTS_WANTED: Final = 64
@@ -308,6 +328,7 @@ class Paths:
 
     journal: pathlib.Path
     kernel_cache: pathlib.Path
+    image_cache: pathlib.Path
 
     @staticmethod
     def default() -> Paths:
@@ -317,4 +338,5 @@ class Paths:
         return Paths(
             journal=pathlib.Path("/dev/shm") / f"concordia-{os.getuid()}",
             kernel_cache=root / "concordia" / f"kernels-{sys.implementation.cache_tag}",
+            image_cache=root / "concordia" / "images",
         )

@@ -24,6 +24,10 @@ class EnvironmentRefused(UsageError):
     """The machine lacks something that is needed: a compiler, shared memory, a package."""
 
 
+class ImageRefused(UsageError):
+    """A GPU image is malformed, or of a form that is not known: it stays as it is."""
+
+
 class DeviceError(ConcordiaError):
     """A device call failed."""
 

@@ -1,0 +1,134 @@
+"""What is hooked, and in which libraries, floor 3.
+
+Owns: `Options` and the policy for libraries that are left as they are. Promises: two rewriters with
+the same key make the same file of the same image: the key covers the options and every byte of this
+package. Called by rewrite, cache, the rewriter and whoever starts it. It looks into no image.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Final
+
+from concordia import __version__, config
+from concordia.errors import UsageError
+
+# Libraries whose licence forbids to change them, as names without "lib" and as the kernels in them
+# are called. Their launches are gated instead.
+OPAQUE: Final = (
+    "cublas*",
+    "cudnn*",
+    "cufft*",
+    "cusolver*",
+    "cusparse*",
+    "curand*",
+    "cutensor*",
+    "nvjpeg*",
+    "npp*",
+    "sm[0-9]*_xmma_*",
+)
+ARCHITECTURES: Final = range(75, 130)  # as the drivers of CUDA 13 know them
+PAGE_SHIFTS: Final = range(12, 31)  # 4 KiB, a page of the system, to 1 GiB
+_NESTED: Final = re.compile(r"_ZN?[KVr]*(?=\d)")
+_LENGTH: Final = re.compile(r"\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a rewrite does. `arch` is the device's, as 90; `deny` are kernels that stay as they
+    are.
+    """
+
+    arch: int = 90
+    entry: bool = True
+    exit: bool = False
+    marks: bool = True
+    page_shift: int = config.MARK_PAGE_SHIFT
+    opaque: tuple[str, ...] = OPAQUE
+    deny: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.arch not in ARCHITECTURES:
+            raise UsageError(f"architecture {self.arch}: give a number such as 90 for sm_90")
+        if self.page_shift not in PAGE_SHIFTS:
+            raise UsageError(f"page shift {self.page_shift}: give 16 for pages of 64 KiB")
+
+    @classmethod
+    def parse(cls, text: str) -> Options:
+        """Options out of a JSON object; raises UsageError."""
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"options are a JSON object: {error}") from None
+        if not isinstance(found, Mapping):
+            raise UsageError("options are a JSON object")
+        wanted = {field.name: getattr(cls(), field.name) for field in fields(cls)}
+        for name, value in found.items():
+            if name not in wanted:
+                raise UsageError(f"no option {name!r}: there are {', '.join(wanted)}")
+            wanted[name] = _checked(name, value, wanted[name])
+        return cls(**wanted)
+
+    def to_json(self) -> str:
+        """What `parse` reads."""
+        return json.dumps(asdict(self))
+
+    def key(self) -> str:
+        """Names these options of this rewriter: 32 lower-case hexadecimal digits."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(f"{_version()} {text}".encode()).hexdigest()[:32]
+
+    def is_opaque_library(self, library: str) -> bool:
+        """Whether a file of this path is one that is left as it is."""
+        name = library.rpartition("/")[2].removeprefix("lib")
+        return any(fnmatchcase(name.lower(), pattern) for pattern in self.opaque)
+
+    def is_opaque_kernel(self, kernel: str) -> bool:
+        """Whether a kernel's name says that its library is one of them."""
+        return any(
+            fnmatchcase(name.lower(), pattern) for name in _names(kernel) for pattern in self.opaque
+        )
+
+    def is_denied(self, kernel: str) -> bool:
+        """Whether a person wants this kernel as it is."""
+        return any(fnmatchcase(kernel, pattern) for pattern in self.deny)
+
+
+def _checked(name: str, value: Any, default: Any) -> Any:
+    """The value as the option's type; a number is no truth value, nor a truth value a number."""
+    if isinstance(default, tuple):
+        if isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
+            return tuple(value)
+    elif type(value) is type(default):
+        return value
+    kind = "a list of patterns" if isinstance(default, tuple) else type(default).__name__
+    raise UsageError(f"option {name!r} is {kind}, not {value!r}")
+
+
+def _names(kernel: str) -> list[str]:
+    """The name, and the scopes and name in it when it is a mangled one."""
+    found = [kernel]
+    begin = _NESTED.match(kernel)
+    at = begin.end() if begin else len(kernel)
+    while (length := _LENGTH.match(kernel, at)) and len(length[0]) <= 4:
+        at = length.end() + int(length[0])
+        found.append(kernel[length.end() : at])
+    return found
+
+
+@functools.cache
+def _version() -> str:
+    """Every byte of this package: a rewriter that was changed finds no file of the one before."""
+    digest = hashlib.sha256(__version__.encode())
+    for path in sorted(Path(__file__).parent.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            content = path.read_bytes()
+            digest.update(f"{path.name} {len(content)} ".encode() + content)
+    return digest.hexdigest()
