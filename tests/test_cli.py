@@ -113,6 +113,8 @@ def refused(done: subprocess.CompletedProcess[str], words: str, ground: Ground) 
         (["MODEL", "--replicas", "0"], "--replicas"),
         (["MODEL", "--port", "high"], "--port"),
         (["MODEL", "--commit", "never"], "--commit"),
+        (["MODEL", "--residency", "staying"], "--residency"),
+        (["MODEL", "--residency", "resident"], "wants a GPU"),
         ([], "MODEL"),
         (["MODEL", "--", "--data-parallel-size", "2"], "use --replicas"),
         (["MODEL", "--", "--api-server-count", "4"], "one API process"),

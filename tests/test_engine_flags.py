@@ -7,14 +7,18 @@ with ours; everything else reaches vLLM as it was given.
 from __future__ import annotations
 
 import json
+import pathlib
 
 import pytest
 
 from concordia.errors import UsageError
+from concordia.integrations.vllm.settings import Settings
 from concordia.serving.engine_flags import COUNTER_SAMPLER, EngineFlags, connector_config
+from concordia.serving.engine_spec import EngineSpec
 from concordia.serving.need import Defaults
+from concordia.serving.resources import Share
 
-OURS = connector_config(journal="/j", replica=5, device="auto")
+OURS = connector_config(journal="/j", replica=5, device="auto", residency="leased")
 
 
 @pytest.mark.parametrize(
@@ -151,3 +155,11 @@ def test_defaults_follow_the_generation_config_when_a_client_is_silent(
     generation = {"temperature": 0.6, "max_new_tokens": 99, "eos_token_id": 1}
     found = Defaults(**EngineFlags.parse(given).generation_defaults(generation))
     assert found == Defaults(**wanted)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("residency", ["leased", "resident", "stream", "auto"])
+def test_connector_is_told_the_residency_when_one_is_chosen(residency: str, tmp_path: pathlib.Path) -> None:
+    spec = EngineSpec("m", EngineFlags(()), tmp_path, "key", journal=tmp_path, residency=residency)
+    command = spec.command(port=1, incarnation=7, share=Share({}, ()))
+    told = json.loads(command[command.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
+    assert Settings.of(told).residency == residency

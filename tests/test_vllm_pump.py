@@ -237,7 +237,7 @@ def test_door_stays_shut_quietly_when_saying_so_fails_too() -> None:
     assert not door.is_open
 
 
-@pytest.mark.parametrize("extra", [{"jornal": "x"}, {"replica": "1"}, {"replica": True}, {"layout": "rows"}, {"prefix_restore": 1}])
+@pytest.mark.parametrize("extra", [{"jornal": "x"}, {"replica": "1"}, {"replica": True}, {"layout": "rows"}, {"residency": "staying"}, {"prefix_restore": 1}])
 def test_settings_are_refused_when_a_name_or_type_is_wrong(extra: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Settings.of(extra)
@@ -246,6 +246,12 @@ def test_settings_are_refused_when_a_name_or_type_is_wrong(extra: dict[str, Any]
 def test_settings_have_defaults_when_nothing_is_said() -> None:
     assert Settings.of(None).is_prefix_restored
     assert Settings.of({"replica": 5, "prefix_restore": False}).replica == 5
+    assert Settings.of(None).residency == "leased"
+
+
+@pytest.mark.parametrize("residency", ["leased", "resident", "stream", "auto"])
+def test_settings_take_every_residency_that_is_known(residency: str) -> None:
+    assert Settings.of({"residency": residency}).residency == residency
 
 
 def test_append_is_not_called_back_when_it_is_being_submitted(

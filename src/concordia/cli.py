@@ -111,6 +111,12 @@ def cli() -> None:
     help="Send tokens at once, or only after the state they depend on is in the journal.",
 )
 @_option(
+    "--residency",
+    type=click.Choice(["leased", "resident", "stream", "auto"]),
+    default="leased",
+    help="How long Concordia's kernel stays on a GPU (docs/residency.md).",
+)
+@_option(
     "--recovery-timeout",
     type=click.FloatRange(min=1),
     default=config.RECOVERY_TIMEOUT_S,

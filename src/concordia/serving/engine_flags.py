@@ -216,13 +216,20 @@ class EngineFlags:
         return rest
 
 
-def connector_config(*, journal: str, replica: int, device: str) -> dict[str, Any]:
+def connector_config(
+    *, journal: str, replica: int, device: str, residency: str
+) -> dict[str, Any]:
     """What the connector of one replica is told."""
     return {
         "kv_connector": CONNECTOR,
         "kv_connector_module_path": CONNECTOR_MODULE,
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {"journal": journal, "replica": replica, "device": device},
+        "kv_connector_extra_config": {
+            "journal": journal,
+            "replica": replica,
+            "device": device,
+            "residency": residency,
+        },
     }
 
 

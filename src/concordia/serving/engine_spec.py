@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import concordia
+from concordia.device.policy import DEFAULT
 from concordia.errors import UsageError
 from concordia.serving.engine_flags import EngineFlags, connector_config
 from concordia.serving.process_tree import MARKER_ENV
@@ -43,6 +44,7 @@ class EngineSpec:
     api_key: str
     journal: pathlib.Path | None = None  # None: unprotected
     device: str = "auto"
+    residency: str = DEFAULT
     served_names: tuple[str, ...] = ()
     processors: tuple[str, ...] = ()
     log_folder: pathlib.Path | None = None  # logs are kept there; else they go with the engine
@@ -74,7 +76,10 @@ class EngineSpec:
         connector = None
         if self.journal is not None:
             connector = connector_config(
-                journal=str(self.journal), replica=incarnation, device=self.device
+                journal=str(self.journal),
+                replica=incarnation,
+                device=self.device,
+                residency=self.residency,
             )
         names = ["--served-model-name", *self.served_names] if self.served_names else []
         return [

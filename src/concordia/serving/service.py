@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from concordia import config
+from concordia.device.policy import DEFAULT
 from concordia.journal.place import Place
 from concordia.serving import tokenizer as tokenizers
 from concordia.serving.control import ControlServer
@@ -60,6 +61,7 @@ class ServiceSettings:
     served_names: tuple[str, ...] = ()
     journal: pathlib.Path | None = None
     place: Place | None = None
+    residency: str = DEFAULT
     commits_before_emit: bool = False
     restores: bool = True
     recovery_timeout_s: float = config.RECOVERY_TIMEOUT_S
@@ -127,6 +129,7 @@ class Service:
             folder=self._folder.path,
             api_key=secrets.token_urlsafe(24),
             journal=settings.journal,
+            residency=settings.residency,
             served_names=settings.served_names,
             processors=(COUNTER_SAMPLER,) if self._sampler is Sampler.COUNTER else (),
             log_folder=settings.log_folder,

@@ -18,6 +18,7 @@ from typing import Any
 
 from concordia import config
 from concordia.device.compiler import HostCompiler
+from concordia.device.policy import AUTO, DEFAULT
 from concordia.errors import ConcordiaError, EnvironmentRefused, UsageError
 from concordia.journal import fence
 from concordia.journal.folder import Folder, fit_size
@@ -40,6 +41,7 @@ def start(options: Mapping[str, Any], engine_arguments: Sequence[str]) -> int:
     flags = EngineFlags.parse(engine_arguments)
     engine = find_engine()
     _check_model(options["model"])
+    _check_residency(options["residency"], engine)
     journal = _journal_path(options)
     place = Place(options["journal_pool"], options["journal_node"])
     machine = _machine(journal, place)
@@ -127,6 +129,7 @@ def _run(
         served_names=tuple(options["served_model_name"]),
         journal=_journal_path(options),
         place=place,
+        residency=options["residency"],
         commits_before_emit=options["commit"] == "before-emit",
         restores=options["restore"],
         recovery_timeout_s=options["recovery_timeout"],
@@ -148,6 +151,15 @@ def _run(
             return await Service(settings, folder, listener, progress=show).run()
 
         return asyncio.run(serve())
+
+
+def _check_residency(residency: str, engine: Engine) -> None:
+    """A CPU has no kernel that could stay: threads that sleep are all there is."""
+    if engine.device != "cuda" and residency not in (DEFAULT, AUTO):
+        raise UsageError(
+            f"--residency {residency} wants a GPU, and vLLM runs on {engine.device} here: "
+            f"leave it out, or use {AUTO}"
+        )
 
 
 def _check_model(model: str) -> None:

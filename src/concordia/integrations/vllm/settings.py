@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from concordia import config
+from concordia.device.policy import AUTO, DEFAULT, policy_of
 from concordia.errors import UsageError
 
 LAYOUTS = ("auto", "blocks")
@@ -21,16 +22,20 @@ LAYOUTS = ("auto", "blocks")
 @dataclass(frozen=True, slots=True)
 class Settings:
     """
-    journal         the journal's folder replica         incarnation number of the replica, 0 for an
-    engine that belongs to none device          "auto", "host" or "cuda:<index>" layout
-    "auto", or "blocks" to save whole blocks only is_prefix_restored  whether a prefix that the
-    journal has is restored for any request that replays it
+    journal    the journal's folder
+    replica    incarnation number of the replica, 0 for an engine that belongs to none
+    device     "auto", "host" or "cuda:<index>"
+    layout     "auto", or "blocks" to save whole blocks only
+    residency  how long a worker's executor stays on its GPU (docs/residency.md)
+    is_prefix_restored  whether a prefix that the journal has is restored for any request that
+                        replays it
     """
 
     journal: pathlib.Path
     replica: int = 0
     device: str = "auto"
     layout: str = "auto"
+    residency: str = DEFAULT
     is_prefix_restored: bool = True
 
     @staticmethod
@@ -54,4 +59,6 @@ class Settings:
         settings = Settings(journal=journal, **given)
         if settings.layout not in LAYOUTS:
             raise UsageError(f"kv_connector_extra_config.layout must be one of {LAYOUTS}")
+        if settings.residency != AUTO:
+            policy_of(settings.residency)
         return settings

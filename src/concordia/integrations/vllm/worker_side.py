@@ -19,6 +19,7 @@ import torch
 
 from concordia import abi, config
 from concordia.checkpoint.checkpointer import Checkpointer
+from concordia.device.policy import AUTO, DEFAULT
 from concordia.errors import ConcordiaError, RecoveryError
 from concordia.integrations.vllm import compat
 from concordia.integrations.vllm.append_clock import AppendClock
@@ -91,7 +92,9 @@ class WorkerSide:
             label=f"vllm rank {self._rank}",
             node=compat.device_node(layout.rows[0].device),
         )
-        self._checkpointer = Checkpointer.open(device, self._attachment.target, lanes=1)
+        self._checkpointer = Checkpointer.open(
+            device, self._attachment.target, lanes=1, residency=self._residency(device)
+        )
         self._region = self._checkpointer.register_kv(layout.geometry, layout.addresses)
         self._clock = AppendClock(self._checkpointer.runtime.busy_ns)
         control = self._attachment.board.control(self._attachment.slot)
@@ -113,8 +116,21 @@ class WorkerSide:
         if self._probe.proof is Proof.GIVEN_UP:
             self._say_blocks()
         logger.info(
-            "Concordia protects rank %d: %s, %s", self._rank, device, in_words(layout.geometry)
+            "Concordia protects rank %d: %s, %s, %s",
+            *(self._rank, device, self._checkpointer.runtime.stats().residency),
+            in_words(layout.geometry),
         )
+
+    def _residency(self, device: str) -> str:
+        """What was asked for; on a CPU, which has one, that."""
+        wanted = self._settings.residency
+        if device == "host" and wanted not in (DEFAULT, AUTO):
+            logger.warning(
+                "Concordia: a CPU has no residency %s; rank %d goes on with %s",
+                *(wanted, self._rank, DEFAULT),
+            )
+            return DEFAULT
+        return wanted
 
     # --- the order of one step
 
