@@ -89,6 +89,22 @@ REWRITE_JOBS_MAX: Final = 256  # images that wait; a later one is told to come a
 REWRITE_CLIENTS_MAX: Final = 1024  # threads of a program's processes that load at the same time
 LIBRARY_PATH_BYTES_MAX: Final = 64 << 10  # of the file that an image came from
 
+# --- programs that know nothing of us
+POLICY_BYTES_MAX: Final = 1 << 20
+# as the shim's tables are: a file says a handful
+PROGRAM_RULES_MAX: Final = 64
+PROGRAM_TRIGGERS_MAX: Final = 16
+PROGRAM_PATTERNS_MAX: Final = 64
+PROGRAM_REGIONS_MAX: Final = 1024  # the segments of an allocator that matches a rule, at once
+# copies of the regions on the device and on the host; a file that says more must mean it
+PROGRAM_STAGE_BYTES: Final = 2 << 30
+PROGRAM_READS_BYTES: Final = 64 << 20  # what a program has read of its GPU: a token is 56 bytes
+# a checkpoint's marked pages in so many scans: gaps between them are scanned, too
+SCAN_RANGES_MAX: Final = 64
+PROGRAM_POLL_S: Final = 0.001  # of an agent that waits for a checkpoint; a step takes longer
+PROGRAM_COMMIT_S: Final = 30.0  # for one checkpoint; then protection goes off, the program goes on
+PROGRAM_END_S: Final = 10.0  # for an agent to commit what is staged once the program has ended
+
 # --- journal
 # of a journal: a handful of writers with some lent ahead each, and most of them still free
 SEGMENTS_WANTED: Final = 64
