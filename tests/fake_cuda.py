@@ -56,6 +56,13 @@ class Result(enum.IntEnum):
     CUDA_ERROR_ILLEGAL_ADDRESS = 700
 
 
+class Function(bytes):
+    """A kernel by its name; compiled code knows it by its number."""
+
+    def __int__(self) -> int:
+        return 1 + list(ARGUMENTS).index(bytes(self))
+
+
 class Stream:
     """Runs what it is given, one after the other."""
 
@@ -101,6 +108,16 @@ class FakeDriver:
         self.launches: dict[bytes, int] = dict.fromkeys(ARGUMENTS, 0)
         self.lock = threading.Lock()
         self.is_lost = False
+        # what compiled code calls: the same, by address
+        word, unsigned = ctypes.c_uint64, ctypes.c_uint
+        query = ctypes.CFUNCTYPE(ctypes.c_int, word)(lambda stream: int(self.cuStreamQuery(stream)[0]))
+        launch = ctypes.CFUNCTYPE(ctypes.c_int, word, *[unsigned] * 7, word, word, word)(
+            lambda function, *rest: int(self.cuLaunchKernel(Function(list(ARGUMENTS)[function - 1]), *rest)[0])
+        )
+        self._callbacks = {"cuStreamQuery": query, "cuLaunchKernel": launch}
+
+    def entry_point(self, name: str) -> int:
+        return int(ctypes.cast(self._callbacks[name], ctypes.c_void_p).value or 0)
 
     def __getattr__(self, name: str) -> Any:
         if name in {"cuCtxPushCurrent", "cuCtxPopCurrent", "cuEventDestroy", "cuModuleUnload"}:
@@ -115,7 +132,7 @@ class FakeDriver:
 
     def cuModuleGetFunction(self, module: bytes, name: bytes) -> tuple[Any, bytes]:
         assert name in ARGUMENTS
-        return Result.SUCCESS, name
+        return Result.SUCCESS, Function(name)
 
     def cuFuncGetAttribute(self, attribute: Any, function: bytes) -> tuple[Any, int]:
         return Result.SUCCESS, 512
@@ -204,7 +221,7 @@ class FakeCuda(HostDevice):
     def __init__(self) -> None:
         super().__init__()
         self.driver = FakeDriver()
-        self._context: Any = SimpleNamespace(current=lambda: Current(self.driver, 0))
+        self._context: Any = SimpleNamespace(current=lambda: Current(self.driver, 0), entry_point=self.driver.entry_point)
         self._executors: list[CudaExecutor] = []
         self.met: list[str] = []  # calls that wait for the whole device, and found one inside
 

@@ -92,6 +92,66 @@ def test_new_code_runs_when_swapped_whatever_the_policy(runtime: Runtime, words:
         assert runtime.wait(runtime.submit(task(runtime, words, version))).result % 16 == version
 
 
+@pytest.mark.parametrize("residency", ["leased", "resident"])
+def test_swap_is_one_call_when_the_executor_leaves_at_once(
+    device: FakeCuda, words: np.ndarray[tuple[int], np.dtype[np.uint64]], monkeypatch: pytest.MonkeyPatch, residency: str
+) -> None:
+    runtime = Runtime(device, slots=64, residency=residency)
+    said = []
+    swap = runtime.executor.swap_operator
+    monkeypatch.setattr(runtime.executor, "swap_operator", lambda prepare: said.append(swap(prepare)) or said[-1])
+    first, answers, is_over = task(runtime, words), [], threading.Event()
+    images = [device.build(source(version)) for version in (1, 2)]
+
+    def flood() -> None:
+        while not is_over.is_set():
+            tickets = [runtime.submit(first) for _ in range(8)]
+            answers.extend(runtime.wait(ticket).result for ticket in tickets)
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    for turn in range(1, 41):
+        runtime.adopt("count", images[turn % 2])
+    until(lambda: bool(answers))
+    is_over.set()
+    thread.join(10)
+    assert [answer >> 4 for answer in answers] == list(range(len(answers)))  # none lost, twice or out of order
+    assert runtime.wait(runtime.submit(first)).result % 16 == 1
+    assert said.count(True) > 30, said  # a busy machine may have the executor leave late
+    runtime.close()
+
+
+def test_swap_waits_without_the_lock_when_a_task_is_inside(device: FakeCuda) -> None:
+    runtime = Runtime(device, slots=64)
+    holding = '#include "call.h"\nHANDLER { while (load<kAcquire, kSystem>(reinterpret_cast<uint64_t*>(call->task.arg)) == 0) yield_lane(); call->result = VERSION; }\n'
+    images = [device.build(HandlerSource.of("hold", {"VERSION": version}, text=holding)) for version in (1, 2)]
+    operator = runtime.adopt("hold", images[0])
+    free = np.zeros(2, np.uint64)
+    runtime.ring.store("lease_ns", 1_000_000_000)  # both tasks in one stay
+    tickets = [runtime.submit(Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE, arg=free[i:].ctypes.data)) for i in (0, 1)]
+    timers = [threading.Timer(0.05 * (i + 1), free.__setitem__, (i, 1)) for i in (0, 1)]
+    for timer in timers:
+        timer.start()
+    swapped = runtime.adopt("hold", images[1])
+    assert [runtime.wait(ticket).result for ticket in tickets] == [1, 1]  # both had started before it
+    assert runtime.wait(runtime.submit(Task(opcode=swapped.opcode, kind=abi.TASK_COMPUTE, arg=free.ctypes.data))).result == 2
+    assert runtime.ring.load("stop") == 0
+    runtime.close()
+
+
+def test_swap_changes_nothing_when_the_context_is_lost(device: FakeCuda) -> None:
+    runtime = Runtime(device, slots=64)
+    image = device.build(source(1))
+    runtime.adopt("count", image)
+    device.driver.is_lost = True
+    with pytest.raises(DeviceError, match="swap an operator: CUDA_ERROR_ILLEGAL_ADDRESS"):
+        runtime.adopt("count", device.build(source(2)))
+    assert runtime.operators.find("count").digest == image.digest  # type: ignore[union-attr]
+    with pytest.raises(DeviceError):
+        runtime.submit(Task())
+    runtime.close()
+
+
 def test_tasks_wait_for_a_framework_s_stream_whatever_the_policy(runtime: Runtime, words: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
     driver = runtime.device.driver  # type: ignore[attr-defined]
     wanted = task(runtime, words)

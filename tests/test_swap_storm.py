@@ -63,13 +63,13 @@ def test_verdict_says_what_is_wrong_when_tasks_go_astray(
 
 
 def test_verdict_says_wrong_code_when_a_swap_publishes_what_it_did_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    publish, codes = OperatorTable.publish, []
+    prepare, codes = OperatorTable.prepare, []
 
     def stale(self: OperatorTable, name: str, image: object, code: object, **words: int) -> object:
         codes.append(code)
-        return publish(self, name, image, codes[0], **words)  # type: ignore[arg-type]
+        return prepare(self, name, image, codes[0], **words)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(OperatorTable, "publish", stale)
+    monkeypatch.setattr(OperatorTable, "prepare", stale)
     monkeypatch.setattr(OperatorTable, "unload_retired", lambda self: None)
     device = HostDevice()
     runtime = Runtime(device)

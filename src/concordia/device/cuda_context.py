@@ -76,6 +76,12 @@ class CudaContext:
         ]
         return f"sm_{parts[0]}{parts[1]}"
 
+    @staticmethod
+    def entry_point(name: str) -> int:
+        """Address of a function of the driver, for compiled code; its caller is in the context."""
+        function = getattr(ctypes.CDLL("libcuda.so.1"), name)
+        return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
+
     def close(self) -> None:
         """Give the primary context back; it lives on while the framework holds it."""
         self.driver.cuDevicePrimaryCtxRelease(self.device)

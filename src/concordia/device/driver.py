@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from concordia.device.policy import DEFAULT, Policy
 from concordia.errors import DeviceError, EnvironmentRefused
@@ -65,6 +65,14 @@ class ExecutorPlan:
     def pack(self) -> bytes:
         """The words in order."""
         return struct.pack("<11Q", *astuple(self))
+
+
+class Publication(NamedTuple):
+    """What changes the meaning of an opcode: an entry of the table that is filled in already."""
+
+    opcode: int
+    entry: int  # its address
+    generation: int  # of the table, from then on
 
 
 class Burst(Protocol):
@@ -148,6 +156,11 @@ class Executor(Protocol):
 
     def unpark(self) -> None:
         """Undo one `park`; what waits in the ring is run."""
+
+    def swap_operator(self, prepare: Callable[[], Publication]) -> bool:
+        """Publish what `prepare` gives between two of its stays, in one go; False when it could not
+        be done so, and then nothing was published, though `prepare` may have been called.
+        """
 
     def rescues(self) -> int:
         """How often waiting work was found although everybody had kept to the protocol; always 0,

@@ -20,7 +20,7 @@ from typing import Any, Final, NoReturn
 
 from concordia import abi, config
 from concordia.device.compiler import HandlerSource, HostCompiler
-from concordia.device.driver import ExecutorPlan
+from concordia.device.driver import ExecutorPlan, Publication
 from concordia.device.memory import Buffer
 from concordia.device.policy import DEFAULT, Policy, policy_of
 from concordia.errors import DeviceError, HandlerRefused, UsageError
@@ -59,6 +59,8 @@ class HostLibrary:
         self.publish_operator = function(
             quick, "publish_operator", None, _ADDRESS, _WORD, _WORD, _WORD
         )
+        swapped = (_ADDRESS, _WORD, _WORD, _WORD)  # ring, opcode, operator, generation
+        self.swap_operator = function(slow, "swap_operator", int32, *swapped, _ADDRESS, flag, _WORD)
         self.executor_bytes = function(quick, "executor_bytes", _WORD)
         self.executor_image = function(quick, "executor_image", None, _ADDRESS, _BYTES, _WORD)
         self.announce_step = function(quick, "announce_step", None, _ADDRESS, _WORD, _WORD)
@@ -159,6 +161,10 @@ class HostExecutor:
     def unpark(self) -> None:
         if self.handle:
             self._library.unpark(self.handle)
+
+    def swap_operator(self, prepare: Callable[[], Publication]) -> bool:
+        """Its table may change while it runs: there is no need."""
+        return False
 
     def rescues(self) -> int:
         return int(self._library.rescues(self.handle)) if self.handle else 0

@@ -24,11 +24,12 @@ from concordia.device.cuda_context import CudaContext, CudaMemory
 from concordia.device.executor_code import ExecutorCode
 from concordia.device.loader import CudaImage
 from concordia.device.policy import Policy
+from concordia.device.quick_swap import QuickSwap
 from concordia.device.stream_launch import StreamLaunch
 from concordia.errors import DeviceError, UsageError, WaitTimeout
 
 if TYPE_CHECKING:
-    from concordia.device.driver import ExecutorPlan
+    from concordia.device.driver import ExecutorPlan, Publication
     from concordia.device.host import HostLibrary
 
 # of a CTA: with 128 registers each all of a multiprocessor. Half of it, with twice the registers
@@ -88,6 +89,11 @@ class CudaExecutor:
         self._values = (ctypes.c_uint64 * 3)(self._state, 0, 0)
         at = ctypes.addressof(self._values)
         self._arguments = (ctypes.c_void_p * 3)(*(at + 8 * i for i in range(3)))
+        self._quick_swap = QuickSwap(
+            context=context, library=library, ring=plan.ring, function=self._code.function,
+            stream=self._stream, arguments=ctypes.addressof(self._arguments),
+            launch_number=at + 8, ctas=self._ctas, threads=THREADS,
+        )  # fmt: skip
         self._adopt(policy)
         self._keeper = threading.Thread(target=self._keep, name="concordia-lease", daemon=True)
         self._keeper.start()
@@ -317,6 +323,21 @@ class CudaExecutor:
             self._library.store(self._stop_at, 0)
             if self.lost is None and not self._is_closed and self._is_needed():
                 self._send()
+
+    def swap_operator(self, prepare: Callable[[], Publication]) -> bool:
+        """Publish between two stays without the interpreter in between. Not where launches in other
+        streams take turns with ours: only a launch that has its turn proves them out.
+        """
+        with self._lock:
+            if self._park_depth or self.policy.takes_turns or self.lost or self._is_closed:
+                return False
+            try:
+                is_done = self._quick_swap.run(prepare(), stays=self.policy.stays)
+            except CudaError as error:
+                self.lost = error
+                raise
+            self._wanted.notify()
+            return is_done
 
     def rescues(self) -> int:
         """Always 0: what the keeper does is part of the protocol here."""

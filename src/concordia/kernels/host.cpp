@@ -339,6 +339,48 @@ EXPORT void concordia_publish_operator(RingHeader* ring, uint64_t opcode, uint64
   store<kRelease, kSystem>(&ring->generation, generation);
 }
 
+// How a GPU's executor is sent in: the driver's own functions, and what it gives to each launch.
+struct Relaunch {
+  int (*query)(void* stream);
+  int (*launch)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                unsigned block_y, unsigned block_z, unsigned shared_bytes, void* stream,
+                void** arguments, void** extra);
+  void *function, *stream;
+  void** arguments;
+  uint64_t* launch_number;  // what arguments name the launch by
+  uint64_t ctas, threads;
+};
+constexpr int kDriverNotReady = 600;  // CUDA_ERROR_NOT_READY
+constexpr int kStillInside = -1;
+
+// Between two stays of a GPU's executor: asks it to leave, publishes the operator once its stream is
+// empty, sends it in again where work waits, or in any case (`stays`). Under the lock of whoever
+// launches it, which is why it only spins, for `timeout_ns`. 0, a status of the driver, or
+// kStillInside: then nothing was published.
+EXPORT int concordia_swap_operator(RingHeader* ring, uint64_t opcode, uint64_t operator_address,
+                                   uint64_t generation, const Relaunch* relaunch, bool stays,
+                                   uint64_t timeout_ns) {
+  const uint64_t started_ns = now_ns();
+  store<kRelease, kSystem>(&ring->stop, 1);
+  int status = relaunch->query(relaunch->stream);
+  while (status == kDriverNotReady && now_ns() - started_ns < timeout_ns) {
+    pause_lane();
+    status = relaunch->query(relaunch->stream);
+  }
+  if (status == 0) concordia_publish_operator(ring, opcode, operator_address, generation);
+  store<kRelease, kSystem>(&ring->stop, 0);
+  if (status != 0) return status == kDriverNotReady ? kStillInside : status;
+  const uint64_t launched = load<kAcquire, kSystem>(&ring->launched);
+  const bool is_out = load_full(&ring->left) == launched;
+  if (!is_out || !(stays || needs_launch(ring))) return 0;
+  // the count first: the kernel may be over before the call that launched it is
+  store<kRelease, kSystem>(&ring->launched, launched + 1);
+  *relaunch->launch_number = launched + 1;
+  return relaunch->launch(relaunch->function, (unsigned)relaunch->ctas, 1, 1,
+                          (unsigned)relaunch->threads, 1, 1, 0, relaunch->stream,
+                          relaunch->arguments, nullptr);
+}
+
 // Host words of a stream's control page, for the detector: details first, then the word that it
 // polls.
 EXPORT void concordia_announce_step(StreamControl* control, uint64_t step, uint64_t tokens) {

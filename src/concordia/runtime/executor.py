@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from concordia import abi, config
 from concordia.device.compiler import HandlerSource
-from concordia.device.driver import Device, Executor, Image
+from concordia.device.driver import Device, Executor, Image, Publication
 from concordia.device.memory import JournalTarget
 from concordia.device.policy import AUTO, DEFAULT
 from concordia.errors import (
@@ -33,7 +33,7 @@ from concordia.errors import (
     WaitTimeout,
 )
 from concordia.runtime.executor_plan import plan_executor
-from concordia.runtime.op_table import Operator, OperatorTable
+from concordia.runtime.op_table import Change, Operator, OperatorTable
 from concordia.runtime.residency_choice import choose
 from concordia.runtime.ring import Completion, Ring, Task, Ticket, when_room
 from concordia.runtime.stream_tasks import StreamTasks
@@ -165,12 +165,27 @@ class Runtime:
         if self.device.needs_parking:
             self._require_progress()
         code = self.device.load(image)
+        prepare = partial(self.operators.prepare, name, image, code, region_address=region_address)
         try:
-            with self.parked() if self.device.needs_parking else nullcontext():
-                return self.operators.publish(name, image, code, region_address=region_address)
+            change = self._swap(prepare) if self.device.needs_parking else None
+            if change is None:
+                with self.parked() if self.device.needs_parking else nullcontext():
+                    change = prepare()
+                    self.operators.publish(change)
+            return self.operators.note(change)
         except ConcordiaError:
             code.close()
             raise
+
+    def _swap(self, prepare: Callable[[], Change]) -> Change | None:
+        """Publish between two stays of the executor, in one go; None where that cannot be."""
+        prepared: list[Change] = []
+
+        def fill_in() -> Publication:
+            prepared.append(prepare())
+            return prepared[0].publication
+
+        return prepared[0] if self.executor.swap_operator(fill_in) else None
 
     def _require_progress(self) -> None:
         """Raise WaitTimeout when the task at hand does not end: a driver call that waits for the

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from concordia import abi
-from concordia.device.driver import Code, Device, Image
+from concordia.device.driver import Code, Device, Image, Publication
 from concordia.device.memory import Buffer
 from concordia.errors import DeviceError
 from concordia.runtime.ring import Ring, Task
@@ -43,6 +43,14 @@ class _Entry:
     place: int  # 0 or 1: which of the opcode's two entries
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """An entry that is filled in and not published."""
+
+    publication: Publication
+    entry: _Entry
+
+
 class OperatorTable:
     """One word per opcode, then two entries per opcode, in memory that the executor reads."""
 
@@ -60,15 +68,16 @@ class OperatorTable:
         entry = self._entries.get(name)
         return entry.operator if entry else None
 
-    def publish(self, name: str, image: Image, code: Code, *, region_address: int) -> Operator:
-        """Make `name` mean this code. What the last swap of it replaced must have been unloaded."""
+    def prepare(self, name: str, image: Image, code: Code, *, region_address: int) -> Change:
+        """Fill in an entry that no executor reads, to make `name` mean this code. What the last
+        swap of it replaced must have been unloaded, or every executor been out since.
+        """
         before = self._entries.get(name)
         if before is None and len(self._entries) + FIRST_OPCODE >= abi.OPERATOR_CAPACITY:
             raise DeviceError(f"{len(self._entries)} operators are installed: no room for {name}")
         opcode = before.operator.opcode if before else len(self._entries) + FIRST_OPCODE
         place = 1 - before.place if before else 0
-        self._generation += 1
-        operator = Operator(name, opcode, self._generation, image.digest)
+        generation = self._generation + 1
         offset = abi.OPERATOR_CAPACITY * 8 + (2 * opcode + place) * abi.OPERATOR.size
         fields = abi.OPERATOR.offsets()
         for field, value in (
@@ -79,11 +88,23 @@ class OperatorTable:
             at = offset + fields[field]
             self._buffer.view[at : at + 8] = value.to_bytes(8, "little")
         at = offset + fields["generation"]
-        self._buffer.view[at : at + 4] = (self._generation & 0xFFFFFFFF).to_bytes(4, "little")
-        self._device.library.publish_operator(
-            self._ring.address, opcode, self._buffer.address + offset, self._generation
+        self._buffer.view[at : at + 4] = (generation & 0xFFFFFFFF).to_bytes(4, "little")
+        operator = Operator(name, opcode, generation, image.digest)
+        return Change(
+            Publication(opcode, self._buffer.address + offset, generation),
+            _Entry(operator, code, place),
         )
-        self._entries[name] = _Entry(operator, code, place)
+
+    def publish(self, change: Change) -> None:
+        """One word: from here on tasks run what the entry says. `note` comes next."""
+        self._device.library.publish_operator(self._ring.address, *change.publication)
+
+    def note(self, change: Change) -> Operator:
+        """A change was published."""
+        operator = change.entry.operator
+        before = self._entries.get(operator.name)
+        self._generation = operator.generation
+        self._entries[operator.name] = change.entry
         if before is not None:
             self._retired.append((self._generation, before.code))
         return operator
