@@ -78,7 +78,8 @@ def read_summary(text: str) -> tuple[int | None, int]:
 
 def run(command: list[str], timeout_s: float) -> tuple[int, str]:
     """Exit status (124 at the bound) and all that was said; ends whatever it started."""
-    paths = os.pathsep.join([str(ROOT / "src"), str(PROGRAM.parent)])
+    beside = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = os.pathsep.join([str(ROOT / "src"), str(PROGRAM.parent), *filter(None, beside)])
     environment = os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,

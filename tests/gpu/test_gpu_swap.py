@@ -33,6 +33,7 @@ def test_old_operator_stays_when_a_candidate_hangs() -> None:
     answer = run("scenarios_swap:hanging_candidate", device=DEVICE)
     assert answer["said"].startswith("HandlerRefused: sum: no answer within")
     assert 4 < answer["refused_after_s"] < 15
+    assert "does not end" in answer["beside"]
     assert (answer["meanwhile"], answer["after"]) == (135, 270)
 
 
