@@ -38,6 +38,7 @@ ARCHITECTURES: Final = range(75, 130)  # as the drivers of CUDA 13 know them
 PAGE_SHIFTS: Final = range(12, 31)  # 4 KiB, a page of the system, to 1 GiB
 _NESTED: Final = re.compile(r"_ZN?[KVr]*(?=\d)")
 _LENGTH: Final = re.compile(r"\d+")
+_LENGTH_DIGITS: Final = 5  # of a length in a mangled name: none is longer than 64 KiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +113,14 @@ def _checked(name: str, value: Any, default: Any) -> Any:
     raise UsageError(f"option {name!r} is {kind}, not {value!r}")
 
 
-def _names(kernel: str) -> list[str]:
-    """The name, and the scopes and name in it when it is a mangled one."""
-    found = [kernel]
+def _names(kernel: str) -> tuple[str, str]:
+    """The name, and its outermost scope (else the name alone) when it is a mangled one."""
     begin = _NESTED.match(kernel)
-    at = begin.end() if begin else len(kernel)
-    while (length := _LENGTH.match(kernel, at)) and len(length[0]) <= 4:
-        at = length.end() + int(length[0])
-        found.append(kernel[length.end() : at])
-    return found
+    length = _LENGTH.match(kernel, begin.end()) if begin else None
+    if length is None:
+        return kernel, kernel
+    bytes_said = int(length[0][:_LENGTH_DIGITS])
+    return kernel, kernel[length.end() : length.end() + bytes_said]
 
 
 @functools.cache

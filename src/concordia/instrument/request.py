@@ -1,0 +1,132 @@
+"""How an image is handed to the rewriter, floor 3.
+
+Owns: request and reply, as the shim writes and reads them, and the look at the memory that comes
+along. Promises: what was accepted is of one version, has a size within the bound, and its bytes can
+no longer change: the memory is sealed. Called by the rewriter, and by whoever asks one from Python.
+It reads no image.
+
+One message each way, on a SOCK_SEQPACKET socket:
+    request   "CNRQ" | u32 version | u64 bytes | u64 XXH64 seed 0 | u64 seed 1 | path of the library
+              and with it, by SCM_RIGHTS, one sealed memory file that has the image
+    reply     "CNRP" | u32 status
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import fcntl
+import os
+import socket
+import stat
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from concordia import config
+from concordia.errors import ImageRefused, WaitTimeout
+from concordia.instrument.cache import image_key
+
+VERSION: Final = 1
+_REQUEST: Final = struct.Struct("<4sIQQQ")
+_REPLY: Final = struct.Struct("<4sI")
+REQUEST_BYTES_MAX: Final = _REQUEST.size + config.LIBRARY_PATH_BYTES_MAX
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+class Status(enum.IntEnum):
+    """What a rewriter says of an image."""
+
+    READY = 0  # its file is in the cache
+    REFUSED = 1  # there will be none in this run
+    LATER = 2  # it is still at work: the next start finds the file
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """An image, by its key; `library` is the file it came from, empty when nobody knows."""
+
+    image_bytes: int
+    key: str
+    library: str
+
+    def pack(self) -> bytes:
+        """The message."""
+        low, high = int(self.key[:16], 16), int(self.key[16:], 16)
+        path = os.fsencode(self.library)[: config.LIBRARY_PATH_BYTES_MAX]
+        return _REQUEST.pack(b"CNRQ", VERSION, self.image_bytes, low, high) + path
+
+    @classmethod
+    def parse(cls, data: bytes) -> Request:
+        """What a message says; raises ImageRefused."""
+        if not _REQUEST.size <= len(data) <= REQUEST_BYTES_MAX:
+            raise ImageRefused(f"a request of {len(data)} bytes")
+        magic, version, image_bytes, low, high = _REQUEST.unpack_from(data)
+        if magic != b"CNRQ" or version != VERSION:
+            raise ImageRefused(f"no request of version {VERSION}: {data[:8]!r}")
+        if not 0 < image_bytes <= config.IMAGE_BYTES_MAX:
+            raise ImageRefused(f"an image of {image_bytes} bytes")
+        path = data[_REQUEST.size :].rstrip(b"\0").decode("utf-8", "replace")
+        return cls(image_bytes, f"{low:016x}{high:016x}", path)
+
+
+def pack_reply(status: Status) -> bytes:
+    """The message that a rewriter answers with."""
+    return _REPLY.pack(b"CNRP", status)
+
+
+def parse_reply(data: bytes) -> Status:
+    """What a rewriter said; raises ImageRefused."""
+    try:
+        magic, status = _REPLY.unpack(data)
+        if magic == b"CNRP":
+            return Status(status)
+    except (struct.error, ValueError):
+        pass
+    raise ImageRefused(f"no reply: {data[:16]!r}")
+
+
+def check_memory(descriptor: int, image_bytes: int) -> None:
+    """Raises ImageRefused unless this is memory of that size that nobody can change any more."""
+    try:
+        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+        about = os.fstat(descriptor)
+    except OSError as error:
+        raise ImageRefused(f"the image is no sealed memory: {error}") from None
+    if seals & _SEALS != _SEALS or not stat.S_ISREG(about.st_mode):
+        raise ImageRefused(f"the image can still change: seals {seals:#x}, wanted {_SEALS:#x}")
+    if about.st_size != image_bytes:
+        raise ImageRefused(f"an image of {about.st_size} bytes, said to have {image_bytes}")
+
+
+def ask(path: Path, image: bytes, *, library: str = "", timeout_s: float) -> Status:
+    """Hand an image to the rewriter at this socket, as the shim does. Raises OSError, ImageRefused
+    or WaitTimeout.
+    """
+    request = Request(len(image), image_key(image), library)
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection,
+        sealed_memory(image) as memory,
+    ):
+        connection.settimeout(timeout_s)
+        try:
+            connection.connect(str(path))
+            socket.send_fds(connection, [request.pack()], [memory])
+            return parse_reply(connection.recv(_REPLY.size + 1))
+        except TimeoutError:
+            raise WaitTimeout(f"no answer of the rewriter at {path} in {timeout_s} s") from None
+
+
+@contextlib.contextmanager
+def sealed_memory(image: bytes) -> Iterator[int]:
+    """A memory file with these bytes that can no longer change."""
+    memory = os.memfd_create("concordia-image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        with os.fdopen(os.dup(memory), "wb") as file:
+            file.write(image)
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)
+        yield memory
+    finally:
+        os.close(memory)

@@ -1,0 +1,107 @@
+"""The process that rewrites images for the programs of one `concordia run`, floor 3.
+
+Owns: its command line, its signals, its end. Promises: it ends with the launcher, with the run
+folder or by SIGTERM, and leaves nothing behind; what is wrong with its arguments is one line, exit
+code 2. Started by the launcher as `python -m concordia.instrument.rewriter`. The work is the
+desk's (rewrite_desk).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import stat
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from concordia import config
+from concordia.errors import ConcordiaError, UsageError
+from concordia.instrument.cache import ImageCache
+from concordia.instrument.options import Options
+from concordia.instrument.rewrite_desk import SOCKET, RewriteDesk
+
+
+def main(arguments: list[str]) -> int:
+    """Serve until the launcher ends or SIGTERM comes."""
+    asked = _parser().parse_args(arguments)
+    options = Options.parse(asked.options)
+    _check_run(asked.run)
+    desk = RewriteDesk(
+        asked.run, ImageCache(asked.cache, options.key()), options, workers=asked.workers
+    )
+    waker, woken = socket.socketpair()
+    waker.setblocking(False)
+    signal.set_wakeup_fd(waker.fileno())
+    signal.signal(signal.SIGTERM, lambda *_: desk.stop())
+    # of the terminal, for the program; it may still load images until it ends
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    desk.stop_when_readable(woken.fileno())
+    try:
+        desk.stop_when_readable(os.pidfd_open(asked.launcher))
+        desk.serve()
+    except ProcessLookupError:
+        pass  # the launcher had gone before we were here
+    finally:
+        desk.close()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m concordia.instrument.rewriter",
+        description="Rewrites GPU images for the programs of one `concordia run`, which starts it. "
+        f"Programs ask over {SOCKET} in the run folder and find the result in the cache.",
+        epilog="It ends when the launcher ends, when the run folder has gone, or by SIGTERM.",
+    )
+    parser.add_argument("--run", type=Path, required=True, help="the run folder (0700, yours)")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=config.Paths.default().image_cache,
+        help="folder of rewritten images (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--options", default="{}", help='JSON, such as {"arch": 90, "exit": true, "deny": []}'
+    )
+    parser.add_argument(
+        "--launcher",
+        type=int,
+        default=os.getppid(),
+        metavar="PID",
+        help="process whose end ends this one (default: the parent)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        choices=range(1, 65),
+        default=config.REWRITE_WORKERS,
+        metavar="N",
+        help="images at the same time (default: %(default)s)",
+    )
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help says more\n")
+
+
+def _check_run(run: Path) -> None:
+    try:
+        found = run.lstat()
+    except OSError as error:
+        raise UsageError(f"--run {run}: {error.strerror}") from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise UsageError(f"--run {run} must be a folder that only this user may enter")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ConcordiaError as failure:
+        print(f"rewriter: {failure}", file=sys.stderr)
+        sys.exit(failure.exit_code)

@@ -1,0 +1,304 @@
+"""instrument/rewriter.py, rewrite_desk.py, rewrite_job.py: a rewriter answers everybody in time, whatever images and clients do.
+
+Invariants: an image that is rewritten lies in the cache; whatever ends one rewrite ends no other and not the rewriter; a slow one is
+answered with "later" and done all the same; the same image is rewritten once; malformed requests cost their own connection only; the
+rewriter ends with its launcher, its run folder or SIGTERM, with its children, and leaves no file behind.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import pathlib
+import random
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from concordia import config
+from concordia.instrument.cache import ImageCache, image_key
+from concordia.instrument.options import Options
+from concordia.instrument.report import Hook
+from concordia.instrument.request import Request, Status, ask, parse_reply, sealed_memory
+from waiting import until
+
+ROOT = pathlib.Path(__file__).parents[1]
+CHILD = ROOT / "tests" / "rewriter_child.py"
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}"}
+
+
+class Served:
+    """A rewriter process and its folders."""
+
+    def __init__(self, folder: pathlib.Path, *, answer_s: float, rewrite_s: float) -> None:
+        self.run, self.root, self.log = folder / "run", folder / "images", folder / "rewrites"
+        self.run.mkdir(mode=0o700)
+        self.log.touch()
+        self.socket = self.run / "rewriter.sock"
+        arguments = [str(self.run), str(self.root), "2", str(answer_s), str(rewrite_s)]
+        self.process = subprocess.Popen(
+            [sys.executable, str(CHILD), *arguments], stdin=subprocess.PIPE, env=ENVIRONMENT | {"REWRITES": str(self.log)}
+        )
+        until(self.socket.exists, 30)
+
+    def ask(self, image: bytes, library: str = "") -> Status:
+        return ask(self.socket, image, library=library, timeout_s=30)
+
+    @property
+    def cache(self) -> ImageCache:
+        return ImageCache(self.root, Options().key())
+
+    def rewrites(self, word: str) -> int:
+        return self.log.read_text().split().count(word)
+
+    def children(self) -> list[int]:
+        with contextlib.suppress(FileNotFoundError):
+            return [int(pid) for pid in pathlib.Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
+        return []
+
+    def close(self) -> None:
+        assert self.process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+@contextlib.contextmanager
+def served(folder: pathlib.Path, *, answer_s: float = 20.0, rewrite_s: float = 60.0) -> Iterator[Served]:
+    one = Served(folder, answer_s=answer_s, rewrite_s=rewrite_s)
+    try:
+        yield one
+        assert one.process.poll() is None, "it still serves"
+        assert one.ask(b"alive at the end") is Status.READY
+    finally:
+        one.close()
+
+
+def test_image_lies_in_the_cache_when_the_rewriter_says_ready(tmp_path: pathlib.Path) -> None:
+    with served(tmp_path) as one:
+        assert one.ask(b"upper me", "/lib/libx.so") is Status.READY
+        found = one.cache.load(image_key(b"upper me"))
+        assert found is not None
+        assert found.image == b"UPPER ME"
+        assert [(k.name, k.hooks, k.registers) for k in found.kernels] == [("/lib/libx.so", Hook.ENTRY, 90)]
+        assert one.ask(b"upper me") is Status.READY
+        assert one.rewrites("upper") == 1, "the second time it was there"
+        one.cache.path(image_key(b"upper me")).write_bytes(b"damaged")
+        assert one.ask(b"upper me") is Status.READY
+        assert one.rewrites("upper") == 2, "a damaged file is made again"
+
+
+@pytest.mark.parametrize("word", ["crash", "raise", "die", "eat"])
+def test_next_image_is_rewritten_when_one_ends_its_process(tmp_path: pathlib.Path, word: str) -> None:
+    with served(tmp_path) as one:
+        assert one.ask(word.encode()) is Status.REFUSED
+        assert one.ask(word.encode()) is Status.REFUSED
+        assert one.rewrites(word) == 1, "it is not tried again in this run"
+        assert one.ask(b"upper x") is Status.READY
+
+
+def test_endless_rewrite_is_killed_and_refused_when_its_bound_is_over(tmp_path: pathlib.Path) -> None:
+    with served(tmp_path, answer_s=30, rewrite_s=1.0) as one:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            looping = [pool.submit(one.ask, b"loop %d" % i) for i in range(2)]  # both workers
+            until(lambda: one.rewrites("loop") == 2, 20)
+            assert one.ask(b"upper x") is Status.READY
+            assert [found.result(30) for found in looping] == [Status.REFUSED] * 2
+        assert one.children() == []
+
+
+def test_program_is_told_later_and_the_next_finds_it_when_a_rewrite_takes_long(tmp_path: pathlib.Path) -> None:
+    gate = tmp_path / "gate"
+    image = b"wait " + os.fsencode(gate)
+    with served(tmp_path, answer_s=0.2) as one:
+        begun = time.monotonic()
+        assert one.ask(image) is Status.LATER
+        assert time.monotonic() - begun < 10
+        assert one.ask(image) is Status.LATER
+        assert one.cache.load(image_key(image)) is None
+        gate.touch()
+        until(lambda: one.cache.load(image_key(image)) is not None, 20)
+        assert one.ask(image) is Status.READY
+        assert one.rewrites("wait") == 1
+
+
+def test_image_is_rewritten_once_when_many_ask_for_it_at_once(tmp_path: pathlib.Path) -> None:
+    gate = tmp_path / "gate"
+    image = b"wait " + os.fsencode(gate)
+    with served(tmp_path) as one, concurrent.futures.ThreadPoolExecutor(16) as pool:
+        asked = [pool.submit(one.ask, image) for _ in range(16)]
+        until(lambda: one.rewrites("wait") == 1, 20)
+        gate.touch()
+        assert [found.result(30) for found in asked] == [Status.READY] * 16
+        assert one.rewrites("wait") == 1
+
+
+def _send(one: Served, data: bytes, descriptors: list[int]) -> bytes:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(20)
+        connection.connect(str(one.socket))
+        socket.send_fds(connection, [data], descriptors)
+        try:
+            return connection.recv(64)
+        except ConnectionResetError:
+            return b""
+
+
+def test_only_its_own_connection_ends_when_a_request_is_malformed(tmp_path: pathlib.Path) -> None:
+    seed = int(os.environ.get("CONCORDIA_TEST_SEED", "0")) or random.randrange(1 << 32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    image = b"upper x"
+    good = Request(len(image), image_key(image), "").pack()
+    with served(tmp_path) as one, sealed_memory(image) as memory:
+        for data, count in [(good, 0), (good, 2), (good, 9), (good[:-1], 1), (b"x", 1), (good + b"p" * (1 << 17), 1), (bytes(32), 1)]:
+            assert _send(one, data, [memory] * count) == b""
+        for _ in range(200):
+            damaged = bytearray(good)
+            damaged[rng.randrange(8)] ^= 1 << rng.randrange(8)
+            assert _send(one, bytes(damaged), [memory]) == b""
+        unsealed = os.memfd_create("x")
+        os.write(unsealed, image)
+        for wrong in (unsealed, os.open("/dev/null", os.O_RDONLY), os.open("/dev/zero", os.O_RDWR)):
+            assert parse_reply(_send(one, good, [wrong])) is Status.REFUSED
+            os.close(wrong)
+        longer = Request(len(image) + 1, image_key(image), "").pack()
+        assert parse_reply(_send(one, longer, [memory])) is Status.REFUSED
+        another = Request(len(image), image_key(b"another"), "").pack()
+        assert parse_reply(_send(one, another, [memory])) is Status.REFUSED
+        assert one.cache.load(image_key(b"another")) is None, "a file is only ever of the image that names it"
+        assert parse_reply(_send(one, good, [memory])) is Status.READY
+        until(lambda: len(os.listdir(f"/proc/{one.process.pid}/fd")) < 12)
+
+
+def test_others_are_served_when_a_client_says_nothing_or_goes(tmp_path: pathlib.Path) -> None:
+    image = b"wait " + os.fsencode(tmp_path / "gate")
+    with served(tmp_path) as one, contextlib.ExitStack() as stack:
+        for _ in range(20):
+            silent = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            silent.connect(str(one.socket))
+        with sealed_memory(image) as memory, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as gone:
+            gone.connect(str(one.socket))
+            socket.send_fds(gone, [Request(len(image), image_key(image), "").pack()], [memory])
+        until(lambda: one.rewrites("wait") == 1, 20)
+        assert one.ask(b"upper x") is Status.READY
+        (tmp_path / "gate").touch()
+        until(lambda: one.cache.load(image_key(image)) is not None, 20)
+
+
+def test_requests_are_answered_in_turn_when_one_connection_has_several(tmp_path: pathlib.Path) -> None:
+    with served(tmp_path) as one, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(20)
+        connection.connect(str(one.socket))
+        for i in range(5):
+            image = b"upper %d" % i
+            with sealed_memory(image) as memory:
+                socket.send_fds(connection, [Request(len(image), image_key(image), "").pack()], [memory])
+                assert connection.recv(64) == struct.pack("<4sI", b"CNRP", 0)
+
+
+@pytest.fixture
+def run(tmp_path: pathlib.Path) -> pathlib.Path:
+    folder = tmp_path / "run"
+    folder.mkdir(mode=0o700)
+    return folder
+
+
+def _command(run: pathlib.Path, root: pathlib.Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "concordia.instrument.rewriter", "--run", str(run), "--cache", str(root), *more]
+
+
+@pytest.mark.parametrize("end", ["launcher", "term", "folder"])
+def test_rewriter_leaves_nothing_when_it_ends(run: pathlib.Path, tmp_path: pathlib.Path, end: str) -> None:
+    launcher = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert launcher.stdin
+    process = subprocess.Popen(_command(run, tmp_path / "images", "--launcher", str(launcher.pid)), env=ENVIRONMENT)
+    try:
+        until((run / "rewriter.sock").exists, 30)
+        assert (run / "rewriter.sock").stat().st_mode & 0o777 == 0o600
+        assert ask(run / "rewriter.sock", b"no image", timeout_s=30) is Status.READY
+        process.send_signal(signal.SIGINT)  # of the terminal: not for us
+        process.send_signal(signal.SIGHUP)
+        assert ask(run / "rewriter.sock", b"no image either", timeout_s=30) is Status.READY
+        if end == "launcher":
+            launcher.stdin.close()
+            launcher.wait(timeout=30)
+        elif end == "term":
+            process.terminate()
+        else:
+            (run / "rewriter.sock").unlink()
+        assert process.wait(timeout=30) == 0
+        assert list(run.iterdir()) == []
+        assert {path.suffix for path in (tmp_path / "images").rglob("*") if path.is_file()} == {".image"}
+    finally:
+        process.kill()
+        process.wait(timeout=30)
+        launcher.stdin.close()
+        launcher.wait(timeout=30)
+
+
+def test_child_ends_and_another_can_be_started_when_the_rewriter_is_killed(tmp_path: pathlib.Path) -> None:
+    one = Served(tmp_path, answer_s=0.1, rewrite_s=60)
+    assert one.ask(b"loop") is Status.LATER
+    children = one.children()
+    assert len(children) == 1
+    one.process.kill()
+    one.process.wait(timeout=30)
+    until(lambda: not any(pathlib.Path(f"/proc/{pid}/stat").exists() and pathlib.Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z" for pid in children), 20)
+    with pytest.raises(ConnectionRefusedError):
+        one.ask(b"upper x")
+    assert one.process.stdin
+    one.process.stdin.close()
+    process = subprocess.Popen(_command(one.run, one.root), env=ENVIRONMENT)
+    try:
+
+        def answers() -> bool:
+            with contextlib.suppress(OSError):
+                return one.ask(b"no image") is Status.READY
+            return False
+
+        until(answers, 30)
+    finally:
+        process.terminate()
+        assert process.wait(timeout=30) == 0
+
+
+def test_rewriter_ends_at_once_when_its_launcher_has_gone_before(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait(timeout=30)
+    done = subprocess.run(_command(run, tmp_path / "images", "--launcher", str(gone.pid)), env=ENVIRONMENT, timeout=30, check=False)
+    assert done.returncode == 0
+    assert list(run.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--run"), (["--run", "/nowhere"], "/nowhere"), (["--run", "/tmp"], "only this user"), (["--options", "{"], "JSON object"),
+        (["--options", json.dumps({"arch": 1})], "architecture 1"), (["--workers", "0"], "--workers"), (["--unknown"], "--unknown"),
+        (["--cache", "/proc/x"], "no folder for images"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_one_line_and_exit_code_2_when_given(run: pathlib.Path, tmp_path: pathlib.Path, arguments: list[str], said: str) -> None:
+    base = [] if "--run" in arguments or not arguments else ["--run", str(run)]
+    if "--cache" not in arguments:
+        base += ["--cache", str(tmp_path / "images")]
+    done = subprocess.run(
+        [sys.executable, "-m", "concordia.instrument.rewriter", *base, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert list(run.iterdir()) == []
+
+
+def test_answer_comes_before_the_bound_of_a_program_when_limits_are_read() -> None:
+    assert config.REWRITE_ANSWER_S < config.REWRITE_S
