@@ -8,6 +8,7 @@ Called by the GPU benchmarks.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -58,6 +59,39 @@ EXPORT int time_task(RingHeader* ring, const Task* task, const uint32_t* ids, ui
   return 0;
 }
 
+// One task after the other until *is_over. A result that is not the one before is a swap: the time
+// from the answer before it to its own. Who finds the executor out asks for it only where nobody
+// else sends it in: a swap does, and so does the end of a lease.
+constexpr uint64_t kAskAfterNs = 100000;
+
+EXPORT int time_changes(RingHeader* ring, const Task* task, const uint64_t* is_over,
+                        void (*launch)(), uint64_t most, uint64_t* ns, uint64_t* count_ptr) {
+  uint64_t last_ns = 0, last = 0, count = 0, position = 0;
+  while (load<kAcquire, kSystem>(is_over) == 0) {
+    const uint64_t started = now_ns();
+    const int said = submit(ring, task, Arguments{}, &position);
+    if (said > kSubmittedNeedsLaunch) return 1;
+    bool is_asked = said == kSubmitted;
+    Completion found;
+    while (read_completion(ring, position, &found) == kPending) {
+      const uint64_t waited = now_ns() - started;
+      if (waited > 1000000000u) return 2;
+      if (is_asked || waited < kAskAfterNs) continue;
+      launch();
+      is_asked = true;
+    }
+    const uint64_t now = now_ns();
+    if (last_ns != 0 && found.result != last) {
+      if (count == most) return 3;
+      ns[count++] = now - last_ns;
+    }
+    last_ns = now;
+    last = found.result;
+  }
+  *count_ptr = count;
+  return 0;
+}
+
 // Numbers of the pages that differ, from `first` on, and the shadow brought up to date: what a
 // host that keeps a shadow does.
 EXPORT uint64_t take_dirty(const uint8_t* copy, uint8_t* shadow, uint64_t pages,
@@ -82,6 +116,10 @@ EXPORT int copy_pieces(Copy copy, const uint64_t* to, const uint64_t* from, uint
   return 0;
 }
 """
+
+CHANGES_FAILED: Final = (
+    "the ring is full", "no answer within a second", "more results than there were swaps"
+)  # fmt: skip
 
 Array = np.ndarray[Any, Any]
 
@@ -122,6 +160,22 @@ class Loops:
         if status == 2:
             raise DeviceError(f"{task} was not answered within a second")
         return None if status else spent.value / 1000, Ticket(position.value)
+
+    def changes_ns(
+        self, ring: int, task: Task, is_over: ctypes.c_uint64, launch: Callable[[], None], most: int
+    ) -> list[int]:
+        """Nanoseconds from the last answer of one result to the first of the next, of a thread that
+        hands in this task again and again until `is_over`; `launch` sends the executor in.
+        """
+        filled, _ = pack_task(task)
+        found, count = (ctypes.c_uint64 * most)(), ctypes.c_uint64()
+        status = self._library.time_changes(
+            *(ctypes.c_void_p(ring), filled, ctypes.byref(is_over)),
+            *(ctypes.CFUNCTYPE(None)(launch), ctypes.c_uint64(most), found, ctypes.byref(count)),
+        )
+        if status:
+            raise DeviceError(CHANGES_FAILED[status - 1])
+        return list(found[: count.value])
 
     def take_dirty(self, copy: Array, shadow: Array, *, page_bytes: int, first: int) -> list[int]:
         """Pages (numbered from `first`) of two uint8 arrays that differ; the shadow then agrees.

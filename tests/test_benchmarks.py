@@ -348,9 +348,10 @@ def test_copies_go_piece_by_piece_and_stop_when_the_driver_refuses_one() -> None
 # --- parts, on the CPU device
 
 
-def test_every_swap_is_seen_when_tasks_flood_the_handler(host: HostDevice) -> None:
+@pytest.mark.parametrize("loops", [None, Loops()], ids=["python", "native"])
+def test_every_swap_is_seen_when_tasks_flood_the_handler(host: HostDevice, loops: Loops | None) -> None:
     with Checkpointer(host, None) as checkpointer:
-        found = swap.swap(checkpointer, count=3)
+        found = swap.swap(checkpointer, count=3, loops=loops)
     assert found["swap_pause_us"]["n"] == found["swap_us"]["n"] == 3
     assert found["swap_pause_us"]["median"] > 0
 
