@@ -55,7 +55,9 @@ def place_shim(folder: Path, driver: Path, *, flags: Sequence[str] = ()) -> Path
     """
     names = sorted(set(hook_names()) & exported_names(driver))
     if "cuGetProcAddress_v2" not in names:
-        raise EnvironmentRefused(f"{driver} is no CUDA driver that this can stand before (12 or newer)")
+        raise EnvironmentRefused(
+            f"{driver} is no CUDA driver that this can stand before (12 or newer)"
+        )
     command = _compiler()
     key = _key(command, [*FLAGS, *flags, *_LINK], names)
     built = KernelCache().get(
@@ -120,7 +122,9 @@ def _compiler() -> str:
     for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
         if name and shutil.which(name):
             return name
-    raise EnvironmentRefused("no C compiler, which `concordia run` builds its shim with: install gcc")
+    raise EnvironmentRefused(
+        "no C compiler, which `concordia run` builds its shim with: install gcc"
+    )
 
 
 @cache
