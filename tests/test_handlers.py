@@ -807,7 +807,7 @@ def test_registration_gives_everything_back_when_it_fails(monkeypatch: pytest.Mo
 
     with Checkpointer(device, None) as checkpointer:
         held = set(device._buffers)
-        for target, name in ((checkpointer, "_load_burst"), (checkpointer.runtime, "adopt")):
+        for target, name in ((checkpointer._registry, "_load_burst"), (checkpointer.runtime, "adopt")):
             with monkeypatch.context() as patched:
                 patched.setattr(target, name, fail)
                 with pytest.raises(DeviceError, match="no room"):

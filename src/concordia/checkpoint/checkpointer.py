@@ -12,24 +12,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
 from concordia import abi, config
-from concordia.checkpoint.handler import burst_source, proven_append, proven_code
-from concordia.checkpoint.page_tasks import PageTasks, pages_task
-from concordia.checkpoint.record_proof import proven_bytes, proven_pages
-from concordia.checkpoint.region import BASE_ALIGNMENT, KvGeometry, PageRegion, Region, RegionEntry
-from concordia.checkpoint.restore_burst import RESTORE_KERNEL, RestoreBurst
+from concordia.checkpoint.page_tasks import pages_task
+from concordia.checkpoint.record_proof import proven_bytes
+from concordia.checkpoint.region import KvGeometry, PageRegion, Region
+from concordia.checkpoint.registry import Registry
 from concordia.checkpoint.restore_tasks import KvPiece, restore_by_tasks
 from concordia.checkpoint.stream_words import StreamStats, StreamWords
 from concordia.device.compiler import HandlerSource
-from concordia.device.driver import Burst, Device, Image, open_device
+from concordia.device.driver import Device, open_device
 from concordia.device.memory import JournalTarget
 from concordia.device.numa import check_node
 from concordia.device.policy import DEFAULT
-from concordia.errors import UsageError
 from concordia.runtime.executor import Runtime, RuntimeStats
 from concordia.runtime.op_table import Operator
 from concordia.runtime.ring import Completion, Task, Ticket
@@ -51,14 +49,10 @@ class Checkpointer(StreamWords):
         self.device = device
         self._owns_device = owns_device
         self._target = target
-        self._lanes = lanes
         self._lock = threading.Lock()
-        self._regions: list[Region | PageRegion] = []
-        self._pages: dict[int, PageTasks] = {}  # of page regions
-        self._restores: dict[int, RestoreBurst] = {}  # of KV regions, where the device has bursts
-        self._burst: Burst | None = None  # for all page regions, once the first is there
         self._is_open = True
         self.runtime = Runtime(device, target=target, lanes=lanes, residency=residency)
+        self._registry = Registry(device, self.runtime, lanes=lanes)
         try:
             if target is not None and target.node is not None:
                 # only now: registering the pool may have moved its pages
@@ -91,45 +85,7 @@ class Checkpointer(StreamWords):
         """Make a paged KV cache known: compiles, proves and installs its handlers. Seconds at
         first, milliseconds from the cache.
         """
-        geometry.check()
-        if len(layer_addresses) != geometry.layers:
-            raise UsageError(f"{len(layer_addresses)} addresses for {geometry.layers} layers")
-        for address in layer_addresses:
-            if address % BASE_ALIGNMENT:
-                raise UsageError(
-                    f"a layer at {address:#x} is not aligned to {BASE_ALIGNMENT} bytes"
-                )
-            self.device.check_range(
-                address, (geometry.block_count - 1) * geometry.stride + geometry.block_bytes
-            )
-        code = proven_code(self.device, geometry, lanes=self._lanes)
-        with self._lock, ExitStack() as undo:
-            number = len(self._regions) + 1
-            entry = RegionEntry(
-                self.device,
-                number=number,
-                bases=layer_addresses,
-                block_count=geometry.block_count,
-                layout_hash=geometry.layout_hash(),
-            )
-            undo.callback(entry.close)
-            operators = [
-                self.runtime.adopt(f"{name}.{number}", image, region_address=entry.address)
-                for name, image in code.handlers.items()
-            ]
-            region = Region(number, geometry, geometry.layout_hash(), entry, *operators)
-            burst = self._load_burst(code.restore, RESTORE_KERNEL)
-            if burst is not None:
-                self._restores[number] = RestoreBurst(self.device, burst, region)
-            self._regions.append(region)
-            undo.pop_all()
-        return region
-
-    def _load_burst(self, image: Image | None, name: str) -> Burst | None:
-        if image is None:
-            return None
-        with self.runtime.parked():
-            return self.device.burst(image, name)
+        return self._registry.add_kv(geometry, layer_addresses)
 
     def register_pages(
         self, address: int, *, size: int, page_bytes: int, layout_hash: int = 0
@@ -137,55 +93,19 @@ class Checkpointer(StreamWords):
         """Make opaque memory known, to be found dirty by hash; at first all of it is. Its records
         carry `layout_hash`: what the bytes mean.
         """
-        if (
-            page_bytes < 1
-            or page_bytes % abi.LEAF_BYTES
-            or size < 1
-            or size % page_bytes
-            or address % BASE_ALIGNMENT
-        ):
-            raise UsageError(
-                f"{size} bytes at {address:#x} in pages of {page_bytes}: want whole pages of "
-                f"whole {abi.LEAF_BYTES}-byte leaves"
-            )
-        self.device.check_range(address, size)
-        pages = size // page_bytes
-        image = proven_pages(self.device, page_bytes, lanes=self._lanes)
-        page_burst = self.device.build_burst(burst_source())
-        with self._lock, ExitStack() as undo:
-            number = len(self._regions) + 1
-            hashes = self.device.allocate(PageRegion.table_bytes(pages))
-            undo.callback(self.device.free, hashes)
-            entry = RegionEntry(
-                self.device, number=number, bases=[address], block_count=pages,
-                layout_hash=layout_hash, page_hashes=hashes,
-            )  # fmt: skip
-            undo.callback(entry.close)
-            operator = self.runtime.adopt(
-                f"page_scan.{number}", image, region_address=entry.address
-            )
-            if page_bytes == abi.LEAF_BYTES and self._burst is None:
-                self._burst = self._load_burst(page_burst, "concordia_page_burst")
-            burst = self._burst if page_bytes == abi.LEAF_BYTES else None
-            region = PageRegion(
-                number, address, page_bytes, pages, layout_hash, entry, hashes, operator, burst
-            )
-            self._pages[number] = PageTasks(self.runtime, region)
-            self._regions.append(region)
-            undo.pop_all()
-        return region
+        return self._registry.add_pages(
+            address, size=size, page_bytes=page_bytes, layout_hash=layout_hash
+        )
 
     def replace_append(self, region: Region, source: HandlerSource) -> Operator:
         """Hot swap of a region's append handler; raises HandlerRefused or CompileError and leaves
         the old one in place.
         """
-        image = proven_append(self.device, region.geometry, source, lanes=self._lanes)
-        return self.runtime.adopt(region.append.name, image, region_address=region.entry.address)
+        return self._registry.replace_append(region, source)
 
     def replace_scan(self, region: PageRegion, source: HandlerSource) -> Operator:
         """The same for the scan handler of an opaque region."""
-        image = proven_pages(self.device, region.page_bytes, lanes=self._lanes, source=source)
-        return self.runtime.adopt(region.scan.name, image, region_address=region.entry.address)
+        return self._registry.replace_scan(region, source)
 
     def order_after(self, stream: int) -> None:
         """What is handed in from now on sees what this stream of the framework (a handle, 0 for the
@@ -299,7 +219,7 @@ class Checkpointer(StreamWords):
         waits. Raises WaitTimeout or RingFull, and RestoreUnfinished when blocks may still be
         written: then nobody may compute into them.
         """
-        burst, target = self._restores.get(region.number), self._target
+        burst, target = self._registry.restores.get(region.number), self._target
         if burst is None or target is None or not burst.takes(pieces):
             statuses = restore_by_tasks(self.runtime, region, pieces, timeout_s)
         else:
@@ -335,7 +255,7 @@ class Checkpointer(StreamWords):
         """
         end = region.page_count if count is None else first + count
         words = {"key": key, "incarnation": incarnation, "step": step}
-        return self._pages[region.number].scan(first, end, is_burst=is_burst, **words)
+        return self._registry.pages[region.number].scan(first, end, is_burst=is_burst, **words)
 
     def append_pages(
         self,
@@ -348,7 +268,7 @@ class Checkpointer(StreamWords):
     ) -> Ticket:
         """Append just these pages, which the caller knows to have changed; nothing is scanned."""
         words = {"key": key, "incarnation": incarnation, "step": step}
-        return self._pages[region.number].append(pages, **words)
+        return self._registry.pages[region.number].append(pages, **words)
 
     def pages_task(self, region: PageRegion, **words: Any) -> Task:
         """What `append_pages` and `scan_pages` submit, for a producer that does so by itself; not
@@ -375,12 +295,7 @@ class Checkpointer(StreamWords):
                 return
             self._is_open = False
             self.runtime.close()
-            for restore in self._restores.values():
-                restore.close()
-            for region in self._regions:
-                region.entry.close()
-                if isinstance(region, PageRegion):
-                    self.device.free(region.page_hashes)
+            self._registry.close()
             if self._owns_device:
                 self.device.close()
 
