@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from concordia import abi
 from concordia.errors import EnvironmentRefused
 from concordia.integrations.program.driver import find_driver
-from concordia.integrations.program.shim_build import hook_names
+from concordia.integrations.program.shim_build import NATIVE, hook_names
 from shim_ground import ShimGround, build_driver, make_ground
 
 pytest_plugins = ["shim_fixtures"]
@@ -113,3 +114,9 @@ def test_driver_is_refused_in_one_line_when_there_is_none(tmp_path: Path, damage
     with pytest.raises(EnvironmentRefused, match="no NVIDIA driver") as refusal:
         find_driver({}, cache=cache)
     assert "\n" not in str(refusal.value)
+
+
+def test_control_block_is_the_generated_one_when_committed() -> None:
+    assert (NATIVE / "control.h").read_text("utf-8") == abi.control_header(), "regenerate: python -m concordia.abi"
+    assert set(abi.CONTROL.offsets()) == {"magic", "window_base", "window_bytes", "map", "page_shift", "flags", "reserved"}
+    assert abi.CONTROL_EXIT_OFFSET + abi.CONTROL_PROGRESS_WORDS * abi.CONTROL_PROGRESS_STRIDE <= abi.CONTROL_ALLOCATED_BYTES

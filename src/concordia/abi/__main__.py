@@ -1,6 +1,6 @@
-"""`python -m concordia.abi` writes `kernels/abi.h` anew, floor 1.
+"""`python -m concordia.abi` writes `kernels/abi.h` and `native/control.h` anew, floor 1.
 
-Owns: the place of the header. Promises: writes that file and nothing else. Called by whoever
+Owns: the places of the headers. Promises: writes these files and nothing else. Called by whoever
 changed a layout.
 """
 
@@ -11,6 +11,6 @@ import pathlib
 from concordia import abi
 
 if __name__ == "__main__":
-    (pathlib.Path(abi.__file__).parents[1] / "kernels" / "abi.h").write_text(
-        abi.header(), encoding="utf-8"
-    )
+    package = pathlib.Path(abi.__file__).parents[1]
+    (package / "kernels" / "abi.h").write_text(abi.header(), encoding="utf-8")
+    (package / "native" / "control.h").write_text(abi.control_header(), encoding="utf-8")
