@@ -1,0 +1,55 @@
+"""A plain vLLM program for benchmarks/program_cost.py: it decodes, and says how fast.
+
+`decode_program.py MODEL_FOLDER WINDOWS TOKENS`: one engine in this process, dummy weights, 32
+requests of 128 tokens; one line of JSON: {"start_s", "tokens_per_s": [...], "digest"}. Knows
+nothing of Concordia, so that it can be run under `concordia run` and without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+REQUESTS = 32
+PROMPT_TOKENS = 128
+
+
+def main(folder: str, windows: int, tokens: int) -> int:
+    started = time.perf_counter()
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        folder, dtype="bfloat16", load_format="dummy", max_model_len=4096, max_num_seqs=64,
+        kv_cache_memory_bytes=4 << 30, enable_prefix_caching=False, disable_log_stats=True, seed=7,
+        compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+    )  # fmt: skip
+    ready_s = time.perf_counter() - started
+    prompts = [
+        {"prompt_token_ids": [(7 * i + 3 * j * (i + 1)) % 256 for j in range(PROMPT_TOKENS)]}
+        for i in range(REQUESTS)
+    ]
+    parameters = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0)
+    speeds = []
+    digest = hashlib.sha256()
+    for window in range(windows + 1):  # the first warms up
+        begun = time.perf_counter()
+        answers = engine.generate(prompts, parameters, use_tqdm=False)
+        seconds = time.perf_counter() - begun
+        if window:
+            speeds.append(REQUESTS * tokens / seconds)
+        for answer in answers:
+            digest.update(str(list(answer.outputs[0].token_ids)).encode())
+    print(
+        json.dumps({"start_s": ready_s, "tokens_per_s": speeds, "digest": digest.hexdigest()}),
+        flush=True,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

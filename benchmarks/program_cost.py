@@ -1,0 +1,164 @@
+"""What hooks under the framework cost a program that knows nothing of them.
+
+Starts the same program with and without `concordia run`, in turn, or both at once on two GPUs that
+change places each time; each pair gives one ratio:
+
+  start    program_start_ratio: seconds of a program that uses many kernels of PyTorch and Triton
+           once, from exec to exit, hooked / plain; the cache is warm, as in a second start
+  decode   program_decode_ratio: tokens/s of a vLLM engine in its own process, hooked / plain, and
+           program_engine_start_ratio: its start; both must give the same tokens
+
+Needs a GPU; `decode` needs vLLM for GPUs. Figures add up in the result file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, Final
+
+from figures import Figures, joined, read_figures, save, with_interval
+
+from concordia.errors import ConcordiaError, UsageError
+from concordia.testing.command import Parser, count, file_in_folder, run_command
+from concordia.testing.model import SHAPES, make_skeleton
+
+HERE: Final = pathlib.Path(__file__).resolve().parent
+ROOT: Final = HERE.parent
+RESULTS: Final = HERE / "results" / "under_framework_h200.json"
+PROGRAM_S: Final = 180.0  # that one program may take
+
+
+class Program:
+    """One run of a program on one GPU, hooked or plain."""
+
+    def __init__(
+        self, words: list[str], *, hooks: str | None, gpu: int, cache: pathlib.Path
+    ) -> None:
+        front = [sys.executable]
+        if hooks is not None:
+            front = [
+                sys.executable,
+                "-m",
+                "concordia.cli",
+                "run",
+                "--hooks",
+                hooks,
+                "--",
+                sys.executable,
+            ]
+        paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | {
+            "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": str(gpu), "CONCORDIA_CACHE": str(cache),
+        }  # fmt: skip
+        self.started = time.perf_counter()
+        self._child = subprocess.Popen(
+            [*front, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment, cwd=ROOT,
+        )  # fmt: skip
+
+    def end(self) -> tuple[float, dict[str, Any]]:
+        """Seconds from start to exit, and the answer: its last line."""
+        try:
+            said, complaints = self._child.communicate(timeout=PROGRAM_S)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            raise ConcordiaError(f"no end after {PROGRAM_S} s: {self._child.args!r}") from None
+        seconds = time.perf_counter() - self.started
+        if self._child.returncode != 0:
+            tail = " | ".join(complaints.strip().splitlines()[-5:])
+            raise ConcordiaError(f"ended with {self._child.returncode}: {tail}")
+        return seconds, json.loads(said.strip().splitlines()[-1])
+
+
+def pair(
+    words: list[str], options: argparse.Namespace, turn: int, cache: pathlib.Path
+) -> list[tuple[float, dict[str, Any]]]:
+    """The hooked run and the plain one."""
+    gpus = (turn % 2, 1 - turn % 2) if options.gpus == 2 else (0, 0)
+    arms: list[tuple[str | None, int]] = [(options.hooks, gpus[0]), (None, gpus[1])]
+    if options.gpus == 2:
+        runs = [Program(words, hooks=hooks, gpu=gpu, cache=cache) for hooks, gpu in arms]
+        return [run.end() for run in runs]
+    order = [0, 1] if turn % 2 == 0 else [1, 0]
+    found = {i: Program(words, hooks=arms[i][0], gpu=arms[i][1], cache=cache).end() for i in order}
+    return [found[0], found[1]]
+
+
+def measure_start(options: argparse.Namespace, cache: pathlib.Path) -> Figures:
+    """program_start_ratio."""
+    words = [
+        str(ROOT / "tests" / "gpu" / "real_kernels.py"),
+        "torch",
+        "training",
+        "graphs",
+        "triton",
+    ]
+    Program(words, hooks=options.hooks, gpu=0, cache=cache).end()  # fills the cache
+    ratios = []
+    for turn in range(options.pairs):
+        (hooked_s, hooked), (plain_s, plain) = pair(words, options, turn, cache)
+        if hooked["digests"] != plain["digests"]:
+            raise ConcordiaError("hooks changed a result")
+        ratios.append(hooked_s / plain_s)
+        print(f"start {turn}: {hooked_s:.2f} s hooked, {plain_s:.2f} s plain", file=sys.stderr)
+    return {"program_start_ratio": with_interval(ratios, "ratio")}
+
+
+def measure_decode(options: argparse.Namespace, cache: pathlib.Path) -> Figures:
+    """program_decode_ratio, program_engine_start_ratio."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_skeleton(pathlib.Path(folder), shape=options.shape)
+        words = [str(HERE / "decode_program.py"), folder, str(options.windows), str(options.tokens)]
+        Program(words, hooks=options.hooks, gpu=0, cache=cache).end()
+        speeds, starts = [], []
+        for turn in range(options.pairs):
+            (_, hooked), (_, plain) = pair(words, options, turn, cache)
+            if hooked["digest"] != plain["digest"]:
+                raise ConcordiaError("hooks changed a token")
+            ratio = statistics.median(hooked["tokens_per_s"]) / statistics.median(
+                plain["tokens_per_s"]
+            )
+            speeds.append(ratio)
+            starts.append(hooked["start_s"] / plain["start_s"])
+            print(f"decode {turn}: {ratio:.4f}, start {starts[-1]:.3f}", file=sys.stderr)
+    return {
+        "program_decode_ratio": with_interval(speeds, "ratio"),
+        "program_engine_start_ratio": with_interval(starts, "ratio"),
+    }
+
+
+PARTS: Final = {"start": measure_start, "decode": measure_decode}
+
+
+def main(arguments: list[str]) -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=list(PARTS))
+    parser.add_argument("--hooks", default="entry", help="what `concordia run --hooks` is given")
+    parser.add_argument("--pairs", type=count, default=6)
+    parser.add_argument("--gpus", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="8b")
+    parser.add_argument("--windows", type=count, default=5)
+    parser.add_argument("--tokens", type=count, default=128)
+    parser.add_argument("--cache", type=pathlib.Path, help="where rewritten images lie; else new")
+    parser.add_argument("--output", type=file_in_folder, default=RESULTS)
+    options = parser.parse_args(arguments)
+    if options.cache is not None and not options.cache.is_dir():
+        raise UsageError(f"{options.cache} is no folder")
+    with tempfile.TemporaryDirectory() as fresh:
+        cache = options.cache or pathlib.Path(fresh)
+        for part in options.only:
+            found = PARTS[part](options, cache)
+            save(options.output, joined(found, read_figures(options.output)))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
