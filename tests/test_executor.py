@@ -8,6 +8,7 @@ executor sleeps and a waiting thread lets others run.
 import os
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from concordia import abi, config
 from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.checkpoint.region import KvGeometry, Plane
-from concordia.device.compiler import HandlerSource
+from concordia.device.compiler import HandlerSource, HostCompiler
 from concordia.device.cuda_call import CudaError
 from concordia.device.driver import open_device
 from concordia.device.host import HostDevice
@@ -31,7 +32,7 @@ from concordia.errors import (
     WaitTimeout,
 )
 from concordia.runtime.executor import Runtime
-from concordia.runtime.ring import Task, Ticket
+from concordia.runtime.ring import Task, Ticket, when_room
 from scratch_stream import ScratchStream, tree_hash
 from waiting import until
 
@@ -91,6 +92,34 @@ def test_tasks_run_in_order_when_many_are_handed_in(runtime: Runtime) -> None:
         assert (answer.status, answer.result, answer.sequence) == (abi.STATUS_OK, 3, None)
     assert count[0] == 2000
     assert runtime.stats().done == runtime.stats().submitted
+
+
+@pytest.mark.parametrize("is_device", [0, 1], ids=["host shape", "device shape"])
+def test_empty_tasks_take_just_their_places_when_others_stand_among_them(is_device: int) -> None:
+    seed = int(time.time())
+    print(f"seed {seed}")
+    generator = np.random.default_rng(seed)
+    device = HostDevice(HostCompiler(flags=("-O1", f"-DCONCORDIA_DEVICE_SHAPE={is_device}")))
+    runtime = Runtime(device, slots=32)
+    count = np.zeros(1, np.uint64)
+    operator = runtime.install("count", source(VERSIONED, VERSION=3))
+    counted = Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE, arg=count.ctypes.data)
+    wanted = 0
+    for _ in range(300):
+        # an empty one with arguments takes several places; an opcode is none of its business
+        some = [
+            [Task(), Task(opcode=int(generator.integers(0, 64))), Task(payload=bytes(int(generator.integers(1, 9000)))), counted][kind]
+            for kind in generator.choice(4, int(generator.integers(1, 12)), p=[0.5, 0.2, 0.1, 0.2])
+        ]
+        tickets = [(one, when_room(partial(runtime.submit, one), time.monotonic() + 5)) for one in some]
+        for one, ticket in tickets:
+            wanted += one is counted
+            answer = runtime.wait(ticket)
+            assert (answer.status, answer.result, answer.sequence) == (abi.STATUS_OK, 3 if one is counted else 0, None)
+        assert count[0] == wanted
+    assert runtime.ring.load("head") == runtime.ring.load("tail")
+    runtime.close()
+    device.close()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from concordia import abi, config
+from concordia.device import quick_swap
 from concordia.device.compiler import HandlerSource
 from concordia.device.policy import POLICIES
 from concordia.errors import DeviceError, HandlerRefused, UsageError, WaitTimeout
@@ -96,8 +97,9 @@ def test_new_code_runs_when_swapped_whatever_the_policy(runtime: Runtime, words:
 def test_swap_is_one_call_when_the_executor_leaves_at_once(
     device: FakeCuda, words: np.ndarray[tuple[int], np.dtype[np.uint64]], monkeypatch: pytest.MonkeyPatch, residency: str
 ) -> None:
+    monkeypatch.setattr(quick_swap, "QUICK_SWAP_NS", 1_000_000_000)  # a busy machine has the executor leave late
     runtime = Runtime(device, slots=64, residency=residency)
-    said = []
+    said: list[bool] = []
     swap = runtime.executor.swap_operator
     monkeypatch.setattr(runtime.executor, "swap_operator", lambda prepare: said.append(swap(prepare)) or said[-1])
     first, answers, is_over = task(runtime, words), [], threading.Event()
@@ -117,7 +119,7 @@ def test_swap_is_one_call_when_the_executor_leaves_at_once(
     thread.join(10)
     assert [answer >> 4 for answer in answers] == list(range(len(answers)))  # none lost, twice or out of order
     assert runtime.wait(runtime.submit(first)).result % 16 == 1
-    assert said.count(True) > 30, said  # a busy machine may have the executor leave late
+    assert said == [True] * 41
     runtime.close()
 
 

@@ -56,6 +56,11 @@ FUNCTION const Task* slot_of(const Executor* executor, uint64_t position) {
   return reinterpret_cast<const Task*>(executor->slots) + (position & executor->slot_mask);
 }
 
+// Which of the next slots are published, and which of those hold an empty task: a bit each.
+struct Ahead {
+  uint32_t there, empty;
+};
+
 #if CONCORDIA_CUDA
 // A task and its first ids come in pieces of 16 bytes, each lane one piece of four slots: all of
 // them are asked for before the first is waited for, so eight tasks take one trip over the bus.
@@ -88,17 +93,22 @@ FUNCTION void copy_slots(Executor* executor, uint32_t lane, uint32_t there) {
   }
 }
 
-// Which of the next slots are published: a bit each.
-FUNCTION uint32_t look_ahead(const Executor* executor, uint64_t lane) {
+FUNCTION Ahead look_ahead(const Executor* executor, uint64_t lane) {
   const uint64_t position = executor->position + lane;
+  Two words = {};
   // pairs with submit(): slot and arguments are there
-  return team_bits(lane < kFetchAhead &&
-                   load<kAcquire, kSystem>(&slot_of(executor, position)->publish) == position + 1);
+  if (lane < kFetchAhead) words = load_two(&slot_of(executor, position)->publish);
+  const bool is_there = lane < kFetchAhead && words.first == position + 1;
+  return {team_bits(is_there), team_bits(is_there && words.second == empty_word(position))};
 }
+FUNCTION void read_generation(Executor*) {}  // operators change only while nobody is inside
 #else
-FUNCTION void copy_slots(Executor* executor, uint32_t, uint32_t there) {
-  // after the acquire of the slots; the entry that it counts is acquired when it is used
+// After the acquire of the slots; the entry that it counts is acquired when it is used.
+FUNCTION void read_generation(Executor* executor) {
   executor->generation = load<kRelaxed, kSystem>(executor->table_generation);
+}
+
+FUNCTION void copy_slots(Executor* executor, uint32_t, uint32_t there) {
   for (uint64_t ahead = 0; ahead < kFetchAhead; ++ahead) {
     Fetched* fetched = &executor->fetched[ahead];
     fetched->mark = there >> ahead & 1 ? executor->position + ahead + 1 : 0;
@@ -112,24 +122,38 @@ FUNCTION void copy_slots(Executor* executor, uint32_t, uint32_t there) {
   }
 }
 
-FUNCTION uint32_t look_ahead(const Executor* executor, uint64_t) {
-  uint32_t there = 0;
+FUNCTION Ahead look_ahead(const Executor* executor, uint64_t) {
+  Ahead found = {};
   for (uint64_t ahead = 0; ahead < kFetchAhead; ++ahead) {
     const uint64_t position = executor->position + ahead;
-    if (load<kAcquire, kSystem>(&slot_of(executor, position)->publish) != position + 1) break;
-    there |= 1u << ahead;
+    const uint64_t* words = &slot_of(executor, position)->publish;
+    if (load<kAcquire, kSystem>(words) != position + 1) break;
+    found.there |= 1u << ahead;
+    if (words[1] == empty_word(position)) found.empty |= 1u << ahead;
   }
-  return there;
+  return found;
 }
 #endif
+
+// Leading team: notes tasks that are all empty, without another trip to their slots.
+FUNCTION void note_empty(Executor* executor, uint64_t lane, uint32_t there) {
+  for (uint64_t ahead = lane; ahead < kFetchAhead; ahead += kTeamLanes) {
+    Fetched* fetched = &executor->fetched[ahead];
+    fetched->task.kind = kTaskNoop;
+    fetched->task.span = 1;
+    fetched->mark = there >> ahead & 1 ? executor->position + ahead + 1 : 0;
+  }
+}
 
 // Leading team: copies the tasks that are published from executor->position on. True if the first
 // of them is there.
 FUNCTION bool fetch_tasks(Executor* executor, uint64_t lane) {
-  const uint32_t there = look_ahead(executor, lane);
-  if ((there & 1) == 0) return false;
+  const Ahead ahead = look_ahead(executor, lane);
+  if ((ahead.there & 1) == 0) return false;
+  read_generation(executor);
   team_sync();  // what each lane acquired is there for all of them
-  copy_slots(executor, (uint32_t)lane, there);
+  if (ahead.empty == ahead.there) note_empty(executor, lane, ahead.there);
+  else copy_slots(executor, (uint32_t)lane, ahead.there);
   if (lane == 0) executor->fetched_from = executor->position;
   team_sync();
   return true;
@@ -256,6 +280,13 @@ FUNCTION void start_task(Executor* executor) {
   executor->handler = reinterpret_cast<HandlerFunction>(call->op->function);
 }
 
+#if !defined(__CUDACC_RTC__)
+static_assert(__builtin_offsetof(RingHeader, done_count) % 16 == 0, "stored with busy_ns");
+static_assert(__builtin_offsetof(RingHeader, busy_ns) ==
+                  __builtin_offsetof(RingHeader, done_count) + 8,
+              "stored with done_count");
+#endif
+
 // Leader: answers the tasks that were run, and gives their slots back, with the next fence: a
 // record that follows brings one along.
 FUNCTION void finish_task(Executor* executor) {
@@ -277,11 +308,12 @@ FUNCTION void finish_task(Executor* executor) {
     const uint64_t place = (position + i) & call->completion_mask;
     uint64_t* words =
         reinterpret_cast<uint64_t*>(reinterpret_cast<Completion*>(call->completions) + place);
-    for (uint64_t k = 0; k < 5; ++k) store<kRelaxed, kSystem>(words + 1 + k, answer[k]);
+    store<kRelaxed, kSystem>(words + 1, answer[0]);
+    store_two(words + 2, {answer[1], answer[2]});
+    store_two(words + 4, {answer[3], answer[4]});
   }
   // The counters first: whoever has the answer finds it counted.
-  store<kRelaxed, kSystem>(&ring->busy_ns, executor->busy_ns);
-  store<kRelaxed, kSystem>(&ring->done_count, executor->done_count);
+  store_two(&ring->done_count, {executor->done_count, executor->busy_ns});
   store<kRelaxed, kSystem>(&ring->appended_bytes, executor->journal.committed_bytes);
   call->answer_first = position;
   call->answer_count = done;

@@ -69,6 +69,19 @@ FUNCTION void store(uint64_t* word_ptr, uint64_t value) {
     asm volatile("st.release.sys.global.u64 [%0], %1;" :: "l"(word_ptr), "l"(value) : "memory");
 }
 
+// Neighbours in 16 bytes, on their way together; each is a word of its own, in no order.
+struct Two { uint64_t first, second; };
+FUNCTION Two load_two(const uint64_t* words_ptr) {
+  Two found;
+  asm volatile("ld.acquire.sys.global.v2.u64 {%0, %1}, [%2];"
+               : "=l"(found.first), "=l"(found.second) : "l"(words_ptr) : "memory");
+  return found;
+}
+FUNCTION void store_two(uint64_t* words_ptr, Two value) {
+  asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};"
+               :: "l"(words_ptr), "l"(value.first), "l"(value.second) : "memory");
+}
+
 // A store that every later load of this lane comes after, as all others see it.
 FUNCTION void store_full(uint64_t* word_ptr, uint64_t value) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;\n\tfence.sc.sys;"
@@ -154,6 +167,14 @@ FUNCTION uint64_t load(const uint64_t* word_ptr) {
 template <Order order, Scope scope>
 FUNCTION void store(uint64_t* word_ptr, uint64_t value) {
   __atomic_store_n(word_ptr, value, builtin_order(order));
+}
+
+struct Two {
+  uint64_t first, second;
+};
+FUNCTION void store_two(uint64_t* words_ptr, Two value) {
+  store<kRelaxed, kSystem>(words_ptr, value.first);
+  store<kRelaxed, kSystem>(words_ptr + 1, value.second);
 }
 
 // A store that every later load_full comes after: a locked exchange, which is a full barrier and

@@ -23,6 +23,13 @@ FUNCTION Completion* completion_at(const RingHeader* ring, uint64_t position) {
          (position & (ring->completion_count - 1));
 }
 
+// The second word of a slot whose task is empty and occupies one position: with the publish word all
+// that there is to know of it, in 16 bytes. It names the position, so that no other task of the slot,
+// older or newer, can be taken for it, whatever order the two words are seen in.
+FUNCTION uint64_t empty_word(uint64_t position) {
+  return (uint64_t)kTaskNoop << 32 | (uint32_t)(position + 1);
+}
+
 // Whether the executor has, or is about to have, something to do. Either side may ask, after its
 // own store_full.
 FUNCTION bool is_published(const RingHeader* ring, uint64_t position) {
@@ -92,7 +99,10 @@ FUNCTION int submit(RingHeader* ring, const Task* task, const Arguments& argumen
   if (arguments.payload_bytes != 0)
     memcpy(place + id_bytes, arguments.payload, arguments.payload_bytes);
   Task* slot = slot_at(ring, position);
-  const Task filled = *task;
+  Task filled = *task;
+  // In the opcode's place, which an empty task has no use for; never another word there meanwhile.
+  if (filled.kind == kTaskNoop)
+    filled.opcode = (uint32_t)(span == 1 ? empty_word(position) : ~empty_word(position));
   memcpy(reinterpret_cast<uint8_t*>(slot) + sizeof(slot->publish),
          reinterpret_cast<const uint8_t*>(&filled) + sizeof(filled.publish),
          sizeof(Task) - sizeof(filled.publish));
