@@ -77,6 +77,12 @@ IMAGE_SLOTS_MAX: Final = 1 << 20  # a handful per hooked kernel
 IMAGE_KERNELS_MAX: Final = 1 << 16  # all 40,396 kernels of five large libraries would fit
 KERNEL_NAME_BYTES_MAX: Final = (1 << 16) - 1  # as the cache file counts; longer ones are cut
 KERNEL_REASON_BYTES_MAX: Final = 1024
+# of one PTX text: a statement takes some 200 bytes of memory and 10 us; a large module has a few MB
+PTX_BYTES_MAX: Final = 32 << 20
+PTX_NESTING_MAX: Final = 64  # scopes within scopes; compilers write a handful
+# of a thread, for the address words of store marks to stay in registers; with fewer they are read
+# where they are used
+PTX_HOIST_REGISTERS_MIN: Final = 96
 IMAGE_CACHE_BYTES_MAX: Final = 8 << 30  # all options together; what was unused longest goes
 # how long a program may wait for the first rewrite of an image. Then it gets the original, and the
 # next start finds the file: the shim's own bound must be longer

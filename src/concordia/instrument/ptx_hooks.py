@@ -1,0 +1,55 @@
+"""The text of entry and exit hooks, floor 3.
+
+Owns: how a block counts itself in and out. Promises: one thread of a block adds one to a word that
+its multiprocessor chooses; at an exit its own writes are visible first; registers and names are in
+a scope of their own. Called by ptx. It waits for nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from concordia.instrument.ptx_marks import SLOT
+
+ENTRY_WORDS: Final = 0x100
+EXIT_WORDS: Final = 0x4100
+PROGRESS_COUNT: Final = 256
+PROGRESS_STRIDE: Final = 64
+
+
+def entry_hook(prefix: str) -> str:
+    """For the head of a kernel."""
+    return _count(prefix, ENTRY_WORDS, "")
+
+
+def exit_hook(prefix: str, guard: str) -> str:
+    """For the place before an instruction that leaves; `guard` is that instruction's."""
+    return _count(prefix, EXIT_WORDS, guard)
+
+
+def _count(prefix: str, words: int, guard: str) -> str:
+    p = prefix
+    first = f"setp.eq.u32 {p}first, {p}x, 0;"
+    if guard:
+        first = f"setp.eq.and.u32 {p}first, {p}x, 0, {guard};"
+    lines = [
+        "{",
+        f".reg .pred {p}first;",
+        f".reg .b32 {p}x, {p}y;",
+        f".reg .b64 {p}word, {p}index;",
+        f"mov.u32 {p}x, %tid.x;",
+        f"mov.u32 {p}y, %tid.y;",
+        f"or.b32 {p}x, {p}x, {p}y;",
+        f"mov.u32 {p}y, %tid.z;",
+        f"or.b32 {p}x, {p}x, {p}y;",
+        first,
+        f"mov.u32 {p}y, %smid;",
+        f"and.b32 {p}y, {p}y, {PROGRESS_COUNT - 1};",
+        f"mul.wide.u32 {p}index, {p}y, {PROGRESS_STRIDE};",
+        f"mov.u64 {p}word, {SLOT};",
+        f"add.s64 {p}word, {p}word, {p}index;",
+        *([f"@{p}first membar.gl;"] if words == EXIT_WORDS else []),
+        f"@{p}first red.global.add.u64 [{p}word+{words}], 1;",
+        "}",
+    ]
+    return "".join(f"\n\t{line}" for line in lines) + "\n\t"
