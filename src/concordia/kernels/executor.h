@@ -287,6 +287,35 @@ static_assert(__builtin_offsetof(RingHeader, busy_ns) ==
               "stored with done_count");
 #endif
 
+// Leader: an empty task's answer is one word, which needs no fence: the tasks before it had theirs,
+// and its slot was read, or it would not be known to be empty. On a GPU its counters may be seen a
+// moment later.
+FUNCTION void answer_empty(const Executor* executor, uint64_t position) {
+  const Call* call = &executor->call;
+  Completion* completion =
+      reinterpret_cast<Completion*>(call->completions) + (position & call->completion_mask);
+  // pairs with the acquire in read_completion()
+  store_settled(&completion->publish, (position + 1) | kEmptyAnswer);
+  (void)CONCORDIA_STEP(3);
+  store_settled(&executor->ring->head, executor->position);  // pairs with the acquire in claim()
+}
+
+// Leader: the words of the answers to the tasks at hand, from `position` on.
+FUNCTION void put_answers(const Call* call, uint64_t position) {
+  const uint64_t done = call->group_done;
+  const uint64_t generation = call->op != nullptr ? call->op->generation : 0;
+  for (uint64_t i = 0; i < done; ++i) {
+    const uint64_t* hash = done > 1 ? call->group_hash[i] : call->payload_hash;
+    const uint64_t sequence = done > 1 ? call->sequence - (done - 1 - i) : call->sequence;
+    const uint64_t place = (position + i) & call->completion_mask;
+    uint64_t* words =
+        reinterpret_cast<uint64_t*>(reinterpret_cast<Completion*>(call->completions) + place);
+    store<kRelaxed, kSystem>(words + 1, call->status | generation << 32);
+    store_two(words + 2, {sequence, hash[0]});
+    store_two(words + 4, {hash[1], call->result});
+  }
+}
+
 // Leader: answers the tasks that were run, and gives their slots back, with the next fence: a
 // record that follows brings one along.
 FUNCTION void finish_task(Executor* executor) {
@@ -294,27 +323,17 @@ FUNCTION void finish_task(Executor* executor) {
   Call* call = &executor->call;
   settle_answer(call);
   const uint64_t position = executor->position, span = call->task.span, done = call->group_done;
-  const uint64_t generation = call->op != nullptr ? call->op->generation : 0;
   executor->position = position + (done > 1                                 ? done
                                    : span == 0 || span > executor->slot_mask ? 1
                                                                              : span);
   executor->busy_ns += now_ns() - executor->started_ns;
   executor->done_count += done;
-  for (uint64_t i = 0; i < done; ++i) {
-    const uint64_t* hash = done > 1 ? call->group_hash[i] : call->payload_hash;
-    const uint64_t sequence = done > 1 ? call->sequence - (done - 1 - i) : call->sequence;
-    const uint64_t answer[] = {call->status | generation << 32, sequence, hash[0], hash[1],
-                               call->result};
-    const uint64_t place = (position + i) & call->completion_mask;
-    uint64_t* words =
-        reinterpret_cast<uint64_t*>(reinterpret_cast<Completion*>(call->completions) + place);
-    store<kRelaxed, kSystem>(words + 1, answer[0]);
-    store_two(words + 2, {answer[1], answer[2]});
-    store_two(words + 4, {answer[3], answer[4]});
-  }
+  const bool is_empty = call->task.kind == kTaskNoop;
+  if (!is_empty) put_answers(call, position);
   // The counters first: whoever has the answer finds it counted.
   store_two(&ring->done_count, {executor->done_count, executor->busy_ns});
   store<kRelaxed, kSystem>(&ring->appended_bytes, executor->journal.committed_bytes);
+  if (is_empty) return answer_empty(executor, position);
   call->answer_first = position;
   call->answer_count = done;
   call->head_word = &ring->head;

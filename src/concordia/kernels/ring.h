@@ -30,6 +30,10 @@ FUNCTION uint64_t empty_word(uint64_t position) {
   return (uint64_t)kTaskNoop << 32 | (uint32_t)(position + 1);
 }
 
+// Marks the publish word of an empty task's answer: it says all by itself, the other words are
+// those of an older one.
+constexpr uint64_t kEmptyAnswer = 1ull << 63;
+
 // Whether the executor has, or is about to have, something to do. Either side may ask, after its
 // own store_full.
 FUNCTION bool is_published(const RingHeader* ring, uint64_t position) {
@@ -131,13 +135,21 @@ enum Found { kPending = 0, kDone = 1, kForgotten = 2 };
 // was read was not being written over.
 FUNCTION int read_completion(const RingHeader* ring, uint64_t position, Completion* found_ptr) {
   const Completion* completion = completion_at(ring, position);
-  // pairs with the release in flush_answer() of journal.h
-  const uint64_t published = __atomic_load_n(&completion->publish, __ATOMIC_ACQUIRE);
+  // pairs with flush_answer() of journal.h and answer_empty() of executor.h
+  const uint64_t word = __atomic_load_n(&completion->publish, __ATOMIC_ACQUIRE);
+  const uint64_t published = word & ~kEmptyAnswer;
   if (published < position + 1) return kPending;
-  const uint64_t* words = reinterpret_cast<const uint64_t*>(completion);
-  uint64_t* found = reinterpret_cast<uint64_t*>(found_ptr);
-  for (uint64_t i = 0; i < sizeof(Completion) / 8; ++i)
-    found[i] = __atomic_load_n(words + i, __ATOMIC_ACQUIRE);
+  if (word != published) {
+    *found_ptr = {};
+    found_ptr->publish = published;
+    found_ptr->status = kStatusOk;
+    found_ptr->sequence = kNotSealed;
+  } else {
+    const uint64_t* words = reinterpret_cast<const uint64_t*>(completion);
+    uint64_t* found = reinterpret_cast<uint64_t*>(found_ptr);
+    for (uint64_t i = 0; i < sizeof(Completion) / 8; ++i)
+      found[i] = __atomic_load_n(words + i, __ATOMIC_ACQUIRE);
+  }
   const uint64_t head = __atomic_load_n(&ring->head, __ATOMIC_ACQUIRE);
   if (published != position + 1 || head + ring->slot_count > position + ring->completion_count)
     return kForgotten;
