@@ -678,7 +678,7 @@ def test_client_says_so_when_it_is_used_after_fork(journal: Path) -> None:
         assert client.stats()["peers"] == 1
 
 
-def test_known_keys_and_finish_work_when_asked_through_the_socket(journal: Path) -> None:
+def test_key_news_and_finish_work_when_asked_through_the_socket(journal: Path) -> None:
     start(journal)
     with JournalClient.connect(journal) as client:
         opened, writer = open_rank(client, replica=7)
@@ -687,13 +687,22 @@ def test_known_keys_and_finish_work_when_asked_through_the_socket(journal: Path)
         )
         big = (1 << 128) - 1
         writer.append(Entry(abi.KIND_KV_BLOCK, big, 1, 0, 4, flags=4), b"block")
-        writer_of(scheduler).append(Entry(abi.KIND_BLOCK_KEY, big, 1), key_payload({0: big - 1}))
-        assert client.known_keys(layout_hash=5, world=1) == [big - 1]
-        assert client.known_keys(layout_hash=6, world=1) == []
+        notes = writer_of(scheduler)
+        notes.append(Entry(abi.KIND_BLOCK_KEY, big, 1), key_payload({0: big - 1}))
+        first = client.key_news(layout_hash=5, world=1)
+        assert (first.is_all, first.come) == (True, [big - 1])
+        assert client.key_news(layout_hash=6, world=1).come == []
+        assert client.key_news(layout_hash=5, world=1, after=first.cursor).is_nothing
         assert client.match_prefix([big - 1, 3], layout_hash=5, world=1).block_keys == [big - 1]
         client.finish(big)
         await_true(lambda: client.stats()["idle_blocks"] == 1, "the block has no request any more")
-        assert client.known_keys(layout_hash=5, world=1) == [big - 1]
+        assert client.key_news(layout_hash=5, world=1).come == [big - 1]
+        writer.append(Entry(abi.KIND_KV_BLOCK, 9, 1, 0, 4, flags=4), b"block")
+        notes.append(Entry(abi.KIND_BLOCK_KEY, 9, 1), key_payload({0: 8}))
+        news = client.key_news(layout_hash=5, world=1, after=first.cursor)
+        assert (news.is_all, news.come, news.gone) == (False, [8], [])
+        # of another owner, whose numbers say nothing here
+        assert client.key_news(layout_hash=5, world=1, after=news.cursor ^ 1 << 32).is_all
         opened.close()
         scheduler.close()
         assert {s["is_sealed"] for s in client.stats()["streams"] if s["writer_kind"] != abi.WRITER_CLEANER} == {True}

@@ -21,7 +21,8 @@ from concordia import abi, config
 from concordia.errors import JournalFull
 from concordia.integrations.vllm.identity import Identity, KeyChain
 from concordia.integrations.vllm.retry import Retries
-from concordia.integrations.vllm.write_set import Scheduled, StepWrites, Track, WriteSet
+from concordia.integrations.vllm.step_writes import Scheduled, StepWrites
+from concordia.integrations.vllm.write_set import Track, WriteSet
 from concordia.journal.control import Identity as Writer
 from concordia.journal.folder import Folder
 from concordia.journal.owner import Owner
@@ -123,7 +124,8 @@ class Engine:
         self._free = deque(range(KV_BLOCKS))
         self._step = self._step_before = 0
         self._refresh_at = world.now
-        self._withdrawn = -1
+        self._cursor = 0
+        self.writes.spread(True)
         self._endings: deque[tuple[float, int, int]] = deque()
 
     def _open(self, kind: int) -> tuple[Stream, SparseWriter]:
@@ -165,7 +167,7 @@ class Engine:
             loaded = (have or {}).get(name, {})
             end = len(self.writes.tracks[name].tokens)
             blocks = [self._free.popleft() for _ in range(-(-end // BLOCK))]
-            batch.append(Scheduled(name, blocks, True, len(loaded) * BLOCK, end, loaded_keys=loaded))
+            batch.append(Scheduled(name, blocks, True, (max(loaded, default=-1) + 1) * BLOCK, end, loaded_keys=loaded))
             if sum(item.end - item.start for item in batch) + PROMPT > STEP_TOKENS or name == names[-1]:
                 self._run(batch, PREFILL_S * sum(item.end - item.start for item in batch) / STEP_TOKENS)
                 batch = []
@@ -241,10 +243,12 @@ class Engine:
             return
         self._refresh_at = now + config.KNOWN_KEYS_REFRESH_S
         before, self._step_before = self._step_before, self._step
-        withdrawn = self.world.streams.index.keys.withdrawn_count
-        if withdrawn != self._withdrawn:
-            self._withdrawn = withdrawn
-            self.writes.learn(set(self.world.answer("known_keys", layout_hash=1, world=1)), before_step=before)
+        told = self.world.answer("key_news", layout_hash=1, world=1, after=self._cursor)
+        self._cursor = told["cursor"]
+        if told["is_all"]:
+            self.writes.learn(set(told["come"]), before_step=before)
+        else:
+            self.writes.learn_news(told["come"], told["gone"], before_step=before)
 
 
 def check_whole(world: World, engine: Engine, names: Iterable[str]) -> None:
@@ -302,7 +306,8 @@ def test_nothing_is_refused_when_requests_of_a_dead_engine_come_back(tmp_path: P
             cut = world.answer("cut", key=request_key(name), tokens_known=len(tokens[name]), layout_hash=1, world=1)
             assert cut["tokens"] == len(tokens[name]) - 1
             if way == "restored":
-                have[name] = dict(enumerate(cut["block_keys"]))
+                # a block that was to follow later has no key yet, and comes back from its tails
+                have[name] = {index: key for index, key in enumerate(cut["block_keys"]) if key}
             standby.start(name, tokens[name][: PROMPT if way == "from their prompts" else None], incarnation=2)
         world.pass_time(1.0)  # the owner has answered, and what it told is verified
         assert world.streams.pins.segments(), "what was told may be taken away"

@@ -33,8 +33,9 @@ from concordia.integrations.vllm.metadata import StepMetadata
 from concordia.integrations.vllm.pump import Append
 from concordia.integrations.vllm.scribe import Scribe
 from concordia.integrations.vllm.settings import Settings
+from concordia.integrations.vllm.step_writes import Scheduled, Write
 from concordia.integrations.vllm.worker_side import WorkerSide
-from concordia.integrations.vllm.write_set import Scheduled, Track, Write, WriteSet
+from concordia.integrations.vllm.write_set import Track, WriteSet
 from concordia.journal.client import JournalClient
 from concordia.journal.owner import spawn_owner
 from concordia.journal.record import request_key
@@ -219,7 +220,7 @@ def test_nothing_of_a_request_is_promised_when_the_engine_s_memory_changed_by_it
         append_ns += worker.take_report().append_ns
     key = tracks["a"].chain.keys[0] if tracks["a"].chain else 0
     eventually(lambda: client.committed(request_key("a")) == client.committed(request_key("b")) == 9, "both are committed")
-    assert key in client.known_keys(layout_hash=layout, world=1)
+    assert key in client.key_news(layout_hash=layout, world=1).come
     kv["l1"][1].view(torch.int16)[0, 0, 0] ^= 1
     _, events = eventually(
         lambda: (found := client.events()) and any(e["event"] == "differs" for e in found[1]) and found, "it is told"
@@ -228,7 +229,7 @@ def test_nothing_of_a_request_is_promised_when_the_engine_s_memory_changed_by_it
     assert (told["request"], told["hash_mismatches"], told["token_start"]) == ("a", 1, 0)
     assert client.committed(request_key("a")) == 0
     assert client.committed(request_key("b")) == 9, "the other one is promised as before"
-    assert key not in client.known_keys(layout_hash=layout, world=1)
+    assert key not in client.key_news(layout_hash=layout, world=1).come
     report = worker.take_report()
     assert (list(report.lost), report.differing) == (["a"], [1])
     assert append_ns + report.append_ns > 0, "the executor's time reaches the scheduler's side"

@@ -21,14 +21,16 @@ pytest.importorskip("vllm", reason="vllm is not installed")
 
 import torch
 
+from concordia import config
 from concordia.integrations.vllm import compat
 from concordia.integrations.vllm.identity import Identity, KeyChain
 from concordia.integrations.vllm.load import Load, PieceRef
 from concordia.integrations.vllm.metadata import StepMetadata
 from concordia.integrations.vllm.scribe import Scribe
 from concordia.integrations.vllm.settings import Settings
+from concordia.integrations.vllm.step_writes import Scheduled
 from concordia.integrations.vllm.worker_side import WorkerSide
-from concordia.integrations.vllm.write_set import Scheduled, Track, WriteSet
+from concordia.integrations.vllm.write_set import Track, WriteSet
 from concordia.journal.client import JournalClient
 from concordia.journal.owner import spawn_owner
 from concordia.journal.record import request_key
@@ -104,6 +106,7 @@ class Engine:
         self.asked: dict[str, Asked] = {}
         self.owners: dict[int, int] = dict.fromkeys(range(1, BLOCKS), 0)
         self.step_number = 0
+        self.late_count = 0
         self.count = 0
         self.replica = replica
 
@@ -170,6 +173,8 @@ class Engine:
         for note in result.notes:
             self.scribe.note_keys(note, step=self.step_number)
         report = self.worker.take_report()
+        self.writes.spread(report.has_rows)
+        self.late_count += sum(len(track.late) for track in self.writes.tracks.values())
         assert report.lost == {}
         assert report.missed == {}
         if scheduled and self.rng.random() < 0.1:  # as if the journal had had no room from some token on
@@ -192,8 +197,9 @@ class Engine:
 
 @pytest.mark.parametrize("layout", ["auto", "blocks"])
 def test_every_living_request_comes_back_byte_for_byte_when_its_engine_is_gone(
-    journal: pathlib.Path, layout: str
+    journal: pathlib.Path, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(config, "FULL_BLOCKS_AT_ONCE", 0)  # decode's blocks all follow later
     seed = random.randrange(2**32)
     print("seed", seed)
     rng = random.Random(seed)
@@ -215,6 +221,7 @@ def test_every_living_request_comes_back_byte_for_byte_when_its_engine_is_gone(
         if asked.computed == asked.most
     }
     engine.close()
+    assert (engine.late_count > 0) == (layout == "auto")
     fresh = tensors()
     second = worker(journal, fresh, secrets.randbits(40))
     client = JournalClient.connect(journal)

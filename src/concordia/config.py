@@ -175,7 +175,17 @@ LOOKUP_WAIT_S: Final = 1.0
 LOOKUP_THREADS: Final = max(2, min(8, len(os.sched_getaffinity(0)) // 2))
 # a block that the journal let go of is saved again after this long
 KNOWN_KEYS_REFRESH_S: Final = 1.0
-KNOWN_KEYS_ALL_S: Final = 5.0  # how late an engine learns of prefixes that another engine saved
+# that nobody picked up, of an engine without steps; then all keys are read instead
+KEY_NEWS_MAX: Final = 64
+# of keys, remembered for engines that ask every second: a minute of what an H200 decodes, and some
+# 8 MB
+KEY_CHANGES_MAX: Final = 65_536
+# blocks that decode fills and that go out whole in the step that fills them; requests whose prompts
+# have one length fill theirs together, and 32 blocks of an 8B model are 2.6 ms of one
+# multiprocessor, a fifth of a step
+FULL_BLOCKS_AT_ONCE: Final = 2
+# the others follow within this part of the steps in which a request fills its next block
+LATE_BLOCKS_PART: Final = 0.75
 # the last appends of a request may still be under way when it ends; nobody resumes one that no
 # router owns
 FINISH_LINGER_S: Final = 0.5

@@ -25,6 +25,7 @@ from concordia.journal.checkpoints import Checkpoint
 from concordia.journal.coverage import Cut, Piece
 from concordia.journal.desk import Line
 from concordia.journal.folder import Folder
+from concordia.journal.key_changes import KeyNews
 from concordia.journal.segment import Board, Pool
 
 __all__ = ["Checkpoint", "Cut", "JournalClient", "Piece", "StreamAttachment"]
@@ -218,9 +219,13 @@ class JournalClient:
             self._ask("match_prefix", keys=list(keys), layout_hash=layout_hash, world=world)
         )
 
-    def known_keys(self, *, layout_hash: int, world: int) -> list[int]:
-        """Keys of blocks that every rank has."""
-        return list(self._ask("known_keys", layout_hash=layout_hash, world=world))
+    def key_news(self, *, layout_hash: int, world: int, after: int = 0) -> KeyNews:
+        """Keys of blocks that every rank has: what changed of them since an answer with this
+        cursor; all of them for 0, or when the owner does not know any more.
+        """
+        return KeyNews.from_json(
+            self._ask("key_news", layout_hash=layout_hash, world=world, after=after)
+        )
 
     def committed(self, key: int) -> int:
         """Tokens that every rank has committed of the newest incarnation."""

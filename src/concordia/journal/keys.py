@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from typing import TypeAlias
 
 from concordia import config
+from concordia.journal.key_changes import Group, KeyChanges, KeyNews
 from concordia.journal.ledger import Held, Ledger
 
-Group: TypeAlias = tuple[int, int]  # layout, world
+__all__ = ["Group", "KeyTable"]
 
 
 class Keyed:
@@ -53,8 +53,7 @@ class KeyTable:
         self.condemned_bytes = 0  # what goes when the grace is over
         self.withdrawn_count = 0  # keys that were condemned, ever: engines look at this
         self._places: dict[Held, tuple[Group, int]] = {}
-        # complete and not condemned, in order of arrival
-        self._known: dict[Group, dict[int, None]] = {}
+        self._told = KeyChanges()  # complete and not condemned
 
     def enter(self, group: Group, key: int, block: Held, naming: Held) -> None:
         """This record holds the block of this key for its rank; the first of a replica stays."""
@@ -129,7 +128,11 @@ class KeyTable:
 
     def known(self, group: Group) -> list[int]:
         """Keys of which every rank has the block, and which are not about to go."""
-        return list(self._known.get(group, ()))
+        return self._told.known(group)
+
+    def news(self, group: Group, number: int | None) -> KeyNews:
+        """The same for who knew them up to this number."""
+        return self._told.since(group, number)
 
     def touch(self, group: Group, key: int) -> None:
         """The block was of use just now."""
@@ -203,7 +206,7 @@ class KeyTable:
         self._condemned[name] = now, size
         self.condemned_bytes += size
         self.withdrawn_count += 1
-        self._known.get(name[0], {}).pop(name[1], None)
+        self._told.withdraw(*name)
         return size
 
     def _pardon(self, name: tuple[Group, int]) -> bool:
@@ -239,7 +242,7 @@ class KeyTable:
         keyed = self._blocks[group].pop(key)
         self._idle.pop((group, key), None)
         self._pardon((group, key))
-        self._known.get(group, {}).pop(key, None)
+        self._told.withdraw(group, key)
         for ranks in keyed.pieces.values():
             for block, naming in ranks.values():
                 del self._places[block]
@@ -253,8 +256,8 @@ class KeyTable:
 
     def _tell(self, group: Group, key: int) -> None:
         """Let engines know of the block, if every rank has it."""
-        if key not in self._known.setdefault(group, {}) and self.complete(group, key):
-            self._known[group][key] = None
+        if not self._told.is_told(group, key) and self.complete(group, key):
+            self._told.tell(group, key)
 
     def _size(self, name: tuple[Group, int]) -> int:
         keyed = self._blocks[name[0]][name[1]]

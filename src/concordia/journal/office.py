@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from concordia import abi
@@ -49,7 +50,7 @@ class Office:
             "cut": self._cut,
             "checkpoint": self._checkpoint,
             "match_prefix": self._match_prefix,
-            "known_keys": self._known_keys,
+            "key_news": self._key_news,
             "committed": self._committed,
             "finish": self._finish,
             "events": self._events,
@@ -169,10 +170,18 @@ class Office:
         )
         return self._pinned(cut, None)
 
-    def _known_keys(self, peer: Peer, arguments: dict[str, Any]) -> list[int]:
+    def _key_news(self, peer: Peer, arguments: dict[str, Any]) -> dict[str, Any]:
         self._owner.streams.scan_all()
-        layout = _number(arguments, "layout_hash", _U64)
-        return self._owner.streams.index.keys.known((layout, _number(arguments, "world", 1 << 16)))
+        group = (
+            _number(arguments, "layout_hash", _U64),
+            _number(arguments, "world", 1 << 16),
+        )
+        epoch = self._owner.streams.board.owner_epoch << 32
+        after = _number(arguments, "after", _U64)
+        # a number of an owner before says nothing about this one's
+        number = after - epoch if after >> 32 == epoch >> 32 else None
+        found = self._owner.streams.index.keys.news(group, number)
+        return replace(found, cursor=epoch + found.cursor).to_json()
 
     def _committed(self, peer: Peer, arguments: dict[str, Any]) -> int:
         self._owner.streams.scan_all()

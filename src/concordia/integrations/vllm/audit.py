@@ -26,7 +26,7 @@ DIFFERS: Final = "the engine's KV is not what was committed of it"
 
 if TYPE_CHECKING:
     from concordia.integrations.vllm.pump import Append
-    from concordia.integrations.vllm.write_set import Write
+    from concordia.integrations.vllm.step_writes import Write
 
 
 class Hasher(Protocol):

@@ -16,7 +16,7 @@ from typing import Any
 from concordia.device.numa import find_pci_node
 from concordia.integrations.vllm import weights
 from concordia.integrations.vllm.door import logger
-from concordia.integrations.vllm.write_set import Scheduled
+from concordia.integrations.vllm.step_writes import Scheduled
 
 
 def why_unprotected(vllm_config: Any, kv_cache_config: Any) -> str | None:

@@ -15,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from concordia.integrations.vllm.load import Load
-from concordia.integrations.vllm.write_set import Write
+from concordia.integrations.vllm.step_writes import Write
 
 
 @dataclass(slots=True)
@@ -45,6 +45,7 @@ class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     append_ns: int = 0  # that handlers of all ranks ran, restores apart
     # blocks that are not what was committed of them
     differing: list[int] = field(default_factory=list)
+    has_rows: bool = False  # single tokens are appended as rows of their blocks, on every rank
     off: str | None = None  # why this worker protects nothing any more
 
     def aggregate(self, other: WorkerReport) -> WorkerReport:
@@ -66,5 +67,6 @@ class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
             load_s=load_s,
             append_ns=self.append_ns + other.append_ns,
             differing=[*self.differing, *other.differing],
+            has_rows=self.has_rows and other.has_rows,
             off=self.off or other.off,
         )

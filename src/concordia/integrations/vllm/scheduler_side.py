@@ -34,8 +34,9 @@ from concordia.integrations.vllm.restorer import Restorer
 from concordia.integrations.vllm.retry import Retries
 from concordia.integrations.vllm.scribe import Scribe
 from concordia.integrations.vllm.settings import Settings
+from concordia.integrations.vllm.step_writes import StepWrites
 from concordia.integrations.vllm.weights import Adapters
-from concordia.integrations.vllm.write_set import StepWrites, Track, WriteSet
+from concordia.integrations.vllm.write_set import Track, WriteSet
 from concordia.journal import folder, segment
 from concordia.journal.client import JournalClient
 
@@ -161,9 +162,11 @@ class SchedulerSide:
         )
 
     def _learn(self) -> None:
-        learned = self._scribe.take_known()
-        if learned is not None:
-            self._writes.learn(learned[0], before_step=learned[1])
+        for news, before_step in self._scribe.take_news():
+            if news.is_all:
+                self._writes.learn(set(news.come), before_step=before_step)
+            else:
+                self._writes.learn_news(news.come, news.gone, before_step=before_step)
 
     def report(self, report: WorkerReport) -> None:
         """What the workers did."""
@@ -174,6 +177,7 @@ class SchedulerSide:
         for name, reason in report.lost.items():
             self._lose(name, reason)
         self._writes.disown(report.differing)
+        self._writes.spread(report.has_rows)
         for name, (token, reason) in report.missed.items():
             self._miss(name, token, reason)
         if report.append_ns:

@@ -22,8 +22,9 @@ from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.errors import ConcordiaError, RingFull
 from concordia.integrations.vllm.door import logger
 from concordia.integrations.vllm.settings import Settings
-from concordia.integrations.vllm.write_set import KeyNote
+from concordia.integrations.vllm.step_writes import KeyNote
 from concordia.journal.client import JournalClient
+from concordia.journal.key_changes import KeyNews
 from concordia.journal.record import request_key
 from concordia.runtime.ring import Ticket
 
@@ -72,9 +73,8 @@ class Scribe:
         self._notes: deque[_Noted] = deque()  # handed in and not seen committed yet
         self._unnoted: list[str] = []
         self._endings: deque[tuple[float, int, int, int]] = deque()
-        self._known: tuple[set[int], int] | None = None
-        self._known_at = 0.0
-        self._withdrawn = 0
+        self._news: deque[tuple[KeyNews, int]] = deque()
+        self._cursor = 0  # of the last of them
         self._has_complained = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="concordia-scribe", daemon=True)
@@ -132,10 +132,15 @@ class Scribe:
         """
         self._endings.append((time.monotonic() + config.FINISH_LINGER_S, key, incarnation, tokens))
 
-    def take_known(self) -> tuple[set[int], int] | None:
-        """The journal's keys, newly read, and the step before which ours must be among them."""
-        known, self._known = self._known, None
-        return known
+    def take_news(self) -> list[tuple[KeyNews, int]]:
+        """What changed in the journal's keys, as it was read, and the step before which ours must
+        be among them.
+        """
+        if not self._news:
+            return []
+        with self._lock:
+            news, self._news = self._news, deque()
+        return list(news)
 
     def close(self) -> None:
         """Say the endings that are due, and end the stream."""
@@ -206,24 +211,26 @@ class Scribe:
 
     def refresh(self) -> None:
         """Read the journal's keys now (at start, before the first request)."""
-        self._read_known(0)
+        self._read_news(0)
 
     def _refresh(self, before_step: int) -> None:
-        """All keys are read when some are about to be cleaned away, and else now and then, for
-        those that others wrote.
-        """
+        """What changed is read; all keys only where nobody took what was read before."""
         with self._lock:
             before_step = min([before_step, *(noted.step for noted in self._notes)])
-        withdrawn = int(self._client.stats()["withdrawn_keys"])
-        is_due = time.monotonic() >= self._known_at + config.KNOWN_KEYS_ALL_S
-        if withdrawn != self._withdrawn or is_due:
-            self._withdrawn = withdrawn
-            self._read_known(before_step)
+            if len(self._news) >= config.KEY_NEWS_MAX:
+                self._news.clear()
+                self._cursor = 0
+        self._read_news(before_step)
 
-    def _read_known(self, before_step: int) -> None:
-        keys = self._client.known_keys(layout_hash=self._layout_hash, world=self._world)
-        self._known = set(keys), before_step
-        self._known_at = time.monotonic()
+    def _read_news(self, before_step: int) -> None:
+        news = self._client.key_news(
+            layout_hash=self._layout_hash, world=self._world, after=self._cursor
+        )
+        with self._lock:
+            if self._news and self._news[-1][0].is_nothing:
+                self._news.pop()  # an idle engine has many of these
+            self._news.append((news, before_step))
+            self._cursor = news.cursor
 
     def _say_endings(self, *, now: float) -> None:
         while self._endings and self._endings[0][0] <= now:

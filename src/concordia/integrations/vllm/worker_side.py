@@ -30,7 +30,7 @@ from concordia.integrations.vllm.layout import Layout, Probe, Proof, describe_kv
 from concordia.integrations.vllm.load import PieceRange
 from concordia.integrations.vllm.metadata import StepMetadata, WorkerReport
 from concordia.integrations.vllm.pump import Append, AppendPump, Batch, Event
-from concordia.integrations.vllm.write_set import Write, runs_of
+from concordia.integrations.vllm.step_writes import Write, runs_of
 from concordia.journal.client import JournalClient
 from concordia.journal.record import request_key
 
@@ -200,6 +200,7 @@ class WorkerSide:
         """What the scheduler side must know; the step is over."""
         report, self._report = self._report, WorkerReport(step=self._report.step)
         report.append_ns = self._clock.take() if self._clock is not None else 0
+        report.has_rows = self._probe is not None and self._probe.proof is Proof.PROVEN
         for found in self._audit.rest() if self._audit is not None else ():
             report.lost.setdefault(found.write.request, DIFFERS)
             report.differing.append(found.block)

@@ -9,95 +9,18 @@ Called by the scheduler side once per step. Knows no vLLM type and does no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import NamedTuple
 
-from concordia import config
 from concordia.integrations.vllm.identity import (
     INCARNATION_STRIDE,
     Identity,
     KeyChain,
     private_key,
 )
-
-
-class Scheduled(NamedTuple):
-    """One request of one step, as compat.py read it from the scheduler's output (a tuple, as others
-    here that are made for every request in every step: a frozen dataclass takes 2 us to make).
-
-    blocks:  the request's block ids (replaces) or those added to them
-    start    first token computed in this step; everything below is in the cache
-    end      start + tokens of this step, drafts included
-    """
-
-    request: str
-    blocks: Sequence[int]
-    replaces: bool
-    start: int
-    end: int
-    drafts: int = 0
-    # with `replaces`: tokens found in the engine's own prefix cache, whole blocks; the rest is
-    # newly given
-    hit: int = 0
-    # block index -> key of the record it is filled from
-    loaded_keys: Mapping[int, int] = MappingProxyType({})
-
-
-class Write(NamedTuple):
-    """What one request appends in one step: full blocks as (index, block id), then the partial last
-    block.
-    """
-
-    request: str
-    key: int
-    incarnation: int
-    full: tuple[tuple[int, int], ...]
-    tail: tuple[int, int, int] | None  # (first token, end, block id)
-    model_hash: int = 0
-
-    @property
-    def blocks(self) -> list[int]:
-        """Block ids that are appended from."""
-        return [block for _, block in self.full] + ([self.tail[2]] if self.tail else [])
-
-
-def runs_of(
-    full: Sequence[tuple[int, int]], most: int = config.APPEND_BLOCKS
-) -> list[tuple[int, tuple[int, ...]]]:
-    """Full blocks, (index, block id), as (first index, ids) of those that follow each other, at
-    most so many together.
-    """
-    runs: list[tuple[int, list[int]]] = []
-    for index, block in full:
-        if runs and runs[-1][0] + len(runs[-1][1]) == index and len(runs[-1][1]) < most:
-            runs[-1][1].append(block)
-        else:
-            runs.append((index, [block]))
-    return [(first, tuple(blocks)) for first, blocks in runs]
-
-
-@dataclass(frozen=True, slots=True)
-class KeyNote:
-    """Keys of blocks of one request, for KIND_BLOCK_KEY: (block index, key)."""
-
-    request: str
-    key: int
-    incarnation: int
-    entries: tuple[tuple[int, int], ...]
-
-
-@dataclass(slots=True)
-class StepWrites:
-    """All that one step asks of the workers and of the scheduler's own stream."""
-
-    writes: list[Write] = field(default_factory=list)
-    notes: list[KeyNote] = field(default_factory=list)
-    # blocks given out in this step: nothing may still read their old bytes
-    reused: list[int] = field(default_factory=list)
-    # (request, why it is unprotected from here)
-    lost: list[tuple[str, str]] = field(default_factory=list)
+from concordia.integrations.vllm.late_blocks import Late, LateBlocks
+from concordia.integrations.vllm.named_blocks import NamedBlocks
+from concordia.integrations.vllm.step_writes import KeyNote, Scheduled, StepWrites, Write
 
 
 @dataclass(slots=True)
@@ -113,6 +36,7 @@ class Track:
     blocks: list[int] = field(default_factory=list)
     covered: int = 0
     named: int = 0  # blocks whose key has been noted
+    late: list[int] = field(default_factory=list)  # full blocks that go out whole later, in order
     is_started: bool = False
     is_protected: bool = True
     is_resting: bool = False  # its appends failed a moment ago: try again a little later
@@ -130,6 +54,7 @@ class Track:
         self.lives += 1
         self.covered = 0
         self.named = 0
+        self.late.clear()
         self.is_protected = self.is_protected and self.lives < INCARNATION_STRIDE
 
 
@@ -138,11 +63,15 @@ class WriteSet:
 
     def __init__(self, *, block_tokens: int) -> None:
         self.tracks: dict[str, Track] = {}
-        self.foreign: set[int] = set()  # keys of block records that other engines wrote
-        self.authored: dict[int, int] = {}  # shared keys that this engine wrote first -> step
         self._block_tokens = block_tokens
-        # block id -> (key of the record with its bytes, step it was named)
-        self._resident: dict[int, tuple[int, int]] = {}
+        self._named = NamedBlocks()
+        self._late = LateBlocks(block_tokens=block_tokens)
+
+    def spread(self, is_on: bool) -> None:
+        """Whether single tokens are appended as rows: then blocks that decode fills may follow a
+        few steps later.
+        """
+        self._late.is_on = is_on
 
     def step(
         self, scheduled: Iterable[Scheduled], *, step: int, given: Iterable[int] = ()
@@ -152,8 +81,11 @@ class WriteSet:
         """
         result = StepWrites()
         self._release(given, result)
+        self._late.begin()
+        running: set[str] = set()
         for item in scheduled:
             track = self.tracks.get(item.request)
+            running.add(item.request)
             if track is None:
                 self._release(item.blocks[item.hit // self._block_tokens :], result)
                 continue
@@ -167,6 +99,7 @@ class WriteSet:
                 )
                 continue
             self._append(track, item, step, result)
+        self._append_late(running, step, result)
         return result
 
     def finish(self, request: str, *, step: int) -> StepWrites:
@@ -175,8 +108,7 @@ class WriteSet:
         """
         result = StepWrites()
         track = self.tracks.pop(request, None)
-        if track is not None and track.is_protected and track.chain is not None:
-            track.chain.extend(track.tokens, limit=min(track.covered, len(track.tokens)))
+        if track is not None and track.is_protected:
             self._name(request, track, step, result)
         return result
 
@@ -205,6 +137,7 @@ class WriteSet:
         first = token // self._block_tokens
         track.covered = first * self._block_tokens
         track.named = min(track.named, first)
+        track.late = [index for index in track.late if index < first]
         self._unname(track.blocks[first:])
 
     def _unname(self, blocks: Sequence[int]) -> None:
@@ -213,7 +146,7 @@ class WriteSet:
 
         Perhaps one has: so a shared key stays taken, and never gets to name other bytes.
         """
-        gone = {block for block in blocks if self._resident.pop(block, None) is not None}
+        gone = {block for block in blocks if self._named.drop(block)}
         if not gone:
             return
         for track in self.tracks.values():
@@ -223,46 +156,35 @@ class WriteSet:
             if first is not None:
                 track.covered = min(track.covered, first * self._block_tokens)
                 track.named = first
+                track.late = [index for index in track.late if index < first]
 
     def learn(self, known: set[int], *, before_step: int) -> None:
         """Take the journal's own list of keys; what is missing there, and not new, has been cleaned
-        away.
+        away, and whoever relied on such a block must append it, too.
         """
-        for key in [
-            k for k, step in self.authored.items() if step < before_step and k not in known
-        ]:
-            del self.authored[key]
-        # whoever relied on such a block must append it, too
-        self._unname(
-            [
-                block
-                for block, (key, step) in self._resident.items()
-                if step < before_step and key not in known
-            ]
-        )
-        self.foreign = known.difference(self.authored)
+        self._unname(self._named.learn_all(known, before_step=before_step))
+
+    def learn_news(self, come: Sequence[int], gone: Sequence[int], *, before_step: int) -> None:
+        """The same from what changed in that list since it was taken last."""
+        self._unname(self._named.learn(come, gone, before_step=before_step))
 
     def forget_blocks(self, model_hash: int) -> None:
         """Name nothing by what was computed so far; requests that run go on under names of their
         own, and as another model's.
         """
-        self._resident.clear()
-        self.authored.clear()
-        self.foreign.clear()
+        self._named.clear()
         for track in self.tracks.values():
             track.chain = None
             track.model_hash = model_hash
+            track.late.clear()  # their tails say what computed them
 
     def is_journaled(self, key: int) -> bool:
-        return key in self.authored or key in self.foreign
+        """Whether some record has this key."""
+        return self._named.is_journaled(key)
 
     def is_from_journal(self, block: int, key: int) -> bool:
-        """Whether the block was filled from a record of this key, and holds it still; what was
-        computed here is not from there.
-        """
-        return (
-            bool(key) and key not in self.authored and self._resident.get(block, (0, 0))[0] == key
-        )
+        """NamedBlocks.is_from_journal."""
+        return self._named.is_from_journal(block, key)
 
     def _take_blocks(self, track: Track, item: Scheduled, step: int, result: StepWrites) -> None:
         size = self._block_tokens
@@ -272,11 +194,7 @@ class WriteSet:
             track.blocks = list(item.blocks)
             self._release(track.blocks[item.hit // size :], result)
             for index, key in item.loaded_keys.items():
-                # A key that two engines gave to different bytes names ours only if we did not write
-                # it too.
-                if key not in self.authored:
-                    self._resident[track.blocks[index]] = (key, step)
-                    self.foreign.add(key)
+                self._named.fill(track.blocks[index], key, step=step)
         else:
             self._release(item.blocks, result)
             track.blocks.extend(item.blocks)
@@ -291,55 +209,102 @@ class WriteSet:
         if sure_end <= track.covered:
             return
         full: list[tuple[int, int]] = []
-        for index in range(track.covered // size, sure_end // size):
+        first = track.covered // size
+        # what is covered of its block is so by tails, and one more makes it whole
+        is_tail_enough = sure_end == (first + 1) * size and track.covered > first * size
+        if is_tail_enough and self._late.takes_more():
+            self._put_off(track, item.request, first)
+            tail_start = track.covered
+        else:
+            tail_start = max(track.covered, sure_end // size * size)
+            full = self._full_blocks(track, item, first, sure_end // size)
+        tail = None
+        if tail_start < sure_end:
+            tail = (tail_start, sure_end, track.blocks[tail_start // size])
+        if full or tail:
+            result.writes.append(self._write(track, item.request, tuple(full), tail))
+        track.covered = sure_end
+        self._name(item.request, track, step, result)
+
+    def _put_off(self, track: Track, request: str, index: int) -> None:
+        block = track.blocks[index]
+        self._named.drop(block)
+        track.late.append(index)
+        self._late.put(Late(request, track.incarnation, index, block))
+
+    def _append_late(self, running: set[str], step: int, result: StepWrites) -> None:
+        """Blocks that were put off and are due. Only a request that is running holds its blocks for
+        sure; one that was preempted may come back to none of them.
+        """
+        for late in self._late.due():
+            track = self.tracks.get(late.request)
+            if (
+                track is None
+                or track.incarnation != late.incarnation
+                or late.at not in track.late
+                or track.blocks[late.at] != late.block
+                or not track.is_protected
+            ):
+                continue
+            if late.request not in running or track.is_resting:
+                self._late.put(late)
+                continue
+            track.late.remove(late.at)
+            if late.block not in self._named or track.chain is None:
+                self._named.drop(late.block)
+                full = ((late.at, late.block),)
+                result.writes.append(self._write(track, late.request, full, None))
+            self._name(late.request, track, step, result)
+
+    def _full_blocks(
+        self, track: Track, item: Scheduled, first: int, end: int
+    ) -> list[tuple[int, int]]:
+        """Those of blocks [first, end) that no record has."""
+        full: list[tuple[int, int]] = []
+        size = self._block_tokens
+        for index in range(first, end):
             block = track.blocks[index]
             # A block that was complete before this step, and whose bytes a record has: its key is
             # enough.
             if (
                 (index + 1) * size > item.start
-                or block not in self._resident
+                or block not in self._named
                 or track.chain is None
             ):
-                self._resident.pop(block, None)
+                self._named.drop(block)
                 full.append((index, block))
-        tail_start = max(track.covered, sure_end // size * size)
-        tail = None
-        if tail_start < sure_end:
-            tail = (tail_start, sure_end, track.blocks[tail_start // size])
-        if full or tail:
-            result.writes.append(
-                Write(
-                    item.request,
-                    track.identity.key,
-                    track.incarnation,
-                    tuple(full),
-                    tail,
-                    track.model_hash,
-                )
-            )
-        track.covered = sure_end
-        if track.chain is not None and track.named < sure_end // size:
-            track.chain.extend(track.tokens, limit=min(sure_end, len(track.tokens)))
-            self._name(item.request, track, step, result)
+        return full
+
+    def _write(
+        self,
+        track: Track,
+        request: str,
+        full: tuple[tuple[int, int], ...],
+        tail: tuple[int, int, int] | None,
+    ) -> Write:
+        key, incarnation = track.identity.key, track.incarnation
+        return Write(request, key, incarnation, full, tail, track.model_hash)
 
     def _name(self, request: str, track: Track, step: int, result: StepWrites) -> None:
-        """Note the keys of covered blocks, as far as their token ids are known."""
-        assert track.chain is not None
+        """Note the keys of covered blocks, as far as their token ids are known and there is a
+        record of the whole block for the key to name.
+        """
+        end = track.late[0] if track.late else track.covered // self._block_tokens
+        if track.chain is None or track.named >= end:
+            return
+        track.chain.extend(track.tokens, limit=min(track.covered, len(track.tokens)))
         entries: list[tuple[int, int]] = []
-        for index in range(
-            track.named, min(len(track.chain.keys), track.covered // self._block_tokens)
-        ):
+        for index in range(track.named, min(len(track.chain.keys), end)):
             block = track.blocks[index]
-            key, _ = self._resident.get(block, (0, 0))
+            key = self._named.key_of(block)
             if not key:
                 key = track.chain.keys[index]
-                if self.is_journaled(key):
+                is_shared = not self.is_journaled(key)
+                if not is_shared:
                     key = private_key(
                         key, request=track.identity.key, incarnation=track.incarnation
                     )
-                else:
-                    self.authored[key] = step
-                self._resident[block] = (key, step)
+                self._named.author(block, key, step=step, is_shared=is_shared)
             entries.append((index, key))
         if entries:
             track.named += len(entries)
@@ -349,5 +314,5 @@ class WriteSet:
 
     def _release(self, blocks: Iterable[int], result: StepWrites) -> None:
         for block in blocks:
-            self._resident.pop(block, None)
+            self._named.drop(block)
             result.reused.append(block)
