@@ -73,6 +73,9 @@ KERNEL_CACHE_FILES_MAX: Final = 512  # some 30 KB each; the oldest go
 MARK_PAGE_SHIFT: Final = 16  # pages of 64 KiB: a byte each, 2 MiB of map for all of an H200
 # a library of kernels as a whole is seldom larger; the original is loaded beyond it
 IMAGE_BYTES_MAX: Final = 1 << 30
+CUBIN_BYTES_MAX: Final = 256 << 20  # of one part, unpacked: ten times what any library has
+FATBIN_UNPACKED_BYTES_MAX: Final = 2 << 30  # of all parts as their headers say; looked at one by one
+FATBIN_ENTRIES_MAX: Final = 4096  # a part per architecture, and a handful of those in most
 IMAGE_SLOTS_MAX: Final = 1 << 20  # a handful per hooked kernel
 IMAGE_KERNELS_MAX: Final = 1 << 16  # all 40,396 kernels of five large libraries would fit
 KERNEL_NAME_BYTES_MAX: Final = (1 << 16) - 1  # as the cache file counts; longer ones are cut
@@ -83,6 +86,8 @@ PTX_NESTING_MAX: Final = 64  # scopes within scopes; compilers write a handful
 # of a thread, for the address words of store marks to stay in registers; with fewer they are read
 # where they are used
 PTX_HOIST_REGISTERS_MIN: Final = 96
+# of PTX that is assembled once before a driver does: at some 1 MB/s, within REWRITE_ANSWER_S
+PTX_CHECK_BYTES_MAX: Final = 2 << 20
 IMAGE_CACHE_BYTES_MAX: Final = 8 << 30  # all options together; what was unused longest goes
 # how long a program may wait for the first rewrite of an image. Then it gets the original, and the
 # next start finds the file: the shim's own bound must be longer
@@ -93,6 +98,8 @@ REWRITE_MEMORY_BYTES: Final = 12 << 30  # address space of one rewrite: 1 GiB se
 REWRITE_WORKERS: Final = 2  # beside a program that loads: it is waiting for one image at a time
 REWRITE_JOBS_MAX: Final = 256  # images that wait; a later one is told to come again
 REWRITE_CLIENTS_MAX: Final = 1024  # threads of a program's processes that load at the same time
+LIBRARY_BYTES_MAX: Final = 4 << 30  # of a file that is looked into for images, as a whole
+LIBRARY_IMAGES_MAX: Final = 1 << 16  # a fatbin for each source file of a library: thousands
 LIBRARY_PATH_BYTES_MAX: Final = 64 << 10  # of the file that an image came from
 
 # --- programs that know nothing of us

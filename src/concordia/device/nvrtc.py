@@ -75,11 +75,16 @@ def compile_ptx(
 
 
 def link_cubin(
-    parts: Sequence[bytes], *, name: str, architecture: str, registers_max: int = REGISTERS_MAX
+    parts: Sequence[bytes],
+    *,
+    name: str,
+    architecture: str,
+    registers_max: int = REGISTERS_MAX,
+    optimization: int = 3,
 ) -> bytes:
     """Assemble and link PTX into one executable cubin; unresolved symbols are an error here."""
     _, nvjitlink = _bindings()
-    options = [f"-arch={architecture}", f"-maxrregcount={registers_max}", "-O3"]
+    options = [f"-arch={architecture}", f"-maxrregcount={registers_max}", f"-O{optimization}"]
     handle = nvjitlink.create(len(options), options)
     try:
         for index, part in enumerate(parts):
