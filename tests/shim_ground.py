@@ -78,7 +78,8 @@ class ShimGround:
 def make_ground(folder: Path, driver: Path, user: Path, *flags: str) -> ShimGround:
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
-    (run / "modules").mkdir(parents=True, mode=0o700)
+    run.mkdir(parents=True, mode=0o700)
+    (run / "modules").mkdir(mode=0o700)
     place_shim(run, driver, flags=flags)
     ground = ShimGround(driver, user, run)
     ground.settle()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,15 @@ from concordia import abi
 from concordia.errors import EnvironmentRefused
 from concordia.integrations.program.driver import find_driver
 from concordia.integrations.program.shim_build import NATIVE, hook_names
-from shim_ground import ShimGround, build_driver, make_ground
+from shim_ground import ShimGround, build_driver, compile_c, make_ground
 
 pytest_plugins = ["shim_fixtures"]
+
+VENDOR_HEADERS = (
+    Path("/usr/local/cuda/include/cuda.h"),
+    Path("/usr/local/cuda-13.0/include/cuda.h"),
+    Path(sysconfig.get_path("purelib"), "triton/backends/nvidia/include/cuda.h"),
+)
 
 WAYS = ("needed", "dlopen", "dlopen_so", "default", "resolver", "resolver_ptsz")
 LAUNCHES = ("kernel", "kernel_ex", "cooperative", "kernel_ptsz", "kernel_ex_ptsz", "cooperative_ptsz")
@@ -35,7 +42,8 @@ def test_shim_has_the_name_and_needs_of_a_driver_when_it_is_built(shim_ground: S
     assert "[libcuda.so.1]" in said.partition("SONAME")[2].splitlines()[0]
     needed = set(re.findall(r"NEEDED.*\[(.+)\]", said))
     assert "libcuda-real.so" in needed
-    assert needed <= {"libcuda-real.so", "libc.so.6", "libpthread.so.0", "libdl.so.2"}, needed
+    system = {"libc.so.6", "libpthread.so.0", "libdl.so.2", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
+    assert needed <= {"libcuda-real.so", *system}, needed
     assert "RUNPATH" in said
     assert "$ORIGIN" in said
 
@@ -120,3 +128,32 @@ def test_control_block_is_the_generated_one_when_committed() -> None:
     assert (NATIVE / "control.h").read_text("utf-8") == abi.control_header(), "regenerate: python -m concordia.abi"
     assert set(abi.CONTROL.offsets()) == {"magic", "window_base", "window_bytes", "map", "page_shift", "flags", "reserved"}
     assert abi.CONTROL_EXIT_OFFSET + abi.CONTROL_PROGRESS_WORDS * abi.CONTROL_PROGRESS_STRIDE <= abi.CONTROL_ALLOCATED_BYTES
+
+
+def test_declarations_are_the_vendors_when_its_header_is_installed(tmp_path: Path) -> None:
+    header = next((path for path in VENDOR_HEADERS if path.is_file()), None)
+    if header is None:
+        pytest.skip("no cuda.h of the vendor's: neither CUDA's toolkit nor triton is installed")
+    text = (NATIVE / "cuda_abi.h").read_text("utf-8")
+    numbers = re.findall(r"^  (CU\w+) = \d+,", text, re.MULTILINE)
+    structs = {
+        "CUlaunchConfig": ("gridDimX", "blockDimZ", "sharedMemBytes", "hStream", "attrs", "numAttrs"),
+        "CUmemAllocationProp": ("type", "requestedHandleTypes", "location", "win32HandleMetaData", "allocFlags"),
+        "CUmemAccessDesc": ("location", "flags"),
+        "CUmemLocation": ("type", "id"),
+    }
+    types = [*structs, *set(re.findall(r"^typedef [\w ]+ \*?(CU\w+);", text, re.MULTILINE))]
+    assert len(numbers) > 15
+    assert len(types) > 12
+    body = "".join(f'printf("{name} %d\\n", (int){name});' for name in numbers)
+    body += "".join(f'printf("{name} %zu\\n", sizeof({name}));' for name in types)
+    body += "".join(
+        f'printf("{name}.{member} %zu\\n", offsetof({name}, {member}));' for name, members in structs.items() for member in members
+    )
+    said = []
+    for include in (NATIVE / "cuda_abi.h", header):
+        source, program = tmp_path / "facts.c", tmp_path / "facts"
+        source.write_text(f'#include "{include}"\n#include <stddef.h>\n#include <stdio.h>\nint main(void) {{ {body} return 0; }}\n')
+        compile_c([str(source)], program)
+        said.append(subprocess.run([str(program)], capture_output=True, text=True, timeout=60, check=True).stdout)
+    assert said[0] == said[1]

@@ -43,9 +43,114 @@ struct launch {
 
 void launch_before(const struct launch *launch);
 void launch_after(const struct launch *launch, CUresult result);
+int forward_swallows(const struct launch *launch);  // forward.c: whether it is left out
+void launch_counted(void);  // into the coverage
 
 #define OBSERVER(name)                             \
   void name##_before(const struct launch *launch); \
   void name##_after(const struct launch *launch, CUresult result);
 #include "observers.def"
 #undef OBSERVER
+
+// --- process.c: settings of the run
+#define PROCESS_PATH_MAX 1024  // of a folder; longer ones are not used
+
+int process_is_active(void);  // else every hook only forwards
+const char *process_run(void);
+int process_setting(const char *name, char *value, size_t bytes);  // 0: not set, or too long
+uint64_t process_number(const char *name, uint64_t otherwise);
+#define PART(name) void name##_forked(void);
+#include "parts.def"
+#undef PART
+
+// --- hash.c
+void hash_image(const void *bytes, uint64_t size, uint64_t key[2]);  // XXH64, seeds 0 and 1
+uint32_t hash_crc32c(const void *bytes, uint64_t size);
+uint32_t hash_crc32c_plain(const void *bytes, uint64_t size);  // without the processor's help
+
+// --- images.c
+#define IMAGE_BYTES_MAX (1ull << 30)  // as config.py has it
+
+enum image_kind { IMAGE_OTHER, IMAGE_WRAPPED, IMAGE_FATBIN, IMAGE_CUBIN, IMAGE_PTX };
+
+// What the runtime hands over: a pointer to a container.
+struct wrapper {
+  uint32_t magic, version;
+  const void *data;
+  void *unused;
+};
+
+struct image {
+  enum image_kind kind;
+  const uint8_t *bytes;  // of a wrapped one: of its container
+  uint64_t size;         // 0: not known; then the image is passed through
+  const struct wrapper *wrapper;  // NULL unless wrapped
+};
+
+int image_find(const void *given, struct image *image);
+int image_find_in_file(const void *bytes, uint64_t size, struct image *image);
+const char *image_kind_name(enum image_kind kind);
+
+// --- library.c
+int library_of(const void *address, char *path, size_t bytes);
+
+// --- cache_file.c
+enum cache_answer { CACHE_MISSING, CACHE_DAMAGED, CACHE_UNCHANGED, CACHE_READY };
+
+struct replacement {
+  uint64_t control;  // address that the slots were filled with
+  uint8_t *memory;   // all of the file
+  uint64_t memory_bytes;
+  uint8_t *image;
+  uint64_t image_bytes;
+  struct wrapper *wrapper;  // room for one that lives as long as the image
+  const uint8_t *kernels;  // the file's table; checked
+  uint64_t kernels_bytes;
+  uint32_t kernel_count;
+};
+
+enum cache_answer cache_load(const char *folder, const uint64_t key[2], uint64_t control,
+                             struct replacement *found);
+void cache_release(struct replacement *found);
+
+// --- rewriter.c
+enum rewriter_answer {
+  REWRITER_READY,
+  REWRITER_REFUSED,
+  REWRITER_LATER,
+  REWRITER_TIMEOUT,
+  REWRITER_GONE,
+  REWRITER_SPENT,  // this process has waited as long as it may
+};
+
+enum rewriter_answer rewriter_ask(const struct image *image, const uint64_t key[2],
+                                  const char *library, int is_awaited);
+uint64_t now_ns(void);
+
+// --- loaded.c: what was loaded in place of an original, until it is unloaded
+#define KERNEL_UNKNOWN 0xFFFFFFFFu  // of an original, or no kernel of this name
+
+struct loaded;
+
+void loaded_add(void *handle, const struct replacement *replacement);  // takes it over
+struct loaded *loaded_take(const void *handle);  // before it is unloaded; NULL for an original
+void loaded_drop(struct loaded *taken);          // after that
+void loaded_keep(struct loaded *taken);          // when the driver did not unload it
+uint32_t loaded_kernel_flags(const void *handle, const char *name);  // as the cache file has them
+
+// --- control.c: the control block
+uint64_t control_address(void);         // 0: there is none, and no image may be hooked
+const char *control_why_not(void);      // one line
+void control_make(CUcontext context, CUdevice device);
+
+// --- coverage.c: what happened in this process, for `concordia modules`
+struct coverage {
+  const char *call, *library, *outcome, *why;
+  const struct image *image;
+  const uint64_t *key;
+  uint64_t ns;
+};
+
+void coverage_image(const struct coverage *coverage);
+void coverage_note(const char *what, const char *why);
+void coverage_count(const char *name, uint64_t value);  // one line at the end of the process

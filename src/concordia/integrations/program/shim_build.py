@@ -72,9 +72,9 @@ def place_shim(folder: Path, driver: Path, *, flags: Sequence[str] = ()) -> Path
 
 
 def hook_names() -> tuple[str, ...]:
-    """Every function that the shim may export, as hooks.def lists them."""
-    text = (NATIVE / "hooks.def").read_text("utf-8")
-    return tuple(re.findall(r"^HOOK\((\w+),", text, re.MULTILINE))
+    """Every function that the shim may export, as the tables of hooks list them."""
+    texts = [path.read_text("utf-8") for path in sorted(NATIVE.glob("*hooks.def"))]
+    return tuple(re.findall(r"^HOOK\((\w+),", "\n".join(texts), re.MULTILINE))
 
 
 def sources() -> tuple[Path, ...]:
@@ -93,9 +93,9 @@ def _build(command: str, path: Path, *, names: Sequence[str], flags: Sequence[st
         script.write_text("{\n  global:\n" + exported + "    concordia_*;\n  local: *;\n};\n")
         _run(
             [
-                *(command, *FLAGS, *flags, f"-I{NATIVE}"),
+                *(command, *FLAGS, f"-I{NATIVE}"),
                 *(str(source) for source in sources()),
-                *_LINK,
+                *(*_LINK, *flags),
                 f"-Wl,--version-script={script}",
                 *("-Wl,--no-as-needed", f"-L{work}", f"-l:{REAL_NAME}", "-Wl,--as-needed", "-ldl"),
                 *("-o", str(path)),
