@@ -1,0 +1,156 @@
+// The device memory that the program has.
+//
+// Owns: the hooks of allocation, and the table of what is allocated. Promises: the driver answers
+// as it would without us; where it has no memory left, what protection took is given back and it is
+// asked once more; the table is bounded, and an overflow ends the protection. Called by the
+// program. Which allocation is a region says regions.c.
+#define _GNU_SOURCE
+#include <string.h>
+
+#include "protect.h"
+
+enum { ALLOCATIONS_MAX = 1 << 16, POINTER_MEMORY_TYPE = 2, MEMORY_TYPE_DEVICE = 2 };
+
+static struct allocation table[ALLOCATIONS_MAX];  // by address
+static int count;
+
+// The first whose address is above; with the lock.
+static int above(uint64_t address) {
+  int low = 0, high = count;
+  while (low < high) {
+    int middle = (low + high) / 2;
+    if (table[middle].address <= address) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
+
+int allocation_of(uint64_t address, struct allocation *found) {
+  int at = above(address) - 1;
+  if (at < 0 || address - table[at].address >= table[at].bytes) return 0;
+  *found = table[at];
+  return 1;
+}
+
+int is_device_memory(uint64_t address) {
+  struct allocation found;
+  unsigned int type = 0;
+  protect_lock();
+  int is_known = allocation_of(address, &found);
+  protect_unlock();
+  if (is_known) return 1;
+  return REAL(cuPointerGetAttribute, &type, POINTER_MEMORY_TYPE, address) == CUDA_SUCCESS &&
+         type == MEMORY_TYPE_DEVICE;
+}
+
+static void came(CUdeviceptr address, uint64_t bytes) {
+  if (!IS_PROTECTED() || !bytes || !board_claim()) return;
+  protect_lock();
+  int is_full = count == ALLOCATIONS_MAX, at = above(address);
+  if (!is_full) {
+    memmove(&table[at + 1], &table[at], (size_t)(count - at) * sizeof *table);
+    table[at] = (struct allocation){address, bytes};
+    count++;
+  }
+  protect_unlock();
+  if (is_full) protect_lose("more than %d allocations", ALLOCATIONS_MAX);
+  else regions_allocated(address, bytes);
+}
+
+// Before the driver: nobody can be given the same address meanwhile.
+static void goes(CUdeviceptr address) {
+  if (!IS_PROTECTED()) return;
+  struct allocation found = {0, 0};
+  protect_lock();
+  if (allocation_of(address, &found) && found.address == address) {
+    int at = above(address) - 1;
+    memmove(&table[at], &table[at + 1], (size_t)(count - at - 1) * sizeof *table);
+    count--;
+  } else {
+    found.bytes = 0;
+  }
+  protect_unlock();
+  if (found.bytes) regions_freed(found.address, found.bytes);
+}
+
+#define ALLOCATED(address, bytes, call)                          \
+  do {                                                           \
+    CUresult result = call;                                      \
+    if (result == CUDA_ERROR_OUT_OF_MEMORY && IS_PROTECTED()) {  \
+      regions_drop_copies();                                     \
+      result = call;                                             \
+    }                                                            \
+    if (result == CUDA_SUCCESS) came(*(address), bytes);         \
+    return result;                                               \
+  } while (0)
+
+CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {
+  ALLOCATED(address, bytes, REAL(cuMemAlloc_v2, address, bytes));
+}
+
+CUresult cuMemAllocPitch_v2(CUdeviceptr *address, size_t *pitch, size_t width, size_t height,
+                            unsigned int element) {
+  ALLOCATED(address, *pitch * height,
+            REAL(cuMemAllocPitch_v2, address, pitch, width, height, element));
+}
+
+CUresult cuMemAllocAsync(CUdeviceptr *address, size_t bytes, CUstream stream) {
+  ALLOCATED(address, bytes, REAL(cuMemAllocAsync, address, bytes, stream));
+}
+
+CUresult cuMemAllocAsync_ptsz(CUdeviceptr *address, size_t bytes, CUstream stream) {
+  ALLOCATED(address, bytes, REAL(cuMemAllocAsync_ptsz, address, bytes, stream));
+}
+
+CUresult cuMemAllocFromPoolAsync(CUdeviceptr *address, size_t bytes, void *pool, CUstream stream) {
+  ALLOCATED(address, bytes, REAL(cuMemAllocFromPoolAsync, address, bytes, pool, stream));
+}
+
+CUresult cuMemAllocFromPoolAsync_ptsz(CUdeviceptr *address, size_t bytes, void *pool,
+                                      CUstream stream) {
+  ALLOCATED(address, bytes, REAL(cuMemAllocFromPoolAsync_ptsz, address, bytes, pool, stream));
+}
+
+CUresult cuMemAllocManaged(CUdeviceptr *address, size_t bytes, unsigned int flags) {
+  CUresult result = REAL(cuMemAllocManaged, address, bytes, flags);
+  if (result == CUDA_SUCCESS && IS_PROTECTED())
+    protect_lose("managed memory is in use: what the program reads of it passes nobody");
+  return result;
+}
+
+CUresult cuMemMap(CUdeviceptr address, size_t bytes, size_t offset,
+                  CUmemGenericAllocationHandle handle, unsigned long long flags) {
+  CUresult result = REAL(cuMemMap, address, bytes, offset, handle, flags);
+  if (result == CUDA_SUCCESS) came(address, bytes);
+  return result;
+}
+
+CUresult cuMemUnmap(CUdeviceptr address, size_t bytes) {
+  for (uint64_t at = address; IS_PROTECTED() && at < address + bytes;) {
+    struct allocation found = {0, 0};
+    protect_lock();
+    int is_there = allocation_of(at, &found);
+    protect_unlock();
+    if (!is_there || !found.bytes) break;
+    goes(found.address);
+    at = found.address + found.bytes;
+  }
+  return REAL(cuMemUnmap, address, bytes);
+}
+
+CUresult cuMemFree_v2(CUdeviceptr address) {
+  goes(address);
+  return REAL(cuMemFree_v2, address);
+}
+
+CUresult cuMemFreeAsync(CUdeviceptr address, CUstream stream) {
+  if (IS_PROTECTED()) wait_for_copies(stream, 0);
+  goes(address);
+  return REAL(cuMemFreeAsync, address, stream);
+}
+
+CUresult cuMemFreeAsync_ptsz(CUdeviceptr address, CUstream stream) {
+  if (IS_PROTECTED()) wait_for_copies(stream, 1);
+  goes(address);
+  return REAL(cuMemFreeAsync_ptsz, address, stream);
+}

@@ -1,0 +1,80 @@
+// The files that the shim and the agent see both.
+//
+// Owns: the mappings of board and stage, and the claim on them. Promises: of the processes of a run
+// the first that allocates device memory is protected, and only that one; what is written in stream
+// order lands in the board. Called by allocations.c before anything else of the protection.
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "protect.h"
+
+#define MAGIC 0x4452414f42434e43ull  // "CNCBOARD"
+_Static_assert(sizeof(struct board) <= BOARD_REGIONS_AT, "the regions lie behind");
+_Static_assert(offsetof(struct board, reason) == 256, "program_pages.py reads it there");
+_Static_assert(sizeof(struct board_region) == 128, "program_pages.py reads it so");
+
+struct board *board;
+uint8_t *stage;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static int is_ours;
+static CUdeviceptr word;
+
+static void *mapped(const char *name, uint64_t bytes) {
+  char path[4096];
+  struct stat found;
+  snprintf(path, sizeof path, "%s/%s", protect_folder, name);
+  int file = open(path, O_RDWR | O_CLOEXEC);
+  if (file < 0) return NULL;
+  void *made = MAP_FAILED;
+  if (fstat(file, &found) == 0 && (uint64_t)found.st_size >= bytes)
+    made = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  close(file);
+  return made == MAP_FAILED ? NULL : made;
+}
+
+static void claim(void) {
+  uint64_t marks = (policy.stage_bytes + MARK_BYTES - 1) / MARK_BYTES;
+  struct board *found = mapped("board", BOARD_MARKS_AT + marks);
+  uint32_t nobody = 0;
+  if (!found || found->magic != MAGIC || found->version != BOARD_VERSION) {
+    protect_lose("%s/board is not what was made", protect_folder);
+    return;
+  }
+  if (!atomic_compare_exchange_strong(&found->owner, &nobody, (uint32_t)getpid())) {
+    atomic_store(&protect_mode, PROTECT_OFF);
+    fprintf(stderr, "concordia: process %d is unprotected: process %u of this run is\n",
+            (int)getpid(), nobody);
+    return;
+  }
+  board = found;
+  stage = mapped("stage", policy.stage_bytes);
+  if (!stage) {
+    protect_lose("%s/stage is not what was made", protect_folder);
+    return;
+  }
+  is_ours = forward_open() && reads_open();
+}
+
+int board_claim(void) {
+  if (!IS_PROTECTED()) return 0;
+  pthread_once(&once, claim);
+  return is_ours && IS_PROTECTED();
+}
+
+CUdeviceptr board_word(void) {
+  if (word) return word;
+  CUdeviceptr found = 0;
+  CUresult result = REAL(cuMemHostRegister_v2, board, 4096, 3);  // portable, mapped
+  if (result == CUDA_SUCCESS)
+    result = REAL(cuMemHostGetDevicePointer_v2, &found, (void *)&board->word, 0);
+  if (result != CUDA_SUCCESS) {
+    protect_lose("the board cannot be registered: error %d of the driver", result);
+    return 0;
+  }
+  return word = found;
+}

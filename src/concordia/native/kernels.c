@@ -1,0 +1,187 @@
+// What is known of a kernel: its name, its parameters, and what the policy says of it.
+//
+// Owns: a table by the driver's handle. Promises: entries are added, never moved; a handle that now
+// means another kernel (its module was unloaded) is seen by its name and gets a new entry; words of
+// arguments are read only inside the parameters that the driver describes. Called by whoever
+// watches launches.
+#define _GNU_SOURCE
+#include <fnmatch.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "protect.h"
+
+enum { SLOTS = 1 << 16, PROBES = 64, PARAMETERS_MAX = 512 };
+enum { EXTRA_END = 0, EXTRA_BUFFER = 1, EXTRA_SIZE = 2 };
+enum { KERNEL_MARKS = 4, KERNEL_TENSOR_MAPS = 64 };  // flags of the cache file's table
+
+static struct kernel *_Atomic table[SLOTS];
+static const struct kernel unknown = {.name = "", .count = -1};
+
+static uint64_t slot_of(const void *function) {
+  return (uint64_t)(uintptr_t)function * 0x9e3779b97f4a7c15ull >> 48;
+}
+
+static const char *name_of(void *function) {
+  const char *name = NULL;
+  if (REAL(cuFuncGetName, &name, function) != CUDA_SUCCESS &&
+      REAL(cuKernelGetName, &name, function) != CUDA_SUCCESS)
+    return NULL;
+  return name;
+}
+
+// Functions that were made of kernels: only these know their library.
+static struct {
+  _Atomic(void *) function;
+  void *kernel;
+} origins[SLOTS];
+
+CUresult cuKernelGetFunction(CUfunction *function, void *kernel) {
+  CUresult result = REAL(cuKernelGetFunction, function, kernel);
+  if (result != CUDA_SUCCESS || !IS_PROTECTED()) return result;
+  uint64_t at = slot_of(*function);
+  for (int i = 0; i < PROBES; i++, at = (at + 1) % SLOTS) {
+    void *seen = NULL;
+    if (atomic_compare_exchange_strong(&origins[at].function, &seen, *function) ||
+        seen == *function) {
+      origins[at].kernel = kernel;
+      break;
+    }
+  }
+  return result;
+}
+
+static void *origin_of(void *function) {
+  uint64_t at = slot_of(function);
+  for (int i = 0; i < PROBES; i++, at = (at + 1) % SLOTS)
+    if (atomic_load(&origins[at].function) == function) return origins[at].kernel;
+  return NULL;
+}
+
+// What its image has, where it was hooked.
+static void learn_flags(struct kernel *kernel, void *function) {
+  void *home = NULL, *origin = origin_of(function);
+  uint32_t flags = KERNEL_UNKNOWN;
+  if (REAL(cuKernelGetLibrary, &home, origin ? origin : function) == CUDA_SUCCESS)
+    flags = loaded_kernel_flags(home, kernel->name);
+  if (flags == KERNEL_UNKNOWN && REAL(cuFuncGetModule, &home, function) == CUDA_SUCCESS)
+    flags = loaded_kernel_flags(home, kernel->name);
+  if (flags == KERNEL_UNKNOWN) return;
+  kernel->writes_unseen = (flags & KERNEL_TENSOR_MAPS) != 0;
+  kernel->is_marking = (flags & KERNEL_MARKS) && !kernel->writes_unseen;
+}
+
+static uint64_t hash_of(const char *name) {
+  uint64_t hash = 0xcbf29ce484222325ull;
+  for (; *name; name++) hash = (hash ^ (unsigned char)*name) * 0x100000001b3ull;
+  return hash;
+}
+
+static CUresult parameter(void *function, size_t index, size_t *offset, size_t *bytes) {
+  CUresult result = REAL(cuFuncGetParamInfo, function, index, offset, bytes);
+  return result == CUDA_SUCCESS ? result
+                                : REAL(cuKernelGetParamInfo, function, index, offset, bytes);
+}
+
+static void learn_parameters(struct kernel *kernel, void *function) {
+  size_t offset, bytes;
+  int count = 0;
+  kernel->count = -1;
+  if (!real.cuFuncGetParamInfo && !real.cuKernelGetParamInfo) return;
+  while (count < PARAMETERS_MAX && parameter(function, (size_t)count, &offset, &bytes) == 0)
+    count++;
+  if (count == PARAMETERS_MAX) return;
+  kernel->parameters = calloc((size_t)count + 1, sizeof *kernel->parameters);
+  if (!kernel->parameters) return;
+  for (int i = 0; i < count; i++) {
+    parameter(function, (size_t)i, &offset, &bytes);
+    kernel->parameters[i].offset = (uint32_t)offset;
+    kernel->parameters[i].bytes = (uint32_t)bytes;
+  }
+  kernel->count = count;
+}
+
+static struct kernel *learned(void *function, const char *name) {
+  struct kernel *kernel = calloc(1, sizeof *kernel);
+  if (!kernel) return NULL;
+  atomic_init(&kernel->function, function);
+  kernel->name = name;
+  kernel->hash = hash_of(name);
+  for (int i = 0; i < policy.trigger_count; i++)
+    if (policy.triggers[i].on == ON_KERNEL && fnmatch(policy.triggers[i].kernel, name, 0) == 0)
+      kernel->triggers |= 1u << i;
+  for (int i = 0; i < policy.rule_count; i++)
+    if (policy.rules[i].kernel[0] && fnmatch(policy.rules[i].kernel, name, 0) == 0)
+      kernel->rules |= 1ull << i;
+  for (int i = 0; i < policy.trusted_count; i++)
+    if (fnmatch(policy.trusted[i], name, 0) == 0) kernel->is_trusted = 1;
+  learn_parameters(kernel, function);
+  learn_flags(kernel, function);
+  return kernel;
+}
+
+const struct kernel *kernel_of(void *function) {
+  const char *name = function ? name_of(function) : NULL;
+  if (!name) return &unknown;
+  uint64_t at = slot_of(function);
+  for (int i = 0; i < PROBES; i++, at = (at + 1) % SLOTS) {
+    struct kernel *kernel = atomic_load_explicit(&table[at], memory_order_acquire);
+    if (!kernel) {
+      struct kernel *made = learned(function, name);
+      if (!made) return &unknown;
+      if (atomic_compare_exchange_strong(&table[at], &kernel, made)) return made;
+      free(made->parameters);
+      free(made);
+    }
+    if (atomic_load_explicit(&kernel->function, memory_order_relaxed) != function) continue;
+    if (kernel->name == name && kernel->hash == hash_of(name)) return kernel;
+    atomic_store_explicit(&kernel->function, NULL, memory_order_relaxed);  // that one is gone
+  }
+  return &unknown;
+}
+
+static const uint8_t *buffer_of(void **extra, uint64_t *bytes) {
+  const uint8_t *buffer = NULL;
+  *bytes = 0;
+  for (int i = 0; i < 8 && extra && extra[i] != (void *)EXTRA_END; i += 2) {
+    if (extra[i] == (void *)EXTRA_BUFFER) buffer = extra[i + 1];
+    if (extra[i] == (void *)EXTRA_SIZE && extra[i + 1]) *bytes = *(const size_t *)extra[i + 1];
+  }
+  return *bytes ? buffer : NULL;
+}
+
+int kernel_words(const struct kernel *kernel, void **parameters, void **extra,
+                 void (*see)(uint64_t word, void *context), void *context) {
+  uint64_t bytes, word;
+  if (!parameters) {
+    const uint8_t *buffer = buffer_of(extra, &bytes);
+    for (uint64_t at = 0; buffer && at + 8 <= bytes; at += 8) {
+      memcpy(&word, buffer + at, 8);
+      see(word, context);
+    }
+    return buffer != NULL || kernel->count == 0;
+  }
+  if (kernel->count < 0) return 0;
+  for (int i = 0; i < kernel->count; i++) {
+    uint32_t offset = kernel->parameters[i].offset, size = kernel->parameters[i].bytes;
+    for (uint32_t at = -offset % 8; at + 8 <= size; at += 8) {
+      memcpy(&word, (const uint8_t *)parameters[i] + at, 8);
+      see(word, context);
+    }
+  }
+  return 1;
+}
+
+int kernel_argument(const struct kernel *kernel, void **parameters, void **extra, int index,
+                    uint64_t *word) {
+  uint64_t bytes;
+  if (index >= kernel->count || kernel->parameters[index].bytes < 8) return 0;
+  if (parameters) {
+    memcpy(word, parameters[index], 8);
+    return 1;
+  }
+  const uint8_t *buffer = buffer_of(extra, &bytes);
+  if (!buffer || kernel->parameters[index].offset + 8 > bytes) return 0;
+  memcpy(word, buffer + kernel->parameters[index].offset, 8);
+  return 1;
+}

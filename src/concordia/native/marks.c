@@ -1,0 +1,107 @@
+// Which pages of the regions may have changed, as the host sees it.
+//
+// Owns: the marks of calls that write (copies, fills) and of launches whose stores do not mark.
+// Promises: marked pages are a superset of what changed: a mark is set after the call that writes
+// was given to the driver, so a point that takes marks has the writes of all that it takes before
+// it; what is not understood marks everything. Work that is being captured marks when its graph is
+// launched. Called by copies.c, graphs.c and, as an observer, by launch.c.
+//
+// A launch of unmarked stores reaches the regions that its arguments point to. One that points to
+// other device memory, where more pointers may lie, or to none at all, reaches all of them, unless
+// the policy trusts the kernel to write through its arguments only.
+#define _GNU_SOURCE
+#include "protect.h"
+
+int is_capturing(CUstream stream, int is_per_thread) {
+  int status = CU_STREAM_CAPTURE_STATUS_NONE;
+  return STREAM_CALL(is_per_thread, cuStreamIsCapturing, stream, &status) == CUDA_SUCCESS &&
+         status != CU_STREAM_CAPTURE_STATUS_NONE;
+}
+
+void marks_range(uint64_t address, uint64_t bytes) {
+  for (int i = 0; bytes && i < region_count; i++) {
+    struct region *region = regions[i];
+    uint64_t end = address + bytes, last = region->address + region->bytes;
+    uint64_t from = address > region->address ? address : region->address;
+    uint64_t to = end < last ? end : last;
+    if (from >= to || region->is_whole) continue;
+    for (uint64_t page = (from - region->address) >> MARK_SHIFT;
+         page <= (to - 1 - region->address) >> MARK_SHIFT; page++)
+      region->marks[page] = 1;
+  }
+}
+
+void marks_wrote(uint64_t address, uint64_t bytes, CUstream stream, int is_per_thread) {
+  if (!IS_PROTECTED() || is_capturing(stream, is_per_thread)) return;
+  streams_seen(stream, is_per_thread);
+  protect_lock();
+  marks_range(address, bytes);
+  protect_unlock();
+}
+
+static void mark_all(void) {
+  for (int i = 0; i < region_count; i++) regions[i]->is_whole = 1;
+}
+
+void marks_all(CUstream stream, int is_per_thread) {
+  if (!IS_PROTECTED() || is_capturing(stream, is_per_thread)) return;
+  streams_seen(stream, is_per_thread);
+  protect_lock();
+  mark_all();
+  protect_unlock();
+}
+
+struct reach {
+  int regions, elsewhere;
+};
+
+static void see(uint64_t word, void *context) {
+  struct reach *reach = context;
+  struct allocation found;
+  int is_region = 0;
+  for (int i = 0; i < region_count; i++) {
+    if (word - regions[i]->address >= regions[i]->bytes) continue;
+    regions[i]->is_whole = 1;
+    is_region = 1;
+  }
+  reach->regions += is_region;
+  if (!is_region && allocation_of(word, &found)) reach->elsewhere++;
+}
+
+// With the lock: what a kernel with these arguments may write.
+static void mark_kernel(const struct kernel *kernel, void **parameters, void **extra) {
+  struct reach reach = {0, 0};
+  if (window_map && kernel->is_marking) {
+    for (int i = 0; i < region_count; i++)
+      if (regions[i]->is_outside) regions[i]->is_whole = 1;
+    return;
+  }
+  int is_all_whole = 1;
+  for (int i = 0; i < region_count; i++) is_all_whole &= regions[i]->is_whole;
+  if (is_all_whole) return;
+  int is_known = kernel_words(kernel, parameters, extra, see, &reach);
+  if (!is_known || kernel->writes_unseen || (!kernel->is_trusted && (reach.elsewhere || !reach.regions))) mark_all();
+}
+
+static __thread const struct kernel *launched;  // between before and after
+
+void marks_before(const struct launch *launch) {
+  launched = NULL;
+  if (!IS_PROTECTED() || launch->kind == LAUNCH_GRAPH) return;
+  launched = kernel_of(launch->function);
+  if (launched->rules) regions_launched(launched, launch);
+}
+
+void marks_after(const struct launch *launch, CUresult result) {
+  uint64_t hash = 0;
+  if (!IS_PROTECTED() || result != CUDA_SUCCESS) return;
+  if (is_capturing(launch->stream, launch->is_per_thread)) return;
+  if (!launched && launch->kind != LAUNCH_GRAPH) return;  // protected only since the call began
+  streams_seen(launch->stream, launch->is_per_thread);
+  protect_lock();
+  if (launch->kind != LAUNCH_GRAPH)
+    mark_kernel(launched, launch->parameters, launch->extra);
+  else if (!graph_marks(launch->function, &hash)) mark_all();
+  protect_unlock();
+  points_launched(launch, launched, hash);
+}

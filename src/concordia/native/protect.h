@@ -1,0 +1,189 @@
+// What the files that protect a program know of each other.
+//
+// Owns: the internal interface of policy, allocations, regions, marks, reads and points. Promises:
+// without a folder in CONCORDIA_PROTECT all of it does nothing but pass calls on; what goes wrong
+// ends the protection, with one line on stderr, and never the program, except where a resumed
+// program could only go on with wrong bytes: then it ends before it does. One lock guards all
+// tables; it is held for memory accesses only, never while the driver is called.
+#pragma once
+#include <stdatomic.h>
+
+#include "shim.h"
+
+enum {
+  MARK_SHIFT = 16,
+  MARK_BYTES = 1 << MARK_SHIFT,  // of a page that is marked
+  RULES_MAX = 64,
+  TRIGGERS_MAX = 16,
+  TRUSTED_MAX = 64,
+  REGIONS_MAX = 1024,
+  NAME_MAX_BYTES = 64,
+  PATTERN_BYTES = 160,
+};
+
+enum protect_mode {
+  PROTECT_OFF,      // nothing is protected, or no longer
+  PROTECT_RECORD,   // the program runs, and is saved
+  PROTECT_WARM,     // a resumed program before it has passed its first points: it runs
+  PROTECT_FORWARD,  // and behind them: kernels are left out, what was read is read again
+};
+extern _Atomic int protect_mode;
+
+#define IS_PROTECTED() \
+  (__builtin_expect(atomic_load_explicit(&protect_mode, memory_order_relaxed) != PROTECT_OFF, 0))
+#define IS_FORWARD() \
+  (__builtin_expect(                                                                  \
+      atomic_load_explicit(&protect_mode, memory_order_relaxed) == PROTECT_FORWARD, 0))
+
+void protect_lock(void);
+void protect_unlock(void);
+// Protection ends here; a program that is being resumed cannot go on, and ends.
+void protect_lose(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+// --- policy.c
+struct rule {
+  char name[NAME_MAX_BYTES], stack[PATTERN_BYTES], kernel[PATTERN_BYTES];
+  uint64_t size_min, size_max, bytes;
+  int64_t ordinal;
+  int argument;
+};
+enum trigger_on { ON_GRAPH, ON_KERNEL, ON_SYNCHRONIZE };
+struct trigger {
+  enum trigger_on on;
+  char kernel[PATTERN_BYTES];
+  uint64_t every, interval_us;
+};
+struct policy {
+  uint64_t warm, audit, stage_bytes, reads_bytes;
+  int rule_count, trigger_count, trusted_count;
+  struct rule rules[RULES_MAX];
+  struct trigger triggers[TRIGGERS_MAX];
+  char trusted[TRUSTED_MAX][PATTERN_BYTES];
+};
+extern struct policy policy;  // filled before any hook is called
+extern char protect_folder[3072];
+
+// --- board.c: what the shim and the agent see both
+enum { BOARD_VERSION = 1, BOARD_REGIONS_AT = 4096, BOARD_MARKS_AT = 4096 + 128 * REGIONS_MAX };
+struct board_region {
+  char name[NAME_MAX_BYTES];
+  uint64_t bytes, stage_offset, pages, pages_marked, posts, address, reserved[2];
+};
+struct board {
+  uint64_t magic;
+  uint32_t version;
+  _Atomic uint32_t owner;  // pid of the process that is protected
+  _Atomic uint64_t posted, taken, lost;
+  _Atomic uint64_t word;  // written in stream order
+  uint64_t ordinal, reads_bytes, digest, generation, region_count, is_audited;
+  _Atomic uint64_t points, fired, coalesced, swallowed, answered, missed_pages, audits, unjoined;
+  uint64_t reserved[12];
+  char reason[256];
+};
+extern struct board *board;
+extern uint8_t *stage;  // of the host: policy.stage_bytes
+int board_claim(void);  // whether this process is the one that is protected
+CUdeviceptr board_word(void);
+
+// --- kernels.c
+struct kernel {
+  _Atomic(void *) function;
+  const char *name;  // of the driver
+  uint64_t hash;
+  uint32_t triggers, is_trusted;
+  uint64_t rules;
+  int is_marking;  // all of its stores mark their pages
+  int writes_unseen;  // its tensor maps hide where it writes: it may be anywhere
+  int count;  // of parameters; -1: not known
+  struct {
+    uint32_t offset, bytes;
+  } *parameters;
+};
+const struct kernel *kernel_of(void *function);
+// Calls `see` with each word of a launch's arguments that may be an address; whether all of them
+// were seen.
+int kernel_words(const struct kernel *kernel, void **parameters, void **extra,
+                 void (*see)(uint64_t word, void *context), void *context);
+int kernel_argument(const struct kernel *kernel, void **parameters, void **extra, int index,
+                    uint64_t *word);
+
+// --- allocations.c
+struct allocation {
+  uint64_t address, bytes;
+};
+int allocation_of(uint64_t address, struct allocation *found);  // with the lock
+int is_device_memory(uint64_t address);                          // without
+
+// --- stack.c
+int stack_matches(const char *pattern);
+
+// --- regions.c; all with the lock unless it says otherwise
+struct region {
+  char name[NAME_MAX_BYTES];
+  uint64_t address, bytes, pages, stage_offset;
+  CUdeviceptr copy;  // on the device, as it was at the last point
+  uint8_t *marks;    // by page, of what the host saw being written
+  uint8_t *taken;    // and what of them belongs to the point at hand
+  int is_whole, is_fresh, is_outside;
+  uint64_t pages_marked, posts;
+};
+extern struct region *regions[REGIONS_MAX];
+extern int region_count;
+extern uint64_t regions_generation;
+extern uint64_t window_base;  // what kernels mark lies in [window_base, + WINDOW_BYTES)
+extern CUdeviceptr window_map;
+#define WINDOW_BYTES (1ull << 38)
+void regions_allocated(uint64_t address, uint64_t bytes);        // without the lock
+void regions_freed(uint64_t address, uint64_t bytes);            // without the lock
+void regions_launched(const struct kernel *, const struct launch *);  // without the lock
+void regions_drop_copies(void);                                  // without the lock
+void regions_sweep(void);  // without the lock, while no copy is in use: gives back those of the gone
+CUcontext regions_context(void);
+
+// --- marks.c; without the lock
+void marks_wrote(uint64_t address, uint64_t bytes, CUstream stream, int is_per_thread);
+void marks_all(CUstream stream, int is_per_thread);
+void marks_range(uint64_t address, uint64_t bytes);  // with the lock
+int is_capturing(CUstream stream, int is_per_thread);
+
+// --- graphs.c
+int graph_marks(void *graph, uint64_t *hash);  // of a launch; 0: it is not known
+
+// --- streams.c
+void streams_seen(CUstream stream, int is_per_thread);
+int streams_join(CUstream stream, int is_per_thread);    // all work since the last one comes first
+void streams_release(CUstream stream, int is_per_thread);  // and what comes next comes after
+CUresult wait_for_copies(CUstream stream, int is_per_thread);
+
+// --- reads.c
+enum { ENTRY_READ = 1, ENTRY_POINT = 2 };
+int reads_open(void);  // with forward_open() before
+int reads_answer(void *target, uint64_t bytes);  // FORWARD only: whether it was answered
+void reads_took(const void *target, uint64_t bytes);
+int reads_point(uint64_t ordinal, uint64_t digest, uint64_t *end);  // with the lock
+int reads_are_done(uint64_t end);
+void reads_async(CUdeviceptr source, uint64_t bytes, CUstream stream, int is_per_thread);
+
+// --- points.c
+void points_launched(const struct launch *launch, const struct kernel *kernel, uint64_t graph_hash);
+void points_synchronized(CUstream stream, int is_per_thread);
+uint64_t points_digest(void);
+
+// --- saver.c
+void saver_fire(CUstream stream, int is_per_thread, uint64_t ordinal, uint64_t digest,
+                uint64_t reads_end);
+int saver_is_idle(void);
+void saver_forget(struct region *region);  // frees it once nobody uses it
+
+// --- forward.c
+extern uint64_t forward_target;  // ordinal of the point at which a resumed program goes on; 0: none
+int forward_open(void);
+extern uint64_t forward_reads_end;  // and that of what it had read until then
+void forward_restore(void);
+
+// --- window.c: what kernels mark
+int window_open(uint64_t base, uint64_t bytes, CUdeviceptr map);
+
+// The plain call or that of a thread's own stream.
+#define STREAM_CALL(per_thread, name, ...) \
+  ((per_thread) ? REAL(name##_ptsz, __VA_ARGS__) : REAL(name, __VA_ARGS__))
