@@ -1,109 +1,127 @@
-// Hashes of pages of one leaf, eight by a warp, at the speed of the memory.
+// Hashes of pages of one leaf, four by a warp, at the speed of the memory.
 //
 // Owns: the layout of that work. Promises: the values are XXH3-128 of each page's 4096 bytes, as
-// the xxhash library gives them. Four lanes take a page, each one pair of XXH3's accumulators over
-// all 64 stripes: the algorithm swaps the two words of a pair, which are 16 bytes that one load
-// brings, so no lane needs another's data before the very end. GPU only. Called by page_scan.cu and
+// the xxhash library gives them. Eight lanes take a page: four pairs of XXH3's accumulators, even
+// and odd stripes of each apart, which meet once per block. An access of a warp is whole lines, and
+// 8 to 16 of a lane's are under way at any time. No other load stands among them: answers come in
+// order, and one from the cache would wait for all before it. GPU only. Called by page_scan.cu and
 // page_burst.cu.
 //
-// lane = 4 * page + p: words 2p and 2p + 1 of every stripe of 64 bytes
+// lane = 8 * page + 4 * group + p: words 2p and 2p + 1 of stripes group, group + 2, ... of a block
 #pragma once
 #include "page_table.h"
 #include "stream.h"
 
 #if CONCORDIA_CUDA
-constexpr uint32_t kPagesEach = 8;  // of a warp
-constexpr uint32_t kHalf = kStripesPerBlock / 2;  // stripes whose loads are under way at once
+constexpr uint32_t kPagesEach = 4;  // of a warp
+constexpr uint32_t kPageLanes = 32 / kPagesEach, kGroups = kPageLanes / 4;
+constexpr uint32_t kLoads = kStripesPerBlock / kGroups;  // of a lane, in a block
+constexpr uint32_t kBlockWides = kStripesPerBlock * kStripeBytes / sizeof(Wide);
 constexpr uint32_t kBlocks = kLeafBytes / kStripeBytes / kStripesPerBlock;
+static_assert(kGroups == 2 && kBlocks % 2 == 0, "one exchange adds up; blocks come in twos");
 
-struct Digest {
-  uint64_t low, high;
-};
-
-// What a lane needs of the secret, in registers: reading it again for each page would take the
-// loads' turns.
+// What a lane needs of the secret in every block, in registers.
 struct PageKeys {
-  uint64_t word[kStripesPerBlock + 1];  // stripe i has words i and i + 1
-  Pair last;
+  Pair usual[kLoads];
+  uint64_t scramble;  // of the accumulator that this lane has after a block
 };
 FUNCTION PageKeys page_keys() {
-  const uint32_t p = threadIdx.x % 4;
+  const uint32_t p = threadIdx.x % 4, group = threadIdx.x / 4 % kGroups;
   PageKeys keys;
 #pragma unroll
-  for (uint32_t i = 0; i <= kStripesPerBlock; ++i) keys.word[i] = kSecret[2 * p + i];
-  keys.last = last_keys(team_place());  // a team's lanes have the same pairs
+  for (uint32_t k = 0; k < kLoads; ++k) {
+    const uint64_t* key = kSecret + 2 * p + group + kGroups * k;
+    keys.usual[k] = {key[0], key[1]};
+  }
+  keys.scramble = kSecret[16 + 2 * p + group];
   return keys;
 }
 
-FUNCTION uint64_t mix_pair(Pair sum, uint64_t offset) {
-  return mix_product(sum.a ^ secret_at(offset), sum.b ^ secret_at(offset + 8));
+// What it needs once a page is chosen among constants each time.
+template <class ValueOf>
+FUNCTION uint64_t choose(uint32_t p, ValueOf value) {
+  const uint64_t low = p % 2 != 0 ? value(1) : value(0), high = p % 2 != 0 ? value(3) : value(2);
+  return p / 2 != 0 ? high : low;
+}
+FUNCTION Pair page_last_keys(uint32_t p) {
+  return {choose(p, [](uint32_t i) { return last_secret(2 * i); }),
+          choose(p, [](uint32_t i) { return last_secret(2 * i + 1); })};
+}
+FUNCTION uint64_t mix_key(uint32_t p, bool is_high, uint32_t word) {
+  const uint64_t low = choose(p, [=](uint32_t i) { return secret_at(11 + 16 * i + 8 * word); });
+  const uint64_t high = choose(p, [=](uint32_t i) {
+    return secret_at(kSecretBytes - 64 - 11 + 16 * i + 8 * word);
+  });
+  return is_high ? high : low;
 }
 
-// Adds over the four lanes of a page.
-FUNCTION uint64_t add_pairs(uint64_t value) {
-  value += exchange_lanes(value, 1);
-  return value + exchange_lanes(value, 2);
-}
-
-FUNCTION void load_half(const Wide* from, Wide* data) {
+FUNCTION void load_block(const Wide* from, Wide* data) {
 #pragma unroll
-  for (uint32_t k = 0; k < kHalf; ++k) data[k] = from[4 * k];
+  for (uint32_t k = 0; k < kLoads; ++k) data[k] = from[kPageLanes * k];
 }
 
-FUNCTION void add_half(const PageKeys& keys, uint32_t first, const Wide* data, bool is_end,
-                       Pair* sum) {
+// A block's words added up, for one accumulator: even lanes have the first of the pair, odd ones the
+// second.
+FUNCTION uint64_t add_block(const PageKeys& keys, const Wide* data, Pair last, bool is_odd) {
+  Pair part = {};
 #pragma unroll
-  for (uint32_t k = 0; k < kHalf; ++k) {
-    const Pair usual = {keys.word[first + k], keys.word[first + k + 1]};
-    add_words(sum, data[k], is_end && k == kHalf - 1 ? keys.last : usual);
-  }
+  for (uint32_t k = 0; k < kLoads; ++k)
+    add_words(&part, data[k], k == kLoads - 1 ? last : keys.usual[k]);
+  return (is_odd ? part.b : part.a) + exchange_lanes(is_odd ? part.a : part.b, 4);
 }
 
-// All lanes of a warp: the hash of the page at `at`, the same for the four lanes of a page. `near`
-// holds the page's first half block, and then that of the page at `next`: loads never pause.
-FUNCTION Digest hash_page(const PageKeys& keys, const Wide* at, const Wide* next, Wide* near) {
-  const uint32_t p = threadIdx.x % 4;
-  Pair sum = {first_sum(2 * p), first_sum(2 * p + 1)};
+// All lanes of a warp: half of the hash of the page at `at`, the low one in the first four of its
+// lanes and the high one in the others. `near` holds the page's first block, and then that of the
+// page at `next`: loads never pause.
+FUNCTION uint64_t hash_page(const PageKeys& keys, const Wide* at, const Wide* next, Wide* near) {
+  const uint32_t t = thread_anew(), p = t % 4;
+  const bool is_odd = t / 4 % kGroups != 0;
+  uint64_t sum = first_sum(2 * p + is_odd);
 #pragma unroll 1
-  for (uint32_t block = 0; block < kBlocks; ++block) {
-    const bool is_end = block == kBlocks - 1;
-    Wide far[kHalf];
-    load_half(at + 4 * kHalf, far);
-    add_half(keys, 0, near, false, &sum);
-    at = is_end ? next : at + 4 * kStripesPerBlock;
-    load_half(at, near);
-    add_half(keys, kHalf, far, is_end, &sum);
-    if (is_end) break;
-    sum.a = scrambled(sum.a, kSecret[16 + 2 * p]);
-    sum.b = scrambled(sum.b, kSecret[17 + 2 * p]);
+  for (uint32_t block = 0; block < kBlocks; block += 2) {
+    const bool is_end = block == kBlocks - 2;
+    Wide far[kLoads];
+    load_block(at + kBlockWides, far);
+    sum += add_block(keys, near, keys.usual[kLoads - 1], is_odd);
+    sum = scrambled(sum, keys.scramble);
+    at = is_end ? next : at + 2 * kBlockWides;
+    load_block(at, near);
+    // the odd group has the last stripe
+    sum += add_block(keys, far,
+                     is_end && is_odd ? page_last_keys(p) : keys.usual[kLoads - 1], is_odd);
+    if (!is_end) sum = scrambled(sum, keys.scramble);
   }
-  const uint64_t low = add_pairs(mix_pair(sum, 11 + 16 * p));
-  const uint64_t high = add_pairs(mix_pair(sum, kSecretBytes - 64 - 11 + 16 * p));
-  return {avalanche(low + kLeafBytes * kPrime64_1), avalanche(high + ~(kLeafBytes * kPrime64_2))};
+  const uint64_t other = exchange_lanes(sum, 4);
+  uint64_t mixed = mix_product((is_odd ? other : sum) ^ mix_key(p, is_odd, 0),
+                               (is_odd ? sum : other) ^ mix_key(p, is_odd, 1));
+  mixed += exchange_lanes(mixed, 1);
+  mixed += exchange_lanes(mixed, 2);
+  return avalanche(mixed + (is_odd ? ~(kLeafBytes * kPrime64_2) : kLeafBytes * kPrime64_1));
 }
 
 // A whole warp, one of `warps`: notes the pages in [first, end) that differ from the table.
 FUNCTION void find_dirty(const Pages& pages, uint64_t first, uint64_t end, uint64_t warp,
                          uint64_t warps) {
-  const uint32_t t = threadIdx.x % 32;
-  const bool is_judge = t % 4 == 0;
-  const uint64_t stride = warps * kPagesEach;
-  const auto place = [=](uint64_t page) {
-    const uint64_t there = page < end ? page : end - 1;
-    return reinterpret_cast<const Wide*>(pages.base_ptr + there * kLeafBytes) + t % 4;
+  const uint32_t t = threadIdx.x % 32, half = t / 4 % 2;
+  const bool is_judge = t % 4 == 0;  // of its half of a hash
+  // a region has less than 2^31 pages: 8 TiB
+  const uint32_t stride = (uint32_t)warps * kPagesEach, stop = (uint32_t)end;
+  const uint8_t* mine_ptr = pages.base_ptr + t % kPageLanes * sizeof(Wide);
+  const auto place = [=](uint32_t page) {
+    return reinterpret_cast<const Wide*>(mine_ptr +
+                                         (page < stop ? page : stop - 1) * kLeafBytes);
   };
-  uint64_t page = first + warp * kPagesEach + t / 4;
+  uint32_t page = (uint32_t)first + (uint32_t)warp * kPagesEach + t / kPageLanes;
   const PageKeys keys = page_keys();
-  Wide near[kHalf];
-  load_half(place(page), near);
+  Wide near[kLoads];
+  load_block(place(page), near);
 #pragma unroll 1
-  for (uint64_t start = first + warp * kPagesEach; start < end; start += stride, page += stride) {
-    const bool is_there = page < end;
-    Wide known = {};
-    if (is_judge && is_there) known = *reinterpret_cast<const Wide*>(pages.table + 2 * page);
-    const Digest found = hash_page(keys, place(page), place(page + stride), near);
-    if (is_judge && is_there && (found.low != known.word[0] || found.high != known.word[1]))
-      note_page(pages, page);
+  for (; page - t / kPageLanes < stop; page += stride) {
+    const bool is_mine = is_judge && page < stop;
+    const uint64_t known = is_mine ? pages.table[2ull * page + half] : 0;
+    const uint64_t found = hash_page(keys, place(page), place(page + stride), near);
+    const uint32_t differ = team_bits(is_mine && found != known) >> (t - t % kPageLanes);
+    if (is_mine && half == 0 && (differ & 0x11) != 0) note_page(pages, page);
   }
 }
 #endif

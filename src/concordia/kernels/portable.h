@@ -137,6 +137,12 @@ FUNCTION uint64_t lane_value(uint64_t value, uint32_t lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
 FUNCTION uint64_t team_lane() { return threadIdx.x % 32; }
+// threadIdx.x, asked for here: what follows from it is not kept in registers from before.
+FUNCTION uint32_t thread_anew() {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
 
 FUNCTION void pause_lane() { asm volatile("nanosleep.u32 50;"); }
 FUNCTION void yield_lane() { pause_lane(); }
