@@ -190,10 +190,15 @@ def _unpacked_slot(raw: tuple[int, int, int], image: bytes) -> Slot:
 
 
 def _packed_kernel(kernel: KernelReport) -> bytes:
-    name = kernel.name.encode("utf-8", "replace")[: config.KERNEL_NAME_BYTES_MAX]
-    reason = kernel.reason.encode("utf-8", "replace")[: config.KERNEL_REASON_BYTES_MAX]
+    name = _cut(kernel.name, config.KERNEL_NAME_BYTES_MAX)
+    reason = _cut(kernel.reason, config.KERNEL_REASON_BYTES_MAX)
     packed = _KERNEL.pack(kernel.hooks, kernel.registers, len(name), len(reason))
     return packed + name + reason
+
+
+def _cut(text: str, bytes_max: int) -> bytes:
+    """As many whole characters as fit."""
+    return text.encode("utf-8", "replace")[:bytes_max].decode("utf-8", "ignore").encode()
 
 
 def _unpacked_kernels(raw: bytes, count: int) -> Iterator[KernelReport]:
@@ -206,8 +211,10 @@ def _unpacked_kernels(raw: bytes, count: int) -> Iterator[KernelReport]:
         end = at + name_bytes + reason_bytes
         if end > len(raw) or hooks & ~_ALL_HOOKS or reason_bytes > config.KERNEL_REASON_BYTES_MAX:
             raise ImageRefused(f"a kernel with hooks {hooks:#x} and {name_bytes} bytes of name")
-        name = raw[at : at + name_bytes].decode("utf-8", "replace")
-        reason = raw[at + name_bytes : end].decode("utf-8", "replace")
+        try:
+            name, reason = raw[at : at + name_bytes].decode(), raw[at + name_bytes : end].decode()
+        except UnicodeDecodeError as error:
+            raise ImageRefused(f"the name of a kernel is UTF-8: {error}") from None
         yield KernelReport(name, Hook(hooks), registers, reason)
         at = end
     if at != len(raw):

@@ -19,6 +19,7 @@ from typing import Final
 from concordia import config
 from concordia.errors import ImageRefused
 
+_PLACE_MAX: Final = 1 << 48  # of what takes no bytes in the file: more than any device addresses
 HEADER_BYTES: Final = 64
 MACHINE: Final = 190
 RELOCATABLE: Final = 1
@@ -218,7 +219,11 @@ def _read_sections(data: bytes, header: tuple[int, ...]) -> tuple[Section, ...]:
         raise ImageRefused(f"{count} section headers at {at} in {len(data)} bytes")
     raw = list(_SECTION.iter_unpack(memoryview(data)[at : at + count * size]))
     for index, fields in enumerate(raw):
-        if fields[1] == SECTION_NULL or fields[1] in SECTIONS_NO_BITS:
+        if fields[1] == SECTION_NULL:
+            continue
+        if fields[1] in SECTIONS_NO_BITS:
+            if fields[4] > _PLACE_MAX:  # it is moved with the others
+                raise ImageRefused(f"section {index}: of no bytes, at {fields[4]}")
             continue
         if fields[4] + fields[5] > len(data) or fields[4] < HEADER_BYTES:
             raise ImageRefused(
@@ -253,6 +258,8 @@ def _read_segments(data: bytes, header: tuple[int, ...]) -> tuple[Segment, ...]:
     for index, fields in enumerate(_SEGMENT.iter_unpack(memoryview(data)[at : at + count * size])):
         if fields[2] + fields[5] > len(data):
             raise ImageRefused(f"segment {index}: {fields[5]} bytes at {fields[2]}")
+        if fields[6] > _PLACE_MAX:
+            raise ImageRefused(f"segment {index}: {fields[6]} bytes of memory")
         found.append(Segment(fields[2], fields[5], fields[6], at + index * size))
     return tuple(found)
 

@@ -1,14 +1,26 @@
 """From an image to the one that is loaded instead, floor 3.
 
-Owns: the choice of what is hooked in an image and how. Promises: never raises for what is in an
-image; on any doubt a kernel, or the whole image, is what it was, and the report says why. Called by
-the rewriter's children and by `concordia instrument`. It changes no byte itself: splice and ptx do.
+Owns: the choice of what is hooked in an image and how. Promises: nothing that is in an image is an
+error: on any doubt a kernel, or the whole image, stays what it was, and the report says why; what
+the driver takes for this device is what was hooked (machine code where there is some, else PTX).
+Called by the rewriter's children and by `concordia instrument`. It changes no byte itself: splice
+and ptx do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from concordia.errors import ImageRefused
+from concordia.instrument.fatbin import Entry, EntryKind
+from concordia.instrument.image import Image, ImageKind, read_image
 from concordia.instrument.options import Options
+from concordia.instrument.proof import first_difference
+from concordia.instrument.ptx import PtxRewritten, read_text, rewrite_ptx
+from concordia.instrument.ptx_check import is_assembled
 from concordia.instrument.report import Hook, KernelReport, Rewritten, Slot
+from concordia.instrument.splice import splice_cubin
 
 __all__ = ["KernelReport", "Options", "Rewritten", "Slot", "rewrite", "rewrite_of_library"]
 
@@ -21,8 +33,155 @@ def rewrite(image: bytes, options: Options) -> Rewritten:
 def rewrite_of_library(image: bytes, options: Options, library: str) -> Rewritten:
     """The image with its hooks; `library` is the file that it came from, empty when unknown."""
     if options.is_opaque_library(library):
-        return _unchanged(image, Hook.OPAQUE, f"{library.rpartition('/')[2]} is left as it is")
-    return _unchanged(image, Hook.LEFT_ALONE, "no form that is known")
+        name = library.rpartition("/")[2]
+        return _unchanged(image, Hook.OPAQUE, f"{name} is left as it is, by policy")
+    try:
+        return _rewrite(read_image(image), options)
+    except ImageRefused as error:
+        return _unchanged(image, Hook.LEFT_ALONE, str(error))
+
+
+def driver_takes(entries: Sequence[Entry], arch: int) -> tuple[Entry, ...]:
+    """What a driver may load for a device of this architecture: all machine code that runs there,
+    or, without any, the newest PTX that can be compiled for it.
+    """
+    code = [e for e in entries if e.kind is EntryKind.ELF and _runs(e, arch)]
+    if code:
+        return tuple(code)
+    texts = [e for e in entries if e.kind is EntryKind.PTX and _compiles(e, arch)]
+    newest = max((e.architecture for e in texts), default=0)
+    return tuple(e for e in texts if e.architecture == newest)
+
+
+def _rewrite(image: Image, options: Options) -> Rewritten:
+    if image.kind in (ImageKind.OTHER, ImageKind.RELOCATABLE):
+        return _unchanged(image.data, Hook.LEFT_ALONE, f"{image.kind.value}: passed through")
+    taken = driver_takes(image.entries, options.arch)
+    if not taken:
+        return _unchanged(image.data, Hook.LEFT_ALONE, f"no code for sm_{options.arch} in it")
+    parts = {e.index: _rewrite_entry(image.payload(e.index), e, options) for e in taken}
+    kernels = _merged([kernel for part in parts.values() for kernel in part.kernels])
+    if any(options.is_opaque_kernel(kernel.name) for kernel in kernels):
+        return Rewritten(image.data, (), tuple(map(_opaque, kernels)), is_changed=False)
+    changed = {index: part for index, part in parts.items() if part.is_changed}
+    if not changed:
+        return Rewritten(image.data, (), kernels, is_changed=False)
+    rebuilt = image.rebuild({index: part.image for index, part in changed.items()})
+    slots = [
+        slot.moved(rebuilt.offsets[index]) for index, part in changed.items() for slot in part.slots
+    ]
+    return Rewritten(rebuilt.data, tuple(slots), kernels, is_changed=True)
+
+
+def _rewrite_entry(payload: bytes, entry: Entry, options: Options) -> Rewritten:
+    """One part; a part that cannot be read or changed stays as it is."""
+    is_text = entry.kind is EntryKind.PTX
+    try:
+        return (_rewrite_text if is_text else _rewrite_code)(payload, entry, options)
+    except ImageRefused as error:
+        hooks = Hook.LEFT_ALONE | (Hook.PTX if is_text else Hook(0))
+        return _unchanged(payload, hooks, str(error))
+
+
+def _rewrite_code(payload: bytes, _: Entry, options: Options) -> Rewritten:
+    done = splice_cubin(payload, entry=options.entry, exit=options.exit)
+    denied = _denied(done.kernels, options)
+    if denied:
+        done = splice_cubin(payload, entry=options.entry, exit=options.exit, skip=denied)
+    if not _is_hooked(done.kernels):
+        return Rewritten(payload, (), done.kernels, is_changed=False)
+    wrong = first_difference(payload, done.cubin)
+    if wrong is not None:
+        return _whole_left_alone(payload, done.kernels, f"not proven to be the original: {wrong}")
+    return Rewritten(done.cubin, done.slots, done.kernels, is_changed=True)
+
+
+def _rewrite_text(payload: bytes, entry: Entry, options: Options) -> Rewritten:
+    text = read_text(payload)
+
+    def rewritten(skip: Mapping[str, str]) -> PtxRewritten:
+        return rewrite_ptx(
+            text,
+            entry=options.entry,
+            exit=options.exit,
+            marks=options.marks,
+            skip=skip,
+            page_shift=options.page_shift,
+        )
+
+    done = rewritten({})
+    denied = _denied(done.kernels, options)
+    if denied:
+        done = rewritten(denied)
+    if not _is_hooked(done.kernels):
+        return Rewritten(payload, (), done.kernels, is_changed=False)
+    changed = done.text.encode()
+    if not is_assembled(changed, text.encode(), _architecture(entry, options.arch)):
+        return _whole_left_alone(payload, done.kernels, "the assembler refuses what came out")
+    return Rewritten(changed, done.slots, done.kernels, is_changed=True)
+
+
+def _runs(entry: Entry, arch: int) -> bool:
+    """Machine code runs on later devices of its generation; with a suffix "a" on its own alone."""
+    if entry.suffix == "a":
+        return entry.architecture == arch
+    return entry.architecture // 10 == arch // 10 and entry.architecture <= arch
+
+
+def _compiles(entry: Entry, arch: int) -> bool:
+    """PTX can be compiled for its own and every later device, unless its suffix binds it."""
+    return entry.architecture <= arch if not entry.suffix else _runs(entry, arch)
+
+
+def _architecture(entry: Entry, arch: int) -> str:
+    """What the driver compiles a text for."""
+    return f"sm_{arch}{'a' if entry.suffix == 'a' else ''}"
+
+
+def _denied(kernels: Sequence[KernelReport], options: Options) -> dict[str, str]:
+    return {k.name: "denied by name" for k in kernels if options.is_denied(k.name)}
+
+
+def _is_hooked(kernels: Sequence[KernelReport]) -> bool:
+    return any(kernel.hooks.is_hooked for kernel in kernels)
+
+
+def _merged(kernels: Sequence[KernelReport]) -> tuple[KernelReport, ...]:
+    """One report for each name: of several codes of one kernel the driver takes any, so only what
+    was done to all of them was done.
+    """
+    found: dict[str, KernelReport] = {}
+    for kernel in kernels:
+        other = found.get(kernel.name)
+        if other is None:
+            found[kernel.name] = kernel
+            continue
+        done = Hook.ENTRY | Hook.EXIT | Hook.MARKS
+        hooks = (kernel.hooks & other.hooks & done) | ((kernel.hooks | other.hooks) & ~done)
+        found[kernel.name] = KernelReport(
+            kernel.name,
+            hooks,
+            max(kernel.registers, other.registers),
+            other.reason or kernel.reason,
+        )
+    return tuple(found.values())
+
+
+def _opaque(kernel: KernelReport) -> KernelReport:
+    return replace(kernel, hooks=Hook.OPAQUE, reason="of a library that is left as it is")
+
+
+def _whole_left_alone(payload: bytes, kernels: Sequence[KernelReport], reason: str) -> Rewritten:
+    """A part that stays as it is although its kernels could be hooked."""
+    left = tuple(
+        replace(
+            kernel,
+            hooks=Hook.LEFT_ALONE | (kernel.hooks & Hook.PTX),
+            reason=reason if kernel.hooks.is_hooked else kernel.reason,
+        )
+        for kernel in kernels
+    )
+    return Rewritten(payload, (), left, is_changed=False)
 
 
 def _unchanged(image: bytes, hooks: Hook, reason: str) -> Rewritten:

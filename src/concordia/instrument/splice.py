@@ -11,6 +11,7 @@ result. It knows no container.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -47,9 +48,12 @@ class Tail:
     high_at: tuple[int, ...]
 
 
-def splice_cubin(cubin: bytes, *, entry: bool, exit: bool) -> Spliced:
-    """Hooks at entry, at exit, or both, in every kernel that can have them. Raises ImageRefused for
-    a malformed file; a kernel that stays as it is has a report that says why.
+def splice_cubin(
+    cubin: bytes, *, entry: bool, exit: bool, skip: Mapping[str, str] | None = None
+) -> Spliced:
+    """Hooks at entry, at exit, or both, in every kernel that can have them; `skip` are kernels that
+    stay as they are, with the reason. Raises ImageRefused for a malformed file; a kernel that stays
+    as it is has a report that says why.
     """
     elf = read_cubin(cubin)
     kernels = [symbol for symbol in elf.symbols if symbol.is_kernel]
@@ -57,8 +61,11 @@ def splice_cubin(cubin: bytes, *, entry: bool, exit: bool) -> Spliced:
     reports: dict[int, KernelReport] = {}
     reason = refuse_file(elf) if entry or exit else "no hook was asked for"
     planner = Planner(elf) if reason is None else None
+    skipped = skip or {}
     for symbol in kernels:
-        found = planner.plan(symbol, entry=entry, exit=exit) if planner else str(reason)
+        found: Plan | str = skipped.get(symbol.name) or str(reason)
+        if planner and symbol.name not in skipped:
+            found = planner.plan(symbol, entry=entry, exit=exit)
         registers = planner.registers(symbol) if planner else 0
         if isinstance(found, Plan):
             plans.append(found)
