@@ -5,7 +5,7 @@ ENV ?= .venv
 ENV_PYTHON ?= $(ENV)/bin/python
 RUN = PYTHONPATH=src $(ENV_PYTHON)
 
-.PHONY: demo test check soak bench bench-engine bench-gpu bench-page bench-ctas kill-rounds sanitize test-gpu test-ring setup clean
+.PHONY: demo test check soak bench bench-engine bench-gpu bench-page bench-ctas kill-rounds sanitize fuzz test-gpu test-ring setup clean
 
 setup:
 	@$(if $(filter $(ENV)/bin/python,$(ENV_PYTHON)),sh scripts/setup.sh $(PYTHON) $(ENV),true)
@@ -60,6 +60,10 @@ kill-rounds: setup
 # all kernels under compute-sanitizer, which comes with CUDA's toolkit
 sanitize: setup
 	$(RUN) benchmarks/sanitize.py $(ARGS)
+
+# parsers of GPU images, cache files and requests: make fuzz SECONDS=1800
+fuzz: setup
+	$(RUN) benchmarks/fuzz_images.py --seconds $(SECONDS) $(ARGS)
 
 test-gpu: setup
 	$(RUN) -m pytest -q -m gpu $(ARGS)
