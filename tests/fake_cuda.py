@@ -96,7 +96,7 @@ class FakeDriver:
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
     CUevent_flags = SimpleNamespace(CU_EVENT_DISABLE_TIMING=2, CU_EVENT_BLOCKING_SYNC=1)
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2)
-    CUstreamCaptureStatus = SimpleNamespace(CU_STREAM_CAPTURE_STATUS_NONE=0)
+    CUstreamCaptureStatus = SimpleNamespace(CU_STREAM_CAPTURE_STATUS_NONE=0, CU_STREAM_CAPTURE_STATUS_ACTIVE=1)
     CUfunction_attribute = enum.Enum("Attribute", ["CU_FUNC_ATTRIBUTE_NUM_REGS", "CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK"])
 
     def __init__(self) -> None:
@@ -104,6 +104,7 @@ class FakeDriver:
         self._kernels = ctypes.CDLL(str(path))
         self.streams: dict[int, Stream] = {}
         self.graphs: dict[int, list[Callable[[], None]]] = {}  # streams that are being captured
+        self._captured: list[list[Callable[[], None]]] = []
         self.inside = 0  # launches that run now
         self.launches: dict[bytes, int] = dict.fromkeys(ARGUMENTS, 0)
         self.lock = threading.Lock()
@@ -171,6 +172,13 @@ class FakeDriver:
 
     def cuStreamIsCapturing(self, stream: int) -> tuple[Any, int]:
         return Result.SUCCESS, int(stream in self.graphs)
+
+    def cuStreamGetCaptureInfo(self, stream: int) -> tuple[Any, ...]:
+        graph = self.graphs.get(stream)
+        if graph is None:
+            return Result.SUCCESS, 0, 0, None, [], [], 0
+        self._captured.append(graph)  # kept, so that no other is ever at its address
+        return Result.SUCCESS, 1, id(graph), None, [], [], 0
 
     def cuStreamWriteValue64(self, stream: int, address: int, value: int, flags: int) -> tuple[Any]:
         word = ctypes.c_uint64.from_address(address)

@@ -220,7 +220,7 @@ def test_nothing_of_a_request_is_promised_when_the_engine_s_memory_changed_by_it
         append_ns += worker.take_report().append_ns
     key = tracks["a"].chain.keys[0] if tracks["a"].chain else 0
     eventually(lambda: client.committed(request_key("a")) == client.committed(request_key("b")) == 9, "both are committed")
-    assert key in client.key_news(layout_hash=layout, world=1).come
+    eventually(lambda: key in client.key_news(layout_hash=layout, world=1).come, "its key is known")
     kv["l1"][1].view(torch.int16)[0, 0, 0] ^= 1
     _, events = eventually(
         lambda: (found := client.events()) and any(e["event"] == "differs" for e in found[1]) and found, "it is told"

@@ -22,8 +22,10 @@ import pytest
 pytest.importorskip("vllm", reason="vllm is not installed")
 
 import torch
+from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+from vllm.model_executor.layers.attention import attention, kv_transfer_utils
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -518,3 +520,35 @@ def test_reports_add_up_to_the_worst_rank_when_they_are_joined() -> None:
     assert first.aggregate(second) == WorkerReport(
         step=4, lost={"a": "x", "b": "y"}, missed={"m": (4, "y")}, loaded={"r": 2}, load_s={"r": 0.5}, append_ns=7, differing=[7], off="gone"
     )
+
+
+def test_layers_are_told_by_vllm_s_own_wrapper_when_a_graph_is_captured(
+    pair: tuple[ConcordiaConnector, ConcordiaConnector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What docs/residency.md promises of captured graphs rests on this order of vLLM's."""
+    _, worker = pair
+    said: list[Any] = []
+    side = worker._worker
+    assert side is not None
+    monkeypatch.setattr(side, "layer_done", lambda name, is_step: said.append((name, is_step)))
+    monkeypatch.setattr(attention, "get_attention_context", lambda name: ("metadata", None, "kv", None))
+    monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", worker)
+    wrapped = kv_transfer_utils.maybe_transfer_kv_layer(lambda layer_name: said.append("kernels"))
+    wrapped("l0")
+    assert said == ["kernels"], "without places nobody wants to hear of layers"
+    worker._hears_layers = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    wrapped("l0")
+    assert said[1:] == ["kernels"]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    wrapped("l0")
+    assert said[2:] == ["kernels", ("l0", False)]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    worker.bind_connector_metadata(StepMetadata())
+    wrapped("l1")
+    worker.clear_connector_metadata()
+    assert said[4:] == ["kernels", ("l1", True)]
+    worker._door.shut("a test")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    wrapped("l0")
+    assert said[6:] == ["kernels"]

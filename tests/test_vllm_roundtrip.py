@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,8 @@ pytest.importorskip("vllm", reason="vllm is not installed")
 import torch
 
 from concordia import config
-from concordia.integrations.vllm import compat
+from concordia.integrations.vllm import compat, worker_side
+from concordia.integrations.vllm.graph_places import Placed
 from concordia.integrations.vllm.identity import Identity, KeyChain
 from concordia.integrations.vllm.load import Load, PieceRef
 from concordia.integrations.vllm.metadata import StepMetadata
@@ -35,6 +37,8 @@ from concordia.journal.client import JournalClient
 from concordia.journal.owner import spawn_owner
 from concordia.journal.record import request_key
 from concordia.recovery.restore import plan_restore, verify
+from concordia.runtime.executor import Runtime
+from concordia.runtime.ring import Completion, Task, Ticket
 
 LAYERS, BLOCKS, HEADS, TOKENS, DIM = 3, 24, 2, 8, 8
 
@@ -195,7 +199,49 @@ class Engine:
         self.client.close()
 
 
-@pytest.mark.parametrize("layout", ["auto", "blocks"])
+class Graphs:
+    """Places of graphs that an engine on a GPU would have captured: what is handed in before a step runs when all of it is there, at random
+    steps; others are launched layer by layer, or in another stream.
+    """
+
+    def __init__(self, runtime: Runtime, rng: random.Random) -> None:
+        self.runtime, self.rng = runtime, rng
+        self.count, self.step_count, self.busy_ns = 1, 0, 0
+        self.given: list[Task] = []
+        self.tickets: list[Ticket] = []
+        self.is_handed = False
+
+    def begin_step(self, rank: int) -> None:
+        self.is_handed = False
+
+    def takes(self, count: int) -> bool:
+        return self.rng.random() < 0.7
+
+    def hand_in(self, tasks: list[Task]) -> list[Placed]:
+        self.is_handed = True
+        self.given += tasks
+        first = len(self.tickets)
+        return [Placed(Ticket(first + i)) for i in range(len(tasks))]
+
+    def end_step(self) -> bool:
+        self.step_count += self.is_handed
+        if self.rng.random() < 0.7:  # else the GPU is a step behind
+            self.flush()
+        return self.is_handed
+
+    def flush(self) -> None:
+        self.tickets += [self.runtime.submit(task) for task in self.given]
+        self.given.clear()
+
+    def result(self, ticket: Ticket) -> Completion | None:
+        return self.runtime.result(self.tickets[ticket]) if ticket < len(self.tickets) else None
+
+    def wait(self, ticket: Ticket, timeout_s: float) -> Completion:
+        assert ticket < len(self.tickets), "it waits for a place that nobody is bound to reach"
+        return self.runtime.wait(self.tickets[ticket], timeout_s)
+
+
+@pytest.mark.parametrize("layout", ["auto", "blocks", "graphs"])
 def test_every_living_request_comes_back_byte_for_byte_when_its_engine_is_gone(
     journal: pathlib.Path, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +250,17 @@ def test_every_living_request_comes_back_byte_for_byte_when_its_engine_is_gone(
     print("seed", seed)
     rng = random.Random(seed)
     torch.manual_seed(seed)
+    graphs: list[Graphs] = []
+    if layout == "graphs":
+        layout = "auto"
+
+        def open_places(runtime: Runtime, *_: Any, **__: Any) -> Graphs | None:
+            if graphs:  # the engine that restores has none
+                return None
+            graphs.append(Graphs(runtime, rng))
+            return graphs[0]
+
+        monkeypatch.setattr(worker_side, "open_places", open_places)
     engine = Engine(journal, rng, replica=secrets.randbits(40), layout=layout)
     for turn in range(1000):
         if turn >= 120 and any(0 < asked.computed == asked.most for asked in engine.asked.values()):
@@ -222,6 +279,7 @@ def test_every_living_request_comes_back_byte_for_byte_when_its_engine_is_gone(
     }
     engine.close()
     assert (engine.late_count > 0) == (layout == "auto")
+    assert all(found.step_count > 20 for found in graphs)
     fresh = tensors()
     second = worker(journal, fresh, secrets.randbits(40))
     client = JournalClient.connect(journal)

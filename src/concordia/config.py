@@ -193,6 +193,13 @@ KEY_CHANGES_MAX: Final = 65_536
 FULL_BLOCKS_AT_ONCE: Final = 2
 # the others follow within this part of the steps in which a request fills its next block
 LATE_BLOCKS_PART: Final = 0.75
+# full blocks of a step whose appends run inside the engine's graph, where its kernels wait for them:
+# 16 MiB of an 8B model, 0.7 ms; a prefill's go out beside the next step instead
+PLACED_BLOCKS_MAX: Final = 8
+# steps whose places have not run: an engine is two or three ahead of its GPU; with more of them a
+# graph has no place, and with that many such finds none is relied upon
+PLACES_BEHIND_MAX: Final = 8
+PLACES_MISSED_MAX: Final = 3
 # the last appends of a request may still be under way when it ends; nobody resumes one that no
 # router owns
 FINISH_LINGER_S: Final = 0.5

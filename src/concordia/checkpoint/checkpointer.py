@@ -299,6 +299,14 @@ class Checkpointer(StreamWords):
             if self._owns_device:
                 self.device.close()
 
+    def retire(self) -> None:
+        """Stop for good, but keep memory and code that graphs of the framework name:
+        Runtime.retire.
+        """
+        with self._lock:
+            self._is_open = False
+            self.runtime.retire()
+
     def __enter__(self) -> Self:
         return self
 

@@ -108,6 +108,9 @@ class StreamLaunch(Protocol):
     def check(self, stream: int) -> None:
         """Raise UsageError while the stream is being captured."""
 
+    def capture_of(self, stream: int) -> int | None:
+        """Which capture this stream is part of, by a number of its own; None for none."""
+
     def ring_bell(self, stream: int, number: int) -> None:
         """Runs that come behind this in the stream may serve all up to `number`."""
 

@@ -62,6 +62,17 @@ class StreamLaunch:
                     "`enqueue`, hand in before each replay"
                 )
 
+    def capture_of(self, stream: int) -> int | None:
+        """Which capture this stream is part of, by a number that no other ever has; None for
+        none.
+        """
+        with self._context.current() as driver:
+            active = driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE
+            found = checked(
+                driver.cuStreamGetCaptureInfo(stream), "look at what a stream is captured into"
+            )
+            return int(found[1]) if found[0] == active else None
+
     def ring_bell(self, stream: int, number: int) -> None:
         """What runs in this stream from now on may serve all up to `number`."""
         with self._context.current() as driver:

@@ -362,6 +362,21 @@ class Runtime:
         self._is_open = False
         self._finalizer()
 
+    def retire(self) -> None:
+        """Stop for good and keep all memory and code: nodes of it lie in graphs that the framework
+        goes on replaying. What they were handed in still runs there; afterwards a node looks once
+        and ends.
+        """
+        with self._lock:
+            if not self._is_open:
+                return
+            self._is_open = False
+            self._finalizer.detach()
+            for tasks in self._stream_tasks:
+                tasks.retire()
+            if not self.executor.park(config.WAIT_PARK_S):
+                logger.error("the executor did not leave within %s s", config.WAIT_PARK_S)
+
     def _release(self) -> None:
         if not self.executor.close(config.WAIT_PARK_S):
             raise WaitTimeout(

@@ -75,6 +75,24 @@ class StreamTasks:
                 self._launch.ring_bell(self._stream, number)  # the gate is in the ring in any case
             return tickets
 
+    def capture_of(self, stream: int) -> int | None:
+        """Which capture that stream is part of, by a number of its own; None for none."""
+        self._require_open()
+        return self._launch.capture_of(stream)
+
+    @property
+    def room(self) -> int:
+        """How many tasks `hand_in` takes now."""
+        self._require_open()
+        used = self._ring.load("tail") - self._ring.load("head")
+        return max(0, self._ring.slot_count - used - 1)  # the gate before them
+
+    @property
+    def busy_ns(self) -> int:
+        """Time spent in handlers so far."""
+        self._require_open()
+        return self._ring.load("busy_ns")
+
     @property
     def pending_count(self) -> int:
         """How many of the calls of `hand_in` have not been served yet."""
@@ -107,6 +125,10 @@ class StreamTasks:
                 self._is_open = False
                 self._launch.close()
                 self._ring.close()
+
+    def retire(self) -> None:
+        """Take no more, and keep everything: graphs with a place of these tasks go on."""
+        self._is_open = False
 
     def _require_open(self) -> None:
         if not self._is_open:

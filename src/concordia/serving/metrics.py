@@ -40,6 +40,9 @@ _HELP: Final = {
     "append_seconds": (
         "time that executors of engines spent in handlers, restores apart; told every ten seconds"
     ),
+    "graph_steps": (
+        "steps whose appends ran in the engine's own graphs (--residency stream); told likewise"
+    ),
     "corruptions": "records found damaged that no crash explains",
     "restore_seconds": "time that resumed requests took to be looked up, verified and loaded",
     "restore_wait_seconds": (
@@ -137,6 +140,7 @@ class Metrics:
             self.count("prefixes_missed")
         elif name == "appended":
             self.count("append_seconds", float(event.get("seconds", 0.0)))
+            self.count("graph_steps", int(event.get("graph_steps", 0)))
         elif name == "unprotected":
             self.unprotected(cause_of(str(event.get("reason", ""))))
         elif name == "corruption":

@@ -204,6 +204,18 @@ def may_sleep(vllm_config: Any) -> bool:
     return bool(getattr(vllm_config.model_config, "enable_sleep_mode", False))
 
 
+def why_no_places(vllm_config: Any) -> str | None:
+    """Why appends of ours may not lie in the engine's graphs; None when they may."""
+    if may_sleep(vllm_config):
+        return "the engine may give its KV memory away, and its graphs would read it"
+    parallel = vllm_config.parallel_config
+    if getattr(parallel, "enable_dbo", False) or getattr(parallel, "ubatch_size", 0) > 1:
+        return "the engine runs parts of a batch in several streams"
+    if getattr(vllm_config, "speculative_config", None) is not None:
+        return "a drafting model writes KV after the graph of its target"
+    return None
+
+
 def cpu_instruction_set(vllm_config: Any, kv_cache_config: Any) -> str:
     """Which tiling vLLM's CPU backend uses for this cache: the tensor's shape does not tell."""
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec

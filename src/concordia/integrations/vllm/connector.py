@@ -3,14 +3,15 @@ concordia.integrations.vllm.connector).
 
 Owns: the mapping from vLLM's connector methods to one of two sides. Promises: no error of ours gets
 past the guest door but RestoreUnfinished; whatever was promised to the engine and cannot be kept is
-reported to it as a failed load; save_kv_layer does nothing, so full CUDA graphs stay possible; KV
-delivery is best effort (requires_kv_delivery is False). Called by vLLM's scheduler and workers,
-directly or through MultiConnector. It keeps no state but what must survive a shut door: blocks that
-the engine counts on.
+reported to it as a failed load; save_kv_layer saves nothing, so full CUDA graphs stay possible, and
+tells where in them a place may lie; KV delivery is best effort (requires_kv_delivery is False).
+Called by vLLM's scheduler and workers, directly or through MultiConnector. It keeps no state but
+what must survive a shut door: blocks that the engine counts on.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -43,6 +44,7 @@ class ConcordiaConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._promised: list[int] = []  # scheduler: blocks that the coming step must load
         self._failed: set[int] = set()  # worker: blocks of this step that were not loaded
         self._is_off_said = False
+        self._hears_layers = False  # a plain word: what asks for it may be compiled with the model
         self._door.call("start", None, self._start, vllm_config, kv_cache_config, is_scheduler)
 
     def _start(self, vllm_config: Any, kv_cache_config: Any, is_scheduler: bool) -> None:
@@ -64,6 +66,7 @@ class ConcordiaConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         if self._worker is not None:
             self._door.call("register_kv_caches", None, self._worker.register_kv_caches, kv_caches)
+            self._hears_layers = self._worker.has_places
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if self._worker is not None and isinstance(kv_connector_metadata, StepMetadata):
@@ -82,13 +85,26 @@ class ConcordiaConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             failed = self._door.call("start_load_kv", counted_on, self._worker.load, meta)
         self._failed |= failed | set(meta.spoiled)
 
+    def has_connector_metadata(self) -> bool:
+        """Whether per-layer calls are wanted: in steps that launch layers one by one, and while a
+        graph is captured in which appends are to have a place.
+        """
+        if self._connector_metadata is not None:
+            return True
+        if not self._hears_layers or self._worker is None:
+            return False
+        return self._door.call("capture", False, self._worker.is_capturing)
+
     def wait_for_layer_load(self, layer_name: str) -> None:
         return
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
     ) -> None:
-        return
+        if self._hears_layers and self._worker is not None:
+            is_step = self._connector_metadata is not None
+            layer_done = partial(self._worker.layer_done, is_step=is_step)
+            self._door.call("save_kv_layer", None, layer_done, layer_name)
 
     def wait_for_save(self) -> None:
         meta = self._meta()

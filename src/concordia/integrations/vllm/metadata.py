@@ -43,6 +43,7 @@ class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     loaded: dict[str, int] = field(default_factory=dict)
     load_s: dict[str, float] = field(default_factory=dict)  # the same requests -> how long it took
     append_ns: int = 0  # that handlers of all ranks ran, restores apart
+    graph_steps: int = 0  # whose appends ran in the engine's own graphs, on every rank
     # blocks that are not what was committed of them
     differing: list[int] = field(default_factory=list)
     has_rows: bool = False  # single tokens are appended as rows of their blocks, on every rank
@@ -66,6 +67,7 @@ class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
             loaded=loaded,
             load_s=load_s,
             append_ns=self.append_ns + other.append_ns,
+            graph_steps=min(self.graph_steps, other.graph_steps),
             differing=[*self.differing, *other.differing],
             has_rows=self.has_rows and other.has_rows,
             off=self.off or other.off,

@@ -55,6 +55,7 @@ class Append:
     ticket: Any = None
     is_claimed: bool = False  # being submitted: it cannot be called back any more
     is_done: bool = False
+    is_elsewhere: bool = False  # it runs in the engine's stream, not by the executor's own launches
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +106,33 @@ class AppendPump:
                 for append in batch.appends:
                     self._note(append, f"{len(self._open)} appends are unfinished", may_pass=True)
                 return
-            for append in batch.appends:
-                self._open.append(append)
-                for block in append.blocks:
-                    self._readers[block] = self._readers.get(block, 0) + 1
+            self._take(batch.appends)
         if self._thread is not None:
             self._queue.put(batch)
         else:
             self._send(batch)
+
+    def reads(self, blocks: Iterable[int]) -> bool:
+        """Whether an unfinished append reads one of these blocks."""
+        with self._lock:
+            return any(block in self._readers for block in blocks)
+
+    def may_follow(self, count: int) -> bool:
+        """Whether so many appends may be handed in elsewhere: none waits here, whose records must
+        come before theirs.
+        """
+        with self._lock:
+            self._retire()
+            has_own = any(not (append.is_elsewhere or append.is_done) for append in self._open)
+            return not has_own and len(self._open) + count <= config.RING_SLOTS
+
+    def follow(self, appends: Sequence[Append]) -> None:
+        """Follow appends that were handed in elsewhere, with their tickets."""
+        with self._lock:
+            for append in appends:
+                append.is_claimed = append.is_elsewhere = True
+            self._take(appends)
+            self._submitted += sum(append.records for append in appends)
 
     def collect(self) -> dict[str, Failure]:
         """Retire finished appends; returns the requests that failed since the last call, with the
@@ -270,6 +290,13 @@ class AppendPump:
             self._free(append)
             self._note(append, "its blocks were needed before they could be saved", may_pass=True)
             return True
+
+    def _take(self, appends: Iterable[Append]) -> None:
+        """Lock held."""
+        for append in appends:
+            self._open.append(append)
+            for block in append.blocks:
+                self._readers[block] = self._readers.get(block, 0) + 1
 
     def _retire(self) -> None:
         """Lock held: take finished appends off the front; they finish in order, because the

@@ -181,7 +181,9 @@ class SchedulerSide:
         for name, (token, reason) in report.missed.items():
             self._miss(name, token, reason)
         if report.append_ns:
-            self._scribe.event({"event": "appended", "seconds": report.append_ns / 1e9})
+            seconds = report.append_ns / 1e9
+            facts = {"event": "appended", "seconds": seconds, "graph_steps": report.graph_steps}
+            self._scribe.event(facts)
         if report.step:
             self._scribe.done(report.step)
         if report.off is not None:

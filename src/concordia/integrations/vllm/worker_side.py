@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,11 +26,11 @@ from concordia.integrations.vllm.append_clock import AppendClock
 from concordia.integrations.vllm.applier import Applier
 from concordia.integrations.vllm.audit import DIFFERS, Audit
 from concordia.integrations.vllm.door import logger
+from concordia.integrations.vllm.graph_places import GraphPlaces, RankTickets, open_places
 from concordia.integrations.vllm.layout import Layout, Probe, Proof, describe_kv, in_words
-from concordia.integrations.vllm.load import PieceRange
 from concordia.integrations.vllm.metadata import StepMetadata, WorkerReport
 from concordia.integrations.vllm.pump import Append, AppendPump, Batch, Event
-from concordia.integrations.vllm.step_writes import Write, runs_of
+from concordia.integrations.vllm.step_appends import StepAppends
 from concordia.journal.client import JournalClient
 from concordia.journal.record import request_key
 
@@ -57,8 +57,10 @@ class WorkerSide:
         self._applier: Applier | None = None
         self._audit: Audit | None = None
         self._clock: AppendClock | None = None
+        self._places: GraphPlaces | None = None
+        self._appends: StepAppends | None = None
         self._block_tokens = compat.block_tokens(kv_cache_config) if self._why_not is None else 0
-        self._is_cuda = False
+        self._is_cuda = self._is_abandoned = False
         # requests whose load failed in this step: their blocks hold nothing to save
         self._refused: set[str] = set()
         self._report = WorkerReport()
@@ -67,16 +69,19 @@ class WorkerSide:
         """The engine has its KV memory: describe it, open the stream, build the handlers."""
         if self._why_not is not None:
             raise RecoveryError(self._why_not)
+        if self._places is not None and self._places.count:
+            # they read the old memory, and cannot be taken out of graphs that may be replayed
+            raise RecoveryError("the engine made its KV memory anew after it captured our places")
         if self._checkpointer is not None:
             # the engine has made its KV memory anew: what was known of the old one is over
             self.close()
         try:
-            self._open(describe_kv(self._vllm_config, self._kv_cache_config, tensors))
+            self._open(describe_kv(self._vllm_config, self._kv_cache_config, tensors), tensors)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, layout: Layout) -> None:
+    def _open(self, layout: Layout, layers: Iterable[str]) -> None:
         self._rank = compat.worker_rank(self._vllm_config)
         self._is_cuda = layout.rows[0].device.type == "cuda"
         device = self._settings.device
@@ -96,10 +101,13 @@ class WorkerSide:
             device, self._attachment.target, lanes=1, residency=self._residency(device)
         )
         self._region = self._checkpointer.register_kv(layout.geometry, layout.addresses)
-        self._clock = AppendClock(self._checkpointer.runtime.busy_ns)
+        runtime = self._checkpointer.runtime
+        self._places = open_places(runtime, self._vllm_config, layers=layers)
+        tickets = RankTickets(self._checkpointer, self._places)
+        self._clock = AppendClock(self._busy_ns)
         control = self._attachment.board.control(self._attachment.slot)
         self._pump = AppendPump(
-            self._checkpointer, is_threaded=self._is_cuda, committed=lambda: control.committed_count
+            tickets, is_threaded=self._is_cuda, committed=lambda: control.committed_count
         )
         self._applier = Applier(
             self._checkpointer,
@@ -108,7 +116,10 @@ class WorkerSide:
             pool_address=self._attachment.target.pool_address,
         )
         if not (self._is_cuda and compat.may_sleep(self._vllm_config)):
-            self._audit = Audit(self._checkpointer, self._region, rank=self._rank, say=self.event)
+            self._audit = Audit(tickets, self._region, rank=self._rank, say=self.event)
+        self._appends = StepAppends(
+            self._checkpointer, self._region, block_tokens=self._block_tokens, audit=self._audit
+        )
         self._layout = layout
         self._probe = Probe(layout)
         if self._settings.layout == "blocks":
@@ -132,6 +143,31 @@ class WorkerSide:
             return DEFAULT
         return wanted
 
+    def _busy_ns(self) -> int:
+        assert self._checkpointer is not None
+        placed = self._places.busy_ns if self._places is not None else 0
+        return self._checkpointer.runtime.busy_ns() + placed
+
+    # --- while the engine captures its graphs
+
+    @property
+    def has_places(self) -> bool:
+        """Whether we want to hear of layers: appends may have places in graphs."""
+        return self._places is not None
+
+    def is_capturing(self) -> bool:
+        """Whether layers are put into a graph now."""
+        return bool(torch.cuda.is_current_stream_capturing())
+
+    def layer_done(self, name: str, *, is_step: bool) -> None:
+        """The engine has launched or captured a layer."""
+        if self._places is None:
+            return
+        if is_step:
+            self._places.layer_launched()
+        else:
+            self._places.layer_captured(name)
+
     # --- the order of one step
 
     def before_step(self, meta: StepMetadata) -> None:
@@ -147,6 +183,10 @@ class WorkerSide:
             self._audit.step(
                 [*meta.reused, *(block for write in meta.writes for block in write.blocks)]
             )
+        if self._places is not None:
+            self._places.begin_step(self._rank)
+            if pump.reads(meta.reused):
+                self._places.flush()  # nobody may wait for a place that does not come
         # whom it gave up for that is collected
         pump.wait_for(meta.reused, timeout_s=config.BLOCK_REUSE_WAIT_S)
         if probe.proof is Proof.UNKNOWN and not meta.loads:
@@ -154,6 +194,35 @@ class WorkerSide:
                 if write.tail is not None and write.tail[1] - write.tail[0] == 1:
                     probe.arm(write.tail[0], write.tail[2])
                     break
+        self._place(meta)
+
+    def _place(self, meta: StepMetadata) -> None:
+        """Hand in now what a graph of this step may append itself. Whole records keep their order:
+        nothing goes there while appends wait for the executor's own launches.
+        """
+        places, pump, probe = self._places, self._live_pump(), self._probe
+        assert probe is not None
+        if places is None or not meta.writes or meta.loads or probe.proof is not Proof.PROVEN:
+            return
+        blocks = sum(len(write.full) for write in meta.writes)
+        appends = self._of(meta) if blocks <= config.PLACED_BLOCKS_MAX else []
+        if appends and places.takes(len(appends)) and pump.may_follow(len(appends)):
+            tickets = places.hand_in([append.task for append in appends])
+            for append, ticket in zip(appends, tickets, strict=True):
+                append.ticket = ticket
+            pump.follow(appends)
+
+    def _of(self, meta: StepMetadata) -> list[Append]:
+        appends, probe = self._appends, self._probe
+        assert appends is not None
+        assert probe is not None
+        has_rows = probe.proof is Proof.PROVEN
+        return [
+            append
+            for write in meta.writes
+            if write.request not in self._refused
+            for append in appends.of(write, meta.step, has_rows=has_rows)
+        ]
 
     def load(self, meta: StepMetadata) -> set[int]:
         """Fill the blocks of resumed requests, hash and compare them in place; returns the blocks
@@ -187,12 +256,12 @@ class WorkerSide:
         """Enqueue what this step wrote."""
         pump, probe = self._live_pump(), self._probe
         assert probe is not None
+        if self._places is not None and self._places.end_step():
+            return
         batch = Batch(event=self._record_event() if meta.writes else None)
         if probe.is_armed:
             self._judge(probe, batch)
-        for write in meta.writes:
-            if write.request not in self._refused:
-                self._add_appends(write, meta.step, batch, has_rows=probe.proof is Proof.PROVEN)
+        batch.appends = self._of(meta)
         if batch.appends or batch.before is not None:
             pump.submit(batch)
 
@@ -200,6 +269,8 @@ class WorkerSide:
         """What the scheduler side must know; the step is over."""
         report, self._report = self._report, WorkerReport(step=self._report.step)
         report.append_ns = self._clock.take() if self._clock is not None else 0
+        if report.append_ns and self._places is not None:
+            report.graph_steps, self._places.step_count = self._places.step_count, 0
         report.has_rows = self._probe is not None and self._probe.proof is Proof.PROVEN
         for found in self._audit.rest() if self._audit is not None else ():
             report.lost.setdefault(found.write.request, DIFFERS)
@@ -213,20 +284,27 @@ class WorkerSide:
         The caller is the engine's own thread, so no block changes hands while what the executor has
         taken runs out, within a bound.
         """
+        self._is_abandoned = True
         if self._audit is not None:
             self._audit.close()
         if self._pump is not None:
             self._pump.abandon()
         self._clock = None
         if self._checkpointer is not None:
-            self._checkpointer.close()
+            if self._places is not None and self._places.count:
+                self._checkpointer.retire()  # the engine goes on replaying graphs with our places
+            else:
+                self._checkpointer.close()
 
     def close(self) -> None:
         """Let the appends finish, within a bound, and end the stream."""
         if self._audit is not None:
             self._audit.close()
         if self._pump is not None:
-            self._pump.drain(timeout_s=config.WAIT_TASK_S)
+            if not self._is_abandoned:
+                if self._places is not None:
+                    self._places.flush()  # the graph that it waits for may be replayed no more
+                self._pump.drain(timeout_s=config.WAIT_TASK_S)
             self._pump.close()
         if self._checkpointer is not None:
             self._checkpointer.close()
@@ -235,6 +313,7 @@ class WorkerSide:
         if self._client is not None:
             self._client.close()
         self._clock = self._audit = self._pump = self._applier = None
+        self._places = self._appends = None
         self._checkpointer = self._attachment = self._client = None
 
     # --- leaves
@@ -265,43 +344,6 @@ class WorkerSide:
             batch.before = judge
         else:
             judge()
-
-    def _add_appends(self, write: Write, step: int, batch: Batch, *, has_rows: bool) -> None:
-        size = self._block_tokens
-        for first, blocks in runs_of(write.full):
-            start, end = first * size, (first + len(blocks)) * size
-            append = self._add(
-                batch, write, step, PieceRange(abi.KIND_KV_BLOCK, start, end, blocks)
-            )
-            if self._audit is not None:
-                self._audit.offer(append, write, token_start=end - size, token_end=end)
-        if write.tail is not None:
-            start, end, block = write.tail
-            if has_rows:
-                found = PieceRange(abi.KIND_KV_TAIL, start, end, (block,))
-            else:
-                found = PieceRange(abi.KIND_KV_BLOCK, start // size * size, end, (block,))
-            self._add(batch, write, step, found)
-
-    def _add(self, batch: Batch, write: Write, step: int, piece: PieceRange) -> Append:
-        checkpointer, region = self._checkpointer, self._region
-        assert checkpointer is not None
-
-        task = checkpointer.kv_task(
-            region,
-            kind=piece.kind,
-            key=write.key,
-            incarnation=write.incarnation,
-            token_start=piece.start,
-            token_end=piece.end,
-            blocks=piece.blocks,
-            step=step,
-            model_hash=write.model_hash,
-            is_each=len(piece.blocks) > 1,
-        )
-        append = Append(write.request, piece.start, piece.blocks, task, len(piece.blocks))
-        batch.appends.append(append)
-        return append
 
     def _collect(self) -> None:
         for request, failure in self._live_pump().collect().items():
@@ -338,3 +380,4 @@ class WorkerSide:
             logger.warning("Concordia could not record %s: %s", facts, error)
             if self._pump is not None:
                 self._pump.count_other(-1)
+
