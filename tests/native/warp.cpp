@@ -1,5 +1,5 @@
 // A warp of the GPU's code on the CPU: 32 contexts that take turns, in lockstep where they exchange values. Runs find_dirty of
-// page_hash.h, which no other test without a GPU does. Compiled and called by test_page_hash.py.
+// page_hash.h and the headers of journal.h, which no other test without a GPU does. Compiled and called by test_page_hash.py.
 #define __CUDACC__ 1
 #define __device__
 #define __forceinline__ inline
@@ -30,10 +30,10 @@ static uint32_t __ballot_sync(unsigned, bool value) {
   for (int i = 0; i < kLanes; ++i) bits |= (uint32_t)said[round][i] << i;
   return bits;
 }
+static void __syncwarp() { meet(0); }
 static bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
 static uint64_t __umul64hi(uint64_t a, uint64_t b) { return (uint64_t)(((unsigned __int128)a * b) >> 64); }
 static void __syncthreads() {}
-static void __syncwarp() {}
 
 // What is PTX there, and what would add over the bus.
 #define thread_anew thread_anew_ptx
@@ -44,40 +44,69 @@ static uint32_t thread_anew() { return threadIdx.x; }
 static std::vector<uint32_t> noted;
 #define note_page(pages, page) noted.push_back(page)
 #include "page_hash.h"
+#include "journal.h"
 
 static Pages pages;
 static uint64_t range[2], warps, warp;
 
+static void (*work)();
+
 static void run_lane() {
-  find_dirty(pages, range[0], range[1], warp, warps);
+  work();
   rounds[threadIdx.x] = -1;
 }
 
-extern "C" __attribute__((visibility("default"))) int find_dirty_pages(const uint8_t* base, uint64_t* table, uint64_t first, uint64_t end,
-                                                                       uint64_t warp_count, uint32_t* found, uint64_t most) {
+// One warp from its start to its end; false when not all lanes came as far at the same time, which none would.
+static bool run_warp() {
+  std::vector<std::vector<char>> stacks(kLanes, std::vector<char>(1 << 16));
+  for (int i = 0; i < kLanes; ++i) {
+    rounds[i] = 0;
+    getcontext(&lanes[i]);
+    lanes[i].uc_stack.ss_sp = stacks[i].data();
+    lanes[i].uc_stack.ss_size = stacks[i].size();
+    lanes[i].uc_link = &turn;
+    makecontext(&lanes[i], run_lane, 0);
+  }
+  while (rounds[0] >= 0) {
+    for (int i = 0; i < kLanes; ++i) {
+      threadIdx.x = (unsigned)i;
+      swapcontext(&turn, &lanes[i]);
+    }
+    for (int i = 1; i < kLanes; ++i)
+      if (rounds[i] != rounds[0]) return false;
+  }
+  return true;
+}
+
+#define CALLED extern "C" __attribute__((visibility("default")))
+
+CALLED int find_dirty_pages(const uint8_t* base, uint64_t* table, uint64_t first, uint64_t end, uint64_t warp_count, uint32_t* found, uint64_t most) {
   pages = {base, table, nullptr, nullptr};
   range[0] = first, range[1] = end, warps = warp_count;
   noted.clear();
-  std::vector<std::vector<char>> stacks(kLanes, std::vector<char>(1 << 16));
-  for (warp = 0; warp < warps; ++warp) {
-    for (int i = 0; i < kLanes; ++i) {
-      rounds[i] = 0;
-      getcontext(&lanes[i]);
-      lanes[i].uc_stack.ss_sp = stacks[i].data();
-      lanes[i].uc_stack.ss_size = stacks[i].size();
-      lanes[i].uc_link = &turn;
-      makecontext(&lanes[i], run_lane, 0);
-    }
-    for (bool is_over = false; !is_over;) {
-      for (int i = 0; i < kLanes; ++i) {
-        threadIdx.x = (unsigned)i;
-        if (rounds[i] >= 0) swapcontext(&turn, &lanes[i]);
-      }
-      is_over = rounds[0] < 0;
-      for (int i = 1; i < kLanes; ++i)
-        if (rounds[i] != rounds[0]) return -1;  // not all of them came as far: no warp would
-    }
-  }
+  work = [] { find_dirty(pages, range[0], range[1], warp, warps); };
+  for (warp = 0; warp < warps; ++warp)
+    if (!run_warp()) return -1;
   for (uint64_t i = 0; i < noted.size() && i < most; ++i) found[i] = noted[i];
   return (int)noted.size();
+}
+
+static RecordHeader* headers;
+static uint64_t header_count, payload_size, chain[kLanes][2];
+static uint8_t* pool;
+
+// A segment's header at `target`, then `count` records' with payloads of `bytes` each; `hash` is the last one's.
+CALLED int put_chain(SegmentHeader* segment, RecordHeader* first, uint64_t count, uint64_t bytes, uint8_t* target, uint64_t* hash) {
+  static SegmentHeader* start;
+  start = segment, headers = first, header_count = count, payload_size = bytes, pool = target;
+  work = [] {
+    uint64_t* mine = chain[threadIdx.x];
+    seal_header(start, pool, mine);
+    put_headers(headers, header_count, payload_size, pool + 2 * sizeof(SegmentHeader), mine);
+  };
+  if (!run_warp()) return -1;
+  for (int i = 1; i < kLanes; ++i)
+    if (chain[i][0] != chain[0][0] || chain[i][1] != chain[0][1]) return -2;
+  hash[0] = chain[0][0], hash[1] = chain[0][1];
+  return 0;
 }

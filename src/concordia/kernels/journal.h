@@ -48,15 +48,39 @@ FUNCTION void write_header(uint8_t* target_ptr, const void* header_ptr) {
     copy_wide(target_ptr + i, static_cast<const uint8_t*>(header_ptr) + i);
 }
 
-// Leader: takes the next lent segment and writes its header; false when none is lent or the entry
-// cannot be true.
-FUNCTION bool take_segment(Call* call, Journal* journal) {
-  StreamControl* control = journal->control;
+constexpr uint64_t kPreviousWord = 3;  // of a header, where the hash of the one before it lies
+#if !defined(__CUDACC_RTC__)
+static_assert(__builtin_offsetof(RecordHeader, previous_hash) == 8 * kPreviousWord, "the chain");
+static_assert(__builtin_offsetof(RecordHeader, header_crc) == 252 &&
+                  __builtin_offsetof(SegmentHeader, header_crc) == 252,
+              "both are finished alike");
+#endif
+
+// Leading team: gives a header that is whole but for its CRC that, and puts it to its place; `hash`
+// is its hash then, in every lane.
+FUNCTION void seal_header(void* header_ptr, uint8_t* target_ptr, uint64_t hash[2]) {
+#if CONCORDIA_CUDA
+  const uint64_t word = static_cast<const uint64_t*>(header_ptr)[team_lane()];
+  reinterpret_cast<uint64_t*>(target_ptr)[team_lane()] = finish_header(word, hash);
+#else
+  const uint8_t* bytes_ptr = static_cast<const uint8_t*>(header_ptr);
+  static_cast<RecordHeader*>(header_ptr)->header_crc = header_crc(bytes_ptr);
+  hash_long(bytes_ptr, sizeof(RecordHeader), hash);
+  write_header(target_ptr, header_ptr);
+#endif
+}
+
+// Leader: fills in the header of the next lent segment, in call->header; false when none is lent or
+// the entry cannot be true.
+FUNCTION bool next_segment(Call* call, Journal* journal) {
+  const StreamControl* control = journal->control;
   // pairs with the owner's release after it filled the entry
   const uint64_t lent = load<kAcquire, kSystem>(&control->lent_count);
   if (journal->taken >= lent || lent - journal->taken > kLentCapacity) return false;
   const uint64_t* entry = control->lent + 2 * (journal->taken % kLentCapacity);
+  // all of them in one trip over the bus
   const uint64_t segment = entry[0] & 0xffffffffu, ordinal = entry[0] >> 32, salt = entry[1];
+  const uint64_t stream = control->stream, layout_hash = control->layout_hash;
   if (ordinal != (uint32_t)journal->taken) return false;  // nobody would read what is put there
   if ((segment + 1) * journal->segment_bytes > journal->pool_bytes) return false;
   static_assert(sizeof(SegmentHeader) == sizeof(RecordHeader), "both are built in call->header");
@@ -65,37 +89,52 @@ FUNCTION bool take_segment(Call* call, Journal* journal) {
   header->magic = kSegmentMagic;
   header->version = kAbiVersion;
   header->segment = (uint32_t)segment;
-  header->stream = control->stream;
+  header->stream = stream;
   header->ordinal = ordinal;
   header->salt = salt;
   header->first_sequence = journal->sequence;
   header->predecessor_hash[0] = journal->previous_hash[0];
   header->predecessor_hash[1] = journal->previous_hash[1];
   header->segment_bytes = journal->segment_bytes;
-  header->header_crc = header_crc(reinterpret_cast<const uint8_t*>(header));
-  hash_long(reinterpret_cast<const uint8_t*>(header), sizeof(*header), journal->previous_hash);
-  journal->segment_start = segment * journal->segment_bytes;
-  journal->offset = sizeof(SegmentHeader);
-  journal->salt = salt;
-  journal->taken += 1;
-  journal->layout_hash = control->layout_hash;
-  write_header(journal->pool + journal->segment_start, header);
-  // the owner may reuse the entry: we have read it
-  store<kRelease, kSystem>(&control->taken_count, journal->taken);
+  journal->layout_hash = layout_hash;
   return true;
 }
 
-// Leader: room for a record in this segment or the next; the status that refuses it otherwise.
-FUNCTION uint64_t find_room(Call* call, Journal* journal, uint64_t payload_bytes) {
+// Leading team: takes the next lent segment and puts its header there; false as above.
+FUNCTION bool take_segment(Call* call, uint64_t lane, Journal* journal) {
+  if (!any_in_team(lane == 0 && next_segment(call, journal))) return false;
+  team_sync();  // the header is there for all of the team
+  const SegmentHeader* header = reinterpret_cast<const SegmentHeader*>(&call->header);
+  const uint64_t start = header->segment * journal->segment_bytes;
+  uint64_t hash[2];
+  seal_header(&call->header, journal->pool + start, hash);
+  team_sync();  // all of it is written, and the leader may go on
+  if (lane != 0) return true;
+  journal->previous_hash[0] = hash[0];
+  journal->previous_hash[1] = hash[1];
+  journal->segment_start = start;
+  journal->offset = sizeof(SegmentHeader);
+  journal->salt = header->salt;
+  journal->taken += 1;
+  // the owner may reuse the entry: we have read it
+  store<kRelease, kSystem>(&journal->control->taken_count, journal->taken);
+  return true;
+}
+
+// Leading team: room for a record in this segment or the next; the status that refuses it otherwise.
+FUNCTION uint64_t find_room(Call* call, uint64_t lane, Journal* journal, uint64_t payload_bytes) {
   if (journal->pool == nullptr) return kStatusJournalFull;
   const uint64_t bytes = record_bytes(payload_bytes);
   if (payload_bytes > journal->segment_bytes ||
       bytes > journal->segment_bytes - sizeof(SegmentHeader))
     return kStatusTooLarge;
-  if (journal->offset + bytes <= journal->segment_bytes || take_segment(call, journal))
-    return kStatusOk;
-  journal->dropped += 1;
-  store<kRelaxed, kSystem>(&journal->control->dropped_count, journal->dropped);
+  const bool has_room = journal->offset + bytes <= journal->segment_bytes;
+  team_sync();  // every lane has looked before the leader takes a segment
+  if (has_room || take_segment(call, lane, journal)) return kStatusOk;
+  if (lane == 0) {
+    journal->dropped += 1;
+    store<kRelaxed, kSystem>(&journal->control->dropped_count, journal->dropped);
+  }
   return kStatusJournalFull;
 }
 
@@ -104,19 +143,23 @@ FUNCTION uint64_t find_room(Call* call, Journal* journal, uint64_t payload_bytes
 // are ours until the next reserve; without a commit they are simply used again.
 FUNCTION uint64_t reserve_records(Call* call, uint64_t lane, uint64_t payload_bytes,
                                   uint64_t most) {
-  if (lane == 0) {
+  if (is_leading_team(lane)) {
     Journal* journal = call->journal;
-    const uint64_t status =
-        call->status == kStatusOk ? find_room(call, journal, payload_bytes) : call->status;
-    call->place = nullptr;
-    call->place_count = 0;
-    if (status == kStatusOk) {
-      const uint64_t room = journal->segment_bytes - journal->offset;
-      call->place = journal->pool + journal->segment_start + journal->offset + sizeof(RecordHeader);
-      // one fits; a division is slow, and mostly no more are wanted
-      call->place_count = most == 1 ? 1 : smaller(most, room / record_bytes(payload_bytes));
+    team_sync();  // what the leader wrote last is there for its team
+    uint64_t status = call->status;
+    if (status == kStatusOk) status = find_room(call, lane, journal, payload_bytes);
+    if (lane == 0) {
+      call->place = nullptr;
+      call->place_count = 0;
+      if (status == kStatusOk) {
+        const uint64_t room = journal->segment_bytes - journal->offset;
+        call->place =
+            journal->pool + journal->segment_start + journal->offset + sizeof(RecordHeader);
+        // one fits; a division is slow, and mostly no more are wanted
+        call->place_count = most == 1 ? 1 : smaller(most, room / record_bytes(payload_bytes));
+      }
+      refuse(call, lane, status);
     }
-    refuse(call, lane, status);
   }
   grid_sync(call);
   return call->place_count;
@@ -209,30 +252,35 @@ FUNCTION void settle_answer(Call* call) {
   flush_answer(call);
 }
 
-constexpr uint64_t kPreviousWord = 3;  // of a header, where the hash of the one before it lies
-#if !defined(__CUDACC_RTC__)
-static_assert(__builtin_offsetof(RecordHeader, previous_hash) == 8 * kPreviousWord, "the chain");
-#endif
-
-// Leading team: a filled header goes before the payload at `place`. `previous` is the hash of the
-// header before it, in every lane, and becomes this one's.
-FUNCTION void put_header(RecordHeader* header, uint64_t payload_bytes, uint8_t* place,
-                         uint64_t previous[2]) {
+// Leading team: `count` filled headers go before payloads of one size, the first of which is at
+// `place`. `previous` is the hash of the header before them, in every lane, and becomes the last
+// one's.
+FUNCTION void put_headers(RecordHeader* headers, uint64_t count, uint64_t payload_bytes,
+                          uint8_t* place, uint64_t previous[2]) {
+  uint8_t* target_ptr = place - sizeof(RecordHeader);
+  const uint64_t bytes = record_bytes(payload_bytes);
 #if CONCORDIA_CUDA
   const uint64_t lane = team_lane();
-  uint64_t word = reinterpret_cast<const uint64_t*>(header)[lane];
-  if (lane == kPreviousWord) word = previous[0];
-  if (lane == kPreviousWord + 1) word = previous[1];
-  reinterpret_cast<uint64_t*>(place - sizeof(RecordHeader))[lane] = finish_header(word, previous);
+  const uint64_t* words = reinterpret_cast<const uint64_t*>(headers) + lane;
+  uint64_t ahead = *words;
+#pragma unroll 1
+  for (uint64_t i = 0; i < count; ++i, target_ptr += bytes) {
+    uint64_t word = ahead;
+    // asked for before the chain needs it
+    if (i + 1 < count) ahead = words[(i + 1) * sizeof(RecordHeader) / 8];
+    if (lane == kPreviousWord) word = previous[0];
+    if (lane == kPreviousWord + 1) word = previous[1];
+    reinterpret_cast<uint64_t*>(target_ptr)[lane] = finish_header(word, previous);
+  }
 #else
-  const uint8_t* header_ptr = reinterpret_cast<const uint8_t*>(header);
-  if (!kDeviceShape)
-    zero_bytes(place + payload_bytes, align_up(payload_bytes, kLineBytes) - payload_bytes);
-  header->previous_hash[0] = previous[0];
-  header->previous_hash[1] = previous[1];
-  header->header_crc = header_crc(header_ptr);
-  hash_long(header_ptr, sizeof(RecordHeader), previous);
-  write_header(place - sizeof(RecordHeader), header_ptr);
+  for (uint64_t i = 0; i < count; ++i, target_ptr += bytes) {
+    if (!kDeviceShape)
+      zero_bytes(target_ptr + sizeof(RecordHeader) + payload_bytes,
+                 align_up(payload_bytes, kLineBytes) - payload_bytes);
+    headers[i].previous_hash[0] = previous[0];
+    headers[i].previous_hash[1] = previous[1];
+    seal_header(headers + i, target_ptr, previous);
+  }
 #endif
 }
 
@@ -272,7 +320,7 @@ FUNCTION void publish_record(Call* call, uint64_t lane, const RecordNames& names
     fill_header(&call->header, call, {&call->task, names}, call->payload_hash, payload_bytes,
                 journal->sequence);
   team_sync();
-  put_header(&call->header, payload_bytes, call->place, hash);
+  put_headers(&call->header, 1, payload_bytes, call->place, hash);
   team_sync();  // every lane's share of the header is released to the leader
   if (lane == 0) put_commits(call, payload_bytes, 1, hash);
 }
@@ -330,8 +378,7 @@ FUNCTION void commit_group(Call* call, uint64_t lane, uint64_t payload_bytes, ui
   grid_sync(call);
   if (!is_leading_team(lane)) return;
   uint64_t hash[2] = {journal->previous_hash[0], journal->previous_hash[1]};
-  for (uint64_t i = 0; i < count; ++i)
-    put_header(headers + i, payload_bytes, call->place + i * record_bytes(payload_bytes), hash);
+  put_headers(headers, count, payload_bytes, call->place, hash);
   team_sync();  // every lane's share of the headers is released to the leader
   if (lane == 0) put_commits(call, payload_bytes, count, hash);
 }
