@@ -23,6 +23,7 @@ from concordia.instrument.elf import (
     ATTRIBUTE_REGISTERS,
     EXECUTABLE,
     INFO,
+    SECTION_CODE,
     TEXT,
     Attribute,
     Cubin,
@@ -41,6 +42,10 @@ REGISTERS_SHIFT: Final = 24  # of a function's sh_info, in files that state regi
 _STEP: Final = sass.INSTRUCTION_BYTES
 _MERCURY: Final = (".nv.capmerc", ".nv.merc")
 _ATTRIBUTE_INDIRECT_TARGETS: Final = 0x34
+_ATTRIBUTE_PARAMETERS: Final = 0x0A  # symbol, offset and size of the parameters in bank 0
+# The hook reads the memory descriptor right in front of them, where the driver puts it since
+# CUDA 11.8.
+_PARAMETERS_AT: Final = 0x210
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +130,8 @@ class Planner:
         for attribute in attributes:
             if attribute.code == _ATTRIBUTE_INDIRECT_TARGETS and _names_begin(elf, attribute):
                 return "it may branch to its first instruction"
+            if attribute.code == _ATTRIBUTE_PARAMETERS and not _is_usual_bank(elf, attribute):
+                return f"its parameters do not begin at {_PARAMETERS_AT:#x}"
         why_not = self._refuse_exit(code, opcodes, relocated) if exit else ""
         has_exit = exit and not why_not
         if not entry and not has_exit:
@@ -146,6 +153,8 @@ class Planner:
     ) -> str | None:
         if not section.name.startswith(TEXT) or section.size % _STEP or not section.size:
             return f"its section {section.name[:40]} has {section.size} bytes"
+        if section.kind != SECTION_CODE:
+            return f"its section is of kind {section.kind}"
         if symbol.value or symbol.size != section.size or section.address:
             return f"{symbol.size} bytes at {symbol.value} of a section of {section.size}"
         if self._homes[section.index] != 1:
@@ -243,3 +252,10 @@ def _names_begin(elf: Cubin, attribute: Attribute) -> bool:
             return True
         at += 3 + len(targets)
     return False
+
+
+def _is_usual_bank(elf: Cubin, attribute: Attribute) -> bool:
+    if attribute.size != 8:
+        return False
+    (at,) = struct.unpack_from("<H", elf.data, attribute.offset + 4)
+    return bool(at == _PARAMETERS_AT)
