@@ -16,6 +16,7 @@ from typing import Final
 
 from concordia import config
 from concordia.errors import ImageRefused
+from concordia.instrument.ptx_calls import Calls
 from concordia.instrument.ptx_hooks import entry_hook, exit_hook
 from concordia.instrument.ptx_marks import SLOT, MarkText
 from concordia.instrument.ptx_names import Names
@@ -24,10 +25,8 @@ from concordia.instrument.ptx_tree import Module, parse
 from concordia.instrument.ptx_walk import Piece, Walk, walk
 from concordia.instrument.report import Hook, KernelReport, Slot, SlotKind
 
-# Of CUDA's own library on the device: they write buffers of the driver and the heap, which no
-# region can be.
-_SYSTEM_CALLS: Final = frozenset({"vprintf", "__assertfail", "malloc", "free"})
 _PREFIXES_TRIED: Final = 1000
+_REASON_CHARACTERS_MAX: Final = config.KERNEL_REASON_BYTES_MAX // 4  # of four bytes at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,71 +69,41 @@ def rewrite_ptx(
             if function.name in walks:
                 raise ImageRefused(f"PTX has two functions {function.name}")
             walks[function.name] = walk(module, function, names, mark_text)
-    calls = _Calls(walks, _aliases(module))
-    all_hooks = Hook.PTX
+    calls = Calls(walks, _aliases(module))
+    wanted = Hook.PTX
     for hook, is_wanted in ((Hook.ENTRY, entry), (Hook.EXIT, exit), (Hook.MARKS, marks)):
-        all_hooks |= hook if is_wanted else Hook(0)
-    reports: list[KernelReport] = []
-    wanted: dict[str, Hook] = {}  # of every function that is edited
-    for name, found in walks.items():
-        if not found.function.is_entry:
-            continue
-        report = _judge(module, name, calls, skip or {}, all_hooks)
-        reports.append(report)
-        if not report.hooks & Hook.LEFT_ALONE:
-            wanted[name] = wanted.get(name, Hook(0)) | report.hooks
-            for callee in calls.reached(name):
-                passed_on = report.hooks & (Hook.EXIT | Hook.MARKS)
-                wanted[callee] = wanted.get(callee, Hook(0)) | passed_on
-    pieces = [
-        piece for name, hooks in wanted.items() for piece in _pieces(walks[name], hooks, prefix)
-    ]
-    edited = module.edited(pieces)
-    return PtxRewritten(edited, _slots(module.text, pieces), tuple(reports))
-
-
-class _Calls:
-    """Who calls whom."""
-
-    def __init__(self, walks: dict[str, Walk], aliases: dict[str, str]) -> None:
-        self._walks = walks
-        self._aliases = aliases
-
-    def reached(self, name: str) -> dict[str, Walk]:
-        """Every function with a body that it can get to, itself among them."""
-        found: dict[str, Walk] = {}
-        ahead = [name]
-        while ahead:
-            next_ = self._aliases.get(ahead[-1], ahead[-1])
-            ahead.pop()
-            if next_ in self._walks and next_ not in found:
-                found[next_] = self._walks[next_]
-                ahead += found[next_].callees
-        return found
-
-    def foreign(self, found: dict[str, Walk]) -> list[str]:
-        """Names that they call and that have no body here."""
-        called = {self._aliases.get(n, n) for walk in found.values() for n in walk.callees}
-        return sorted(called - self._walks.keys() - _SYSTEM_CALLS)
+        wanted |= hook if is_wanted else Hook(0)
+    reports = tuple(
+        _judge(module, name, calls, skip or {}, wanted)
+        for name, found in walks.items()
+        if found.function.is_entry
+    )
+    hooked = {report.name: report.hooks for report in reports if report.hooks.is_hooked}
+    pieces = sorted(
+        (
+            piece
+            for found, hooks in calls.pass_down(hooked)
+            for piece in _pieces(found, hooks, prefix)
+        ),
+        key=lambda piece: piece.at,
+    )
+    return PtxRewritten(module.edited(pieces), _slots(text, pieces), reports)
 
 
 def _judge(
-    module: Module, name: str, calls: _Calls, skip: Mapping[str, str], hooks: Hook
+    module: Module, name: str, calls: Calls, skip: Mapping[str, str], hooks: Hook
 ) -> KernelReport:
     """What is done to a kernel."""
     if name in skip:
         return KernelReport(name, Hook.PTX | Hook.LEFT_ALONE, reason=skip[name])
     if module.address_bits != 64:
         return KernelReport(name, Hook.PTX | Hook.LEFT_ALONE, reason="addresses of 32 bits")
-    found = calls.reached(name)
-    reasons = [reason for walk in found.values() for reason in walk.reasons]
-    reasons += [f"a call of {callee}, whose code is not here" for callee in calls.foreign(found)]
     if Hook.MARKS not in hooks:
         return KernelReport(name, hooks)
-    if reasons:
-        told = "; ".join(dict.fromkeys(reasons))[: config.KERNEL_REASON_BYTES_MAX // 4]
-        return KernelReport(name, hooks & ~Hook.MARKS, reason=f"stores are not marked: {told}")
-    if any(walk.is_whole for walk in found.values()):
+    if calls.reasons[name]:
+        told = f"stores are not marked: {'; '.join(calls.reasons[name])}"
+        return KernelReport(name, hooks & ~Hook.MARKS, reason=told[:_REASON_CHARACTERS_MAX])
+    if calls.is_whole(name):
         hooks |= Hook.WHOLE_REGION
     return KernelReport(name, hooks)
 
@@ -161,7 +130,7 @@ def _slots(text: str, pieces: list[Piece]) -> tuple[Slot, ...]:
     slots = []
     done = length = 0
     is_ascii = text.isascii()
-    for at, piece in sorted(pieces, key=lambda pair: pair[0]):
+    for at, piece in pieces:
         length += at - done if is_ascii else len(text[done:at].encode())
         done = at
         found = piece.find(SLOT)

@@ -43,7 +43,8 @@ class Names:
     def __init__(self, module: Module) -> None:
         self._scopes = [_Scope()]
         for statement in module.directives:
-            self._declare(tokens(module.text, statement.start, statement.end))
+            if statement.head in _SPACES:
+                self._declare(tokens(module.text, statement.start, statement.end))
         self._text = module.text
 
     def enter(self, function: Function) -> None:

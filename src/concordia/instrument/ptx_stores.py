@@ -41,6 +41,8 @@ _TILES: Final = {
     "m8n8k4": (8, 8),
 }
 _TENSOR_MAP_BYTES: Final = 128
+# What a copy in bulk says before it says where to.
+_COPY_WORDS: Final = frozenset({"reduce", "async", "bulk", "tensor", "1d", "2d", "3d", "4d", "5d"})
 
 
 class Reach(enum.IntEnum):
@@ -194,12 +196,15 @@ def _copy(parts: _Parts, names: Names) -> tuple[Write, ...]:
         parts.modifiers
     ):
         return ()
-    if parts.space() == "shared":
+    target = next((part for part in parts.modifiers if part not in _COPY_WORDS), "")
+    if target.partition("::")[0] == "shared":
         return ()
+    if target != "global":
+        return (_unknown(f"{parts.head}: a copy that is not known"),)
     if "tensor" in parts.modifiers:
         return (Write(Reach.WHOLE),)
-    if parts.space() != "global" or len(parts.operands) < 3:
-        return (_unknown(f"{parts.head}: a copy that is not known"),)
+    if len(parts.operands) < 3:
+        return (_unknown(f"{parts.head}: a copy without a size"),)
     return _ranged(parts, names, _size(parts.operands[2], names, scale=1, extra=0))
 
 
@@ -208,7 +213,7 @@ def _multicast(parts: _Parts, _: Names) -> tuple[Write, ...]:
 
 
 def _tensor_map(parts: _Parts, names: Names) -> tuple[Write, ...]:
-    made = _unknown(f"{parts.head}: a tensor map that the device makes")
+    made = _unknown("tensormap: a tensor map that the device makes")
     return (*_ranged(parts, names, Length(extra=_TENSOR_MAP_BYTES)), made)
 
 

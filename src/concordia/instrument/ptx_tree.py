@@ -80,10 +80,10 @@ class Module:
     address_bits: int = 32  # what PTX says where it says nothing
 
     def edited(self, insertions: Sequence[tuple[int, str]]) -> str:
-        """The text with these pieces put in, in order where two have one place."""
+        """The text with these pieces put in; they are in order of their places."""
         pieces: list[str] = []
         done = 0
-        for at, piece in sorted(insertions, key=lambda pair: pair[0]):
+        for at, piece in insertions:
             pieces += (self.text[done:at], piece)
             done = at
         pieces.append(self.text[done:])

@@ -9,6 +9,7 @@ It decides nothing about which functions are edited.
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -28,7 +29,8 @@ _ENDS_RUN_WORDS: Final = """
 _ENDS_RUN: Final = frozenset(_ENDS_RUN_WORDS.split())
 _ORDERED: Final = frozenset({"release", "acq_rel", "acquire", "sc"})
 _REGISTERS: Final = 65536  # of a multiprocessor
-_REASONS_KEPT: Final = 4
+REASONS_KEPT: Final = 4
+_RUNS_APART_MAX: Final = 4  # that read their words where they begin: two loads each
 
 
 class Piece(NamedTuple):
@@ -46,7 +48,7 @@ class Walk:
     head_at: int = 0  # the first statement behind the leading declarations
     pieces: list[Piece] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)  # why not every store is marked
-    callees: set[str] = field(default_factory=set)
+    callees: dict[str, None] = field(default_factory=dict)  # in order
     exits: list[Statement] = field(default_factory=list)  # ret, exit and trap
     falls_out: bool = False  # of its end, where no instruction says so
     is_whole: bool = False  # it stores through tensor maps or multicast addresses
@@ -69,8 +71,8 @@ class _Walker:
         self._names = names
         self._marks = marks
         self._found = Walk(function)
-        self._targets, self._loops = _branches(module.text, function)
-        self._lists: dict[str, set[str]] = {}  # of functions, by label
+        self._targets, self._loops = _branches(module.text, function)  # names, places
+        self._lists: dict[str, list[str]] = {}  # of functions, by label
         self._label = ""
         self._is_pending = False
         self._groups: list[tuple[int, int]] = []  # place of a run's words: index of pieces, at
@@ -79,7 +81,8 @@ class _Walker:
     def see(self, statement: Statement) -> None:
         """The next statement."""
         found = self._found
-        if not found.head_at and statement.shape not in {Shape.OPEN, Shape.DIRECTIVE}:
+        is_leading = statement.shape is Shape.DIRECTIVE or statement is found.function.statements[0]
+        if not found.head_at and not is_leading:
             found.head_at = statement.start
         if statement.shape is Shape.LABEL:
             self._label = statement.head
@@ -151,18 +154,30 @@ class _Walker:
             self._is_pending = False
 
     def _place_words(self) -> None:
-        """Once at the head where a thread has registers for them, else where a run begins."""
-        found = self._found
+        """Once at the head where many runs or turns need them and a thread has the registers for
+        it, else where a run begins.
+        """
+        found, marks = self._found, self._marks
         if not self._groups:
             return
-        is_once = len(self._groups) > 1 or self._loops
-        if is_once and found.function.is_entry and _has_room(self._text, found.function):
-            words = self._marks.declaration() + self._marks.words() + "\n\t"
-            found.pieces.insert(0, Piece(found.head_at, words))
+        head = marks.declaration()
+        is_often = len(self._groups) > _RUNS_APART_MAX or any(
+            self._is_in_loop(at) for _, at in self._groups
+        )
+        if is_often and found.function.is_entry and _has_room(self._text, found.function):
+            found.pieces.insert(0, Piece(found.head_at, head + marks.words() + "\n\t"))
             return
-        for index, at in reversed(self._groups):
-            found.pieces.insert(index, Piece(at, self._marks.words() + "\n\t"))
-        found.pieces.insert(0, Piece(found.head_at, self._marks.declaration() + "\n\t"))
+        placed = [Piece(found.head_at, head + "\n\t")]
+        done = 0
+        for index, at in self._groups:
+            placed += found.pieces[done:index]
+            placed.append(Piece(at, marks.words() + "\n\t"))
+            done = index
+        found.pieces = placed + found.pieces[done:]
+
+    def _is_in_loop(self, at: int) -> bool:
+        index = bisect.bisect_left(self._loops, (at,)) - 1
+        return index >= 0 and at < self._loops[index][1]
 
     def _call(self, statement: Statement) -> None:
         words = list(tokens(self._text, statement.body, statement.end))
@@ -174,40 +189,46 @@ class _Walker:
             at += 1  # the comma
         name = words[at].text if at < len(words) else ""
         if self._names.find(name) is None:
-            self._found.callees.add(name)
+            self._found.callees[name] = None
             return
         listed = self._lists.get(words[-3].text) if len(words) > 3 else None
         if listed is None:
             self._reason("an indirect call")
         else:
-            self._found.callees |= listed
+            self._found.callees |= dict.fromkeys(listed)
 
-    def _words(self, statement: Statement) -> set[str]:
+    def _words(self, statement: Statement) -> list[str]:
         found = tokens(self._text, statement.body, statement.end)
-        return {token.text for token in found if token.kind is Kind.WORD}
+        return [token.text for token in found if token.kind is Kind.WORD]
 
     def _reason(self, reason: str) -> None:
-        if reason not in self._found.reasons and len(self._found.reasons) < _REASONS_KEPT:
+        if reason not in self._found.reasons and len(self._found.reasons) < REASONS_KEPT:
             self._found.reasons.append(reason)
 
 
 _LEAVES: Final = frozenset({"ret", "exit", "trap", "bra", "brx"})
 
 
-def _branches(text: str, function: Function) -> tuple[set[str], bool]:
-    """The labels that are branched to, and whether anything goes back or sets its registers."""
+def _branches(text: str, function: Function) -> tuple[set[str], list[tuple[int, int]]]:
+    """The labels that are branched to, and from where to where it goes back: loops, merged where
+    they touch.
+    """
     targets: set[str] = set()
-    passed: set[str] = set()
-    is_back = False
+    passed: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
     for statement in function.statements:
         if statement.shape is Shape.LABEL:
-            passed.add(statement.head)
+            passed[statement.head] = statement.start
         elif statement.root in {"bra", "brx"} or statement.head == ".branchtargets":
             found = tokens(text, statement.body, statement.end)
             names = {token.text for token in found if token.kind is Kind.WORD}
             targets |= names
-            is_back = is_back or not passed.isdisjoint(names)
-    return targets, is_back
+            begin = min((passed[name] for name in names if name in passed), default=None)
+            if begin is not None:
+                while loops and loops[-1][1] > begin:
+                    begin = min(begin, loops.pop()[0])
+                loops.append((begin, statement.end))
+    return targets, loops
 
 
 def _has_room(text: str, function: Function) -> bool:

@@ -1,0 +1,78 @@
+"""What the functions of a PTX text do together, floor 3.
+
+Owns: `Calls`: who calls whom, and what a function hides or reaches when its callees are counted in.
+Promises: a callee without a body is a reason, unless it is of CUDA's own library on the device;
+time is linear in functions and calls, and the order of everything is the text's. Called by ptx. It
+looks at no instruction: ptx_walk did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
+
+from concordia.instrument.ptx_walk import REASONS_KEPT, Walk
+from concordia.instrument.report import Hook
+
+# They write buffers of the driver and its heap, which no region can be.
+_SYSTEM_CALLS: Final = frozenset({"vprintf", "__assertfail", "malloc", "free"})
+
+
+class Calls:
+    """The functions that have a body, by name."""
+
+    def __init__(self, walks: Mapping[str, Walk], aliases: Mapping[str, str]) -> None:
+        self._walks = walks
+        self._callees: dict[str, list[str]] = {}
+        self.reasons: dict[str, list[str]] = {}  # why not every store is marked, with callees
+        self._whole: set[str] = set()
+        callers: dict[str, list[str]] = {}
+        for name, walk in walks.items():
+            called = list(dict.fromkeys(aliases.get(callee, callee) for callee in walk.callees))
+            foreign = [c for c in called if c not in walks and c not in _SYSTEM_CALLS]
+            hidden = [f"a call of {callee}, whose code is not here" for callee in foreign]
+            self.reasons[name] = [*walk.reasons, *hidden][:REASONS_KEPT]
+            self._callees[name] = [callee for callee in called if callee in walks]
+            for callee in self._callees[name]:
+                callers.setdefault(callee, []).append(name)
+            if walk.is_whole:
+                self._whole.add(name)
+        self._pass_up(callers)
+
+    def is_whole(self, name: str) -> bool:
+        """Whether it stores through tensor maps or multicast addresses."""
+        return name in self._whole
+
+    def pass_down(self, kernels: Mapping[str, Hook]) -> Iterator[tuple[Walk, Hook]]:
+        """Every function that is edited when these kernels are, and how: a function has the exits
+        and marks of all kernels that get to it.
+        """
+        wanted = dict(kernels)
+        ahead = list(wanted)
+        while ahead:
+            name = ahead.pop()
+            for callee in self._callees[name]:
+                had = wanted.get(callee, Hook(0))
+                has = had | wanted[name] & (Hook.EXIT | Hook.MARKS)
+                if has != had:
+                    wanted[callee] = has
+                    ahead.append(callee)
+        return ((self._walks[name], hooks) for name, hooks in wanted.items())
+
+    def _pass_up(self, callers: Mapping[str, Iterable[str]]) -> None:
+        """A function is looked at again only when a callee had something new, which is seldom more
+        often than there are reasons to keep.
+        """
+        ahead = [name for name in self._walks if self.reasons[name] or name in self._whole]
+        while ahead:
+            name = ahead.pop()
+            for caller in callers.get(name, ()):
+                own = self.reasons[caller]
+                new = [reason for reason in self.reasons[name] if reason not in own]
+                new = new[: REASONS_KEPT - len(own)]
+                is_whole = name in self._whole and caller not in self._whole
+                own += new
+                if is_whole:
+                    self._whole.add(caller)
+                if new or is_whole:
+                    ahead.append(caller)
