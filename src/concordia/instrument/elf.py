@@ -32,6 +32,7 @@ _SEGMENT: Final = struct.Struct("<IIQQQQQQ")
 _SYMBOL: Final = struct.Struct("<IBBHQQ")
 
 SECTION_NULL: Final = 0
+SECTION_CODE: Final = 1
 SECTION_SYMBOLS: Final = 2
 SECTION_RELOCATIONS: Final = (4, 9)  # with and without addends
 # without bytes in the file: the usual kind, and the vendor's for global, local, shared and reserved
