@@ -245,6 +245,23 @@ def test_rewriter_leaves_nothing_when_it_ends(run: pathlib.Path, tmp_path: pathl
         launcher.wait(timeout=30)
 
 
+def _inherit_odd_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGCHLD})
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+
+def test_images_are_rewritten_and_sigterm_ends_it_when_its_launcher_has_blocked_signals(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    process = subprocess.Popen(_command(run, tmp_path / "images"), env=ENVIRONMENT, preexec_fn=_inherit_odd_signals)
+    try:
+        until((run / "rewriter.sock").exists, 30)
+        assert ask(run / "rewriter.sock", b"no image", timeout_s=30) is Status.READY
+        process.terminate()
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        process.wait(timeout=30)
+
+
 def test_child_ends_and_another_can_be_started_when_the_rewriter_is_killed(tmp_path: pathlib.Path) -> None:
     one = Served(tmp_path, answer_s=0.1, rewrite_s=60)
     assert one.ask(b"loop") is Status.LATER

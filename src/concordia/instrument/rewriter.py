@@ -35,6 +35,9 @@ def main(arguments: list[str]) -> int:
     waker, woken = socket.socketpair()
     waker.setblocking(False)
     signal.set_wakeup_fd(waker.fileno())
+    # A launcher may have blocked signals and ignored the ends of children, and both are inherited.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     signal.signal(signal.SIGTERM, lambda *_: desk.stop())
     # of the terminal, for the program; it may still load images until it ends
     for number in (signal.SIGINT, signal.SIGHUP):
