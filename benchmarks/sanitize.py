@@ -8,6 +8,7 @@ compute-sanitizer or a GPU is missing.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import pathlib
@@ -16,9 +17,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from concordia.testing.command import Parser, file_in_folder, run_command
 from concordia.testing.machine import machine
@@ -27,9 +29,11 @@ ROOT: Final = pathlib.Path(__file__).resolve().parent.parent
 PROGRAM: Final = ROOT / "tests" / "gpu" / "sanitized.py"
 RESULTS: Final = ROOT / "benchmarks" / "results" / "sanitizer_h200.json"
 TOOLS: Final = ("memcheck", "racecheck", "synccheck")
-PLACES: Final = ("/usr/local/cuda/bin", "/opt/cuda/bin", "/usr/local/cuda/compute-sanitizer")
+# the tool is bin/compute-sanitizer, a link, or compute-sanitizer/compute-sanitizer of these
+HOMES: Final = ("/usr/local/cuda", "/opt/cuda", "/usr/local/cuda-*", "/opt/nvidia/cuda*")
 PLANTED_S: Final = 30.0
 SECONDS: Final = 150.0
+ENDING_S: Final = 30.0  # a process that the driver is in the middle of may end late
 LINES_MAX: Final = 40  # of what a tool said, kept in the result
 
 _ERRORS: Final = re.compile(r"=+ ERROR SUMMARY: (\d+) error")
@@ -61,9 +65,13 @@ class Verdict:
 
 
 def find_sanitizer() -> str | None:
-    """compute-sanitizer, from PATH or where CUDA puts it."""
-    home = os.environ.get("CUDA_HOME")
-    places = [os.environ.get("PATH", ""), *([f"{home}/bin"] if home else []), *PLACES]
+    """compute-sanitizer, from PATH or where CUDA and its packages put it; the newest version."""
+    packages = pathlib.Path(sysconfig.get_path("purelib")) / "nvidia" / "*"
+    named = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    homes = [*named, *(home for place in HOMES for home in sorted(glob.glob(place), reverse=True))]
+    homes += [sys.prefix, *sorted(glob.glob(str(packages)))]
+    places = [os.environ.get("PATH", "")]
+    places += [f"{home}/{folder}" for home in homes for folder in ("bin", "compute-sanitizer")]
     return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
 
 
@@ -90,7 +98,10 @@ def run(command: list[str], timeout_s: float) -> tuple[int, str]:
             return child.returncode, said
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
-            said, _ = child.communicate(timeout=30)
+            try:
+                said, _ = child.communicate(timeout=ENDING_S)
+            except subprocess.TimeoutExpired as error:  # who left the group holds the pipe
+                said = (error.stdout or b"").decode(errors="replace")
             return 124, said
 
 
@@ -157,27 +168,40 @@ def main(arguments: list[str]) -> int:
     if code:
         print(f"the program fails without a sanitizer ({code}):\n{said}", file=sys.stderr)
         return 1
-    verdicts = []
+    print(f"without a tool: {until - time.monotonic():.0f} s are left", flush=True)
+    verdicts: list[Verdict] = []
     for tool in options.tool:
-        left = len(options.tool) - len(verdicts)
-        planted = None
-        if not options.no_planted:
-            bound = min(PLANTED_S, until - time.monotonic())
-            seen = watch(sanitizer, tool, tool, timeout_s=bound)
-            planted = (seen.errors or 0) + seen.warnings
-        verdict = watch(sanitizer, tool, timeout_s=(until - time.monotonic()) / left)
-        verdict.planted_errors = planted
-        verdicts.append(verdict)
-        print(table([verdict]), *verdict.said, sep="\n", flush=True)
+        left_s = (until - time.monotonic()) / (len(options.tool) - len(verdicts))
+        verdicts.append(judge(sanitizer, tool, left_s, is_planted=not options.no_planted))
+        print(table(verdicts[-1:]), *verdicts[-1].said, sep="\n", flush=True)
+        save(options.output, found, verdicts)  # a later tool may be cut short
     print(table(verdicts))
+    return 0 if all(v.is_clean and not v.is_blind for v in verdicts) else 1
+
+
+def judge(sanitizer: str, tool: str, seconds: float, *, is_planted: bool) -> Verdict:
+    """One tool over the planted fault, then over all programs."""
+    until = time.monotonic() + seconds
+    planted = None
+    if is_planted:
+        seen = watch(sanitizer, tool, tool, timeout_s=min(PLANTED_S, seconds / 2))
+        planted = (seen.errors or 0) + seen.warnings
+    verdict = watch(sanitizer, tool, timeout_s=until - time.monotonic())
+    verdict.planted_errors = planted
+    if planted == 0:
+        verdict.said += seen.said  # why it saw nothing
+    return verdict
+
+
+def save(path: pathlib.Path, found: dict[str, Any], verdicts: list[Verdict]) -> None:
+    """The result file, of the tools that were run so far."""
     result = {
         "machine": found,
         "commit": found["commit"],
-        "clean": all(v.is_clean for v in verdicts),
+        "clean": all(v.is_clean and not v.is_blind for v in verdicts),
         "tools": [asdict(v) for v in verdicts],
     }
-    options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0 if all(v.is_clean and not v.is_blind for v in verdicts) else 1
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

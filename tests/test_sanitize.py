@@ -102,6 +102,25 @@ def test_tool_is_ended_and_not_clean_when_it_hangs(sanitize: ModuleType, monkeyp
     assert (verdicts["memcheck"]["errors"], verdicts["memcheck"]["exit_code"]) == (None, 124)
 
 
+def test_tools_before_are_in_the_result_when_one_is_cut_short(sanitize: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said = ALL_CLEAN | {"racecheck": "hang"}
+    code, verdicts = run_with(sanitize, monkeypatch, tmp_path, said, "--tool", "memcheck", "racecheck", "--seconds", "6")
+    assert code == 1
+    assert verdicts["memcheck"]["errors"] == 0
+    assert verdicts["racecheck"]["exit_code"] == 124
+
+
+@pytest.mark.parametrize("place", ["bin", "compute-sanitizer"])
+def test_tool_is_found_where_cuda_puts_it(sanitize: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    (tmp_path / "cuda" / place).mkdir(parents=True)
+    tool = tmp_path / "cuda" / place / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o700)
+    assert sanitize.find_sanitizer() == str(tool)
+
+
 def test_exit_is_2_when_the_tool_or_the_gpu_is_missing(sanitize: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sanitize, "machine", lambda: {"gpus": [], "commit": "abc"})
     monkeypatch.setattr(sanitize, "find_sanitizer", lambda: None)
