@@ -72,7 +72,8 @@ RING_HEADER = Struct(
             "u64",
             note="next position to claim; host threads only, so a locked add is allowed",
         ),
-        pad(120, "line0"),
+        Field("head_seen", "u64", note="what a producer last read in head, or something older"),
+        pad(112, "line0"),
         # line 1: the executor
         Field("head", "u64", note="positions below this are done"),
         pad(120, "line1"),

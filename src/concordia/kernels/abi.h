@@ -327,7 +327,8 @@ static_assert(__builtin_offsetof(Completion, reserved) == 48, "reserved");
 
 struct RingHeader {
   uint64_t tail;  // next position to claim; host threads only, so a locked add is allowed
-  uint8_t line0[120];
+  uint64_t head_seen;  // what a producer last read in head, or something older
+  uint8_t line0[112];
   uint64_t head;  // positions below this are done
   uint8_t line1[120];
   uint64_t launched;  // how often the executor was sent in
@@ -358,7 +359,8 @@ struct RingHeader {
 static_assert(sizeof(RingHeader) == 1024, "RingHeader");
 #if !defined(__CUDACC_RTC__)  // run-time compilation of device code has no offsetof
 static_assert(__builtin_offsetof(RingHeader, tail) == 0, "tail");
-static_assert(__builtin_offsetof(RingHeader, line0) == 8, "line0");
+static_assert(__builtin_offsetof(RingHeader, head_seen) == 8, "head_seen");
+static_assert(__builtin_offsetof(RingHeader, line0) == 16, "line0");
 static_assert(__builtin_offsetof(RingHeader, head) == 128, "head");
 static_assert(__builtin_offsetof(RingHeader, line1) == 136, "line1");
 static_assert(__builtin_offsetof(RingHeader, launched) == 256, "launched");

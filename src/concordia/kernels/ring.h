@@ -65,9 +65,16 @@ FUNCTION int claim(RingHeader* ring, uint64_t windows, uint64_t* position_ptr, u
   for (;;) {
     const uint64_t index = tail & (count - 1), rest = count - index;
     const uint64_t span = windows <= rest ? windows : rest + windows;
-    // Acquire pairs with the executor's release of head: it has read slot and arguments that we are
-    // about to write over.
-    const uint64_t head = __atomic_load_n(&ring->head, __ATOMIC_ACQUIRE);
+    // A GPU takes head's line from us whenever it writes it, so it is read anew only where what was
+    // read before gives no room. Acquire pairs with the store below, and through it, as the second
+    // one by itself, with the executor's release of head: it has read slot and arguments that we
+    // are about to write over.
+    uint64_t head = __atomic_load_n(&ring->head_seen, __ATOMIC_ACQUIRE);
+    if (tail + span - head > count) {
+      head = __atomic_load_n(&ring->head, __ATOMIC_ACQUIRE);
+      // Another producer's may be newer than ours: an older one is as true, only looked up earlier.
+      __atomic_store_n(&ring->head_seen, head, __ATOMIC_RELEASE);
+    }
     if (tail + span - head > count) {
       const uint64_t again = __atomic_load_n(&ring->tail, __ATOMIC_RELAXED);
       if (again == tail) return kRefusedFull;
