@@ -20,8 +20,9 @@ from typing import Any, Final
 from figures import Figures, figure
 
 from concordia import abi
+from concordia.integrations.vllm.appends import Append, Batch
 from concordia.integrations.vllm.identity import Identity, KeyChain
-from concordia.integrations.vllm.pump import Append, AppendPump, Batch
+from concordia.integrations.vllm.pump import AppendPump
 from concordia.integrations.vllm.step_writes import Scheduled, StepWrites
 from concordia.integrations.vllm.write_set import Track, WriteSet
 from concordia.journal.key_changes import KeyNews

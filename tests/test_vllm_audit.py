@@ -27,10 +27,10 @@ import torch
 from concordia import config
 from concordia.errors import DeviceError
 from concordia.integrations.vllm import compat
+from concordia.integrations.vllm.appends import Append
 from concordia.integrations.vllm.audit import Audit
 from concordia.integrations.vllm.identity import Identity, KeyChain
 from concordia.integrations.vllm.metadata import StepMetadata
-from concordia.integrations.vllm.pump import Append
 from concordia.integrations.vllm.scribe import Scribe
 from concordia.integrations.vllm.settings import Settings
 from concordia.integrations.vllm.step_writes import Scheduled, Write

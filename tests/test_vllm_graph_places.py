@@ -20,8 +20,9 @@ from concordia import abi, config
 from concordia.device.compiler import HandlerSource
 from concordia.errors import DeviceError
 from concordia.integrations.vllm import compat
+from concordia.integrations.vllm.appends import Append, Batch
 from concordia.integrations.vllm.graph_places import GraphPlaces, Placed, RankTickets
-from concordia.integrations.vllm.pump import Append, AppendPump, Batch
+from concordia.integrations.vllm.pump import AppendPump
 from concordia.runtime.executor import Runtime
 from concordia.runtime.ring import Task
 from fake_cuda import FakeCuda
@@ -180,13 +181,14 @@ def test_places_in_graphs_do_nothing_and_harm_nobody_when_the_runtime_has_retire
     engine = Engine()
     graph = engine.capture()
     engine.places.begin_step(0)
-    engine.places.hand_in([engine.task])
+    (placed,) = engine.places.hand_in([engine.task])
     engine.runtime.retire()
-    for _ in range(3):  # the first runs what it was given before
+    for _ in range(3):
         engine.replay(graph)
     until(lambda: int(engine.device.driver.cuStreamQuery(engine.stream)[0]) == 0)
     assert engine.written[0] == 9
     assert engine.device.driver.launches[b"concordia_stream_tasks"] == 1 + 3
+    assert engine.places._tasks._ring.result(placed.ticket) is None, "what it reads may be somebody else's by now"
     with pytest.raises(DeviceError, match="closed"):
         engine.places.hand_in([engine.task])
     engine.runtime.close()  # which gives nothing back

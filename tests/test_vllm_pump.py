@@ -16,8 +16,9 @@ import pytest
 from concordia import abi, config
 from concordia.errors import ConcordiaError, RestoreUnfinished, RingFull, UsageError, WaitTimeout
 from concordia.integrations.vllm.append_clock import AppendClock
+from concordia.integrations.vllm.appends import Append, Batch, Failure
 from concordia.integrations.vllm.door import GuestDoor
-from concordia.integrations.vllm.pump import Append, AppendPump, Batch, Failure
+from concordia.integrations.vllm.pump import AppendPump
 from concordia.integrations.vllm.settings import Settings
 
 

@@ -127,8 +127,12 @@ class StreamTasks:
                 self._ring.close()
 
     def retire(self) -> None:
-        """Take no more, and keep everything: graphs with a place of these tasks go on."""
-        self._is_open = False
+        """Take no more, run no more, and keep everything: graphs with a place of these tasks go on
+        being replayed, and by then the memory that tasks name may be somebody else's.
+        """
+        with self._lock:
+            self._is_open = False
+            self._ring.store("stop", 1)
 
     def _require_open(self) -> None:
         if not self._is_open:

@@ -25,7 +25,7 @@ from concordia.integrations.vllm.door import logger
 DIFFERS: Final = "the engine's KV is not what was committed of it"
 
 if TYPE_CHECKING:
-    from concordia.integrations.vllm.pump import Append
+    from concordia.integrations.vllm.appends import Append
     from concordia.integrations.vllm.step_writes import Write
 
 

@@ -14,11 +14,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from concordia import abi, config
 from concordia.errors import ConcordiaError, RingFull, WaitTimeout
+from concordia.integrations.vllm.appends import Append, Batch, Failure
 
 STATUS_WORDS = {
     abi.STATUS_JOURNAL_FULL: "the journal had no room",
@@ -27,53 +27,12 @@ STATUS_WORDS = {
 }
 
 
-class Event(Protocol):
-    """What a GPU step is waited for with."""
-
-    def synchronize(self) -> None: ...
-
-
 class Tickets(Protocol):
     """The part of a Checkpointer that submitting and following tasks needs."""
 
     def submit_many(self, tasks: Sequence[Any]) -> list[Any]: ...
     def result(self, ticket: Any) -> Any: ...
     def wait(self, ticket: Any, timeout_s: float) -> Any: ...
-
-
-@dataclass(slots=True)
-class Append:
-    """One append: its task, how many records that makes, and which blocks it reads until it is
-    done.
-    """
-
-    request: str
-    start: int  # first token that is not saved if this fails
-    blocks: tuple[int, ...]
-    task: Any
-    records: int = 1
-    ticket: Any = None
-    is_claimed: bool = False  # being submitted: it cannot be called back any more
-    is_done: bool = False
-    is_elsewhere: bool = False  # it runs in the engine's stream, not by the executor's own launches
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """From which token on a request is not saved, why, and whether the same may go well later."""
-
-    start: int
-    reason: str
-    may_pass: bool
-
-
-@dataclass(slots=True)
-class Batch:
-    """The appends of one step, and something to run on the pump's thread before them."""
-
-    appends: list[Append] = field(default_factory=list)
-    event: Event | None = None
-    before: Callable[[], None] | None = None
 
 
 class AppendPump:

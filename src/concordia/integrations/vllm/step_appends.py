@@ -11,9 +11,9 @@ from typing import Any
 
 from concordia import abi
 from concordia.checkpoint.checkpointer import Checkpointer
+from concordia.integrations.vllm.appends import Append
 from concordia.integrations.vllm.audit import Audit
 from concordia.integrations.vllm.load import PieceRange
-from concordia.integrations.vllm.pump import Append
 from concordia.integrations.vllm.step_writes import Write, runs_of
 
 

@@ -23,13 +23,15 @@ from concordia.device.policy import AUTO, DEFAULT
 from concordia.errors import ConcordiaError, RecoveryError
 from concordia.integrations.vllm import compat
 from concordia.integrations.vllm.append_clock import AppendClock
+from concordia.integrations.vllm.appends import Append, Batch, Event
 from concordia.integrations.vllm.applier import Applier
 from concordia.integrations.vllm.audit import DIFFERS, Audit
 from concordia.integrations.vllm.door import logger
 from concordia.integrations.vllm.graph_places import GraphPlaces, RankTickets, open_places
-from concordia.integrations.vllm.layout import Layout, Probe, Proof, describe_kv, in_words
+from concordia.integrations.vllm.layout import Layout, describe_kv, in_words
+from concordia.integrations.vllm.layout_proof import LayoutProof
 from concordia.integrations.vllm.metadata import StepMetadata, WorkerReport
-from concordia.integrations.vllm.pump import Append, AppendPump, Batch, Event
+from concordia.integrations.vllm.pump import AppendPump
 from concordia.integrations.vllm.step_appends import StepAppends
 from concordia.journal.client import JournalClient
 from concordia.journal.record import request_key
@@ -52,7 +54,7 @@ class WorkerSide:
         self._checkpointer: Checkpointer | None = None
         self._region: Any = None
         self._layout: Layout | None = None
-        self._probe: Probe | None = None
+        self._proof: LayoutProof | None = None
         self._pump: AppendPump | None = None
         self._applier: Applier | None = None
         self._audit: Audit | None = None
@@ -121,11 +123,10 @@ class WorkerSide:
             self._checkpointer, self._region, block_tokens=self._block_tokens, audit=self._audit
         )
         self._layout = layout
-        self._probe = Probe(layout)
-        if self._settings.layout == "blocks":
-            self._probe.proof, self._probe.reason = Proof.GIVEN_UP, "set so"
-        if self._probe.proof is Proof.GIVEN_UP:
-            self._say_blocks()
+        is_given_up = self._settings.layout == "blocks"
+        self._proof = LayoutProof(
+            layout, rank=self._rank, say=self.event, is_given_up=is_given_up
+        )
         logger.info(
             "Concordia protects rank %d: %s, %s, %s",
             *(self._rank, device, self._checkpointer.runtime.stats().residency),
@@ -172,12 +173,12 @@ class WorkerSide:
 
     def before_step(self, meta: StepMetadata) -> None:
         """Nothing of this step is written yet: let go of what it overwrites, and keep what the
-        probe compares.
+        proof of the layout compares.
         """
         self._report.step = meta.step
         self._refused.clear()
-        pump, probe = self._live_pump(), self._probe
-        assert probe is not None
+        pump, proof = self._live_pump(), self._proof
+        assert proof is not None
         self._collect()  # by now the step before is saved, and one look tells so
         if self._audit is not None:
             self._audit.step(
@@ -189,39 +190,37 @@ class WorkerSide:
                 self._places.flush()  # nobody may wait for a place that does not come
         # whom it gave up for that is collected
         pump.wait_for(meta.reused, timeout_s=config.BLOCK_REUSE_WAIT_S)
-        if probe.proof is Proof.UNKNOWN and not meta.loads:
-            for write in meta.writes:
-                if write.tail is not None and write.tail[1] - write.tail[0] == 1:
-                    probe.arm(write.tail[0], write.tail[2])
-                    break
+        if not meta.loads:
+            proof.arm(meta.writes)
         self._place(meta)
 
     def _place(self, meta: StepMetadata) -> None:
         """Hand in now what a graph of this step may append itself. Whole records keep their order:
         nothing goes there while appends wait for the executor's own launches.
         """
-        places, pump, probe = self._places, self._live_pump(), self._probe
-        assert probe is not None
-        if places is None or not meta.writes or meta.loads or probe.proof is not Proof.PROVEN:
+        places, pump, proof = self._places, self._live_pump(), self._proof
+        assert proof is not None
+        if places is None or not meta.writes or meta.loads or not proof.has_rows:
             return
         blocks = sum(len(write.full) for write in meta.writes)
-        appends = self._of(meta) if blocks <= config.PLACED_BLOCKS_MAX else []
-        if appends and places.takes(len(appends)) and pump.may_follow(len(appends)):
+        most = blocks + len(meta.writes)
+        is_small = blocks <= config.PLACED_BLOCKS_MAX
+        if is_small and places.takes(most) and pump.may_follow(most):
+            appends = self._of(meta)
             tickets = places.hand_in([append.task for append in appends])
             for append, ticket in zip(appends, tickets, strict=True):
                 append.ticket = ticket
             pump.follow(appends)
 
     def _of(self, meta: StepMetadata) -> list[Append]:
-        appends, probe = self._appends, self._probe
+        appends, proof = self._appends, self._proof
         assert appends is not None
-        assert probe is not None
-        has_rows = probe.proof is Proof.PROVEN
+        assert proof is not None
         return [
             append
             for write in meta.writes
             if write.request not in self._refused
-            for append in appends.of(write, meta.step, has_rows=has_rows)
+            for append in appends.of(write, meta.step, has_rows=proof.has_rows)
         ]
 
     def load(self, meta: StepMetadata) -> set[int]:
@@ -254,13 +253,12 @@ class WorkerSide:
 
     def save(self, meta: StepMetadata) -> None:
         """Enqueue what this step wrote."""
-        pump, probe = self._live_pump(), self._probe
-        assert probe is not None
+        pump, proof = self._live_pump(), self._proof
+        assert proof is not None
         if self._places is not None and self._places.end_step():
             return
         batch = Batch(event=self._record_event() if meta.writes else None)
-        if probe.is_armed:
-            self._judge(probe, batch)
+        proof.judge(batch, self._record_event)
         batch.appends = self._of(meta)
         if batch.appends or batch.before is not None:
             pump.submit(batch)
@@ -271,7 +269,7 @@ class WorkerSide:
         report.append_ns = self._clock.take() if self._clock is not None else 0
         if report.append_ns and self._places is not None:
             report.graph_steps, self._places.step_count = self._places.step_count, 0
-        report.has_rows = self._probe is not None and self._probe.proof is Proof.PROVEN
+        report.has_rows = self._proof is not None and self._proof.has_rows
         for found in self._audit.rest() if self._audit is not None else ():
             report.lost.setdefault(found.write.request, DIFFERS)
             report.differing.append(found.block)
@@ -291,7 +289,7 @@ class WorkerSide:
             self._pump.abandon()
         self._clock = None
         if self._checkpointer is not None:
-            if self._places is not None and self._places.count:
+            if self._places is not None:
                 self._checkpointer.retire()  # the engine goes on replaying graphs with our places
             else:
                 self._checkpointer.close()
@@ -330,38 +328,12 @@ class WorkerSide:
         event.record()
         return event  # type: ignore[no-any-return]
 
-    def _judge(self, probe: Probe, batch: Batch) -> None:
-        pairs, token = probe.capture(), probe.token
-
-        def judge() -> None:
-            if probe.judge(pairs, token) in {Proof.DISPROVEN, Proof.GIVEN_UP}:
-                self._say_blocks()
-            elif probe.proof is Proof.PROVEN:
-                logger.info("Concordia: the KV layout of rank %d is proven", self._rank)
-
-        if self._is_cuda:
-            batch.event = self._record_event()  # after the copies that `capture` queued
-            batch.before = judge
-        else:
-            judge()
-
     def _collect(self) -> None:
         for request, failure in self._live_pump().collect().items():
             if failure.may_pass:
                 self._report.missed[request] = failure.start, failure.reason
             else:
                 self._report.lost.setdefault(request, failure.reason)
-
-    def _say_blocks(self) -> None:
-        """Loud, because whole blocks cost more than rows."""
-        assert self._probe is not None
-        reason = f"KV layout {self._probe.proof.name.lower()}: {self._probe.reason}"
-        logger.warning(
-            "Concordia saves whole KV blocks on rank %d: %s. Nothing is lost by it but speed.",
-            self._rank,
-            reason,
-        )
-        self.event({"event": "whole-blocks", "rank": self._rank, "reason": reason})
 
     def event(self, facts: dict[str, Any]) -> None:
         """Say something in this rank's stream."""
