@@ -1,4 +1,4 @@
-"""The command line: serve, status, drain, journal, doctor, instrument.
+"""The command line: serve, status, drain, journal, doctor, run, modules, instrument.
 
 Owns: the flags, their environment variables (CONCORDIA_ and the flag's name) and the exit codes.
 Promises: what can be checked is checked before anything is started; a mistake is one line on stderr
@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from concordia import __version__, cli_instrument, config
+from concordia import __version__, cli_instrument, cli_program, config
 from concordia.errors import ConcordiaError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -70,7 +70,7 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="JSON, for machi
 
 
 @click.group(
-    commands=[cli_instrument.instrument],
+    commands=[cli_instrument.instrument, cli_program.run, cli_program.modules],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, prog_name="concordia")

@@ -117,6 +117,19 @@ SCAN_RANGES_MAX: Final = 64
 PROGRAM_POLL_S: Final = 0.001  # of an agent that waits for a checkpoint; a step takes longer
 PROGRAM_COMMIT_S: Final = 30.0  # for one checkpoint; then protection goes off, the program goes on
 PROGRAM_END_S: Final = 10.0  # for an agent to commit what is staged once the program has ended
+# a load waits so long for the first rewrite of its image: longer than REWRITE_ANSWER_S
+RUN_IMAGE_WAIT_S: Final = 6.0
+RUN_WAIT_S: Final = 120.0  # all of a process's loads together: a cold start of vLLM takes as long
+RUN_LOG_BYTES_MAX: Final = 16 << 20  # of one process's log: 30,000 images
+RUNS_KEPT: Final = 20  # run folders, for `concordia modules`: the newest
+RUN_KEPT_S: Final = 7 * 86400.0  # and none that ended longer ago
+# after a program that was only looked at, for the rewriter to read the images it was told of
+RUN_LOOK_S: Final = 5.0
+RUN_END_S: Final = 5.0  # for the rewriter to end after SIGTERM; then it is killed
+REWRITER_STARTS_MAX: Final = 2  # one that dies twice does not get better
+REWRITER_START_S: Final = 5.0  # until it listens; it takes half a second
+GATE_HOLD_S: Final = 30.0  # a launch held for longer goes on, loudly: its framework would give up
+GATE_PAUSE_S: Final = 5.0  # for the GPU to come to a kernel boundary: a long prefill takes a second
 
 # --- journal
 # of a journal: a handful of writers with some lent ahead each, and most of them still free

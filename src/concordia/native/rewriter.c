@@ -109,7 +109,7 @@ static enum rewriter_answer awaited(int line, uint64_t bound_ns) {
 
 enum rewriter_answer rewriter_ask(const struct image *image, const uint64_t key[2],
                                   const char *library, int is_awaited) {
-  uint64_t one_ns = process_number("image_wait_ms", 5000) * 1000000u;
+  uint64_t one_ns = process_number("image_wait_ms", 6000) * 1000000u;
   uint64_t all_ns = process_number("process_wait_ms", 120000) * 1000000u;
   uint64_t spent = atomic_load(&spent_ns);
   if (is_awaited && spent >= all_ns) return REWRITER_SPENT;

@@ -1,0 +1,158 @@
+"""`concordia run`: a program with the shim under it, floor 7.
+
+Owns: what is prepared before a program starts, and what is said when it has ended. Promises: what
+can be wrong is found before anything is started, one line and exit code 2; the program's own exit
+code or signal is ours; LD_LIBRARY_PATH and CONCORDIA_RUN are all that changes for it; the run
+folder stays for `concordia modules`. Called by the command line. What the shim does with an image
+is native/'s; the rewriter is instrument/'s.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import concordia
+from concordia import config
+from concordia.errors import UsageError
+from concordia.instrument.cache import ImageCache
+from concordia.instrument.options import Options
+from concordia.integrations.program.architecture import architecture
+from concordia.integrations.program.coverage import read_run
+from concordia.integrations.program.driver import find_driver
+from concordia.integrations.program.policy import Policy
+from concordia.integrations.program.run_folder import VARIABLE, ProgramRun, make_run
+from concordia.integrations.program.shim_build import place_shim
+from concordia.integrations.program.supervisor import Supervisor, end_as
+
+DISABLE: Final = "CONCORDIA_DISABLE"
+HOOKS: Final = ("entry", "exit", "marks")
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What a user asked for. Without hooks and policy images are looked at and left as they are."""
+
+    command: tuple[str, ...]
+    hooks: frozenset[str] = frozenset()
+    policy: Policy | None = None
+    run_dir: Path | None = None
+    is_verbose: bool = False
+
+    def options(self) -> Options:
+        """What the rewriter is asked for."""
+        found = Options(
+            arch=architecture() or Options().arch,
+            entry="entry" in self.hooks,
+            exit="exit" in self.hooks,
+            marks="marks" in self.hooks,
+        )
+        if self.policy is None:
+            return found
+        hooks = self.hooks or {name for name, is_on in self.policy.hooks.items() if is_on}
+        return replace(
+            found,
+            entry="entry" in hooks,
+            exit="exit" in hooks,
+            marks="marks" in hooks,
+            deny=self.policy.deny,
+            opaque=found.opaque if self.policy.opaque is None else self.policy.opaque,
+        )
+
+
+def launch(asked: Launch, mask: frozenset[int]) -> int:
+    """Run the program; its exit code. Does not return when a signal ended it. `mask` is that of
+    signals which the program gets, from take_signals.
+    """
+    environment = dict(os.environ)
+    if not asked.command:
+        raise UsageError("name a program behind --, such as: concordia run -- python app.py")
+    program = shutil.which(asked.command[0])
+    if program is None:
+        raise UsageError(f"there is no program {asked.command[0]}: give its path")
+    if environment.get(DISABLE, "0") not in ("", "0"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.execvpe(program, list(asked.command), environment)
+    driver = find_driver(environment)
+    options = asked.options()
+    run = make_run(asked.run_dir)
+    try:
+        place_shim(run.path, driver)
+        is_looking = not (options.entry or options.exit or options.marks)
+        cache = ImageCache(config.Paths.default().image_cache, options.key())
+        run.settle(_settings(options, cache, is_looking=is_looking))
+        if asked.policy is not None:
+            (run.path / "policy").write_text(asked.policy.lines(), "utf-8")
+        run.tell(command=list(asked.command), started=time.time(), driver=str(driver))
+        supervisor = Supervisor(
+            mask, _rewriter(run, options), _rewriter_environment(environment), run.socket
+        )
+        status = supervisor.run(
+            asked.command,
+            _environment(environment, run.path),
+            when_ended=lambda: _await_looks(run, cache) if is_looking else None,
+        )
+        run.tell(ended=time.time(), status=status, rewriter_deaths=supervisor.rewriter_deaths)
+        if asked.is_verbose:
+            print(f"concordia: {read_run(run).summary()}", file=sys.stderr)
+    finally:
+        run.close()
+    return end_as(status)
+
+
+def _settings(options: Options, cache: ImageCache, *, is_looking: bool) -> dict[str, object]:
+    """What the shim reads; native/process.c."""
+    return {
+        "mode": "look" if is_looking else "rewrite",
+        "cache": cache.folder,
+        "page_shift": options.page_shift,
+        "image_wait_ms": int(1000 * config.RUN_IMAGE_WAIT_S),
+        "process_wait_ms": int(1000 * config.RUN_WAIT_S),
+        "log_bytes": config.RUN_LOG_BYTES_MAX,
+        "gate_hold_ms": int(1000 * config.GATE_HOLD_S),
+    }
+
+
+def _environment(environment: Mapping[str, str], run: Path) -> dict[str, str]:
+    """The program's own, with the shim before all other libraries. An empty part of the path would
+    be the working folder, so none is made.
+    """
+    rest = environment.get("LD_LIBRARY_PATH", "")
+    path = f"{run}:{rest}" if rest else str(run)
+    return {**environment, "LD_LIBRARY_PATH": path, VARIABLE: str(run)}
+
+
+def _rewriter(run: ProgramRun, options: Options) -> Sequence[str]:
+    return (
+        *(sys.executable, "-m", "concordia.instrument.rewriter"),
+        *("--run", str(run.path)),
+        *("--cache", str(config.Paths.default().image_cache)),
+        *("--options", options.to_json()),
+        *("--launcher", str(os.getpid())),
+    )
+
+
+def _rewriter_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """It runs this package, wherever it lies, and no shim."""
+    paths = [str(Path(concordia.__file__).parents[1]), environment.get("PYTHONPATH", "")]
+    return {
+        **environment,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        DISABLE: "1",
+    }
+
+
+def _await_looks(run: ProgramRun, cache: ImageCache) -> None:
+    """Let the rewriter read the images that it was told of, within a bound."""
+    deadline = time.monotonic() + config.RUN_LOOK_S
+    waiting = {image.key for image in read_run(run).images if image.key}
+    while waiting and time.monotonic() < deadline:
+        waiting = {key for key in waiting if not cache.path(key).exists()}
+        time.sleep(config.PROGRAM_POLL_S)

@@ -1,0 +1,184 @@
+"""The folder of one `concordia run`, floor 7.
+
+Owns: where runs have their folders, what lies in one, and which are removed. Promises: a folder is
+this user's alone; it stays after the program, so that its modules can be asked for, until newer
+runs or time take its place; one whose launcher lives is never removed. Called by launch and by
+whoever asks about a run. The shim finds it by CONCORDIA_RUN and writes `modules/` itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from concordia import config
+from concordia.errors import UsageError
+from concordia.serving.run_folder import default_base
+
+VARIABLE: Final = "CONCORDIA_RUN"
+_RUNS: Final = "runs"
+_ABOUT: Final = "about.json"
+_LOCK: Final = "lock"
+_SOCKET_PATH_MAX: Final = 107  # of a Unix socket, as the kernel has it
+_SOCKET: Final = "rewriter.sock"
+
+
+@dataclass(slots=True)
+class ProgramRun:
+    """A run's folder; `close` keeps it and lets others remove it."""
+
+    path: Path
+    _lock: int = -1
+
+    @property
+    def modules(self) -> Path:
+        """A log for each process that loaded images."""
+        return self.path / "modules"
+
+    @property
+    def socket(self) -> Path:
+        return self.path / _SOCKET
+
+    def settle(self, settings: Mapping[str, object]) -> None:
+        """Write what the shim reads when a process starts: a name and a value on each line."""
+        lines = []
+        for name, value in settings.items():
+            text = str(value)
+            if "\n" in text:
+                raise UsageError(f"{name}: {text!r} has a line break in it; use another path")
+            lines.append(f"{name}={text}\n")
+        self._write("settings", "".join(lines))
+
+    def settings(self) -> dict[str, str]:
+        """The same, read."""
+        try:
+            text = (self.path / "settings").read_text("utf-8")
+        except (OSError, UnicodeDecodeError):
+            return {}
+        return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+    def tell(self, **facts: Any) -> None:
+        """Add to what is known of the run: its command, its start and end."""
+        self._write(_ABOUT, json.dumps({**self.about(), **facts}))
+
+    def about(self) -> dict[str, Any]:
+        """What is known of the run; empty when that was damaged."""
+        try:
+            found = json.loads((self.path / _ABOUT).read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def close(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _write(self, name: str, text: str) -> None:
+        """Whole or not at all: programs start while it is written."""
+        part = self.path / f"{name}.part"
+        part.write_text(text, "utf-8")
+        part.chmod(0o600)
+        part.rename(self.path / name)
+
+
+def make_run(base: Path | None = None) -> ProgramRun:
+    """A new folder, after old ones were removed; raises UsageError."""
+    runs = (base or default_base()) / _RUNS
+    for folder in (runs.parent, runs):
+        _make_private(folder)
+    remove_old(runs)
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    path = runs / name
+    if len(str(path / _SOCKET)) > _SOCKET_PATH_MAX:
+        raise UsageError(f"{path} is too long for a socket; name a shorter --run-dir")
+    try:
+        path.mkdir(mode=0o700)
+        (path / "modules").mkdir(mode=0o700)
+    except OSError as error:
+        raise UsageError(f"no folder for this run: {error}; name another --run-dir") from None
+    lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return ProgramRun(path, lock)
+
+
+def find_run(given: Path | None = None, base: Path | None = None) -> ProgramRun:
+    """The run in this folder or of this name, else the last one; raises UsageError."""
+    runs = (base or default_base()) / _RUNS
+    if given is not None:
+        for path in (given, runs / given):
+            if (path / "modules").is_dir():
+                return ProgramRun(path)
+        raise UsageError(f"{given} is no run; those of this user lie in {runs}")
+    found = [path for path in _folders(runs) if (path / "modules").is_dir()]
+    if not found:
+        raise UsageError(f"no run in {runs}: start one with `concordia run -- PROGRAM`")
+    return ProgramRun(found[-1])
+
+
+def remove_old(runs: Path) -> None:
+    """Remove runs that ended too long ago, or whose place newer ones take."""
+    folders = _folders(runs)
+    for index, path in enumerate(folders):
+        is_old = time.time() - _age_stamp(path) > config.RUN_KEPT_S
+        if (is_old or index <= len(folders) - config.RUNS_KEPT) and not is_alive(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def is_alive(path: Path) -> bool:
+    """Whether the launcher of this run lives."""
+    try:
+        descriptor = os.open(path / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def processes(run: ProgramRun) -> Iterator[tuple[int, Path]]:
+    """Pid and log of every process that had something to say."""
+    with contextlib.suppress(OSError):
+        for path in sorted(run.modules.iterdir()):
+            if path.suffix == ".log" and path.stem.isdecimal():
+                yield int(path.stem), path
+
+
+def _folders(runs: Path) -> list[Path]:
+    """Oldest first."""
+    try:
+        found = [path for path in runs.iterdir() if path.is_dir() and not path.is_symlink()]
+    except OSError:
+        return []
+    return sorted(found, key=lambda path: (_age_stamp(path), path.name))
+
+
+def _age_stamp(path: Path) -> float:
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
+
+
+def _make_private(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise UsageError(f"cannot use {folder} as --run-dir: {error}") from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise UsageError(
+            f"{folder} must be a folder that only this user may enter; name another --run-dir"
+        )

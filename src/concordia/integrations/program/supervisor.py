@@ -1,0 +1,178 @@
+"""A program and its rewriter, as child processes, floor 7.
+
+Owns: starting both, signals on their way to the program, and the end of both. Promises: the program
+has the signal mask, the terminal and the process group that it would have without us; a signal from
+the terminal reaches it once (the kernel sends it), one sent to us is passed on; a rewriter that
+dies is started once more; none is left behind. Called by launch. It knows no shim, and imports
+nothing that could start a thread: signals are to be taken before there is one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from concordia import config
+from concordia.errors import UsageError
+
+# What may be meant for the program. SIGTSTP is not taken: who stops the one stops the other, and
+# the shell sees it.
+_PASSED: Final = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+_ENDING: Final = _PASSED[:4]
+_TAKEN: Final = (*_PASSED, signal.SIGCHLD)
+
+
+def take_signals() -> frozenset[int]:
+    """From here on signals wait for the supervisor; the mask that was, which the program gets. Any
+    thread inherits what is blocked now, and one that did not would lose them.
+    """
+    return frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, _TAKEN))
+
+
+@dataclass(slots=True)
+class Supervisor:
+    """Starts and watches; `rewriter` is its command, empty for none, `socket` what it listens on.
+    `mask` is from take_signals.
+    """
+
+    mask: frozenset[int]
+    rewriter: Sequence[str] = ()
+    rewriter_environment: Mapping[str, str] = field(default_factory=dict)
+    socket: Path = Path()
+    rewriter_deaths: int = 0
+    _rewriter_pid: int = 0
+
+    def run(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        when_ended: Callable[[], None] = lambda: None,
+    ) -> int:
+        """Run the program to its end; its wait status. `when_ended` runs after it, with the
+        rewriter still there.
+        """
+        try:
+            self._start_rewriter()
+            self._await_rewriter()
+            # what came so far came when there was no program that could have seen it
+            for number in sorted(signal.sigpending() & {int(taken) for taken in _ENDING}):
+                return int(number)  # as a wait status: ended by this signal
+            pid = self._spawn(command, environment)
+            status = self._watch(pid)
+            when_ended()
+            return status
+        finally:
+            self._end_rewriter()
+
+    def _spawn(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
+        try:
+            return os.posix_spawnp(
+                command[0], list(command), dict(environment), setsigmask=self.mask
+            )
+        except OSError as error:
+            raise UsageError(f"{command[0]} cannot be started: {error.strerror}") from None
+
+    def _start_rewriter(self) -> None:
+        if not self.rewriter or self.rewriter_deaths >= config.REWRITER_STARTS_MAX:
+            return
+        # A session of its own: the terminal's signals are for the program.
+        self._rewriter_pid = os.posix_spawnp(
+            self.rewriter[0],
+            list(self.rewriter),
+            dict(self.rewriter_environment),
+            setsigmask=self.mask,
+            setsid=True,
+            file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
+        )
+
+    def _await_rewriter(self) -> None:
+        """Until it listens, within a bound: an image that comes before it stays as it is."""
+        deadline = time.monotonic() + config.REWRITER_START_S
+        while self._rewriter_pid and not self.socket.exists() and time.monotonic() < deadline:
+            if os.waitid(os.P_PID, self._rewriter_pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                return  # its end is seen to later
+            time.sleep(config.PROGRAM_POLL_S)
+
+    def _watch(self, pid: int) -> int:
+        while True:
+            seen = signal.sigwaitinfo(_TAKEN)
+            if seen.si_signo == signal.SIGCHLD:
+                status = self._reap(pid)
+                if status is not None:
+                    return status
+            elif seen.si_code <= 0:  # sent by a process; what the kernel sends, both of us get
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, seen.si_signo)
+
+    def _reap(self, pid: int) -> int | None:
+        """The program's wait status once it has ended. Several ends may make one signal."""
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found == pid:
+            return status
+        if self._rewriter_pid and os.waitpid(self._rewriter_pid, os.WNOHANG)[0]:
+            self._rewriter_pid = 0
+            self.rewriter_deaths += 1
+            self._start_rewriter()
+        return None
+
+    def _end_rewriter(self) -> None:
+        pid, self._rewriter_pid = self._rewriter_pid, 0
+        if not pid:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        if not _has_ended(pid, config.RUN_END_S):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def end_as(status: int) -> int:
+    """The exit code for this wait status. Does not return when a signal ended the program: then it
+    ends us, too, for a shell to see.
+    """
+    if not os.WIFSIGNALED(status):
+        return os.waitstatus_to_exitcode(status)
+    number = os.WTERMSIG(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if number not in (signal.SIGKILL, signal.SIGSTOP):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the program has left its own
+        signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+    os.kill(os.getpid(), number)
+    return 128 + number
+
+
+def _has_ended(pid: int, bound_s: float) -> bool:
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        deadline = time.monotonic() + bound_s
+        while not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if time.monotonic() >= deadline:
+                return False
+        os.waitpid(pid, 0)
+        return True
+    finally:
+        os.close(descriptor)

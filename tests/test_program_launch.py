@@ -1,0 +1,356 @@
+"""integrations/program/{launch,supervisor,run_folder,coverage}.py, cli_program.py: a program runs as it would without us.
+
+Invariants: exit code, signals, terminal streams and environment are the program's own; what is wrong is one line and exit code 2 before
+anything is started; no rewriter, no half-made folder is left; the run folder stays and says what was loaded; old ones go, living ones never.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from concordia import config
+from concordia.errors import UsageError
+from concordia.integrations.program.coverage import read_run
+from concordia.integrations.program.run_folder import ProgramRun, find_run, make_run, remove_old
+from waiting import until
+
+pytest_plugins = ["shim_fixtures"]
+
+SOURCE = Path(__file__).parents[1] / "src"
+PTX = """.version 8.0
+.target sm_90
+.address_size 64
+.visible .entry add(.param .u64 p, .param .u64 v)
+{
+  .reg .b64 %rd<4>;
+  ld.param.u64 %rd1, [p];
+  ld.param.u64 %rd2, [v];
+  cvta.to.global.u64 %rd1, %rd1;
+  st.global.u64 [%rd1], %rd2;
+  ret;
+}
+"""
+
+
+class Command:
+    """The command line, with the fake driver where the loader looks."""
+
+    def __init__(self, folder: Path, base: Path, cache: Path, driver: Path, user: Path) -> None:
+        self.folder, self.base, self.cache, self.driver, self.user = folder, base, cache, driver, user
+        self.ptx = folder / "kernel.ptx"
+        self.text = f"{PTX}// {base}\n"  # not in the cache
+        self.ptx.write_text(self.text)
+
+    def environment(self, **more: str) -> dict[str, str]:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("CONCORDIA", "LD_", "FAKE"))}
+        return {
+            **clean,
+            "PYTHONPATH": str(SOURCE),
+            "LD_LIBRARY_PATH": str(self.driver.parent),
+            "CONCORDIA_CACHE": str(self.cache),
+            "CONCORDIA_RUN_DIR": str(self.base),
+            **more,
+        }
+
+    def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "concordia.cli", *words],
+            env=self.environment(**environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.PIPE,
+            text=True,
+        )
+
+    def do(self, *words: str, said: str | None = None, **environment: str) -> tuple[int, str, str]:
+        process = self.start(*words, **environment)
+        out, err = process.communicate(said, timeout=60)
+        return process.returncode, out, err
+
+    @property
+    def runs(self) -> list[Path]:
+        folder = self.base / "runs"
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+
+    def rewriters(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if "concordia.instrument.rewriter" in words and str(self.base) in " ".join(words):
+                found.append(process)
+        return found
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of compiled code, so that the shim is built once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def command(shim_parts: tuple[Path, Path], built: Path, tmp_path: Path) -> Iterator[Command]:
+    with tempfile.TemporaryDirectory(prefix="cnc-", dir="/tmp") as base:  # a socket's path is short
+        made = Command(tmp_path, Path(base), built, *shim_parts)
+        yield made
+        until(lambda: not made.rewriters(), 20)
+
+
+def test_program_has_the_driver_and_is_looked_at_when_it_runs(command: Command) -> None:
+    code, out, err = command.do("run", "--verbose", "--", str(command.user), "begin", "context", f"load:{command.ptx}", "launch:kernel", "cell")
+    assert (code, out) == (0, "cell 1\n"), err
+    assert err.startswith("concordia: 1 images in 1 processes: 0 hooked, 1 left alone (look only)")
+    assert len(err.splitlines()) == 1
+    run = find_run(base=command.base)
+    (image,) = read_run(run).images
+    assert (image.kind, image.library, image.why) == ("ptx", str(command.user), "look only")
+    assert image.kernels is not None
+    assert [kernel.name for kernel in image.kernels] == ["add"]
+
+
+def test_image_is_hooked_and_second_start_takes_the_cache_when_hooks_are_asked_for(command: Command) -> None:
+    handed = command.folder / "handed"
+    handed.mkdir()
+    words = ("run", "--hooks", "entry,marks", "--", str(command.user), "begin", "context", f"load:{command.ptx}", f"dump:{handed}")
+    times = []
+    for _ in range(2):
+        code, _, err = command.do(*words)
+        assert code == 0, err
+        (image,) = read_run(find_run(base=command.base)).images
+        assert (image.outcome, image.why) == ("rewritten", "")
+        times.append(image.us)
+        text = (handed / "0").read_text()
+        assert text != command.text
+        assert "st.global.u64" in text
+    assert times[1] < times[0]
+
+
+@pytest.mark.parametrize("code", [0, 1, 3, 42, 255])
+def test_exit_code_is_the_programs_when_it_ends(command: Command, code: int) -> None:
+    assert command.do("run", "--", "sh", "-c", f"exit {code}")[0] == code
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV, signal.SIGINT])
+def test_signal_is_the_programs_when_one_ends_it(command: Command, number: int) -> None:
+    assert command.do("run", "--", "sh", "-c", f"kill -{int(number)} $$")[0] == -number
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_signal_reaches_the_program_once_when_it_is_sent_to_us(command: Command, number: signal.Signals) -> None:
+    script = (
+        "import signal, sys, time\nseen = []\n"
+        f"signal.signal({int(number)}, lambda *_: seen.append(1))\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\nprint(len(seen), flush=True)\n"
+    )
+    process = command.start("run", "--", sys.executable, "-c", script)
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    (program,) = [child for child in psutil.Process(process.pid).children() if script in child.cmdline()]
+    until(lambda: not int(_status(program.pid, "SigPnd"), 16) and not int(_status(process.pid, "ShdPnd"), 16))
+    out, err = process.communicate("go\n", timeout=60)
+    assert (process.returncode, out) == (0, "1\n"), err
+
+
+def _status(pid: int, name: str) -> str:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(line.split()[1] for line in lines if line.startswith(f"{name}:"))
+
+
+def test_signal_reaches_the_program_once_when_the_terminal_sends_it(command: Command) -> None:
+    script = (
+        "import signal, sys\nseen = []\n"
+        "signal.signal(signal.SIGINT, lambda *_: seen.append(1))\n"
+        "print('ready', flush=True)\nsys.stdin.readline()\nprint('seen', len(seen), flush=True)\n"
+    )
+    leader, follower = os.openpty()
+    words = [sys.executable, "-m", "concordia.cli", "run", "--", sys.executable, "-c", script]
+
+    def take_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(0, 0x540E, 0)  # TIOCSCTTY
+
+    process = subprocess.Popen(words, env=command.environment(), stdin=follower, stdout=follower, stderr=follower, preexec_fn=take_terminal)
+    os.close(follower)
+    text = _read_until(leader, "ready")
+    os.write(leader, b"\x03")
+    os.write(leader, b"go\n")
+    text = _read_until(leader, "seen")
+    assert "seen 1" in text
+    assert process.wait(60) == 0
+    os.close(leader)
+
+
+def _read_until(descriptor: int, word: str) -> str:
+    text, deadline = "", time.monotonic() + 30
+    while f"{word}" not in text or not text.endswith("\n"):
+        assert time.monotonic() < deadline, text
+        text += os.read(descriptor, 4096).decode()
+    return text
+
+
+def test_program_has_its_input_mask_and_environment_when_it_runs(command: Command) -> None:
+    script = "import os, signal, sys; print(sys.stdin.read(), sorted(signal.pthread_sigmask(0, [])), os.environ['MINE'], os.environ['LD_LIBRARY_PATH'], 'TRITON_LIBCUDA_PATH' in os.environ)"
+    code, out, err = command.do("run", "--", sys.executable, "-c", script, said="hello", MINE="yes")
+    assert code == 0, err
+    assert out == f"hello [] yes {command.runs[-1]}:{command.driver.parent} False\n"
+
+
+def test_nothing_stands_before_the_driver_when_switched_off(command: Command) -> None:
+    code, out, _ = command.do("run", "--", str(command.user), "begin", f"mapped:{command.base}", CONCORDIA_DISABLE="1")
+    assert (code, out) == (0, f"mapped {command.base} 0\n")
+    assert command.runs == []
+
+
+def test_children_are_seen_when_a_program_forks_and_starts_others(command: Command) -> None:
+    user = command.user
+    words = [str(user), "begin", "fork", "context", f"load:{command.ptx}"]
+    code, _, err = command.do("run", "--", "sh", "-c", f"{' '.join(words)}; {user} begin context library:{command.ptx} & wait")
+    assert code == 0, err
+    found = read_run(find_run(base=command.base))
+    assert len({image.pid for image in found.images}) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "says"),
+    [
+        (("run", "--", "/nonexistent/program"), {}, "there is no program /nonexistent/program"),
+        (("run", "--hooks", "entry,other", "--", "true"), {}, "--hooks entry,other: give some of entry, exit, marks"),
+        (("run", "--policy", "/nonexistent.toml", "--", "true"), {}, "/nonexistent.toml: No such file"),
+        (("run", "--", "true"), {"LD_LIBRARY_PATH": ""}, "no NVIDIA driver"),
+        (("run", "--", "true"), {"CONCORDIA_RUN_DIR": "/proc/none"}, "cannot use /proc/none"),
+        (("run", "--", "true"), {"CC": "/nonexistent", "PATH": "/nonexistent"}, "there is no program true"),
+        (("run", "--verbose"), {}, "name a program behind --"),
+        (("modules",), {}, "start one with `concordia run -- PROGRAM`"),
+        (("modules", "nothing"), {}, "nothing is no run"),
+    ],
+)
+def test_mistake_is_one_line_and_nothing_is_left_when_it_is_made(command: Command, words: tuple[str, ...], environment: dict[str, str], says: str) -> None:
+    if says == "no NVIDIA driver" and Path("/lib/x86_64-linux-gnu/libcuda.so.1").exists():
+        pytest.skip("a driver lies in the loader's default folder")
+    code, out, err = command.do(*words, **environment)
+    assert (code, out) == (2, "")
+    assert says in err
+    assert len(err.splitlines()) == 1
+    assert command.runs == []
+
+
+def test_help_teaches_when_no_program_is_named(command: Command) -> None:
+    code, out, _ = command.do("run")
+    assert code in (0, 2)
+    _, out, _ = command.do("run", "--help")
+    for word in ("--policy", "CONCORDIA_DISABLE=1", "concordia modules", "look at its kernels"):
+        assert word in out
+
+
+def test_rewriter_is_started_once_more_and_the_program_goes_on_when_it_dies(command: Command) -> None:
+    script = "import sys\nprint('ready', flush=True)\nsys.stdin.readline()\n"
+    process = command.start("run", "--", sys.executable, "-c", script)
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    dead: set[int] = set()
+    for left in (1, 0):
+        until(lambda: bool({p.pid for p in command.rewriters()} - dead), 20)
+        for rewriter in command.rewriters():
+            if rewriter.pid not in dead:
+                dead.add(rewriter.pid)
+                rewriter.kill()
+        until(lambda: not {p.pid for p in command.rewriters()} & dead, 20)
+        until(lambda left=left: bool(command.rewriters()) == bool(left), 20)
+    _, err = process.communicate("go\n", timeout=60)
+    assert process.returncode == 0, err
+    assert find_run(base=command.base).about()["rewriter_deaths"] == 2
+
+
+def test_rewriter_ends_when_the_launcher_is_killed(command: Command) -> None:
+    process = command.start("run", "--", "sh", "-c", "echo ready; exec sleep 1000")
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    until(lambda: len(command.rewriters()) > 0, 20)
+    rewriters = {rewriter.pid for rewriter in command.rewriters()}
+    (program,) = [child for child in psutil.Process(process.pid).children() if child.pid not in rewriters]
+    process.kill()
+    process.wait(60)
+    until(lambda: not command.rewriters(), 20)
+    program.kill()  # nobody but us ends it
+    process.communicate(timeout=60)
+
+
+def test_table_names_library_kind_and_reason_when_modules_are_listed(command: Command) -> None:
+    command.do("run", "--", str(command.user), "begin", "context", f"load:{command.ptx}", f"load_file:{command.ptx}")
+    code, out, err = command.do("modules", "--kernels")
+    assert code == 0, err
+    head, user, *_ = [line for line in out.splitlines() if line.startswith(("LIBRARY", "user"))]
+    assert head.split() == ["LIBRARY", "IMAGE", "COUNT", "KERNELS", "REGISTERS", "HOOKED", "OUTCOME"]
+    assert user.split(maxsplit=6) == ["user", "ptx", "1", "1", "-", "0", "original: look only"]
+    assert any(line.split()[:2] == ["add", "ptx"] for line in out.splitlines())
+    found = json.loads(command.do("modules", "--json")[1])
+    assert [image["why"] for image in found["images"]] == ["look only"] * 2
+    assert found["images"][0]["kernels"][0]["name"] == "add"
+    assert found["launches"] == 0
+
+
+def test_lines_that_are_none_are_counted_when_a_log_is_damaged(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "base")
+    lines = [b'{"event":"image"}', b"\xff\xfe garbage", b'{"event":"image","key', b"[]", b'{"event":"process"}']
+    (run.modules / "77.log").write_bytes(b"\n".join(lines))
+    (run.modules / "other").write_bytes(b"x")
+    found = read_run(run)
+    assert (found.images, found.lines_lost) == ((), 4)
+    assert "0 images in 0 processes" in found.text(with_kernels=True)
+    run.close()
+
+
+def test_old_runs_go_and_living_ones_stay_when_a_new_one_is_made(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    living = make_run(base)
+    made = []
+    for index in range(config.RUNS_KEPT + 5):
+        path = base / "runs" / f"run{index:03}"
+        (path / "modules").mkdir(parents=True)
+        os.utime(path, (time.time() - 1000 + index,) * 2)
+        made.append(path)
+    ancient = made[-1]
+    os.utime(ancient, (1, 1))
+    os.utime(living.path, (1, 1))
+    remove_old(base / "runs")
+    assert living.path.exists()
+    assert not ancient.exists()
+    left = [path for path in made if path.exists()]
+    assert len(left) < config.RUNS_KEPT
+    assert left == made[-1 - len(left) : -1]
+    living.close()
+    remove_old(base / "runs")
+    assert not living.path.exists()
+
+
+def test_settings_are_refused_when_a_path_has_a_line_break(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "base")
+    with pytest.raises(UsageError, match="line break"):
+        run.settle({"cache": "a\nmode=rewrite"})
+    run.settle({"cache": "a=b", "n": 3})
+    assert ProgramRun(run.path).settings() == {"cache": "a=b", "n": "3"}
+    run.close()
+
+
+def test_interrupt_before_the_program_starts_ends_us_when_the_rewriter_takes_its_time(command: Command) -> None:
+    slow = command.folder / "slow"
+    slow.mkdir()
+    (slow / "sitecustomize.py").write_text("import sys, time\nif 'concordia.instrument.rewriter' in sys.orig_argv:\n    time.sleep(2)\n")
+    process = command.start("run", "--", "echo", "started", PYTHONPATH=f"{SOURCE}:{slow}")
+    until(lambda: bool(command.rewriters()), 20)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out) == (-signal.SIGINT, "")
