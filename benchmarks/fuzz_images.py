@@ -74,14 +74,14 @@ def fuzz(
     rng = random.Random(seed)
     pools = {target.name: Pool(list(read_corpus(CORPUS / target.name))) for target in targets}
     inputs: Counter[str] = Counter()
-    crashes: dict[tuple[str, str], Crash] = {}
+    crashes: dict[tuple[str, str], str | None] = {}
     tree = machine()  # of the code that runs; the files may change meanwhile
     begun = time.monotonic()
     for target in targets:  # first the corpus as it is
         for data in pools[target.name].inputs:
             error = run_alone(target, data)
             if error is not None:
-                crashes.setdefault((target.name, error), Crash(target.name, error, data))
+                crashes[target.name, error] = _keep(Crash(target.name, error, data), folder)
     while (left := begun + seconds - time.monotonic()) > 0 and len(crashes) < CRASHES_MAX:
         for target in targets:
             pool = pools[target.name]
@@ -92,9 +92,7 @@ def fuzz(
             pool.edges |= done.edges
             crash = done.crash
             if crash is not None and (crash.target, crash.error) not in crashes:
-                small = minimise(target, crash)
-                crashes[crash.target, crash.error] = small
-                print(f"{crash.target}: {crash.error}: {len(small.data)} bytes", flush=True)
+                crashes[crash.target, crash.error] = _keep(minimise(target, crash), folder)
     return {
         "machine": tree,
         "seed": seed,
@@ -103,13 +101,14 @@ def fuzz(
         "kept": {name: len(pool.inputs) for name, pool in pools.items()},
         "edges": {name: len(pool.edges) for name, pool in pools.items()},
         "crashes": [
-            {"target": c.target, "error": c.error, "file": _keep(c, folder)}
-            for c in crashes.values()
+            {"target": name, "error": error, "file": file}
+            for (name, error), file in crashes.items()
         ],
     }
 
 
 def _keep(crash: Crash, folder: pathlib.Path | None) -> str | None:
+    print(f"{crash.target}: {crash.error}: {len(crash.data)} bytes", flush=True)
     if folder is None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,9 +145,11 @@ def _fatbin(data: bytes) -> None:
     payloads = {}
     for entry in image.entries:
         try:
-            payloads[entry.index] = image.payload(entry.index)
+            payload = image.payload(entry.index)
         except ImageRefused:
             continue
+        if payload:  # nothing is never put in place of something
+            payloads[entry.index] = payload
     rebuilt = image.rebuild(payloads)
     if image.kind is ImageKind.FATBIN:
         _check_rebuilt(read_image(rebuilt.data), payloads)

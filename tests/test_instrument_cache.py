@@ -35,7 +35,12 @@ from concordia.instrument.request import (
 )
 
 IMAGE = b"0123456789abcdef" + bytes(range(48))
-SLOTS = (Slot(0, SlotKind.TEXT), Slot(16, SlotKind.LOW), Slot(32, SlotKind.HIGH), Slot(56, SlotKind.RAW))
+SLOTS = (
+    Slot(0, SlotKind.TEXT),
+    Slot(16, SlotKind.LOW),
+    Slot(32, SlotKind.HIGH),
+    Slot(56, SlotKind.RAW),
+)
 KERNELS = (
     KernelReport("k_naïve", Hook.ENTRY | Hook.EXIT, 128),
     KernelReport("", Hook.LEFT_ALONE, 0, "no form that is known"),
@@ -53,8 +58,21 @@ def test_file_says_what_was_stored_when_it_is_read() -> None:
 
 def test_file_lies_as_the_shim_reads_it_when_it_is_written() -> None:
     data = encode(CHANGED)
-    assert struct.unpack_from("<8sIIQIIQ", data) == (b"CNCIMG01", 1, 0, 64, 4, 3, len(data) - 64 - 64 - 64)
-    assert [struct.unpack_from("<QII", data, 64 + 16 * i) for i in range(4)] == [(0, 1, 0), (16, 2, 0), (32, 3, 0), (56, 4, 0)]
+    assert struct.unpack_from("<8sIIQIIQ", data) == (
+        b"CNCIMG01",
+        1,
+        0,
+        64,
+        4,
+        3,
+        len(data) - 64 - 64 - 64,
+    )
+    assert [struct.unpack_from("<QII", data, 64 + 16 * i) for i in range(4)] == [
+        (0, 1, 0),
+        (16, 2, 0),
+        (32, 3, 0),
+        (56, 4, 0),
+    ]
     assert struct.unpack_from("<IIHH", data, 128) == (3, 128, 8, 0)
     assert data[140:148].decode() == "k_naïve"
     assert data[-64:] == IMAGE
@@ -62,7 +80,9 @@ def test_file_lies_as_the_shim_reads_it_when_it_is_written() -> None:
 
 
 @pytest.mark.parametrize("rewritten", [CHANGED, UNCHANGED], ids=["changed", "unchanged"])
-def test_every_truncation_and_flipped_bit_is_found_when_a_file_is_damaged(rewritten: Rewritten) -> None:
+def test_every_truncation_and_flipped_bit_is_found_when_a_file_is_damaged(
+    rewritten: Rewritten,
+) -> None:
     data = encode(rewritten)
     for end in range(len(data)):
         with pytest.raises(ImageRefused):
@@ -82,11 +102,27 @@ def test_only_refusals_are_raised_when_whole_bodies_are_made_up() -> None:
     rng = random.Random(seed)
     refused = 0
     for _ in range(3000):
-        slots, kernels, kernel_bytes, image = rng.choice([0, 1, 3]), rng.choice([0, 1, 2]), rng.randrange(0, 60), rng.randrange(0, 80)
+        slots, kernels, kernel_bytes, image = (
+            rng.choice([0, 1, 3]),
+            rng.choice([0, 1, 2]),
+            rng.randrange(0, 60),
+            rng.randrange(0, 80),
+        )
         body = rng.randbytes(slots * 16 + kernel_bytes + image)
         if rng.random() < 0.5:  # lengths that are nearly right
             body = bytes(byte & 0x0F for byte in body)
-        header = struct.pack("<8sIIQIIQI20s", b"CNCIMG01", 1, 0 if image else 1, image, slots, kernels, kernel_bytes, cache_room.google_crc32c.value(body), bytes(20))
+        header = struct.pack(
+            "<8sIIQIIQI20s",
+            b"CNCIMG01",
+            1,
+            0 if image else 1,
+            image,
+            slots,
+            kernels,
+            kernel_bytes,
+            cache_room.google_crc32c.value(body),
+            bytes(20),
+        )
         try:
             found = decode(header + body)
         except ImageRefused:
@@ -98,7 +134,13 @@ def test_only_refusals_are_raised_when_whole_bodies_are_made_up() -> None:
 
 @pytest.mark.parametrize(
     "slot",
-    [Slot(-1, SlotKind.RAW), Slot(len(IMAGE) - 15, SlotKind.LOW), Slot(len(IMAGE) - 7, SlotKind.RAW), Slot(16, SlotKind.TEXT), Slot(0, SlotKind.TEXT, 1)],
+    [
+        Slot(-1, SlotKind.RAW),
+        Slot(len(IMAGE) - 15, SlotKind.LOW),
+        Slot(len(IMAGE) - 7, SlotKind.RAW),
+        Slot(16, SlotKind.TEXT),
+        Slot(0, SlotKind.TEXT, 1),
+    ],
     ids=["before", "low-behind", "raw-behind", "no-digits", "unknown-name"],
 )
 def test_slot_is_refused_when_no_address_fits_there(slot: Slot) -> None:
@@ -135,7 +177,9 @@ def test_stored_image_is_found_again_and_private_when_it_is_loaded(tmp_path: pat
     assert path == tmp_path / "images" / Options().key() / f"{KEY}.image"
     assert path.stat().st_size == size
     assert path.stat().st_mode & 0o777 == 0o600
-    assert path.parent.stat().st_mode & 0o777 == (tmp_path / "images").stat().st_mode & 0o777 == 0o700
+    assert (
+        path.parent.stat().st_mode & 0o777 == (tmp_path / "images").stat().st_mode & 0o777 == 0o700
+    )
     assert cache.load(KEY) == CHANGED
     assert ImageCache(tmp_path / "images", Options(arch=80).key()).load(KEY) is None
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -153,7 +197,9 @@ def test_damaged_file_is_removed_when_it_is_loaded(tmp_path: pathlib.Path) -> No
     assert cache.load(KEY) == CHANGED
 
 
-def test_nothing_is_left_when_a_write_fails(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_left_when_a_write_fails(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = ImageCache(tmp_path / "images", "options")
 
     def full(_: int) -> None:
@@ -176,7 +222,9 @@ def test_folder_is_refused_when_others_may_enter(tmp_path: pathlib.Path, mode: i
     assert ImageCache(root, "options").load(KEY) is None
 
 
-def test_folder_is_refused_when_it_is_another_users_or_a_link(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_is_refused_when_it_is_another_users_or_a_link(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "images"
     root.mkdir(mode=0o700)
     monkeypatch.setattr(os, "getuid", lambda: root.stat().st_uid + 1)
@@ -191,11 +239,17 @@ def test_folder_is_refused_when_it_is_another_users_or_a_link(tmp_path: pathlib.
         ImageCache(tmp_path / "file", "options")
 
 
-def test_longest_unused_goes_when_all_options_together_are_beyond_the_bound(tmp_path: pathlib.Path) -> None:
+def test_longest_unused_goes_when_all_options_together_are_beyond_the_bound(
+    tmp_path: pathlib.Path,
+) -> None:
     size = len(encode(CHANGED))
-    old, new = (ImageCache(tmp_path / "images", name, bytes_max=2 * size) for name in ("old", "new"))
+    old, new = (
+        ImageCache(tmp_path / "images", name, bytes_max=2 * size) for name in ("old", "new")
+    )
     keys = [f"{i:032x}" for i in range(4)]
-    for age, (cache, key) in enumerate([(old, keys[0]), (old, keys[1]), (new, keys[2]), (new, keys[3])]):
+    for age, (cache, key) in enumerate(
+        [(old, keys[0]), (old, keys[1]), (new, keys[2]), (new, keys[3])]
+    ):
         cache.store(key, CHANGED)
         os.utime(cache.path(key), (1000 + age, 1000 + age))
     os.utime(old.path(keys[0]), (5000, 1000))  # read lately
@@ -203,8 +257,13 @@ def test_longest_unused_goes_when_all_options_together_are_beyond_the_bound(tmp_
     mine = new.folder / f"{os.getpid()}-x.part"
     mine.touch()
     assert new.trim() == 2 * size
-    assert [cache.path(key).exists() for cache, key in [(old, keys[0]), (old, keys[1]), (new, keys[2]), (new, keys[3])]] == [True, False, False, True]
-    assert sorted(p.name for p in new.folder.iterdir()) == sorted([new.path(keys[3]).name, mine.name])
+    assert [
+        cache.path(key).exists()
+        for cache, key in [(old, keys[0]), (old, keys[1]), (new, keys[2]), (new, keys[3])]
+    ] == [True, False, False, True]
+    assert sorted(p.name for p in new.folder.iterdir()) == sorted(
+        [new.path(keys[3]).name, mine.name]
+    )
 
 
 def _store_often(root: pathlib.Path, rounds: int) -> None:
@@ -216,7 +275,12 @@ def _store_often(root: pathlib.Path, rounds: int) -> None:
 
 
 def test_every_read_is_whole_when_several_store_and_trim_at_once(tmp_path: pathlib.Path) -> None:
-    several = [multiprocessing.get_context("fork").Process(target=_store_often, args=(tmp_path / "images", 100)) for _ in range(3)]
+    several = [
+        multiprocessing.get_context("fork").Process(
+            target=_store_often, args=(tmp_path / "images", 100)
+        )
+        for _ in range(3)
+    ]
     for process in several:
         process.start()
     for process in several:
@@ -224,8 +288,19 @@ def test_every_read_is_whole_when_several_store_and_trim_at_once(tmp_path: pathl
         assert process.exitcode == 0
 
 
-def test_key_differs_when_any_option_or_byte_of_the_rewriter_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    several = [Options(), Options(arch=80), Options(exit=True), Options(entry=False), Options(marks=False), Options(page_shift=21), Options(deny=("x",)), Options(opaque=())]
+def test_key_differs_when_any_option_or_byte_of_the_rewriter_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    several = [
+        Options(),
+        Options(arch=80),
+        Options(exit=True),
+        Options(entry=False),
+        Options(marks=False),
+        Options(page_shift=21),
+        Options(deny=("x",)),
+        Options(opaque=()),
+    ]
     assert len({options.key() for options in several}) == len(several)
     assert Options().key() == Options.parse(Options().to_json()).key()
     before = Options().key()
@@ -254,7 +329,9 @@ def test_options_are_refused_in_one_line_when_they_are_wrong(text: str, said: st
         ("/x/torch/lib/libtorch_cuda.so", False), ("/x/cublas/_C.abi3.so", False), ("/x/libnccl.so.2", False), ("", False), ("/x/libcudart.so.13", False),
     ],
 )  # fmt: skip
-def test_library_is_left_alone_when_its_name_is_one_of_the_opaque(library: str, is_opaque: bool) -> None:
+def test_library_is_left_alone_when_its_name_is_one_of_the_opaque(
+    library: str, is_opaque: bool
+) -> None:
     assert Options().is_opaque_library(library) == is_opaque
     assert not Options(opaque=()).is_opaque_library(library)
 
@@ -284,12 +361,21 @@ def test_request_says_what_was_packed_when_it_is_parsed() -> None:
 def test_request_is_refused_when_any_part_of_it_is_wrong() -> None:
     good = Request(64, KEY, "").pack()
     wrong = [good[:end] for end in range(len(good))]
-    wrong += [b"X" + good[1:], good[:4] + b"\2" + good[5:], good + bytes(config.LIBRARY_PATH_BYTES_MAX + 1)]
+    wrong += [
+        b"X" + good[1:],
+        good[:4] + b"\2" + good[5:],
+        good + bytes(config.LIBRARY_PATH_BYTES_MAX + 1),
+    ]
     wrong += [Request(size, KEY, "").pack() for size in (0, config.IMAGE_BYTES_MAX + 1)]
     for data in wrong:
         with pytest.raises(ImageRefused):
             Request.parse(data)
-    for data in (b"", pack_reply(Status.READY)[:-1], b"CNRP" + struct.pack("<I", 3), b"CNRX" + bytes(4)):
+    for data in (
+        b"",
+        pack_reply(Status.READY)[:-1],
+        b"CNRP" + struct.pack("<I", 3),
+        b"CNRX" + bytes(4),
+    ):
         with pytest.raises(ImageRefused):
             parse_reply(data)
 

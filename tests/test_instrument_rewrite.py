@@ -38,7 +38,12 @@ def hooks(done: Rewritten) -> dict[str, Hook]:
 
 
 def unchanged(done: Rewritten, image: bytes) -> bool:
-    return done.image == image and not done.is_changed and not done.slots and not any(k.hooks.is_hooked for k in done.kernels)
+    return (
+        done.image == image
+        and not done.is_changed
+        and not done.slots
+        and not any(k.hooks.is_hooked for k in done.kernels)
+    )
 
 
 def test_text_is_marked_and_machine_code_is_entered_when_both_are_rewritten() -> None:
@@ -70,14 +75,19 @@ def test_only_what_the_driver_takes_is_changed_when_a_container_has_several(pack
     assert done.image[16 : 16 + len(other)] == other
     assert done.image.endswith(text)
     spliced = found.payload(1)
-    assert proves_original(gpu_images.cubin(), spliced[: len(rewrite(gpu_images.cubin(), Options()).image)])
+    assert proves_original(
+        gpu_images.cubin(), spliced[: len(rewrite(gpu_images.cubin(), Options()).image)]
+    )
     filled = read_image(fill(done.image, done.slots, CONTROL)).payload(1)
     alone = rewrite(gpu_images.cubin(), Options())
     assert filled[: len(alone.image)] == fill(alone.image, alone.slots, CONTROL)
 
 
 def test_text_is_rewritten_in_a_container_when_no_machine_code_is_for_the_device() -> None:
-    image = fatbin(entry(ELF, 80, gpu_images.cubin("sm_80", PTX.replace("sm_90", "sm_80"))), packed_entry(TEXT, 80, PTX.replace("sm_90", "sm_80").encode()))
+    image = fatbin(
+        entry(ELF, 80, gpu_images.cubin("sm_80", PTX.replace("sm_90", "sm_80"))),
+        packed_entry(TEXT, 80, PTX.replace("sm_90", "sm_80").encode()),
+    )
     done = rewrite(image, Options(arch=90))
     assert hooks(done) == {"store": MARKED, "nothing": MARKED}
     filled = read_image(fill(done.image, done.slots, CONTROL)).payload(1)
@@ -102,13 +112,19 @@ CODE, WORDS = EntryKind.ELF, EntryKind.PTX
         ([(EntryKind.OTHER, 90)], 90, []), ([], 90, []), ([(WORDS, 90), (WORDS, 90)], 90, [0, 1]),
     ],
 )  # fmt: skip
-def test_driver_takes_its_own_generation_and_else_the_newest_text_when_it_chooses(entries: Sequence[tuple[EntryKind, int]], arch: int, taken: list[int]) -> None:
+def test_driver_takes_its_own_generation_and_else_the_newest_text_when_it_chooses(
+    entries: Sequence[tuple[EntryKind, int]], arch: int, taken: list[int]
+) -> None:
     made = [dataclasses.replace(_entry(*one), index=index) for index, one in enumerate(entries)]
     assert [found.index for found in driver_takes(made, arch)] == taken
 
 
 def test_only_what_was_done_to_all_is_said_when_a_kernel_is_there_twice() -> None:
-    hidden = PTX.replace(".visible .entry store", ".extern .func far;\n.visible .entry store").replace("st.global.u32 [%rd2], %r5;", "call.uni far;").replace("nothing", "alone")
+    hidden = (
+        PTX.replace(".visible .entry store", ".extern .func far;\n.visible .entry store")
+        .replace("st.global.u32 [%rd2], %r5;", "call.uni far;")
+        .replace("nothing", "alone")
+    )
     done = rewrite(fatbin(entry(TEXT, 90, TEXT_BYTES), entry(TEXT, 90, hidden.encode())), Options())
     assert hooks(done) == {"store": Hook.ENTRY | Hook.PTX, "nothing": MARKED, "alone": MARKED}
     assert "far" in next(kernel.reason for kernel in done.kernels if kernel.name == "store")
@@ -160,7 +176,9 @@ def test_kernel_stays_as_it_is_and_the_others_do_not_when_it_is_denied(kind: str
     image = TEXT_BYTES if kind == "text" else gpu_images.cubin()
     done = rewrite(image, Options(deny=("noth*",)))
     assert done.is_changed
-    denied, hooked = (next(k for k in done.kernels if k.name == name) for name in ("nothing", "store"))
+    denied, hooked = (
+        next(k for k in done.kernels if k.name == name) for name in ("nothing", "store")
+    )
     assert Hook.LEFT_ALONE in denied.hooks
     assert not denied.hooks.is_hooked
     assert denied.reason == "denied by name"
@@ -176,7 +194,9 @@ def test_cubin_is_not_handed_out_when_it_is_not_proven(monkeypatch: pytest.Monke
     assert all("one bit" in kernel.reason for kernel in done.kernels)
 
 
-def test_text_is_not_handed_out_when_the_assembler_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_is_not_handed_out_when_the_assembler_refuses_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rewritten = rewrite_room.rewrite_ptx
 
     def broken(text: str, **asked: object) -> object:
@@ -190,7 +210,9 @@ def test_text_is_not_handed_out_when_the_assembler_refuses_it(monkeypatch: pytes
     assert {kernel.reason for kernel in done.kernels} == {"the assembler refuses what came out"}
 
 
-def test_assembler_says_nothing_when_it_is_missing_or_refuses_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_assembler_says_nothing_when_it_is_missing_or_refuses_the_original(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     gpu_images.cubin()
     assert ptx_check.is_assembled(TEXT_BYTES, TEXT_BYTES, "sm_90")
     assert not ptx_check.is_assembled(b"not PTX", TEXT_BYTES, "sm_90")
@@ -212,7 +234,9 @@ def test_arch_specific_text_is_assembled_for_its_own_device_when_it_is_rewritten
     assert unchanged(rewrite(special.encode(), Options(arch=100)), special.encode())
 
 
-def test_missing_unpacker_is_an_error_and_no_answer_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_unpacker_is_an_error_and_no_answer_when_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     image = fatbin(packed_entry(TEXT, 90, TEXT_BYTES))
     monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
     with pytest.raises(EnvironmentRefused, match="extra"):
@@ -221,7 +245,9 @@ def test_missing_unpacker_is_an_error_and_no_answer_when_it_is_needed(monkeypatc
 
 def test_result_is_the_same_when_an_image_is_rewritten_again() -> None:
     for image in (TEXT_BYTES, gpu_images.cubin(), fatbin(entry(ELF, 90, gpu_images.cubin()))):
-        assert encode(rewrite(image, Options(exit=True))) == encode(rewrite(image, Options(exit=True)))
+        assert encode(rewrite(image, Options(exit=True))) == encode(
+            rewrite(image, Options(exit=True))
+        )
 
 
 def test_hooked_image_is_not_hooked_again_when_it_is_rewritten_twice() -> None:

@@ -221,6 +221,8 @@ def _read_sections(data: bytes, header: tuple[int, ...]) -> tuple[Section, ...]:
     raw = list(_SECTION.iter_unpack(memoryview(data)[at : at + count * size]))
     for index, fields in enumerate(raw):
         if fields[1] == SECTION_NULL:
+            if fields[5]:
+                raise ImageRefused(f"section {index}: {fields[5]} bytes of no kind")
             continue
         if fields[1] in SECTIONS_NO_BITS:
             if fields[4] > _PLACE_MAX:  # it is moved with the others
