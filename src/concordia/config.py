@@ -80,7 +80,7 @@ IMAGE_SLOTS_MAX: Final = 1 << 20  # a handful per hooked kernel
 IMAGE_KERNELS_MAX: Final = 1 << 16  # all 40,396 kernels of five large libraries would fit
 KERNEL_NAME_BYTES_MAX: Final = (1 << 16) - 1  # as the cache file counts; longer ones are cut
 KERNEL_REASON_BYTES_MAX: Final = 1024
-# of one PTX text: a statement takes some 200 bytes of memory and 10 us; a large module has a few MB
+# of one PTX text: a statement takes some 200 bytes of memory and 20 us; a large module has a few MB
 PTX_BYTES_MAX: Final = 32 << 20
 PTX_NESTING_MAX: Final = 64  # scopes within scopes; compilers write a handful
 # of a thread, for the address words of store marks to stay in registers; with fewer they are read
@@ -111,7 +111,7 @@ PROGRAM_PATTERNS_MAX: Final = 64
 PROGRAM_REGIONS_MAX: Final = 1024  # the segments of an allocator that matches a rule, at once
 # copies of the regions on the device and on the host; a file that says more must mean it
 PROGRAM_STAGE_BYTES: Final = 2 << 30
-PROGRAM_READS_BYTES: Final = 64 << 20  # what a program has read of its GPU: a token is 56 bytes
+PROGRAM_READS_BYTES: Final = 16 << 20  # what a program has read of its GPU: 64 bytes for a token
 # a checkpoint's marked pages in so many scans: gaps between them are scanned, too
 SCAN_RANGES_MAX: Final = 64
 PROGRAM_POLL_S: Final = 0.001  # of an agent that waits for a checkpoint; a step takes longer

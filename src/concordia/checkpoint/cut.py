@@ -14,9 +14,10 @@ Called by integrations. One thread at a time. It reads nothing back: recovery/pa
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from concordia import abi, config
@@ -34,6 +35,28 @@ class Committed:
     step: int
     pages: int  # that were appended, as far as the answers were still kept
     sequence: int  # of the marker in its stream
+
+
+def joined(marked: Iterable[range]) -> list[range]:
+    """At most SCAN_RANGES_MAX ranges that hold these, in order: the narrowest gaps are closed."""
+    found: list[range] = []
+    for pages in sorted((one for one in marked if one), key=lambda one: one.start):
+        if found and pages.start <= found[-1].stop:
+            found[-1] = range(found[-1].start, max(found[-1].stop, pages.stop))
+        else:
+            found.append(pages)
+    if len(found) <= config.SCAN_RANGES_MAX:
+        return found
+    gaps = sorted(b.start - a.stop for a, b in pairwise(found))
+    # as many gaps stay as are wider than this one
+    widest_closed = gaps[-config.SCAN_RANGES_MAX]
+    merged = found[:1]
+    for pages in found[1:]:
+        if pages.start - merged[-1].stop <= widest_closed:
+            merged[-1] = range(merged[-1].start, pages.stop)
+        else:
+            merged.append(pages)
+    return merged
 
 
 class _Part(NamedTuple):
@@ -64,9 +87,17 @@ class CutWriter:
         # of the stream when all pages were appended last
         self._fresh = self._checkpointer.stream_stats()
 
-    def begin(self, step: int, state: bytes = b"") -> None:
+    def begin(
+        self,
+        step: int,
+        state: bytes = b"",
+        marked: Mapping[str, Sequence[range]] | None = None,
+    ) -> None:
         """Enqueue every page that differs from what was appended last, and these bytes. Steps only
         grow; what was begun and not committed is given up.
+
+        `marked`: only these pages of the regions that it names can have changed since the step
+        before, and only they are read. It is not believed where all pages are appended.
         """
         if step <= self._step:
             raise UsageError(f"step {step} comes after step {self._step}: steps must grow")
@@ -77,9 +108,12 @@ class CutWriter:
             )
         if self._step < 0 or self._has_grown():
             self._forget_pages()
+            marked = None
         self._step, self._state_bytes, self._parts = step, len(state), []
-        for name in self._regions:
-            self._hand_in(f"region {name}", partial(self.scan, name))
+        for name, region in self._regions.items():
+            whole = [range(region.page_count)]
+            for pages in whole if marked is None else joined(marked.get(name, whole)):
+                self._hand_in(f"region {name}", partial(self.scan, name, pages))
         for at in range(0, len(state), config.STATE_PART_BYTES):
             part = state[at : at + config.STATE_PART_BYTES]
             self._hand_in("host state", partial(self._append, part, abi.KIND_STATE, at))
@@ -109,9 +143,13 @@ class CutWriter:
         assert done.sequence is not None  # of a record that was committed
         return Committed(self._step, pages, done.sequence)
 
-    def scan(self, name: str) -> Ticket:
-        """One region's part of `begin`."""
-        return self._checkpointer.scan_pages(self._regions[name], step=self._step, **self._names)
+    def scan(self, name: str, pages: range | None = None) -> Ticket:
+        """One region's part of `begin`: of these pages, else of all, those that differ."""
+        region = self._regions[name]
+        pages = range(region.page_count) if pages is None else pages
+        return self._checkpointer.scan_pages(
+            region, first=pages.start, count=len(pages), step=self._step, **self._names
+        )
 
     def _hand_in(self, what: str, again: Callable[[], Ticket]) -> None:
         self._parts.append(_Part(what, again, again()))

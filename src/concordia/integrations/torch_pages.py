@@ -26,9 +26,10 @@ from concordia import abi, config
 from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.checkpoint.cut import Committed, CutWriter
 from concordia.checkpoint.region import PageRegion
-from concordia.errors import JournalError, UsageError
+from concordia.checkpoint.series import open_sole
+from concordia.errors import UsageError
 from concordia.journal.checkpoints import series_key
-from concordia.journal.client import JournalClient, StreamAttachment
+from concordia.journal.client import JournalClient
 from concordia.journal.spawn import spawn_owner
 from concordia.recovery.pages import restore_checkpoint
 
@@ -95,7 +96,7 @@ class TorchPages:
         self._client = client
         self._key = series_key(name)
         self._is_begun = False
-        self._stream = _open_sole(client, name)
+        self._stream = open_sole(client, name)
         try:
             self._checkpoint = client.checkpoint(self._key)
             ours = "host" if device.type == "cpu" else f"cuda:{device.index}"
@@ -243,18 +244,3 @@ def _copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> N
         return
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)
-
-
-def _open_sole(client: JournalClient, name: str) -> StreamAttachment:
-    """The stream of this series, once nobody else can add to it."""
-    deadline = time.monotonic() + config.CHECKPOINT_FENCE_S
-    while True:
-        try:
-            return client.open_stream(
-                writer_kind=abi.WRITER_RANK, rank=0, world=1, replica=0, layout_hash=0,
-                label=name, is_sole=True,
-            )  # fmt: skip
-        except JournalError:
-            if time.monotonic() >= deadline:
-                raise
-        time.sleep(config.OWNER_POLL_S)

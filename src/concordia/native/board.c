@@ -23,8 +23,15 @@ uint8_t *stage;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static int is_ours;
 static CUdeviceptr word;
+static int stage_file = -1;
 
-static void *mapped(const char *name, uint64_t bytes) {
+// Room in the stage's file for a region: a full file system is an error here, and not a signal that
+// ends the program when a page is written.
+int stage_reserve(uint64_t offset, uint64_t bytes) {
+  return posix_fallocate(stage_file, (off_t)offset, (off_t)bytes) == 0;
+}
+
+static void *mapped(const char *name, uint64_t bytes, int *kept) {
   char path[4096];
   struct stat found;
   snprintf(path, sizeof path, "%s/%s", protect_folder, name);
@@ -33,13 +40,14 @@ static void *mapped(const char *name, uint64_t bytes) {
   void *made = MAP_FAILED;
   if (fstat(file, &found) == 0 && (uint64_t)found.st_size >= bytes)
     made = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-  close(file);
+  if (kept) *kept = file;
+  else close(file);
   return made == MAP_FAILED ? NULL : made;
 }
 
 static void claim(void) {
   uint64_t marks = (policy.stage_bytes + MARK_BYTES - 1) / MARK_BYTES;
-  struct board *found = mapped("board", BOARD_MARKS_AT + marks);
+  struct board *found = mapped("board", BOARD_MARKS_AT + marks, NULL);
   uint32_t nobody = 0;
   if (!found || found->magic != MAGIC || found->version != BOARD_VERSION) {
     protect_lose("%s/board is not what was made", protect_folder);
@@ -52,7 +60,7 @@ static void claim(void) {
     return;
   }
   board = found;
-  stage = mapped("stage", policy.stage_bytes);
+  stage = mapped("stage", policy.stage_bytes, &stage_file);
   if (!stage) {
     protect_lose("%s/stage is not what was made", protect_folder);
     return;

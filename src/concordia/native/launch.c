@@ -57,7 +57,7 @@ void launch_after(const struct launch *launch, CUresult result) {
 #define WATCHED(launch, call)      \
   do {                             \
     launch_before(&(launch));      \
-    CUresult result = call; \
+    CUresult result = forward_swallows(&(launch)) ? CUDA_SUCCESS : call; \
     launch_after(&(launch), result); \
     return result;                 \
   } while (0)

@@ -87,7 +87,9 @@ static __thread const struct kernel *launched;  // between before and after
 
 void marks_before(const struct launch *launch) {
   launched = NULL;
-  if (!IS_PROTECTED() || launch->kind == LAUNCH_GRAPH) return;
+  if (!IS_PROTECTED()) return;
+  streams_before(launch->stream, launch->is_per_thread);
+  if (launch->kind == LAUNCH_GRAPH) return;
   launched = kernel_of(launch->function);
   if (launched->rules) regions_launched(launched, launch);
 }

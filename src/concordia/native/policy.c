@@ -27,7 +27,7 @@ void protect_unlock(void) { pthread_mutex_unlock(&lock); }
 void protect_lose(const char *format, ...) {
   int before = atomic_exchange(&protect_mode, PROTECT_OFF);
   if (before == PROTECT_OFF) return;
-  char reason[sizeof board->reason];
+  char reason[sizeof board->reason] = {0};
   va_list values;
   va_start(values, format);
   vsnprintf(reason, sizeof reason, format, values);

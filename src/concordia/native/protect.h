@@ -84,6 +84,7 @@ extern struct board *board;
 extern uint8_t *stage;  // of the host: policy.stage_bytes
 int board_claim(void);  // whether this process is the one that is protected
 CUdeviceptr board_word(void);
+int stage_reserve(uint64_t offset, uint64_t bytes);
 
 // --- kernels.c
 struct kernel {
@@ -153,7 +154,7 @@ int graph_marks(void *graph, uint64_t *hash);  // of a launch; 0: it is not know
 void streams_seen(CUstream stream, int is_per_thread);
 int streams_join(CUstream stream, int is_per_thread);    // all work since the last one comes first
 void streams_release(CUstream stream, int is_per_thread);  // and what comes next comes after
-CUresult wait_for_copies(CUstream stream, int is_per_thread);
+void streams_before(CUstream stream, int is_per_thread);   // which is seen to here, before it does
 
 // --- reads.c
 enum { ENTRY_READ = 1, ENTRY_POINT = 2 };

@@ -109,6 +109,9 @@ static void add(const char *name, uint64_t address, uint64_t bytes) {
     regions_generation++;
   }
   protect_unlock();
+  if (!is_full && has_place &&
+      !stage_reserve(region->stage_offset, region->pages * MARK_BYTES))
+    protect_lose("no room for the stage of region %s, %lu bytes", name, bytes);
   if (is_full) protect_lose("more than %d regions", REGIONS_MAX);
   else if (!has_place)
     protect_lose("regions of more than %lu bytes: make limits.stage larger", policy.stage_bytes);

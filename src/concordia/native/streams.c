@@ -2,7 +2,7 @@
 //
 // Owns: that list, and the events that tie them to the stream of a point. Promises: at a point all
 // work that the program has given to any stream comes before the copies, and what it gives later
-// comes after them; a stream that is being captured takes no part. Called by marks.c and saver.c.
+// comes after them; a stream that is being captured takes no part. Called by the hooks of what writes, marks.c and saver.c.
 #define _GNU_SOURCE
 #include "protect.h"
 
@@ -17,7 +17,15 @@ static int count, is_over;  // over: there were more
 static struct seen joined[STREAMS_MAX];
 static int joined_count;
 static CUevent work_event, copies_event;
-static _Atomic int has_copies;
+// Which streams come after the copies of which point: any other waits before it writes.
+struct tie {
+  CUstream stream;
+  int is_per_thread;
+  uint64_t fire, epoch;
+};
+static struct tie tied[STREAMS_MAX];
+static int tied_count;
+static _Atomic uint64_t fires, epoch;  // epoch: of handles, which are given to others
 
 // Of the streams that a null handle means, those of other threads cannot be named: they are as
 // they were given to the driver, and only the thread itself can join its own.
@@ -70,10 +78,10 @@ int streams_join(CUstream stream, int is_per_thread) {
 
 void streams_release(CUstream stream, int is_per_thread) {
   record(copies_event, stream, is_per_thread);
-  atomic_store(&has_copies, 1);
-  for (int i = 0; i < joined_count; i++)
-    wait(joined[i].stream, copies_event, joined[i].is_per_thread);
   protect_lock();
+  uint64_t fire = ++fires;
+  for (int at = 0; at < tied_count; at++)
+    if (tied[at].stream == stream && tied[at].is_per_thread == is_per_thread) tied[at].fire = fire;
   // Those that a thread adds meanwhile stay: their work comes before the next point.
   for (int i = 0; i < joined_count; i++)
     for (int at = 0; at < count; at++)
@@ -81,9 +89,26 @@ void streams_release(CUstream stream, int is_per_thread) {
   protect_unlock();
 }
 
-CUresult wait_for_copies(CUstream stream, int is_per_thread) {
-  if (!atomic_load(&has_copies) || is_capturing(stream, is_per_thread)) return CUDA_SUCCESS;
-  return wait(stream, copies_event, is_per_thread);
+void streams_before(CUstream stream, int is_per_thread) {
+  static __thread struct tie last;  // of this thread: most have one stream
+  uint64_t fire = atomic_load_explicit(&fires, memory_order_relaxed);
+  if (fire == 0 || (last.stream == stream && last.is_per_thread == is_per_thread && last.fire == fire &&
+                    last.epoch == atomic_load_explicit(&epoch, memory_order_relaxed)))
+    return;
+  if (is_capturing(stream, is_per_thread)) return;
+  protect_lock();
+  int at = 0, is_tied = 0;
+  while (at < tied_count && !(tied[at].stream == stream && tied[at].is_per_thread == is_per_thread))
+    at++;
+  if (at == tied_count && tied_count < STREAMS_MAX)
+    tied[tied_count++] = (struct tie){.stream = stream, .is_per_thread = is_per_thread};
+  if (at < tied_count) {
+    is_tied = tied[at].fire == fire;
+    tied[at].fire = fire;
+  }
+  last = (struct tie){stream, is_per_thread, fire, epoch};
+  protect_unlock();
+  if (!is_tied) wait(stream, copies_event, is_per_thread);
 }
 
 // The handle may be given to another stream from here on.
@@ -92,6 +117,9 @@ CUresult cuStreamDestroy_v2(CUstream stream) {
     protect_lock();
     for (int at = 0; at < count; at++)
       if (seen[at].stream == stream) seen[at--] = seen[--count];
+    for (int at = 0; at < tied_count; at++)
+      if (tied[at].stream == stream) tied[at--] = tied[--tied_count];
+    epoch++;
     protect_unlock();
   }
   return REAL(cuStreamDestroy_v2, stream);

@@ -1,0 +1,160 @@
+"""The protection of one program: its folder, its journal and its agent, floor 7.
+
+Owns: everything that is there before the program starts and goes after it has ended. Promises: the
+files are private and lie in memory; a program that is killed leaves what resumes it, one that ends
+well leaves nothing; a failure to start is an error before the program is, one later costs the
+protection alone. Called by the launcher around the program: `open`, then `environment` for the
+program's, then `end` with its exit status. It does not start the program.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import concordia
+from concordia import config
+from concordia.errors import WaitTimeout
+from concordia.integrations.program.agent import FINISH
+from concordia.integrations.program.policy import Policy
+from concordia.integrations.program.program_pages import Board, create_reads, create_stage
+from concordia.integrations.program.resume import Resumed, write_restore
+from concordia.journal.checkpoints import series_key
+from concordia.journal.client import JournalClient
+from concordia.journal.spawn import spawn_owner
+
+_SHARED: Path = Path("/dev/shm")
+_STACK_FILE = "stack"
+
+
+class Protection:
+    """One run of a program under a policy that protects something."""
+
+    def __init__(self, policy: Policy, folder: Path, resumed: Resumed | None) -> None:
+        self.policy, self.folder, self.resumed = policy, folder, resumed
+        self._stack = os.open(folder / _STACK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+        paths = [str(Path(concordia.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+        for name in ("CONCORDIA_RUN", "CONCORDIA_PROTECT", "LD_PRELOAD"):
+            environment.pop(name, None)
+        self._agent = subprocess.Popen(
+            [sys.executable, "-m", "concordia.integrations.program.agent", str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,  # a signal to the program's group is not meant for it
+        )
+        self._await_ready()
+
+    @classmethod
+    def open(cls, policy: Policy) -> Self:
+        """Everything up to the program's start: a journal, what it is resumed from, the agent."""
+        spawn_owner(policy.journal, size_bytes=policy.journal_bytes, linger_s=policy.linger_s)
+        folder = Path(tempfile.mkdtemp(prefix="concordia-program-", dir=_SHARED))
+        try:
+            reads = reads_path(policy)
+            digest = policy_digest(policy)
+            with JournalClient.connect(policy.journal) as client:
+                resumed = write_restore(
+                    client, series_key(policy.series), policy=digest, reads=reads, folder=folder
+                )
+            if resumed is None:
+                reads.parent.mkdir(mode=0o700, exist_ok=True)
+                create_reads(reads, policy.reads_bytes)
+            (folder / "reads").symlink_to(reads)
+            Board.create(folder / "board", policy.stage_bytes)
+            create_stage(folder / "stage", policy.stage_bytes)
+            (folder / "policy").write_text(policy.lines())
+            facts: dict[str, Any] = {
+                "journal": str(policy.journal),
+                "series": policy.series,
+                "policy": digest,
+                "stage_bytes": policy.stage_bytes,
+                "commit_s": config.PROGRAM_COMMIT_S,
+            }
+            (folder / "facts").write_text(json.dumps(facts))
+            return cls(policy, folder, resumed)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def environment(self) -> dict[str, str]:
+        """What the program's environment needs more."""
+        found = {"CONCORDIA_PROTECT": str(self.folder)}
+        # sets of strings have the same order in every run
+        found |= {"PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "0")}
+        if any(rule.stack for rule in self.policy.regions):
+            bootstrap = str(Path(__file__).parent / "bootstrap")
+            paths = [bootstrap, os.environ.get("PYTHONPATH", "")]
+            found["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+            found["CONCORDIA_STACK_PATH"] = str(self.folder / _STACK_FILE)
+        return found
+
+    def end(self, status: int) -> dict[str, Any]:
+        """The program has ended: 0 means that it is done, and nothing of it is kept. What was
+        reported of its regions last.
+        """
+        assert self._agent.stdin is not None
+        try:
+            if status == 0:
+                self._agent.stdin.write(FINISH)
+            self._agent.stdin.close()
+            self._agent.wait(config.PROGRAM_END_S)
+        except (BrokenPipeError, subprocess.TimeoutExpired):
+            self._agent.kill()
+            self._agent.wait()
+        report = self._report()
+        self.close()
+        if status == 0:
+            reads_path(self.policy).unlink(missing_ok=True)
+        return report
+
+    def close(self) -> None:
+        """Whatever happened: no process and no folder stays."""
+        if self._agent.poll() is None:
+            self._agent.kill()
+            self._agent.wait()
+        for pipe in (self._agent.stdin, self._agent.stdout):
+            if pipe is not None:
+                pipe.close()
+        if self._stack >= 0:
+            os.close(self._stack)
+            self._stack = -1
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _report(self) -> dict[str, Any]:
+        path = self.folder / "report"
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        board = Board(self.folder / "board", self.policy.stage_bytes)
+        found["lost"] = board.reason
+        board.close()
+        return found
+
+    def _await_ready(self) -> None:
+        assert self._agent.stdout is not None
+        ready, _, _ = select.select([self._agent.stdout], [], [], config.OWNER_START_S)
+        if not ready or self._agent.stdout.readline() != b"ready\n":
+            self._agent.kill()
+            self._agent.wait()
+            raise WaitTimeout(f"no agent after {config.OWNER_START_S} s")
+
+
+def reads_path(policy: Policy) -> Path:
+    """Where a series' log of reads lies: it outlives the program, as its journal does."""
+    place = policy.journal
+    return place.with_name(f"{place.name}.reads") / policy.series
+
+
+def policy_digest(policy: Policy) -> str:
+    """Names what decides at which points a program is saved, and what of it."""
+    what = replace(policy, audit_every=0, stage_bytes=0, reads_bytes=0, trust_arguments=())
+    return hashlib.sha256(what.lines().encode()).hexdigest()[:16]

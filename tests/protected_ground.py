@@ -1,0 +1,65 @@
+"""What tests of protected programs stand on: a driver whose work is done later, a program that uses it, the shim, and a program's life."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from concordia.integrations.program.policy import Policy, parse_policy
+from concordia.integrations.program.program_pages import Board, create_reads, create_stage
+from concordia.integrations.program.shim_build import place_shim
+from shim_ground import NATIVE, compile_c
+
+LIFE_S = 60.0  # longest that one program may take
+
+
+def build(folder: Path, *flags: str) -> ProtectedGround:
+    """Driver, program and shim, in folders of their own."""
+    driver = folder / "driver" / "libcuda.so.1"
+    driver.parent.mkdir(parents=True)
+    shape = ["-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-soname,libcuda.so.1", "-Wl,-Bsymbolic"]
+    compile_c([str(NATIVE / "fake_gpu.c"), *shape, "-ldl"], driver)
+    program = folder / "program"
+    compile_c([str(NATIVE / "protected_program.c"), f"-L{driver.parent}", "-l:libcuda.so.1", *flags], program)
+    run = folder / "run"
+    run.mkdir(mode=0o700)
+    place_shim(run, driver)
+    return ProtectedGround(driver.parent, program, run)
+
+
+@dataclass
+class ProtectedGround:
+    driver: Path
+    program: Path
+    run: Path
+
+    def environment(self, *, shimmed: bool = True, **more: str) -> dict[str, str]:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("CONCORDIA", "LD_", "FAKE", "PROGRAM"))}
+        path = f"{self.run}:{self.driver}" if shimmed else str(self.driver)
+        return {**clean, "LD_LIBRARY_PATH": path, **more}
+
+    def start(self, *words: str, shimmed: bool = True, program: list[str] | None = None, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*(program or [str(self.program)]), *words],
+            env=self.environment(shimmed=shimmed, **environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+def protected_folder(folder: Path, policy: Policy) -> Board:
+    """What protection.py makes, without a journal: the test itself answers posts."""
+    folder.mkdir()
+    (folder / "policy").write_text(policy.lines())
+    Board.create(folder / "board", policy.stage_bytes)
+    create_stage(folder / "stage", policy.stage_bytes)
+    create_reads(folder / "reads", policy.reads_bytes)
+    return Board(folder / "board", policy.stage_bytes)
+
+
+def policy_of(regions: str, *, trigger: str = "kernel:update", more: str = "") -> Policy:
+    text = f'[journal]\nplace = "/dev/shm/none"\n[limits]\nstage = "32MiB"\nreads = "1MiB"\n{regions}\n[[trigger]]\non = "{trigger}"\n{more}'
+    return parse_policy(text, "test.toml")

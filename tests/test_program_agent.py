@@ -1,0 +1,225 @@
+"""integrations/program: a program that knows nothing of us, killed and resumed, with a real journal owner and a real agent, on a driver in C.
+
+Invariants: what a resumed program prints is what an unfailed one prints, line for line, wherever it was killed and however often; a program that
+ends well leaves nothing; one that is not the same program, or has another policy, is refused before it computes anything; an agent that dies
+costs the protection alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from concordia import config
+from concordia.errors import Corruption, LayoutMismatch, RecoveryError
+from concordia.integrations.program.policy import Policy, parse_policy
+from concordia.integrations.program.protection import Protection, reads_path
+from concordia.journal.client import JournalClient
+from protected_ground import LIFE_S, ProtectedGround, build
+
+POLICY = """
+[program]
+series = "trained"
+audit_every = 1
+[journal]
+place = "{place}"
+size = "96MiB"
+linger_s = 60
+[limits]
+stage = "32MiB"
+reads = "1MiB"
+[[region]]
+name = "big"
+size = ["1MiB", "4MiB"]
+[[trigger]]
+on = "kernel:update"
+"""
+PYTHON_PROGRAM = Path(__file__).parent / "protected_child.py"
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> ProtectedGround:
+    return build(tmp_path_factory.mktemp("agent"))
+
+
+@pytest.fixture
+def policy() -> Iterator[Policy]:
+    place = Path("/dev/shm") / f"concordia-agent-{os.getpid()}-{random.randrange(1 << 30)}"
+    found = parse_policy(POLICY.format(place=place), "test.toml")
+    yield found
+    if place.exists():
+        with JournalClient.connect(place) as client:
+            client.shutdown()
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.rmtree(reads_path(found).parent, ignore_errors=True)
+
+
+class Life:
+    """One run of the program under its policy."""
+
+    def __init__(self, ground: ProtectedGround, policy: Policy, *words: str, program: list[str] | None = None, **environment: str) -> None:
+        self.protection = Protection.open(policy)
+        self.process = ground.start(*words, program=program, **(self.protection.environment() | environment))
+        self.lines: list[str] = []
+        self.errors = ""
+        self.report: dict[str, Any] = {}
+
+    def end(self) -> int:
+        said, self.errors = self.process.communicate(timeout=LIFE_S)
+        self.lines += said.splitlines()
+        self.report = self.protection.end(self.process.returncode)
+        return self.process.returncode
+
+    def kill_after(self, lines: int) -> None:
+        """SIGKILL once it has printed so many more, and the agent has committed something since."""
+        assert self.process.stdout is not None
+        for _ in range(lines):
+            self.lines.append(self.process.stdout.readline().rstrip("\n"))
+        self.process.kill()
+        assert self.end() == -signal.SIGKILL
+
+
+def plain_run(ground: ProtectedGround, steps: int) -> list[str]:
+    said, errors = ground.start("train", str(steps), shimmed=False).communicate(timeout=LIFE_S)
+    assert errors == ""
+    return said.splitlines()
+
+
+def resumed_at(life: Life) -> tuple[int, int]:
+    found = re.search(r"resumed at point (\d+): \d+ regions, (\d+) launches left out", life.errors)
+    assert found, life.errors
+    return int(found[1]), int(found[2])
+
+
+def test_resumed_program_says_what_an_unfailed_one_says_when_it_was_killed_in_a_step(ground: ProtectedGround, policy: Policy) -> None:
+    wanted = plain_run(ground, 300)
+    killed = Life(ground, policy, "train", "300", "150")
+    assert killed.end() == -signal.SIGKILL
+    assert killed.lines == wanted[:149]
+    assert killed.report["missed_pages"] == 0
+    assert killed.report["lost"] == ""
+    resumed = Life(ground, policy, "train", "300", "0")
+    assert resumed.protection.resumed is not None
+    assert resumed.end() == 0, resumed.errors
+    assert resumed.lines == wanted
+    point, left_out = resumed_at(resumed)
+    assert point == resumed.protection.resumed.ordinal
+    assert left_out > 0
+    assert point > 1
+    third = Life(ground, policy, "train", "3")
+    assert third.protection.resumed is None, "it has ended well: nothing is kept"
+    third.end()
+
+
+def test_resumed_program_says_the_same_when_it_is_killed_again_and_again(ground: ProtectedGround, policy: Policy) -> None:
+    seed = int(os.environ.get("AGENT_SEED", random.randrange(1 << 30)))
+    print(f"AGENT_SEED={seed}")
+    rng = random.Random(seed)
+    wanted = plain_run(ground, 400)
+    points = []
+    for _ in range(4):
+        life = Life(ground, policy, "train", "400", FAKE_SEED=str(rng.randrange(1 << 20)))
+        life.kill_after(min(390, (points[-1] if points else 0) + rng.randint(20, 90)))
+        assert life.lines == wanted[: len(life.lines)], life.errors
+        if life.protection.resumed is not None:
+            points.append(life.protection.resumed.ordinal)
+        assert life.report["lost"] == ""
+        assert life.report.get("missed_pages", 0) == 0
+    last = Life(ground, policy, "train", "400", FAKE_SEED=str(rng.randrange(1 << 20)))
+    assert last.end() == 0, last.errors
+    assert last.lines == wanted
+    assert points == sorted(points)
+    print(f"resumed at {points} and {resumed_at(last)}")
+
+
+def test_python_program_is_resumed_when_it_was_killed(ground: ProtectedGround, policy: Policy) -> None:
+    named = replace(policy, regions=(replace(policy.regions[0], stack="make_state"),))
+    program = [sys.executable, str(PYTHON_PROGRAM)]
+    wanted = Life(ground, replace(named, series="unfailed"), "120", program=program)
+    assert wanted.end() == 0, wanted.errors
+    killed = Life(ground, named, "120", "60", program=program)
+    assert killed.end() == -signal.SIGKILL, killed.errors
+    assert [row["name"] for row in killed.report["regions"]] == ["big.0", "big.1"]
+    resumed = Life(ground, named, "120", program=program)
+    assert resumed.end() == 0, resumed.errors
+    assert resumed.lines == wanted.lines
+    assert len(wanted.lines) == 120
+    resumed_at(resumed)
+
+
+def test_resume_is_refused_when_the_program_or_its_log_is_another(ground: ProtectedGround, policy: Policy) -> None:
+    killed = Life(ground, policy, "train", "200", "100")
+    killed.end()
+    with pytest.raises(LayoutMismatch, match="another policy"):
+        Protection.open(replace(policy, warm_points=7))
+    other = Life(ground, policy, "dirty", "100", PROGRAM_SNAPSHOTS="/dev/null")
+    assert other.end() == 70
+    assert "cannot resume: up to point 1 the program has launched something else" in other.errors
+    reads = reads_path(policy)
+    log = bytearray(reads.read_bytes())
+    log[4096 + 32] ^= 1
+    reads.write_bytes(log)
+    with pytest.raises(Corruption, match="not as it was saved"):
+        Protection.open(policy)
+    log[4096 + 32] ^= 1
+    reads.write_bytes(log)
+    again = Life(ground, policy, "train", "200")
+    assert again.end() == 0, again.errors
+    assert again.lines == plain_run(ground, 200)
+    killed = Life(ground, policy, "train", "200", "100")
+    killed.end()
+    reads.unlink()
+    with pytest.raises(RecoveryError, match="is gone"):
+        Protection.open(policy)
+
+
+def test_program_goes_on_when_its_agent_is_killed(ground: ProtectedGround, policy: Policy) -> None:
+    life = Life(ground, policy, "train", "300")
+    assert life.process.stdout is not None
+    life.lines.append(life.process.stdout.readline().rstrip("\n"))
+    life.protection._agent.kill()
+    assert life.end() == 0
+    assert life.lines == plain_run(ground, 300)
+
+
+def test_program_says_why_it_is_unprotected_when_the_journal_is_full(ground: ProtectedGround, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "PROGRAM_COMMIT_S", 0.5)
+    life = Life(ground, replace(policy, journal_bytes=8 << 20), "train", "1500")
+    assert life.end() == 0, life.errors
+    assert life.lines == plain_run(ground, 1500)
+    assert "the journal has no room left" in life.report["lost"]
+    assert "concordia: unprotected from here on: " in life.errors
+
+
+def test_report_says_what_was_marked_and_what_had_changed(ground: ProtectedGround, policy: Policy) -> None:
+    life = Life(ground, policy, "train", "300", "250")
+    life.end()
+    rows = life.report["regions"]
+    assert {row["name"] for row in rows} >= {"big.0", "big.1"}
+    for row in rows:
+        assert row["pages_changed"] <= row["pages_marked"] <= row["posts"] * row["pages"]
+    assert any(row["pages_changed"] for row in rows)
+    assert json.dumps(life.report)
+
+
+def test_no_process_and_no_folder_stays_when_a_program_has_ended(ground: ProtectedGround, policy: Policy) -> None:
+    life = Life(ground, policy, "train", "5")
+    folder, agent = life.protection.folder, life.protection._agent
+    assert folder.exists()
+    life.end()
+    assert not folder.exists()
+    assert agent.returncode is not None
+    assert not reads_path(policy).exists()
+    assert subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, check=False).stdout == b""

@@ -1,0 +1,244 @@
+"""native/: allocations, regions, marks, points and the copies at them, on a driver whose work is done later and in any order that events allow.
+
+Invariants: at each point that is posted, the stage holds what the regions held at that point, byte for byte, though only marked pages were brought:
+so marked pages are a superset of what changed, and work that was given before a point comes before its copies; a program does the same with and
+without protection; whatever is not understood ends protection, in one line, and not the program; an agent that dies or is slow hurts nobody.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from concordia.integrations.program.program_pages import MARK_BYTES, Board, Post
+from protected_ground import LIFE_S, ProtectedGround, build, policy_of, protected_folder
+
+DIRTY_BYTES = [8 << 18, 8 << 17, (1 << 20) + 12 * 4096 + 512]  # of the program's regions
+BY_SIZE = '[[region]]\nname = "big"\nsize = ["1MiB", "4MiB"]'
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> ProtectedGround:
+    return build(tmp_path_factory.mktemp("protected"))
+
+
+@pytest.fixture
+def seed() -> int:
+    found = int(os.environ.get("TRACKING_SEED", random.randrange(1 << 30)))
+    print(f"TRACKING_SEED={found}")
+    return found
+
+
+class Answers:
+    """An agent that looks at each post, and answers it."""
+
+    def __init__(self, folder: Path, board: Board) -> None:
+        self.board = board
+        with open(folder / "stage", "rb") as file:
+            self.stage = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        self.posts: list[Post] = []
+        self.content: dict[int, list[bytes]] = {}
+
+    def look(self) -> bool:
+        post = self.board.post()
+        if post is None:
+            return False
+        self.posts.append(post)
+        self.content[post.ordinal] = [self.stage[one.stage_offset : one.stage_offset + one.bytes] for one in post.regions]
+        for one in post.regions:
+            assert not any(self.stage[one.stage_offset + one.bytes : one.stage_offset + one.pages * MARK_BYTES]), "padding"
+        self.board.answer(post)
+        return True
+
+    def until_end(self, program: subprocess.Popen[str]) -> tuple[str, str]:
+        deadline = time.monotonic() + LIFE_S
+        while program.poll() is None:
+            assert time.monotonic() < deadline, "the program does not end"
+            if not self.look():
+                time.sleep(0.0005)
+        return program.communicate()
+
+
+def dirty_run(ground: ProtectedGround, tmp_path: Path, seed: int, steps: int, **policy: str) -> tuple[Answers, list[bytes]]:
+    folder = tmp_path / f"protect-{seed}"
+    made = policy_of(policy.pop("regions", BY_SIZE), **policy)
+    board = protected_folder(folder, made)
+    snapshots = tmp_path / f"snapshots-{seed}"
+    environment = {"FAKE_SEED": str(seed), "PROGRAM_SEED": str(seed), "PROGRAM_SNAPSHOTS": str(snapshots), "CONCORDIA_PROTECT": str(folder)}
+    answers = Answers(folder, board)
+    program = ground.start("dirty", str(steps), **environment)
+    _, said = answers.until_end(program)
+    assert program.returncode == 0, said
+    assert said == "", said
+    return answers, [snapshots.read_bytes()]
+
+
+def differences(answers: Answers, snapshots: bytes) -> list[str]:
+    """Where the stage was not what the regions were."""
+    found = []
+    for ordinal, regions in answers.content.items():
+        at = (ordinal - 1) * sum(DIRTY_BYTES)
+        for which, (size, content) in enumerate(zip(DIRTY_BYTES, regions, strict=True)):
+            wanted = snapshots[at : at + size]
+            at += size
+            if content != wanted:
+                first = next(i for i in range(size) if content[i] != wanted[i])
+                found.append(f"point {ordinal}, region {which}, byte {first}, page {first // MARK_BYTES}")
+    return found
+
+
+@pytest.mark.parametrize("trust", ["", '[images]\ntrust_arguments = ["fill", "scatter", "update"]'])
+def test_stage_is_what_the_regions_are_when_anything_writes_them(ground: ProtectedGround, tmp_path: Path, seed: int, trust: str) -> None:
+    for round_seed in range(seed, seed + 4):
+        answers, (snapshots,) = dirty_run(ground, tmp_path, round_seed, 60, more=trust)
+        assert len(answers.posts) > 2
+        assert differences(answers, snapshots) == [], f"TRACKING_SEED={round_seed}"
+        marked = sum(one.pages_marked for one in answers.posts[-1].regions)
+        whole = len(answers.posts) * sum(one.pages for one in answers.posts[-1].regions)
+        print(f"seed {round_seed}: {len(answers.posts)} posts, {marked} of {whole} pages marked")
+        assert not trust or marked < 0.9 * whole, "trusted kernels mark what their arguments point to"
+
+
+def test_audit_finds_nothing_when_marks_are_complete(ground: ProtectedGround, tmp_path: Path, seed: int) -> None:
+    made = policy_of(BY_SIZE, more="[program]\naudit_every = 1\n[images]\ntrust_arguments = [\"fill\", \"scatter\", \"update\"]")
+    folder = tmp_path / "protect"
+    board = protected_folder(folder, made)
+    answers = Answers(folder, board)
+    program = ground.start("dirty", "40", FAKE_SEED=str(seed), PROGRAM_SEED=str(seed), PROGRAM_SNAPSHOTS=str(tmp_path / "s"), CONCORDIA_PROTECT=str(folder))
+    _, said = answers.until_end(program)
+    assert (program.returncode, said) == (0, "")
+    assert board.word("audits") == len(answers.posts) > 2
+    assert board.word("missed_pages") == 0
+
+
+def test_audit_finds_the_page_when_a_kernel_is_trusted_that_writes_elsewhere(ground: ProtectedGround, tmp_path: Path, seed: int) -> None:
+    made = policy_of(BY_SIZE, more="[program]\naudit_every = 1\n[images]\ntrust_arguments = [\"*\"]")
+    folder = tmp_path / "protect"
+    board = protected_folder(folder, made)
+    answers = Answers(folder, board)
+    program = ground.start("dirty", "150", FAKE_SEED=str(seed), PROGRAM_SEED=str(seed), PROGRAM_SNAPSHOTS=str(tmp_path / "s"), CONCORDIA_PROTECT=str(folder))
+    _, said = answers.until_end(program)
+    assert program.returncode == 0
+    assert board.word("missed_pages") > 0, "indirect writes where no argument points to"
+    assert "changed unseen" in said
+    assert differences(answers, (tmp_path / "s").read_bytes()) == [], "an audit repairs what it finds"
+
+
+def test_program_does_the_same_when_it_is_protected(ground: ProtectedGround, tmp_path: Path, seed: int) -> None:
+    plain, _ = ground.start("train", "25", shimmed=False, FAKE_SEED=str(seed)).communicate(timeout=LIFE_S)
+    assert len(plain.splitlines()) == 25
+    folder = tmp_path / "protect"
+    answers = Answers(folder, protected_folder(folder, policy_of(BY_SIZE)))
+    said, errors = answers.until_end(ground.start("train", "25", FAKE_SEED=str(seed + 1), CONCORDIA_PROTECT=str(folder)))
+    assert said == plain
+    assert len(answers.posts) > 3
+    assert errors.splitlines() == [f"concordia: region big.{i} is freed: it is no part of later checkpoints" for i in range(2, 6)]
+    names = [[one.name for one in post.regions] for post in answers.posts]
+    assert names[0] == ["big.0"]
+    assert ["big.0", "big.1"] in names
+
+
+def test_points_are_where_the_policy_says_when_there_are_several_triggers(ground: ProtectedGround, tmp_path: Path) -> None:
+    counts = {}
+    for name, trigger in (("all", "kernel:update"), ("third", "kernel:up*:every=3"), ("sync", "stream-synchronize"), ("graph", "graph-launch"), ("none", "kernel:other")):
+        folder = tmp_path / name
+        board = protected_folder(folder, policy_of(BY_SIZE, trigger=trigger))
+        Answers(folder, board).until_end(ground.start("train", "12", CONCORDIA_PROTECT=str(folder)))
+        counts[name] = board.word("points")
+    assert counts == {"all": 12, "third": 4, "sync": 12, "graph": 0, "none": 0}
+
+
+def test_region_is_found_when_a_kernel_or_an_ordinal_or_the_stack_names_it(ground: ProtectedGround, tmp_path: Path) -> None:
+    for name, rules, wanted in (
+        ("ordinal", '[[region]]\nname = "second"\nsize = ["1MiB", "4MiB"]\nordinal = 1', [("second", 8 << 17)]),
+        ("kernel", '[[region]]\nname = "out"\nkernel = "sum"\nargument = 1\nbytes = 4096', [("out", 4096)]),
+        ("whole", '[[region]]\nname = "out"\nkernel = "upd*"\nargument = 0', [("out", 8 << 18)]),
+        ("library", '[[region]]\nname = "mine"\nstack = "program"\nsize = ["1MiB", "2MiB"]', [("mine.0", 8 << 18), ("mine.1", 8 << 17)]),
+        ("function", '[[region]]\nname = "mine"\nstack = "no_such_function"\n[[region]]\nname = "all"\nsize = "2MiB"', [("all.0", 8 << 18)]),
+    ):
+        folder = tmp_path / name
+        board = protected_folder(folder, policy_of(rules))
+        answers = Answers(folder, board)
+        answers.until_end(ground.start("train", "30", CONCORDIA_PROTECT=str(folder)))
+        assert [(one.name, one.bytes) for one in answers.posts[-1].regions if "." not in one.name or int(one.name.partition(".")[2]) < 2] == wanted, name
+
+
+@pytest.mark.parametrize(
+    ("rules", "more", "words"),
+    [
+        ('[[region]]\nname = "out"\nkernel = "update"\nargument = 7', "", "has no pointer 7"),
+        ('[[region]]\nname = "out"\nkernel = "update"\nargument = 2', "", "is no memory of"),
+        ('[[region]]\nname = "big"\nsize = ["1KiB", "4MiB"]', "", "make limits.stage larger"),
+        (BY_SIZE, "", "log of reads is full"),
+    ],
+)
+def test_protection_ends_in_one_line_and_the_program_goes_on_when_it_cannot_be_had(ground: ProtectedGround, tmp_path: Path, rules: str, more: str, words: str) -> None:
+    made = policy_of(rules, more=more)
+    text = made.lines().replace(f"stage {made.stage_bytes}", f"stage {1 << 20}") if "stage" in words else made.lines()
+    folder = tmp_path / "protect"
+    board = protected_folder(folder, made)
+    (folder / "policy").write_text(text)
+    if "full" in words:
+        os.truncate(folder / "reads", 4096 + 256)
+    answers = Answers(folder, board)
+    said, errors = answers.until_end(ground.start("train", "8", CONCORDIA_PROTECT=str(folder)))
+    assert len(said.splitlines()) == 8
+    lines = [line for line in errors.splitlines() if "is freed" not in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("concordia: unprotected from here on: ")
+    assert words in lines[0]
+    assert board.reason in lines[0]
+
+
+def test_program_goes_on_when_its_agent_never_answers_or_gives_up(ground: ProtectedGround, tmp_path: Path) -> None:
+    folder = tmp_path / "silent"
+    board = protected_folder(folder, policy_of(BY_SIZE))
+    said, _ = ground.start("train", "20", CONCORDIA_PROTECT=str(folder)).communicate(timeout=LIFE_S)
+    assert len(said.splitlines()) == 20
+    assert board.word("posted") <= 1
+    assert board.word("fired") == 1
+    assert board.word("coalesced") == 19
+    folder = tmp_path / "lost"
+    board = protected_folder(folder, policy_of(BY_SIZE))
+    board.lose("the journal is full")
+    said, errors = ground.start("train", "20", CONCORDIA_PROTECT=str(folder)).communicate(timeout=LIFE_S)
+    assert len(said.splitlines()) == 20
+    assert "Traceback" not in errors
+
+
+def test_nothing_is_protected_when_the_folder_is_damaged_or_switched_off(ground: ProtectedGround, tmp_path: Path) -> None:
+    for name, damage, words in (
+        ("none", lambda folder: (folder / "policy").unlink(), "policy cannot be read"),
+        ("torn", lambda folder: (folder / "policy").write_text("concordia-policy 1\nregion x\n"), "policy cannot be read"),
+        ("other", lambda folder: (folder / "policy").write_text("concordia-policy 2\n"), "policy cannot be read"),
+        ("board", lambda folder: os.truncate(folder / "board", 100), "board is not what was made"),
+        ("reads", lambda folder: (folder / "reads").write_bytes(b"x" * 10000), "reads is not what was made"),
+    ):
+        folder = tmp_path / name
+        protected_folder(folder, policy_of(BY_SIZE))
+        damage(folder)
+        said, errors = ground.start("train", "3", CONCORDIA_PROTECT=str(folder)).communicate(timeout=LIFE_S)
+        assert len(said.splitlines()) == 3
+        assert words in errors, (name, errors)
+    folder = tmp_path / "off"
+    board = protected_folder(folder, policy_of(BY_SIZE))
+    ground.start("train", "3", CONCORDIA_PROTECT=str(folder), CONCORDIA_DISABLE="1").communicate(timeout=LIFE_S)
+    assert (board.word("owner"), board.word("points")) == (0, 0)
+
+
+def test_second_process_is_said_to_be_unprotected_when_another_has_the_board(ground: ProtectedGround, tmp_path: Path) -> None:
+    folder = tmp_path / "protect"
+    board = protected_folder(folder, policy_of(BY_SIZE))
+    Answers(folder, board).until_end(ground.start("train", "3", CONCORDIA_PROTECT=str(folder)))
+    owner, points = board.word("owner"), board.word("points")
+    assert points == 3
+    said, errors = ground.start("train", "3", CONCORDIA_PROTECT=str(folder)).communicate(timeout=LIFE_S)
+    assert len(said.splitlines()) == 3
+    assert f"is unprotected: process {owner} of this run is" in errors
+    assert board.word("points") == 3
