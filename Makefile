@@ -5,7 +5,7 @@ ENV ?= .venv
 ENV_PYTHON ?= $(ENV)/bin/python
 RUN = PYTHONPATH=src $(ENV_PYTHON)
 
-.PHONY: demo test check soak bench bench-engine bench-gpu bench-page bench-ctas kill-rounds sanitize fuzz test-gpu test-ring setup clean
+.PHONY: demo test check soak bench bench-engine bench-gpu bench-page bench-ctas kill-rounds sanitize fuzz test-gpu test-ring setup corpus hook-cost clean
 
 setup:
 	@$(if $(filter $(ENV)/bin/python,$(ENV_PYTHON)),sh scripts/setup.sh $(PYTHON) $(ENV),true)
@@ -64,6 +64,14 @@ sanitize: setup
 # parsers of GPU images, cache files and requests: make fuzz SECONDS=1800
 fuzz: setup
 	$(RUN) benchmarks/fuzz_images.py --seconds $(SECONDS) $(ARGS)
+
+# hooks in all kernels for sm_90 of libraries, without a GPU: ARGS="WHEEL LIBRARY CUBIN ...", else of what is installed
+corpus: setup
+	$(RUN) benchmarks/instrument_corpus.py $(ARGS)
+
+# what a hook adds to a small kernel, on the first GPU
+hook-cost: setup
+	$(RUN) benchmarks/hook_cost.py $(ARGS)
 
 test-gpu: setup
 	$(RUN) -m pytest -q -m gpu $(ARGS)
