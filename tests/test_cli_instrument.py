@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import random
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -19,6 +20,7 @@ from click.testing import CliRunner
 
 import gpu_images
 from concordia import cli, config
+from concordia.abi.control_layout import CONTROL_ALLOCATED_BYTES
 from concordia.instrument.library_file import images_in
 from concordia.instrument.options import Options
 from concordia.instrument.report import Slot, SlotKind, fill
@@ -220,6 +222,23 @@ def test_every_answer_is_a_report_or_one_line_when_a_file_is_damaged(tmp_path: p
         codes.add(code)
         assert (code, bool(said), len(wrong.splitlines())) in ((0, True, 0), (2, False, 1))
     assert codes == {0, 2}
+
+
+def test_page_quotes_the_reasons_and_slots_of_the_source_when_they_change() -> None:
+    root = pathlib.Path(__file__).parents[1]
+    page = (root / "docs" / "instrument.md").read_text(encoding="utf-8")
+    source = "".join(path.read_text(encoding="utf-8") for path in (root / "src/concordia/instrument").glob("*.py"))
+    table = page.partition("| reason begins with | meaning |")[2].partition("\n\n")[0]
+    reasons = [reason for row in table.splitlines()[2:] for reason in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert len(reasons) > 8
+    for reason in reasons:
+        for part in re.split(r"\.\.\.|sm_90", reason):
+            assert part.strip() in source, f"nothing says {part!r}"
+    for kind in SlotKind:
+        assert f"`{kind.name.lower()}`" in page
+    assert "~/.cache/concordia/images/" in page
+    assert config.Paths.default().image_cache.parts[-2:] == ("concordia", "images")
+    assert CONTROL_ALLOCATED_BYTES == 64 << 10
 
 
 def test_help_says_what_it_does_when_asked() -> None:
