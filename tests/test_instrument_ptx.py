@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from concordia import config
+from concordia import abi, config
 from concordia.checkpoint.handler import burst_source
 from concordia.checkpoint.region import KvGeometry, Plane
 from concordia.checkpoint.restore_burst import RESTORE_KERNEL
@@ -412,6 +412,12 @@ def test_words_are_read_once_when_registers_allow_it_and_runs_are_many() -> None
         assert len(rewrite(text).slots) == (1 if is_once else 2), limits
     assert len(rewrite(simple("setmaxnreg.dec.sync.aligned.u32 24;" + turns)).slots) == 1
     assert rewrite(simple(turns)).text.index("ld.global") < rewrite(simple(turns)).text.index("$L:")
+
+
+def test_words_of_the_control_block_lie_as_the_loads_want_them() -> None:
+    words = abi.CONTROL.offsets()
+    assert words["window_bytes"] % 16 == 0
+    assert words["map"] == words["window_bytes"] + 8
 
 
 def test_marks_go_to_one_of_several_maps_when_they_are_spread() -> None:

@@ -62,7 +62,8 @@ class Stage:
         checked(self.driver.cuMemsetD8(self.map, 0, COPIES * STRIDE), "clear")
         words = (0, self.buffer + window[0], window[1], self.map, 0, stride)
         raw = b"".join(word.to_bytes(8, "little") for word in words)
-        checked(self.driver.cuMemcpyHtoD(self.control, raw, len(raw)), "write the window")
+        source = ctypes.create_string_buffer(raw, len(raw))
+        checked(self.driver.cuMemcpyHtoD(self.control, ctypes.addressof(source), len(raw)), "write the window")
 
     def marked(self, *, stride: int) -> set[int]:
         found = self._read(self.map, COPIES * STRIDE)
@@ -77,9 +78,9 @@ class Stage:
         return entries, exits
 
     def _read(self, address: int, size: int) -> bytes:
-        found = bytearray(size)
-        checked(self.driver.cuMemcpyDtoH(found, address, size), "read")
-        return bytes(found)
+        found = ctypes.create_string_buffer(size)
+        checked(self.driver.cuMemcpyDtoH(ctypes.addressof(found), address, size), "read")
+        return found.raw
 
 
 def random_kernels(seed: int, count: int) -> dict[str, Any]:

@@ -7,24 +7,18 @@ a scope of their own. Called by ptx. It waits for nothing.
 
 from __future__ import annotations
 
-from typing import Final
-
+from concordia import abi
 from concordia.instrument.ptx_marks import SLOT
-
-ENTRY_WORDS: Final = 0x100
-EXIT_WORDS: Final = 0x4100
-PROGRESS_COUNT: Final = 256
-PROGRESS_STRIDE: Final = 64
 
 
 def entry_hook(prefix: str) -> str:
     """For the head of a kernel."""
-    return _count(prefix, ENTRY_WORDS, "")
+    return _count(prefix, abi.CONTROL_ENTRY_OFFSET, "")
 
 
 def exit_hook(prefix: str, guard: str) -> str:
     """For the place before an instruction that leaves; `guard` is that instruction's."""
-    return _count(prefix, EXIT_WORDS, guard)
+    return _count(prefix, abi.CONTROL_EXIT_OFFSET, guard)
 
 
 def _count(prefix: str, words: int, guard: str) -> str:
@@ -44,11 +38,11 @@ def _count(prefix: str, words: int, guard: str) -> str:
         f"or.b32 {p}x, {p}x, {p}y;",
         first,
         f"mov.u32 {p}y, %smid;",
-        f"and.b32 {p}y, {p}y, {PROGRESS_COUNT - 1};",
-        f"mul.wide.u32 {p}index, {p}y, {PROGRESS_STRIDE};",
+        f"and.b32 {p}y, {p}y, {abi.CONTROL_PROGRESS_WORDS - 1};",
+        f"mul.wide.u32 {p}index, {p}y, {abi.CONTROL_PROGRESS_STRIDE};",
         f"mov.u64 {p}word, {SLOT};",
         f"add.s64 {p}word, {p}word, {p}index;",
-        *([f"@{p}first membar.gl;"] if words == EXIT_WORDS else []),
+        *([f"@{p}first membar.gl;"] if words == abi.CONTROL_EXIT_OFFSET else []),
         f"@{p}first red.global.add.u64 [{p}word+{words}], 1;",
         "}",
     ]

@@ -14,14 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from concordia import abi
 from concordia.instrument.ptx_stores import Address, Length
 
 SLOT: Final = "0x" + "0" * 16  # the control block's address, once it is known
-# Of the control block: base, then bytes and map side by side, then the distance between copies of
-# the map when there are several.
-WINDOW_BASE: Final = 0x08
-WINDOW_BYTES: Final = 0x10
-MAP_STRIDE: Final = 0x28
+_WORDS: Final = abi.CONTROL.offsets()
+WINDOW_BASE: Final = _WORDS["window_base"]
+WINDOW_BYTES: Final = _WORDS["window_bytes"]  # the map's address follows: both in one load
+MAP_STRIDE: Final = 0x28  # bytes from one copy of the map to the next; nobody writes it yet
 MAP_COPIES: Final = 16  # by the low bits of the multiprocessor's number
 
 
