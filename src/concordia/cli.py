@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from concordia import __version__, cli_instrument, cli_program, config
+from concordia import __version__, cli_instrument, cli_journal, cli_program, config
 from concordia.errors import ConcordiaError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -70,7 +70,10 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="JSON, for machi
 
 
 @click.group(
-    commands=[cli_instrument.instrument, cli_program.run, cli_program.modules],
+    commands=[
+        *(cli_instrument.instrument, cli_journal.journal),
+        *(cli_program.run, cli_program.modules),
+    ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, prog_name="concordia")
@@ -183,58 +186,6 @@ def drain(port: int | None, run_dir: pathlib.Path | None, timeout: float, stop: 
     left = int(found["left"])
     click.echo(f"{left} requests still run" if left else "drained")
     sys.exit(1 if left else 0)
-
-
-@cli.group()
-def journal() -> None:
-    """Look into a journal; needs no server."""
-
-
-@journal.command()
-@click.argument("path", type=click.Path(path_type=pathlib.Path))
-@_as_json
-def inspect(path: pathlib.Path, as_json: bool) -> None:
-    """Streams and segments of the journal at PATH."""
-    from concordia.journal import inspection
-
-    found = inspection.inspect(path)
-    click.echo(json.dumps(found) if as_json else inspection.table(found))
-
-
-@journal.command()
-@click.argument("path", type=click.Path(path_type=pathlib.Path))
-@_as_json
-def verify(path: pathlib.Path, as_json: bool) -> None:
-    """Check every hash of the journal at PATH; exit code 3 when it is damaged. A torn tail is no
-    damage.
-    """
-    from dataclasses import asdict
-
-    from concordia.journal import inspection
-
-    report = inspection.verify(path)
-    if as_json:
-        click.echo(json.dumps(asdict(report)))
-    else:
-        click.echo(
-            f"{report.records} records, {report.payload_bytes} bytes in {report.streams} streams"
-        )
-        for line in report.torn:
-            click.echo(f"torn tail: {line}")
-        for line in report.damage:
-            click.echo(f"DAMAGE: {line}")
-    sys.exit(report.exit_code)
-
-
-@journal.command()
-@click.argument("path", type=click.Path(path_type=pathlib.Path))
-@click.option("--payloads", is_flag=True, help="With the bytes, in base64.")
-def export(path: pathlib.Path, payloads: bool) -> None:
-    """One JSON line for each record of the journal at PATH."""
-    from concordia.journal import inspection
-
-    for record in inspection.export(path, payloads=payloads):
-        click.echo(json.dumps(record))
 
 
 @cli.command()
