@@ -37,8 +37,12 @@ EXPORT void concordia_executor(Executor* executor, uint64_t launch, uint64_t* tu
 }
 EXPORT void concordia_stream_tasks(Executor* tasks, Executor* executor, uint64_t* bell, uint64_t* turn) {
   const uint64_t launch = load<kAcquire, kSystem>(bell);
-  if (launch == bell[1]) return;
-  take_turn(turn);
+  if (launch == bell[1] || load<kRelaxed, kSystem>(&tasks->ring->stop) != 0) return;
+  const uint64_t since_ns = now_ns();
+  while (exchange_device(turn, 1) != 0) {
+    if (now_ns() - since_ns > 20000000) return;
+    yield_lane();
+  }
   tasks->call.lanes = 1;
   tasks->call.journal = &executor->journal;
   tasks->table_generation = &executor->ring->generation;

@@ -300,6 +300,27 @@ def test_replays_run_what_was_handed_in_with_the_code_of_then(device: FakeCuda, 
         tasks.enqueue()
 
 
+def test_place_lets_its_stream_go_on_when_a_handler_of_the_executor_hangs(device: FakeCuda) -> None:
+    runtime = Runtime(device, residency="stream")
+    _, stream = device.driver.cuStreamCreate(1)
+    tasks = runtime.stream_tasks(stream, slots=16)
+    word = np.zeros(1, np.uint64)
+    holding = '#include "call.h"\nHANDLER { while (load<kAcquire, kSystem>(reinterpret_cast<uint64_t*>(call->task.arg)) == 0) yield_lane(); }\n'
+    operator = runtime.install("hold", HandlerSource.of("hold", text=holding))
+    hung = runtime.submit(Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE, arg=word.ctypes.data))
+    until(lambda: device.driver.inside == 1)
+    (ticket,) = tasks.hand_in([Task()])
+    for _ in range(2):
+        tasks.enqueue()
+        until(lambda: int(device.driver.cuStreamQuery(stream)[0]) == 0)
+        assert tasks.result(ticket) is None
+    word[0] = 1
+    runtime.wait(hung)
+    tasks.enqueue()
+    assert tasks.wait(ticket).is_ok
+    runtime.close()
+
+
 def test_park_waits_for_a_place_that_is_inside(device: FakeCuda) -> None:
     runtime = Runtime(device, residency="stream")
     _, stream = device.driver.cuStreamCreate(1)

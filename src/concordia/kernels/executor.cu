@@ -7,6 +7,9 @@
 // by device/residency.py and device/stream_launch.py. Does not know tasks.
 #include "executor.h"
 
+// The executor's own launch has a lease of 2 ms: a place waits for it ten times as long, and then
+// lets the framework's stream go on. What it was handed runs at the next place.
+constexpr uint64_t kTurnWaitNs = 20000000;
 constexpr uint64_t kStateWords = sizeof(Executor) / 8, kJournalWords = sizeof(Journal) / 8;
 static_assert(sizeof(Executor) % 8 == 0 && sizeof(Executor) <= 16384,
               "the state is copied in words and leaves room for a neighbour");
@@ -20,6 +23,15 @@ FUNCTION void copy_words(void* target_ptr, const void* source_ptr, uint64_t coun
 // One lane. Whoever has the turn is running and leaves by its lease: the wait is as long as that.
 FUNCTION void take_turn(uint64_t* turn_ptr) {
   while (exchange_device(turn_ptr, 1) != 0) pause_lane();  // pairs with give_turn's release
+}
+// The same with a bound, for a stream that is not ours: a handler may hang. False without a turn.
+FUNCTION bool try_turn(uint64_t* turn_ptr) {
+  const uint64_t since_ns = now_ns();
+  while (exchange_device(turn_ptr, 1) != 0) {  // pairs with give_turn's release
+    if (now_ns() - since_ns > kTurnWaitNs) return false;
+    pause_lane();
+  }
+  return true;
 }
 FUNCTION void give_turn(uint64_t* turn_ptr) { store<kRelease, kDevice>(turn_ptr, 0); }
 
@@ -71,10 +83,9 @@ extern "C" __global__ void __launch_bounds__(512)
   __shared__ uint64_t launch;
   if (threadIdx.x == 0) {
     launch = load<kAcquire, kSystem>(bell);
-    if (launch == load<kRelaxed, kDevice>(bell + 1))
+    if (launch == load<kRelaxed, kDevice>(bell + 1) ||
+        load<kRelaxed, kSystem>(&tasks->ring->stop) != 0 || !try_turn(turn))
       launch = 0;
-    else
-      take_turn(turn);
   }
   __syncthreads();
   if (launch == 0) return;  // a replay for which nothing was handed in costs one look
