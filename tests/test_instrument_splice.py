@@ -28,6 +28,7 @@ from splice_kernels import BY_NAME, KERNELS, compiled, new_cubin, old_cubin, ven
 
 from concordia.device.cubin import read_facts
 from concordia.device.nvrtc import link_cubin
+from concordia.errors import ImageRefused
 from concordia.instrument import hook, sass
 from concordia.instrument.elf import TEXT, read_cubin
 from concordia.instrument.leaving import refuse_exit
@@ -328,6 +329,46 @@ def test_branches_lead_where_the_disassembler_says_when_made_and_read() -> None:
     assert sass.branch(0x140, 0x140) == struct.pack("<QQ", 0xFFFFFFFC00FC7947, 0x000FEA000383FFFF)
 
 
+@makers
+def test_branch_targets_are_the_disassembler_s_labels_when_compiled(
+    maker: Callable[[str], bytes], tmp_path: pathlib.Path
+) -> None:
+    cubin, path = maker(""), tmp_path / "a.cubin"
+    path.write_bytes(cubin)
+    done = subprocess.run([vendor_tool("nvdisasm"), "-c", path], capture_output=True, text=True, timeout=120, check=True)
+    elf, seen = read_cubin(cubin), 0
+    parts = HEADING.split(done.stdout)
+    for name, body in zip(parts[1::2], parts[2::2], strict=True):
+        (section,) = (s for s in elf.sections if s.name == TEXT + name)
+        code = sass.words(elf.bytes_of(section))
+        labels: dict[str, int] = {}
+        jumps: list[tuple[str, int, str]] = []
+        waiting: list[str] = []
+        for line in body.splitlines():
+            if label := re.match(r"^\s*(\.L_x_\d+):", line):
+                waiting.append(label[1])
+            elif instruction := re.search(r"/\*([0-9a-f]{4,})\*/\s+(.*)", line):
+                at = int(instruction[1], 16)
+                labels |= dict.fromkeys(waiting, at)
+                waiting = []
+                if jump := re.search(r"\b(BRA|BSSY)\b.*`\((\.L_x_\d+)\)", instruction[2]):
+                    jumps.append((jump[1], at, jump[2]))
+        for kind, at, label in jumps:
+            found = (sass.branch_targets if kind == "BRA" else sass.near_targets)(code, np.array([at // 16]))
+            assert int(found[0]) == labels[label], (name, kind, at)
+            seen += 1
+    assert seen > 50
+
+
+def test_predicates_are_carried_over_when_an_exit_has_two(tmp_path: pathlib.Path) -> None:
+    at = place_of_exit("plain")
+    original = changed(new_cubin("plain"), "plain", at, 0x000000000000A94D, 0x000FEA0005800000)
+    spliced = splice_cubin(original, entry=True, exit=True)
+    assert disassembled(original, tmp_path / "a.cubin")["plain"][at][0] == "@!P2 EXIT !P3"
+    assert disassembled(spliced.cubin, tmp_path / "a.cubin")["plain"][at][0].startswith("@!P2 BRA !P3, `(")
+    check_disassembly(original, spliced, tmp_path / "a.cubin")
+
+
 def test_proof_refuses_every_changed_byte_of_code_when_it_is_not_the_address() -> None:
     original = new_cubin("leaves_in_a_loop")
     spliced = splice_cubin(original, entry=True, exit=True)
@@ -357,6 +398,67 @@ def test_proof_refuses_what_is_no_copy_when_other_parts_differ() -> None:
     assert not proves_original(original, new_cubin("plain"))
     assert not proves_original(original, spliced[:-8])
     assert proves_original(original, original)
+
+
+def test_what_is_hooked_is_proven_when_the_file_was_damaged_before() -> None:
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    original = new_cubin("table_of_branches")
+    hooked = 0
+    for _ in range(1_500):
+        broken = bytearray(original)
+        for _ in range(rng.randrange(1, 4)):
+            broken[rng.randrange(len(broken))] = rng.randrange(256)
+        try:
+            spliced = splice_cubin(bytes(broken), entry=True, exit=True)
+        except ImageRefused:
+            continue
+        difference = first_difference(bytes(broken), spliced.cubin)
+        assert difference is None
+        hooked += spliced.cubin != broken
+    assert hooked > 100
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("shorter segment", -16), "within .text."),
+        (("alignment", 4096), "alignment of 4096"),
+        (("sh_info", 40 << 24), "states"),
+        (("symbol", 16), "at 16 of a section"),
+    ],
+)
+def test_kernel_is_left_alone_when_the_file_around_it_is_unusual(change: tuple[str, int], reason: str) -> None:
+    original = new_cubin("plain")
+    elf = read_cubin(original)
+    (section,) = (s for s in elf.sections if s.name == TEXT + "plain")
+    (symbol,) = (s for s in elf.symbols if s.is_kernel)
+    data, (what, value) = bytearray(original), change
+    if what == "shorter segment":
+        segment = next(s for s in elf.segments if s.offset + s.file_bytes == section.end)
+        struct.pack_into("<Q", data, segment.header_offset + 32, segment.file_bytes + value)
+    elif what == "alignment":
+        struct.pack_into("<Q", data, section.header_offset + 48, value)
+    elif what == "sh_info":
+        struct.pack_into("<I", data, section.header_offset + 44, section.info | value)
+    else:
+        struct.pack_into("<Q", data, symbol.offset + 8, value)
+    spliced = splice_cubin(bytes(data), entry=True, exit=True)
+    assert spliced.cubin == data
+    assert reason in spliced.kernels[0].reason
+
+
+def test_registers_are_raised_in_both_places_when_a_section_states_them_too() -> None:
+    data = bytearray(new_cubin("one_thread"))
+    elf = read_cubin(bytes(data))
+    (section,) = (s for s in elf.sections if s.name == TEXT + "one_thread")
+    stated = read_facts(bytes(data)).registers["one_thread"]
+    struct.pack_into("<I", data, section.header_offset + 44, section.info | stated << 24)
+    spliced = splice_cubin(bytes(data), entry=True, exit=True)
+    after = read_cubin(spliced.cubin)
+    assert after.sections[section.index].info >> 24 == spliced.kernels[0].registers > stated
+    assert proves_original(bytes(data), spliced.cubin)
 
 
 def test_exits_are_judged_by_queue_when_a_later_scoreboard_tells_of_them() -> None:

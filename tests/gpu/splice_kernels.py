@@ -72,7 +72,8 @@ KERNELS = [
     Kernel(
         "lanes_leave_before_a_barrier",
         "__shared__ uint32_t tile[256]; uint32_t t = threadIdx.x, i = place(); tile[t] = in[i]; __syncthreads(); if (in[i] & 1) { out[i] = tile[t]; return; }"
-        " uint32_t alive = __activemask(); out[i] = tile[t ^ 1] + __popc(alive) + __shfl_sync(alive, in[i], __ffs(alive) - 1);",
+        " uint32_t alive = __activemask(); uint32_t x = tile[t ^ 1] + __popc(alive) + __shfl_sync(alive, in[i], __ffs(alive) - 1); __syncthreads(); tile[t] = x;"
+        " __syncthreads(); out[i] = tile[t] + tile[(t + 32) & 255];",
     ),
     Kernel(
         "warps_leave_before_a_barrier",

@@ -204,6 +204,14 @@ def refuse_file(elf: Cubin) -> str | None:
     for section in elf.sections:
         if section.name.startswith(_MERCURY):
             return "the driver finishes this code itself (Mercury)"
+        if section.end > section.offset and section.alignment > ALIGNMENT:
+            return f"section {section.name[:40]} has an alignment of {section.alignment}"
+    # Growing keeps a segment's ends where they are in its sections, so none may lie within code.
+    edges = {at for found in elf.segments for at in (found.offset, found.offset + found.file_bytes)}
+    for section in elf.sections:
+        is_code = section.name.startswith(TEXT)
+        if is_code and any(section.offset < at < section.end for at in edges):
+            return f"a segment begins or ends within {section.name[:40]}"
     return None
 
 
