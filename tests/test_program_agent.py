@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ import pytest
 from concordia import config
 from concordia.errors import Corruption, LayoutMismatch, RecoveryError
 from concordia.integrations.program.policy import Policy, parse_policy
+from concordia.integrations.program.program_pages import Board
 from concordia.integrations.program.protection import Protection, reads_path
 from concordia.journal.client import JournalClient
 from protected_ground import LIFE_S, ProtectedGround, build
@@ -46,6 +48,7 @@ size = ["1MiB", "4MiB"]
 [[trigger]]
 on = "kernel:update"
 """
+LONG = "1000000"  # steps of a program that is killed before
 PYTHON_PROGRAM = Path(__file__).parent / "protected_child.py"
 
 
@@ -82,11 +85,15 @@ class Life:
         self.report = self.protection.end(self.process.returncode)
         return self.process.returncode
 
-    def kill_after(self, lines: int) -> None:
-        """SIGKILL once it has printed so many more, and the agent has committed something since."""
+    def kill_after(self, lines: int, *, commits: int = 2) -> None:
+        """SIGKILL once it has printed so many lines and so much was committed of it, wherever it is then."""
         assert self.process.stdout is not None
-        for _ in range(lines):
+        board = Board(self.protection.folder / "board", self.protection.policy.stage_bytes)
+        deadline = time.monotonic() + LIFE_S
+        while len(self.lines) < lines or board.word("taken") < commits:
+            assert time.monotonic() < deadline
             self.lines.append(self.process.stdout.readline().rstrip("\n"))
+        board.close()
         self.process.kill()
         assert self.end() == -signal.SIGKILL
 
@@ -104,13 +111,14 @@ def resumed_at(life: Life) -> tuple[int, int]:
 
 
 def test_resumed_program_says_what_an_unfailed_one_says_when_it_was_killed_in_a_step(ground: ProtectedGround, policy: Policy) -> None:
-    wanted = plain_run(ground, 300)
-    killed = Life(ground, policy, "train", "300", "150")
-    assert killed.end() == -signal.SIGKILL
-    assert killed.lines == wanted[:149]
+    killed = Life(ground, policy, "train", LONG)
+    killed.kill_after(100)
+    steps = len(killed.lines) + 50
+    wanted = plain_run(ground, steps)
+    assert killed.lines == wanted[: len(killed.lines)]
     assert killed.report["missed_pages"] == 0
     assert killed.report["lost"] == ""
-    resumed = Life(ground, policy, "train", "300", "0")
+    resumed = Life(ground, policy, "train", str(steps))
     assert resumed.protection.resumed is not None
     assert resumed.end() == 0, resumed.errors
     assert resumed.lines == wanted
@@ -127,41 +135,46 @@ def test_resumed_program_says_the_same_when_it_is_killed_again_and_again(ground:
     seed = int(os.environ.get("AGENT_SEED", random.randrange(1 << 30)))
     print(f"AGENT_SEED={seed}")
     rng = random.Random(seed)
-    wanted = plain_run(ground, 400)
-    points = []
+    lives = []
     for _ in range(4):
-        life = Life(ground, policy, "train", "400", FAKE_SEED=str(rng.randrange(1 << 20)))
-        life.kill_after(min(390, (points[-1] if points else 0) + rng.randint(20, 90)))
-        assert life.lines == wanted[: len(life.lines)], life.errors
-        if life.protection.resumed is not None:
-            points.append(life.protection.resumed.ordinal)
+        life = Life(ground, policy, "train", LONG, FAKE_SEED=str(rng.randrange(1 << 20)))
+        resumed = life.protection.resumed
+        life.kill_after((resumed.ordinal if resumed else 0) + rng.randint(20, 90))
         assert life.report["lost"] == ""
-        assert life.report.get("missed_pages", 0) == 0
-    last = Life(ground, policy, "train", "400", FAKE_SEED=str(rng.randrange(1 << 20)))
+        assert life.report["missed_pages"] == 0
+        lives.append(life)
+    steps = max(len(life.lines) for life in lives) + 40
+    last = Life(ground, policy, "train", str(steps), FAKE_SEED=str(rng.randrange(1 << 20)))
     assert last.end() == 0, last.errors
+    wanted = plain_run(ground, steps)
     assert last.lines == wanted
-    assert points == sorted(points)
+    for life in lives:
+        assert life.lines == wanted[: len(life.lines)]
+    points = [life.protection.resumed.ordinal for life in lives[1:] if life.protection.resumed]
+    assert len(points) == 3
+    assert points == sorted(set(points))
     print(f"resumed at {points} and {resumed_at(last)}")
 
 
 def test_python_program_is_resumed_when_it_was_killed(ground: ProtectedGround, policy: Policy) -> None:
     named = replace(policy, regions=(replace(policy.regions[0], stack="make_state"),))
     program = [sys.executable, str(PYTHON_PROGRAM)]
-    wanted = Life(ground, replace(named, series="unfailed"), "120", program=program)
-    assert wanted.end() == 0, wanted.errors
-    killed = Life(ground, named, "120", "60", program=program)
-    assert killed.end() == -signal.SIGKILL, killed.errors
+    killed = Life(ground, named, LONG, program=program)
+    killed.kill_after(60)
     assert [row["name"] for row in killed.report["regions"]] == ["big.0", "big.1"]
-    resumed = Life(ground, named, "120", program=program)
+    steps = len(killed.lines) + 20
+    resumed = Life(ground, named, str(steps), program=program)
     assert resumed.end() == 0, resumed.errors
+    wanted = Life(ground, replace(named, series="unfailed"), str(steps), program=program)
+    assert wanted.end() == 0, wanted.errors
     assert resumed.lines == wanted.lines
-    assert len(wanted.lines) == 120
-    resumed_at(resumed)
+    assert len(wanted.lines) == steps
+    assert resumed_at(resumed)[1] > 0
 
 
 def test_resume_is_refused_when_the_program_or_its_log_is_another(ground: ProtectedGround, policy: Policy) -> None:
-    killed = Life(ground, policy, "train", "200", "100")
-    killed.end()
+    killed = Life(ground, policy, "train", LONG)
+    killed.kill_after(20)
     with pytest.raises(LayoutMismatch, match="another policy"):
         Protection.open(replace(policy, warm_points=7))
     other = Life(ground, policy, "dirty", "100", PROGRAM_SNAPSHOTS="/dev/null")
@@ -175,11 +188,12 @@ def test_resume_is_refused_when_the_program_or_its_log_is_another(ground: Protec
         Protection.open(policy)
     log[4096 + 32] ^= 1
     reads.write_bytes(log)
-    again = Life(ground, policy, "train", "200")
+    steps = len(killed.lines) + 20
+    again = Life(ground, policy, "train", str(steps))
     assert again.end() == 0, again.errors
-    assert again.lines == plain_run(ground, 200)
-    killed = Life(ground, policy, "train", "200", "100")
-    killed.end()
+    assert again.lines == plain_run(ground, steps)
+    killed = Life(ground, policy, "train", LONG)
+    killed.kill_after(20)
     reads.unlink()
     with pytest.raises(RecoveryError, match="is gone"):
         Protection.open(policy)
@@ -204,8 +218,8 @@ def test_program_says_why_it_is_unprotected_when_the_journal_is_full(ground: Pro
 
 
 def test_report_says_what_was_marked_and_what_had_changed(ground: ProtectedGround, policy: Policy) -> None:
-    life = Life(ground, policy, "train", "300", "250")
-    life.end()
+    life = Life(ground, policy, "train", LONG)
+    life.kill_after(20, commits=4)
     rows = life.report["regions"]
     assert {row["name"] for row in rows} >= {"big.0", "big.1"}
     for row in rows:

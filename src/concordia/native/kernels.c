@@ -22,49 +22,73 @@ static uint64_t slot_of(const void *function) {
   return (uint64_t)(uintptr_t)function * 0x9e3779b97f4a7c15ull >> 48;
 }
 
+static void *origin_of(void *function);
+
 static const char *name_of(void *function) {
   const char *name = NULL;
+  if (origin_of(function) == function)  // a kernel of a library: the other call is not for it
+    return REAL(cuKernelGetName, &name, function) == CUDA_SUCCESS ? name : NULL;
   if (REAL(cuFuncGetName, &name, function) != CUDA_SUCCESS &&
       REAL(cuKernelGetName, &name, function) != CUDA_SUCCESS)
     return NULL;
   return name;
 }
 
-// Functions that were made of kernels: only these know their library.
+// Kernels of libraries, as their own origin, and functions that were made of them: only the former
+// know their library. An entry stays; a handle that is used again gets its new meaning.
 static struct {
   _Atomic(void *) function;
-  void *kernel;
+  _Atomic(void *) kernel;
 } origins[SLOTS];
 
-CUresult cuKernelGetFunction(CUfunction *function, void *kernel) {
-  CUresult result = REAL(cuKernelGetFunction, function, kernel);
-  if (result != CUDA_SUCCESS || !IS_PROTECTED()) return result;
-  uint64_t at = slot_of(*function);
+static void note_origin(void *function, void *kernel) {
+  uint64_t at = slot_of(function);
   for (int i = 0; i < PROBES; i++, at = (at + 1) % SLOTS) {
     void *seen = NULL;
-    if (atomic_compare_exchange_strong(&origins[at].function, &seen, *function) ||
-        seen == *function) {
-      origins[at].kernel = kernel;
-      break;
+    if (atomic_compare_exchange_strong(&origins[at].function, &seen, function) ||
+        seen == function) {
+      atomic_store(&origins[at].kernel, kernel);
+      return;
     }
   }
-  return result;
 }
 
 static void *origin_of(void *function) {
   uint64_t at = slot_of(function);
-  for (int i = 0; i < PROBES; i++, at = (at + 1) % SLOTS)
-    if (atomic_load(&origins[at].function) == function) return origins[at].kernel;
+  for (int i = 0; i < PROBES; i++, at = (at + 1) % SLOTS) {
+    void *seen = atomic_load(&origins[at].function);
+    if (seen == function) return atomic_load(&origins[at].kernel);
+    if (!seen) return NULL;
+  }
   return NULL;
+}
+
+CUresult cuLibraryGetKernel(void **kernel, CUlibrary library, const char *name) {
+  CUresult result = REAL(cuLibraryGetKernel, kernel, library, name);
+  if (result == CUDA_SUCCESS && IS_PROTECTED()) note_origin(*kernel, *kernel);
+  return result;
+}
+
+CUresult cuKernelGetFunction(CUfunction *function, void *kernel) {
+  CUresult result = REAL(cuKernelGetFunction, function, kernel);
+  if (result == CUDA_SUCCESS && IS_PROTECTED() && *function != kernel)
+    note_origin(*function, kernel);
+  return result;
+}
+
+CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
+  CUresult result = REAL(cuModuleGetFunction, function, module, name);
+  if (result == CUDA_SUCCESS && IS_PROTECTED() && origin_of(*function)) note_origin(*function, NULL);
+  return result;
 }
 
 // What its image has, where it was hooked.
 static void learn_flags(struct kernel *kernel, void *function) {
   void *home = NULL, *origin = origin_of(function);
   uint32_t flags = KERNEL_UNKNOWN;
-  if (REAL(cuKernelGetLibrary, &home, origin ? origin : function) == CUDA_SUCCESS)
+  if (origin && REAL(cuKernelGetLibrary, &home, origin) == CUDA_SUCCESS)
     flags = loaded_kernel_flags(home, kernel->name);
-  if (flags == KERNEL_UNKNOWN && REAL(cuFuncGetModule, &home, function) == CUDA_SUCCESS)
+  if (origin != function && flags == KERNEL_UNKNOWN && REAL(cuFuncGetModule, &home, function) == CUDA_SUCCESS)
     flags = loaded_kernel_flags(home, kernel->name);
   if (flags == KERNEL_UNKNOWN) return;
   kernel->writes_unseen = (flags & KERNEL_TENSOR_MAPS) != 0;
@@ -78,9 +102,9 @@ static uint64_t hash_of(const char *name) {
 }
 
 static CUresult parameter(void *function, size_t index, size_t *offset, size_t *bytes) {
-  CUresult result = REAL(cuFuncGetParamInfo, function, index, offset, bytes);
-  return result == CUDA_SUCCESS ? result
-                                : REAL(cuKernelGetParamInfo, function, index, offset, bytes);
+  return origin_of(function) == function
+             ? REAL(cuKernelGetParamInfo, function, index, offset, bytes)
+             : REAL(cuFuncGetParamInfo, function, index, offset, bytes);
 }
 
 static void learn_parameters(struct kernel *kernel, void *function) {
@@ -101,12 +125,23 @@ static void learn_parameters(struct kernel *kernel, void *function) {
   kernel->count = count;
 }
 
+// Whether it still is what it was: hashing a long name would take longer than a launch.
+static int is_same(const struct kernel *kernel, const char *name) {
+  return kernel->name == name && kernel->length == strlen(name) &&
+         memcmp(kernel->start, name, kernel->length < sizeof kernel->start
+                                         ? kernel->length
+                                         : sizeof kernel->start) == 0;
+}
+
 static struct kernel *learned(void *function, const char *name) {
   struct kernel *kernel = calloc(1, sizeof *kernel);
   if (!kernel) return NULL;
   atomic_init(&kernel->function, function);
   kernel->name = name;
   kernel->hash = hash_of(name);
+  kernel->length = strlen(name);
+  memcpy(kernel->start, name,
+         kernel->length < sizeof kernel->start ? kernel->length : sizeof kernel->start);
   for (int i = 0; i < policy.trigger_count; i++)
     if (policy.triggers[i].on == ON_KERNEL && fnmatch(policy.triggers[i].kernel, name, 0) == 0)
       kernel->triggers |= 1u << i;
@@ -134,7 +169,7 @@ const struct kernel *kernel_of(void *function) {
       free(made);
     }
     if (atomic_load_explicit(&kernel->function, memory_order_relaxed) != function) continue;
-    if (kernel->name == name && kernel->hash == hash_of(name)) return kernel;
+    if (is_same(kernel, name)) return kernel;
     atomic_store_explicit(&kernel->function, NULL, memory_order_relaxed);  // that one is gone
   }
   return &unknown;

@@ -89,7 +89,9 @@ int stage_reserve(uint64_t offset, uint64_t bytes);
 // --- kernels.c
 struct kernel {
   _Atomic(void *) function;
-  const char *name;  // of the driver
+  const char *name;  // of the driver, while its module is loaded
+  size_t length;
+  char start[64];  // of the name; without an end where it is longer
   uint64_t hash;
   uint32_t triggers, is_trusted;
   uint64_t rules;
@@ -158,7 +160,8 @@ void streams_before(CUstream stream, int is_per_thread);   // which is seen to h
 
 // --- reads.c
 enum { ENTRY_READ = 1, ENTRY_POINT = 2 };
-int reads_open(void);  // with forward_open() before
+int reads_open(void);      // with forward_open() before
+int reads_register(void);  // for the device
 int reads_answer(void *target, uint64_t bytes);  // FORWARD only: whether it was answered
 void reads_took(const void *target, uint64_t bytes);
 int reads_point(uint64_t ordinal, uint64_t digest, uint64_t *end);  // with the lock

@@ -107,7 +107,7 @@ void reads_took(const void *target, uint64_t bytes) {
   }
 }
 
-static int is_registered(void) {
+int reads_register(void) {
   if (device) return 1;
   CUdeviceptr found = 0;
   CUresult result = REAL(cuMemHostRegister_v2, log_ptr, log_bytes, 3);  // portable, mapped
@@ -120,7 +120,7 @@ static int is_registered(void) {
 void reads_async(CUdeviceptr source, uint64_t bytes, CUstream stream, int is_per_thread) {
   int mode;
   struct entry *entry = read_entry(bytes, &mode);
-  if (!entry || mode != PROTECT_RECORD || !is_registered()) return;
+  if (!entry || mode != PROTECT_RECORD || !reads_register()) return;
   CUdeviceptr done = device + (uint64_t)((uint8_t *)&entry->done - log_ptr);
   CUresult result = STREAM_CALL(is_per_thread, cuMemcpyDtoHAsync_v2, entry + 1, source, bytes,
                                 stream);

@@ -75,9 +75,11 @@ static struct region *made(const char *name, uint64_t address, uint64_t bytes) {
   region->is_fresh = 1;
   region->marks = calloc(1, region->pages);
   region->taken = calloc(1, region->pages);
+  uint64_t room = region->pages * MARK_BYTES;
+  // The rest of the last page is brought, too. A whole number of pages needs no work on a stream.
   if (region->marks && region->taken &&
-      REAL(cuMemAlloc_v2, &region->copy, region->pages * MARK_BYTES) == CUDA_SUCCESS &&
-      REAL(cuMemsetD8_v2, region->copy, 0, region->pages * MARK_BYTES) == CUDA_SUCCESS)
+      REAL(cuMemAlloc_v2, &region->copy, room) == CUDA_SUCCESS &&
+      (room == bytes || REAL(cuMemsetD8_v2, region->copy, 0, room) == CUDA_SUCCESS))
     return region;
   drop(region);
   return NULL;
@@ -93,8 +95,9 @@ static void add(const char *name, uint64_t address, uint64_t bytes) {
     return;
   }
   REAL(cuThreadExchangeStreamCaptureMode, &mode);  // another stream may be capturing
-  make_window(address);
-  struct region *region = made(name, address, bytes);
+  int is_ready = board_word() && reads_register();
+  if (is_ready) make_window(address);
+  struct region *region = is_ready ? made(name, address, bytes) : NULL;
   REAL(cuThreadExchangeStreamCaptureMode, &mode);
   if (!region) {
     protect_lose("no memory for the copy of region %s, %lu bytes", name, bytes);

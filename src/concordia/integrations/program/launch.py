@@ -27,7 +27,9 @@ from concordia.instrument.options import Options
 from concordia.integrations.program.architecture import architecture
 from concordia.integrations.program.coverage import read_run
 from concordia.integrations.program.driver import find_driver
+from concordia.integrations.program.gate import make_page
 from concordia.integrations.program.policy import Policy
+from concordia.integrations.program.protection import Protection
 from concordia.integrations.program.run_folder import VARIABLE, ProgramRun, make_run
 from concordia.integrations.program.shim_build import place_shim
 from concordia.integrations.program.supervisor import Supervisor, end_as
@@ -83,13 +85,18 @@ def launch(asked: Launch, mask: frozenset[int]) -> int:
     driver = find_driver(environment)
     options = asked.options()
     run = make_run(asked.run_dir)
+    protection: Protection | None = None
     try:
         place_shim(run.path, driver)
+        make_page(run.path)
         is_looking = not (options.entry or options.exit or options.marks)
         cache = ImageCache(config.Paths.default().image_cache, options.key())
         run.settle(_settings(options, cache, is_looking=is_looking))
         if asked.policy is not None:
             (run.path / "policy").write_text(asked.policy.lines(), "utf-8")
+            if asked.policy.protects:
+                protection = Protection.open(asked.policy)
+                environment |= protection.environment()
         run.tell(command=list(asked.command), started=time.time(), driver=str(driver))
         supervisor = Supervisor(
             mask, _rewriter(run, options), _rewriter_environment(environment), run.socket
@@ -99,10 +106,14 @@ def launch(asked: Launch, mask: frozenset[int]) -> int:
             _environment(environment, run.path),
             when_ended=lambda: _await_looks(run, cache) if is_looking else None,
         )
+        if protection is not None:
+            run.tell(protection=protection.end(os.waitstatus_to_exitcode(status)))
         run.tell(ended=time.time(), status=status, rewriter_deaths=supervisor.rewriter_deaths)
         if asked.is_verbose:
             print(f"concordia: {read_run(run).summary()}", file=sys.stderr)
     finally:
+        if protection is not None:
+            protection.close()
         run.close()
     return end_as(status)
 
