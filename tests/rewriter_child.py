@@ -42,8 +42,10 @@ def rewrite(image: bytes, options: Options, library: str) -> Rewritten:
 
 
 if __name__ == "__main__":
-    run, root, workers, answer_s, rewrite_s = sys.argv[1:]
+    run, root, workers, answer_s, rewrite_s, jobs_max, clients_max = sys.argv[1:]
     config.REWRITE_S = float(rewrite_s)  # type: ignore[misc]
+    config.REWRITE_JOBS_MAX = int(jobs_max)  # type: ignore[misc]
+    config.REWRITE_CLIENTS_MAX = int(clients_max)  # type: ignore[misc]
     options = Options()
     desk = RewriteDesk(
         Path(run), ImageCache(Path(root), options.key()), options, rewrite=rewrite, workers=int(workers), answer_s=float(answer_s)

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 import pytest
 
 from concordia import config
+from concordia.errors import ImageRefused
 from concordia.instrument.cache import ImageCache, image_key
 from concordia.instrument.options import Options
 from concordia.instrument.report import Hook
@@ -38,12 +39,14 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}"}
 class Served:
     """A rewriter process and its folders."""
 
-    def __init__(self, folder: pathlib.Path, *, answer_s: float, rewrite_s: float) -> None:
+    def __init__(
+        self, folder: pathlib.Path, *, answer_s: float, rewrite_s: float, jobs_max: int = 256, clients_max: int = 1024
+    ) -> None:
         self.run, self.root, self.log = folder / "run", folder / "images", folder / "rewrites"
         self.run.mkdir(mode=0o700)
         self.log.touch()
         self.socket = self.run / "rewriter.sock"
-        arguments = [str(self.run), str(self.root), "2", str(answer_s), str(rewrite_s)]
+        arguments = [str(self.run), str(self.root), "2", str(answer_s), str(rewrite_s), str(jobs_max), str(clients_max)]
         self.process = subprocess.Popen(
             [sys.executable, str(CHILD), *arguments], stdin=subprocess.PIPE, env=ENVIRONMENT | {"REWRITES": str(self.log)}
         )
@@ -72,8 +75,8 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(folder: pathlib.Path, *, answer_s: float = 20.0, rewrite_s: float = 60.0) -> Iterator[Served]:
-    one = Served(folder, answer_s=answer_s, rewrite_s=rewrite_s)
+def served(folder: pathlib.Path, *, answer_s: float = 20.0, rewrite_s: float = 60.0, **bounds: int) -> Iterator[Served]:
+    one = Served(folder, answer_s=answer_s, rewrite_s=rewrite_s, **bounds)
     try:
         yield one
         assert one.process.poll() is None, "it still serves"
@@ -159,6 +162,7 @@ def test_only_its_own_connection_ends_when_a_request_is_malformed(tmp_path: path
     image = b"upper x"
     good = Request(len(image), image_key(image), "").pack()
     with served(tmp_path) as one, sealed_memory(image) as memory:
+        open_before = len(os.listdir(f"/proc/{one.process.pid}/fd"))
         for data, count in [(good, 0), (good, 2), (good, 9), (good[:-1], 1), (b"x", 1), (good + b"p" * (1 << 17), 1), (bytes(32), 1)]:
             assert _send(one, data, [memory] * count) == b""
         for _ in range(200):
@@ -176,7 +180,7 @@ def test_only_its_own_connection_ends_when_a_request_is_malformed(tmp_path: path
         assert parse_reply(_send(one, another, [memory])) is Status.REFUSED
         assert one.cache.load(image_key(b"another")) is None, "a file is only ever of the image that names it"
         assert parse_reply(_send(one, good, [memory])) is Status.READY
-        until(lambda: len(os.listdir(f"/proc/{one.process.pid}/fd")) < 12)
+        until(lambda: len(os.listdir(f"/proc/{one.process.pid}/fd")) == open_before, 20)
 
 
 def test_others_are_served_when_a_client_says_nothing_or_goes(tmp_path: pathlib.Path) -> None:
@@ -192,6 +196,50 @@ def test_others_are_served_when_a_client_says_nothing_or_goes(tmp_path: pathlib.
         assert one.ask(b"upper x") is Status.READY
         (tmp_path / "gate").touch()
         until(lambda: one.cache.load(image_key(image)) is not None, 20)
+
+
+def test_program_is_told_later_at_once_when_too_many_images_wait(tmp_path: pathlib.Path) -> None:
+    gate = tmp_path / "gate"
+    images = [b"wait " + os.fsencode(gate) + b"\0%d" % i for i in range(3)]
+    with served(tmp_path, jobs_max=3) as one, concurrent.futures.ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(one.ask, image) for image in images]
+        until(lambda: one.rewrites("wait") == 2, 20)  # two workers, and one waits
+        until(lambda: sum(path.is_symlink() for path in pathlib.Path(f"/proc/{one.process.pid}/fd").iterdir() if "memfd" in os.readlink(path)) == 3, 20)
+        assert one.ask(b"upper x") is Status.LATER
+        assert one.ask(b"upper x") is Status.LATER
+        gate.touch()
+        assert [found.result(30) for found in asked] == [Status.READY] * 3
+        assert one.ask(b"upper x") is Status.READY
+
+
+def test_only_the_client_beyond_the_bound_is_turned_away_when_too_many_connect(tmp_path: pathlib.Path) -> None:
+    with served(tmp_path, clients_max=4) as one:
+        with contextlib.ExitStack() as stack:
+            silent = [stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)) for _ in range(4)]
+            for connection in silent:
+                connection.connect(str(one.socket))
+            with pytest.raises((ImageRefused, OSError)):
+                one.ask(b"upper x")
+
+        def answers() -> bool:  # once it has seen that they went
+            with contextlib.suppress(ImageRefused, OSError):
+                return one.ask(b"upper x") is Status.READY
+            return False
+
+        until(answers, 20)
+
+
+def test_every_program_gets_its_own_image_when_many_ask_for_many(tmp_path: pathlib.Path) -> None:
+    seed = int(os.environ.get("CONCORDIA_TEST_SEED", "0")) or random.randrange(1 << 32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    images = [rng.choice([b"upper %d", b"crash %d", b"raise %d"]) % rng.randrange(12) for _ in range(60)]
+    with served(tmp_path) as one, concurrent.futures.ThreadPoolExecutor(16) as pool:
+        for image, status in zip(images, pool.map(one.ask, images), strict=True):
+            assert status is (Status.READY if image.startswith(b"upper") else Status.REFUSED)
+            found = one.cache.load(image_key(image))
+            assert (found.image if found else None) == (image.upper() if status is Status.READY else None)
+        assert one.rewrites("crash") + one.rewrites("raise") + one.rewrites("upper") == len(set(images))
 
 
 def test_requests_are_answered_in_turn_when_one_connection_has_several(tmp_path: pathlib.Path) -> None:
