@@ -56,7 +56,7 @@ def test_events_are_counted_by_what_they_say() -> None:
         {"event": "restored", "restored_tokens": 9, "recomputed_tokens": 2, "waited_ms": 500, "restore_ms": 250}
     )
     metrics.event({"event": "appended", "seconds": 1.5})
-    metrics.event({"event": "appended", "seconds": 0.25})
+    metrics.event({"event": "appended", "seconds": 0.25, "graph_steps": 812})
     metrics.event({"event": "prefix-restored", "restored_tokens": 4, "hash_mismatches": 0})
     metrics.event({"event": "restore-failed", "restored_tokens": 9, "hash_mismatches": 3})
     metrics.event({"event": "unprotected", "reason": "the journal is full"})
@@ -69,6 +69,7 @@ def test_events_are_counted_by_what_they_say() -> None:
     assert totals["restore_seconds"] == 0.25
     assert totals["restore_wait_seconds"] == 0.5
     assert totals["append_seconds"] == 1.75
+    assert totals["graph_steps"] == 812
     assert totals["corruptions"] == 1
     assert metrics.by_label("requests") == {"journal-full": 1}
 

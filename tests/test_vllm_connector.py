@@ -515,11 +515,13 @@ def test_blocks_are_looked_at_in_steps_only_when_the_engine_may_give_its_memory_
 
 
 def test_reports_add_up_to_the_worst_rank_when_they_are_joined() -> None:
-    first = WorkerReport(step=5, lost={"a": "x"}, missed={"m": (9, "x")}, loaded={"r": 0}, load_s={"r": 0.5}, append_ns=3)
-    second = WorkerReport(step=4, lost={"b": "y"}, missed={"m": (4, "y")}, loaded={"r": 2}, load_s={"r": 0.25}, append_ns=4, differing=[7], off="gone")
+    first = WorkerReport(step=5, lost={"a": "x"}, missed={"m": (9, "x")}, loaded={"r": 0}, load_s={"r": 0.5}, append_ns=3, has_rows=True, graph_steps=9)
+    second = WorkerReport(step=4, lost={"b": "y"}, missed={"m": (4, "y")}, loaded={"r": 2}, load_s={"r": 0.25}, append_ns=4, differing=[7], graph_steps=7, off="gone")
     assert first.aggregate(second) == WorkerReport(
-        step=4, lost={"a": "x", "b": "y"}, missed={"m": (4, "y")}, loaded={"r": 2}, load_s={"r": 0.5}, append_ns=7, differing=[7], off="gone"
-    )
+        step=4, lost={"a": "x", "b": "y"}, missed={"m": (4, "y")}, loaded={"r": 2}, load_s={"r": 0.5}, append_ns=7, differing=[7], graph_steps=7,
+        off="gone",
+    )  # fmt: skip
+    assert first.aggregate(WorkerReport(has_rows=True)).has_rows
 
 
 def test_layers_are_told_by_vllm_s_own_wrapper_when_a_graph_is_captured(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ import torch
 from concordia import abi, config
 from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.device.policy import AUTO, DEFAULT
-from concordia.errors import ConcordiaError, RecoveryError
+from concordia.errors import ConcordiaError, DeviceError, RecoveryError
 from concordia.integrations.vllm import compat
 from concordia.integrations.vllm.append_clock import AppendClock
 from concordia.integrations.vllm.appends import Append, Batch, Event
@@ -301,7 +302,8 @@ class WorkerSide:
         if self._pump is not None:
             if not self._is_abandoned:
                 if self._places is not None:
-                    self._places.flush()  # the graph that it waits for may be replayed no more
+                    with suppress(DeviceError):  # a lost GPU; the rest is given back all the same
+                        self._places.flush()  # the graph that it waits for is replayed no more
                 self._pump.drain(timeout_s=config.WAIT_TASK_S)
             self._pump.close()
         if self._checkpointer is not None:
