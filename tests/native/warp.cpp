@@ -46,7 +46,8 @@ static std::vector<uint32_t> noted;
 #include "page_hash.h"
 #include "journal.h"
 
-static Pages pages;
+static Region region;
+static uint64_t base_address;
 static uint64_t range[2], warps, warp;
 
 static void (*work)();
@@ -81,10 +82,12 @@ static bool run_warp() {
 #define CALLED extern "C" __attribute__((visibility("default")))
 
 CALLED int find_dirty_pages(const uint8_t* base, uint64_t* table, uint64_t first, uint64_t end, uint64_t warp_count, uint32_t* found, uint64_t most) {
-  pages = {base, table, nullptr, nullptr};
+  base_address = reinterpret_cast<uint64_t>(base);
+  region.bases = reinterpret_cast<uint64_t>(&base_address);
+  region.page_hashes = reinterpret_cast<uint64_t>(table);
   range[0] = first, range[1] = end, warps = warp_count;
   noted.clear();
-  work = [] { find_dirty(pages, range[0], range[1], warp, warps); };
+  work = [] { find_dirty([] { return const_cast<const Region*>(&region); }, range[0], range[1], warp, warps); };
   for (warp = 0; warp < warps; ++warp)
     if (!run_warp()) return -1;
   for (uint64_t i = 0; i < noted.size() && i < most; ++i) found[i] = noted[i];

@@ -353,8 +353,8 @@ struct Relaunch {
 constexpr int kDriverNotReady = 600;  // CUDA_ERROR_NOT_READY
 constexpr int kStillInside = -1;
 
-// Between two stays of a GPU's executor: asks it to leave, publishes the operator once its stream is
-// empty, sends it in again where work waits, or in any case (`stays`). Under the lock of whoever
+// Between two stays of a GPU's executor: asks it to leave, publishes the operator once its stream
+// is empty, sends it in again where work waits, or in any case (`stays`). Under the lock of whoever
 // launches it, which is why it only spins, for `timeout_ns`. 0, a status of the driver, or
 // kStillInside: then nothing was published.
 EXPORT int concordia_swap_operator(RingHeader* ring, uint64_t opcode, uint64_t operator_address,

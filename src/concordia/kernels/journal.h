@@ -121,7 +121,8 @@ FUNCTION bool take_segment(Call* call, uint64_t lane, Journal* journal) {
   return true;
 }
 
-// Leading team: room for a record in this segment or the next; the status that refuses it otherwise.
+// Leading team: room for a record in this segment or the next; otherwise the status that refuses
+// it.
 FUNCTION uint64_t find_room(Call* call, uint64_t lane, Journal* journal, uint64_t payload_bytes) {
   if (journal->pool == nullptr) return kStatusJournalFull;
   const uint64_t bytes = record_bytes(payload_bytes);

@@ -9,5 +9,5 @@
 extern "C" __global__ void __launch_bounds__(512)
     concordia_page_burst(const Region* region, uint64_t first, uint64_t end) {
   const uint64_t lane = (uint64_t)blockIdx.x * blockDim.x + threadIdx.x;
-  find_dirty(pages_of(region), first, end, lane / 32, (uint64_t)gridDim.x * blockDim.x / 32);
+  find_dirty([=] { return region; }, first, end, lane / 32, (uint64_t)gridDim.x * blockDim.x / 32);
 }

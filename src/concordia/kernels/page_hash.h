@@ -55,13 +55,16 @@ FUNCTION uint64_t mix_key(uint32_t p, bool is_high, uint32_t word) {
   return is_high ? high : low;
 }
 
+// All lanes of a warp; the loads are asked for before anything behind this is computed: a compiler
+// puts them where a register comes free, and then they wait for those before them.
 FUNCTION void load_block(const Wide* from, Wide* data) {
 #pragma unroll
   for (uint32_t k = 0; k < kLoads; ++k) data[k] = from[kPageLanes * k];
+  team_sync();
 }
 
-// A block's words added up, for one accumulator: even lanes have the first of the pair, odd ones the
-// second.
+// A block's words added up, for one accumulator: even groups have the first of the pair, odd ones
+// the second.
 FUNCTION uint64_t add_block(const PageKeys& keys, const Wide* data, Pair last, bool is_odd) {
   Pair part = {};
 #pragma unroll
@@ -70,58 +73,71 @@ FUNCTION uint64_t add_block(const PageKeys& keys, const Wide* data, Pair last, b
   return (is_odd ? part.b : part.a) + exchange_lanes(is_odd ? part.a : part.b, 4);
 }
 
-// All lanes of a warp: half of the hash of the page at `at`, the low one in the first four of its
-// lanes and the high one in the others. `near` holds the page's first block, and then that of the
-// page at `next`: loads never pause.
-FUNCTION uint64_t hash_page(const PageKeys& keys, const Wide* at, const Wide* next, Wide* near) {
+// All lanes of a warp: whether the page at *at_ptr has another hash than the one at `known_ptr`, by
+// halves: the low one in the first four of its lanes and the high one in the others. `near` holds
+// the page's first block, and then that of the page `step` Wides behind it, where *at_ptr is then:
+// loads never pause.
+FUNCTION bool is_other(const PageKeys& keys, const uint64_t* known_ptr, const Wide** at_ptr,
+                       uint32_t step, Wide* near) {
   const uint32_t t = thread_anew(), p = t % 4;
   const bool is_odd = t / 4 % kGroups != 0;
-  uint64_t sum = first_sum(2 * p + is_odd);
+  uint64_t sum = first_sum(2 * p + is_odd), known;
 #pragma unroll 1
   for (uint32_t block = 0; block < kBlocks; block += 2) {
     const bool is_end = block == kBlocks - 2;
     Wide far[kLoads];
-    load_block(at + kBlockWides, far);
+    load_block(*at_ptr + kBlockWides, far);
     sum += add_block(keys, near, keys.usual[kLoads - 1], is_odd);
     sum = scrambled(sum, keys.scramble);
-    at = is_end ? next : at + 2 * kBlockWides;
-    load_block(at, near);
+    *at_ptr += is_end ? (int32_t)(step - (kBlocks - 2) * kBlockWides) : 2 * (int32_t)kBlockWides;
+    known = *known_ptr;  // the last time counts: it comes just before it is needed
+    load_block(*at_ptr, near);
+    Pair last = keys.usual[kLoads - 1];
     // the odd group has the last stripe
-    sum += add_block(keys, far,
-                     is_end && is_odd ? page_last_keys(p) : keys.usual[kLoads - 1], is_odd);
+    if (is_end && is_odd) last = page_last_keys(thread_anew() % 4);
+    sum += add_block(keys, far, last, is_odd);
     if (!is_end) sum = scrambled(sum, keys.scramble);
   }
   const uint64_t other = exchange_lanes(sum, 4);
-  uint64_t mixed = mix_product((is_odd ? other : sum) ^ mix_key(p, is_odd, 0),
-                               (is_odd ? sum : other) ^ mix_key(p, is_odd, 1));
+  const uint32_t q = thread_anew() % 4;  // p, not kept over the loop
+  uint64_t mixed = mix_product((is_odd ? other : sum) ^ mix_key(q, is_odd, 0),
+                               (is_odd ? sum : other) ^ mix_key(q, is_odd, 1));
   mixed += exchange_lanes(mixed, 1);
   mixed += exchange_lanes(mixed, 2);
-  return avalanche(mixed + (is_odd ? ~(kLeafBytes * kPrime64_2) : kLeafBytes * kPrime64_1));
+  return known !=
+         avalanche(mixed + (is_odd ? ~(kLeafBytes * kPrime64_2) : kLeafBytes * kPrime64_1));
 }
 
-// A whole warp, one of `warps`: notes the pages in [first, end) that differ from the table.
-FUNCTION void find_dirty(const Pages& pages, uint64_t first, uint64_t end, uint64_t warp,
+// A whole warp, one of `warps`: notes the pages in [first, end) that differ from the table. What is
+// seldom needed is looked up in region() again: registers are for loads.
+template <class RegionOf>
+FUNCTION void find_dirty(RegionOf region, uint64_t first, uint64_t end, uint64_t warp,
                          uint64_t warps) {
-  const uint32_t t = threadIdx.x % 32, half = t / 4 % 2;
-  const bool is_judge = t % 4 == 0;  // of its half of a hash
   // a region has less than 2^31 pages: 8 TiB
   const uint32_t stride = (uint32_t)warps * kPagesEach, stop = (uint32_t)end;
-  const uint8_t* mine_ptr = pages.base_ptr + t % kPageLanes * sizeof(Wide);
-  const auto place = [=](uint32_t page) {
-    return reinterpret_cast<const Wide*>(mine_ptr +
-                                         (page < stop ? page : stop - 1) * kLeafBytes);
-  };
-  uint32_t page = (uint32_t)first + (uint32_t)warp * kPagesEach + t / kPageLanes;
+  const uint32_t t = threadIdx.x % 32;
+  const uint32_t start = (uint32_t)first + (uint32_t)warp * kPagesEach + t / kPageLanes;
+  uint32_t left = start < stop ? (stop - start + stride - 1) / stride : 0;  // pages of this lane
+  const uint32_t there = start < stop ? start : stop - 1;  // who has none reads another's
+  const Pages pages = pages_of(region());
+  const uint64_t* known_ptr = pages.table + 2ull * there + t / 4 % 2;  // half of a known hash
+  const Wide* at =
+      reinterpret_cast<const Wide*>(pages.base_ptr + there * kLeafBytes) + t % kPageLanes;
   const PageKeys keys = page_keys();
   Wide near[kLoads];
-  load_block(place(page), near);
+  load_block(at, near);
 #pragma unroll 1
-  for (; page - t / kPageLanes < stop; page += stride) {
-    const bool is_mine = is_judge && page < stop;
-    const uint64_t known = is_mine ? pages.table[2ull * page + half] : 0;
-    const uint64_t found = hash_page(keys, place(page), place(page + stride), near);
-    const uint32_t differ = team_bits(is_mine && found != known) >> (t - t % kPageLanes);
-    if (is_mine && half == 0 && (differ & 0x11) != 0) note_page(pages, page);
+  while (any_in_team(left != 0)) {
+    const uint32_t step = left > 1 ? stride * (uint32_t)(kLeafBytes / sizeof(Wide)) : 0;
+    const uint32_t others = team_bits(is_other(keys, known_ptr, &at, step, near));
+    const uint32_t lane = thread_anew() % 32, differ = others >> (lane - lane % kPageLanes);
+    if (lane % kPageLanes == 0 && left != 0 && (differ & 0x11) != 0) {
+      const Pages here = pages_of(region());
+      const uint8_t* page_ptr = reinterpret_cast<const uint8_t*>(at - step);
+      note_page(here, (page_ptr - here.base_ptr) / kLeafBytes);
+    }
+    if (left > 1) known_ptr += 2ull * stride;
+    if (left != 0) left -= 1;
   }
 }
 #endif

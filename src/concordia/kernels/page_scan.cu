@@ -53,7 +53,8 @@ FUNCTION void hash_digests(uint8_t* digests_ptr, uint64_t* hash_ptr) {
 FUNCTION void find_leaves(const Call* call, uint64_t lane, const Pages& pages, uint64_t first,
                           uint64_t end) {
 #if CONCORDIA_CUDA
-  find_dirty(pages, first, end, lane / kTeamLanes, call->lanes / kTeamLanes);
+  find_dirty([=] { return call->region; }, first, end, lane / kTeamLanes,
+             call->lanes / kTeamLanes);
 #else
   for_each_lane(call, lane, end - first, [=](uint64_t i) {
     uint64_t hash[2];
@@ -216,5 +217,6 @@ HANDLER {
     else find_roots(call, lane, pages, task->token_start, task->token_end);
   }
   grid_sync(call);
-  append_all(call, lane, pages, pages.found, load<kRelaxed, kDevice>(pages.found_count));
+  const Pages again = pages_of(call->region);  // not kept over the scan, which wants the registers
+  append_all(call, lane, again, again.found, load<kRelaxed, kDevice>(again.found_count));
 }

@@ -23,9 +23,9 @@ FUNCTION Completion* completion_at(const RingHeader* ring, uint64_t position) {
          (position & (ring->completion_count - 1));
 }
 
-// The second word of a slot whose task is empty and occupies one position: with the publish word all
-// that there is to know of it, in 16 bytes. It names the position, so that no other task of the slot,
-// older or newer, can be taken for it, whatever order the two words are seen in.
+// The second word of a slot whose task is empty and occupies one position: with the publish word
+// all that there is to know of it, in 16 bytes. It names the position, so that no other task of the
+// slot, older or newer, can be taken for it, whatever order the two words are seen in.
 FUNCTION uint64_t empty_word(uint64_t position) {
   return (uint64_t)kTaskNoop << 32 | (uint32_t)(position + 1);
 }
