@@ -173,7 +173,7 @@ def test_kernels_are_hooked_and_keep_their_instructions_when_compiled_here(
 
 @makers
 def test_kernel_is_hooked_when_it_gives_registers_back(maker: Callable[[str], bytes]) -> None:
-    elf = read_cubin(old_cubin("fewer_registers_than_before"))
+    elf = read_cubin(maker("fewer_registers_than_before"))
     (section,) = (s for s in elf.sections if s.name == TEXT + "fewer_registers_than_before")
     assert sass.SET_REGISTERS in sass.opcodes(sass.words(elf.bytes_of(section)))
     assert splice_cubin(maker("fewer_registers_than_before"), entry=True, exit=True).kernels[0].hooks == BOTH

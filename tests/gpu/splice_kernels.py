@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 
-from concordia.device.nvrtc import compile_ptx, link_cubin
+from concordia.device.nvrtc import compile_ptx
 
 SIGNATURE = "(uint32_t* out, const uint32_t* in, uint32_t count)"
 HEAD = """typedef unsigned int uint32_t; typedef unsigned long long uint64_t;
@@ -159,20 +159,32 @@ BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 
 @functools.cache
 def new_cubin(name: str = "") -> bytes:
-    """One kernel, or all, in the generation of CUDA 13, by nvJitLink."""
-    text, architecture = _ptx(name)
-    return link_cubin([text], name=name, architecture=architecture, registers_max=255)
+    """One kernel, or all, in the generation of CUDA 13, as NVRTC makes it for a program."""
+    from cuda.bindings import nvrtc
+
+    text, architecture = _text(name)
+    status, program = nvrtc.nvrtcCreateProgram((HEAD + text).encode(), b"kernels.cu", 0, [], [])
+    assert int(status) == 0, status
+    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    assert int(status) == 0, status
+    _, size = nvrtc.nvrtcGetCUBINSize(program)
+    cubin = bytearray(size)
+    (status,) = nvrtc.nvrtcGetCUBIN(program, cubin)
+    assert int(status) == 0, status
+    nvrtc.nvrtcDestroyProgram(program)
+    return bytes(cubin)
 
 
 @functools.cache
 def old_cubin(name: str = "") -> bytes:
     """The same in the generation of CUDA 12, by the assembler that Triton's wheel has."""
-    text, architecture = _ptx(name)
-    text = re.sub(rb"^\.version 9\.\d+", b".version 8.8", text, flags=re.MULTILINE)
+    source, architecture = _text(name)
+    text = re.sub(rb"^\.version 9\.\d+", b".version 8.8", compiled(source, architecture), flags=re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder:
-        source, target = pathlib.Path(folder) / "kernel.ptx", pathlib.Path(folder) / "kernel.cubin"
-        source.write_bytes(text)
-        command = [str(vendor_tool("ptxas")), f"-arch={architecture}", "-o", str(target), str(source)]
+        ptx, target = pathlib.Path(folder) / "kernel.ptx", pathlib.Path(folder) / "kernel.cubin"
+        ptx.write_bytes(text)
+        command = [str(vendor_tool("ptxas")), f"-arch={architecture}", "-o", str(target), str(ptx)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stderr
         return target.read_bytes()
@@ -184,10 +196,10 @@ def compiled(text: str, architecture: str = "sm_90") -> bytes:
     return compile_ptx(HEAD + text, name="kernels.cu", architecture=architecture, include=nowhere)
 
 
-def _ptx(name: str) -> tuple[bytes, str]:
+def _text(name: str) -> tuple[str, str]:
     kernels = [BY_NAME[name]] if name else KERNELS
     architecture = max(kernel.architecture for kernel in kernels)
-    return compiled("".join(kernel.definition for kernel in kernels), architecture), architecture
+    return "".join(kernel.definition for kernel in kernels), architecture
 
 
 def vendor_tool(name: str) -> pathlib.Path:
