@@ -7,7 +7,9 @@ as they are; a rewritten text that does not assemble is not handed out.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import faulthandler
 import os
 import random
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import gpu_images
+from concordia import config
 from concordia.errors import EnvironmentRefused
 from concordia.instrument import ptx_check
 from concordia.instrument import rewrite as rewrite_room
@@ -223,6 +226,28 @@ def test_assembler_says_nothing_when_it_is_missing_or_refuses_the_original(
 
     monkeypatch.setattr(ptx_check, "link_cubin", missing)
     assert ptx_check.is_assembled(b"not PTX", TEXT_BYTES, "sm_90")
+
+
+def _crash(parts: Sequence[bytes], **_: object) -> bytes:
+    faulthandler.disable()  # in the child: what it says is expected
+    if parts[0] == b"crash":
+        ctypes.string_at(0)
+    return b""
+
+
+def _hang(parts: Sequence[bytes], **_: object) -> bytes:
+    while parts[0] == b"hang":
+        pass
+    return b""
+
+
+def test_assembler_costs_nothing_but_its_bound_when_it_crashes_or_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ptx_check, "link_cubin", _crash)
+    assert not ptx_check.is_assembled(b"crash", b"good", "sm_90"), "the driver's compiler would, too"
+    assert ptx_check.is_assembled(b"crash", b"crash", "sm_90")
+    monkeypatch.setattr(ptx_check, "link_cubin", _hang)
+    monkeypatch.setattr(config, "PTX_CHECK_S", 0.2)
+    assert ptx_check.is_assembled(b"hang", b"good", "sm_90"), "nothing is known of it"
 
 
 def test_arch_specific_text_is_assembled_for_its_own_device_when_it_is_rewritten() -> None:

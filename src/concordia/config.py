@@ -88,6 +88,7 @@ PTX_NESTING_MAX: Final = 64  # scopes within scopes; compilers write a handful
 PTX_HOIST_REGISTERS_MIN: Final = 96
 # of PTX that is assembled once before a driver does: at some 1 MB/s, within REWRITE_ANSWER_S
 PTX_CHECK_BYTES_MAX: Final = 2 << 20
+PTX_CHECK_S: Final = 20.0  # twice of this is well within REWRITE_S
 IMAGE_CACHE_BYTES_MAX: Final = 8 << 30  # all options together; what was unused longest goes
 # how long a program may wait for the first rewrite of an image. Then it gets the original, and the
 # next start finds the file: the shim's own bound must be longer

@@ -9,7 +9,6 @@ by the rewriter, which has one thread: so a fork is safe here. It decides nothin
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
 import os
 import resource
@@ -23,12 +22,12 @@ from typing import Final
 from concordia import config
 from concordia.errors import ConcordiaError, ImageRefused
 from concordia.instrument.cache import ImageCache, image_key
+from concordia.instrument.child import die_with_parent
 from concordia.instrument.options import Options
 from concordia.instrument.report import Rewritten
 from concordia.instrument.request import Request
 
 Rewrite = Callable[[bytes, Options, str], Rewritten]  # image, options, file of the library
-_PR_SET_PDEATHSIG: Final = 1  # of linux/prctl.h
 _DONE: Final = 0
 _FAILED: Final = 1
 
@@ -108,9 +107,7 @@ def _run_child(
 
 def _limit(parent: int) -> None:
     """Die with the parent, leave no core file, and take no more than a rewrite may."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(_FAILED)  # it died before that was set
+    die_with_parent(parent)
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

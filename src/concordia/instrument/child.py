@@ -1,0 +1,49 @@
+"""Work in a process of its own, floor 3.
+
+Owns: the fork, the bound, and that a child never outlives who started it. Promises: whatever the
+work does (a crash, an endless loop) ends the child alone. Called by ptx_check and rewrite_job, in
+processes of one thread: so a fork is safe. It does not know the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+from collections.abc import Callable
+from typing import Final
+
+FAILED: Final = 1  # the work raised
+_PR_SET_PDEATHSIG: Final = 1  # of linux/prctl.h
+
+
+def die_with_parent(parent: int) -> None:
+    """End this process when its parent does, which has this pid; at once when it has gone."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(FAILED)  # it died before that was set
+
+
+def exit_code_of(work: Callable[[], int], bound_s: float) -> int | None:
+    """What the work returns, FAILED when it raised, the negative number of the signal that ended
+    it, or None when it was not done in time.
+    """
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        code = FAILED
+        try:
+            die_with_parent(parent)
+            code = work()
+        finally:
+            os._exit(code)  # nothing of the parent's is run on the way out
+    ended = os.pidfd_open(pid)
+    try:
+        in_time = bool(select.select([ended], [], [], bound_s)[0])
+        if not in_time:
+            os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+    finally:
+        os.close(ended)
+    return os.waitstatus_to_exitcode(status) if in_time else None
