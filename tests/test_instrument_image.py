@@ -177,6 +177,18 @@ def test_packed_entry_is_refused_when_it_unpacks_to_another_size(packing: str) -
             looked_into(bytes(data))
 
 
+def test_entry_stays_as_it_is_when_it_is_packed_in_an_unknown_way() -> None:
+    data = bytearray(container(PARTS))
+    entry = read_image(bytes(data)).entries[0]
+    struct.pack_into("<Q", data, entry.offset + 40, entry.flags & ~0x8000 | 0x4000)
+    image = read_image(bytes(data))
+    assert image.entries[0].packing is Packing.UNKNOWN
+    with pytest.raises(ImageRefused, match="unknown way"):
+        image.payload(0)
+    rebuilt = image.rebuild({3: CODE})
+    assert rebuilt.data[16 : image.entries[0].end] == data[16 : image.entries[0].end]
+
+
 def test_unpacking_takes_no_more_than_was_said_when_a_frame_holds_far_more() -> None:
     bomb = zstandard.ZstdCompressor(level=1, write_content_size=False).compress(bytes(512 << 20))
     data = bytearray(container([Part(ELF, 90, b"", "zstd")]))

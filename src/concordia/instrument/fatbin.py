@@ -51,6 +51,7 @@ class Packing(enum.Enum):
     RAW = "raw"
     LZ4 = "lz4"
     ZSTD = "zstd"
+    UNKNOWN = "unknown"  # stays as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,8 @@ def unpack(data: bytes, entry: Entry) -> bytes:
     begin = entry.payload_offset
     if entry.packing is Packing.RAW:
         return data[begin : begin + entry.payload_bytes]
+    if entry.packing is Packing.UNKNOWN:
+        raise ImageRefused(f"fatbin entry {entry.index}: packed in an unknown way")
     packed = data[begin : begin + entry.packed_bytes]
     found = (_unpack_lz4 if entry.packing is Packing.LZ4 else _unpack_zstd)(packed, entry)
     if len(found) != entry.unpacked_bytes:
@@ -184,9 +187,11 @@ def _read_entry(data: bytes, index: int, at: int, end: int) -> Entry:
             f"{where}: header of {header_bytes} and payload of {payload} bytes, {end - at} are left"
         )
     packing = _packing(flags, where)
-    if packing is Packing.RAW:
+    if packing is Packing.RAW and (packed or unpacked):
+        packing = Packing.UNKNOWN
+    elif packing is Packing.RAW:
         packed, unpacked = payload, payload
-    if packed > payload or not packed:
+    if packed > payload or not (packed or packing is Packing.UNKNOWN):
         raise ImageRefused(f"{where}: {packed} packed bytes in a payload of {payload}")
     if unpacked > config.CUBIN_BYTES_MAX:
         raise ImageRefused(f"{where}: {unpacked} bytes, at most {config.CUBIN_BYTES_MAX}")
