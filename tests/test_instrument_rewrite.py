@@ -268,6 +268,17 @@ def test_missing_unpacker_is_an_error_and_no_answer_when_it_is_needed(
         rewrite(image, Options())
 
 
+@pytest.mark.parametrize(("bound", "most", "said"), [("IMAGE_BYTES_MAX", 1000, "bytes"), ("IMAGE_SLOTS_MAX", 1, "slots"), ("IMAGE_KERNELS_MAX", 1, "kernels")])
+def test_image_stays_as_it_is_when_the_result_would_be_beyond_a_bound(monkeypatch: pytest.MonkeyPatch, bound: str, most: int, said: str) -> None:
+    assert len(TEXT_BYTES) < 1000 < len(rewrite(TEXT_BYTES, Options()).image)
+    monkeypatch.setattr(config, bound, most)
+    done = rewrite(TEXT_BYTES, Options())
+    assert unchanged(done, TEXT_BYTES)
+    (kernel,) = done.kernels
+    assert f"at most {most} {said}" in kernel.reason
+    encode(done)
+
+
 def test_result_is_the_same_when_an_image_is_rewritten_again() -> None:
     for image in (TEXT_BYTES, gpu_images.cubin(), fatbin(entry(ELF, 90, gpu_images.cubin()))):
         assert encode(rewrite(image, Options(exit=True))) == encode(

@@ -46,11 +46,22 @@ def image_key(image: bytes | memoryview) -> str:
     return "".join(f"{xxhash.xxh64_intdigest(image, seed):016x}" for seed in (0, 1))
 
 
+def check_bounds(image_bytes: int, slots: int, kernels: int) -> None:
+    """Raises ImageRefused for more than a file may have."""
+    for found, most, what in (
+        (image_bytes, config.IMAGE_BYTES_MAX, "bytes"),
+        (slots, config.IMAGE_SLOTS_MAX, "slots"),
+        (kernels, config.IMAGE_KERNELS_MAX, "kernels"),
+    ):
+        if found > most:
+            raise ImageRefused(f"an image has at most {most} {what}, not {found}")
+
+
 def encode(rewritten: Rewritten) -> bytes:
     """The file. Raises ImageRefused when it would be beyond a bound."""
     image = rewritten.image if rewritten.is_changed else b""
     slots = rewritten.slots if rewritten.is_changed else ()
-    _check_bounds(len(image), len(slots), len(rewritten.kernels))
+    check_bounds(len(image), len(slots), len(rewritten.kernels))
     kernels = b"".join(map(_packed_kernel, rewritten.kernels))
     for slot in slots:
         _check_slot(slot, image)
@@ -79,7 +90,7 @@ def decode(data: bytes) -> Rewritten:
         raise ImageRefused(f"no cache file of version {VERSION}: it begins with {data[:16]!r}")
     if flags & ~UNCHANGED or bool(flags) == bool(image_bytes) or (flags and slot_count):
         raise ImageRefused(f"flags {flags:#x} with {image_bytes} bytes of image")
-    _check_bounds(image_bytes, slot_count, kernel_count)
+    check_bounds(image_bytes, slot_count, kernel_count)
     body_bytes = slot_count * _SLOT.size + kernels_bytes + image_bytes
     if len(data) != HEADER_BYTES + body_bytes:
         raise ImageRefused(f"{HEADER_BYTES + body_bytes} bytes expected, found {len(data)}")
@@ -158,16 +169,6 @@ class ImageCache:
             path.unlink(missing_ok=True)
             total -= size
         return total
-
-
-def _check_bounds(image_bytes: int, slots: int, kernels: int) -> None:
-    for found, most, what in (
-        (image_bytes, config.IMAGE_BYTES_MAX, "bytes"),
-        (slots, config.IMAGE_SLOTS_MAX, "slots"),
-        (kernels, config.IMAGE_KERNELS_MAX, "kernels"),
-    ):
-        if found > most:
-            raise ImageRefused(f"an image has at most {most} {what}, not {found}")
 
 
 def _check_slot(slot: Slot, image: bytes) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from concordia.errors import ImageRefused
+from concordia.instrument.cache import check_bounds
 from concordia.instrument.fatbin import Entry, EntryKind
 from concordia.instrument.image import Image, ImageKind, read_image
 from concordia.instrument.options import Options
@@ -20,7 +21,7 @@ from concordia.instrument.proof import first_difference
 from concordia.instrument.ptx import PtxRewritten, read_text, rewrite_ptx
 from concordia.instrument.ptx_check import is_assembled
 from concordia.instrument.report import Hook, KernelReport, Rewritten, Slot
-from concordia.instrument.splice import splice_cubin
+from concordia.instrument.splice import Spliced, splice_cubin
 
 __all__ = ["KernelReport", "Options", "Rewritten", "Slot", "rewrite", "rewrite_of_library"]
 
@@ -36,9 +37,11 @@ def rewrite_of_library(image: bytes, options: Options, library: str) -> Rewritte
         name = library.rpartition("/")[2]
         return _unchanged(image, Hook.OPAQUE, f"{name} is left as it is, by policy")
     try:
-        return _rewrite(read_image(image), options)
+        done = _rewrite(read_image(image), options)
+        check_bounds(len(done.image), len(done.slots), len(done.kernels))
     except ImageRefused as error:
         return _unchanged(image, Hook.LEFT_ALONE, str(error))
+    return done
 
 
 def driver_takes(entries: Sequence[Entry], arch: int) -> tuple[Entry, ...]:
@@ -84,13 +87,18 @@ def _rewrite_entry(payload: bytes, entry: Entry, options: Options) -> Rewritten:
 
 
 def _rewrite_code(payload: bytes, _: Entry, options: Options) -> Rewritten:
-    done = splice_cubin(payload, entry=options.entry, exit=options.exit)
+    marks = options.page_shift if options.sass_marks else None
+
+    def spliced(skip: Mapping[str, str]) -> Spliced:
+        return splice_cubin(payload, entry=options.entry, exit=options.exit, marks=marks, skip=skip)
+
+    done = spliced({})
     denied = _denied(done.kernels, options)
     if denied:
-        done = splice_cubin(payload, entry=options.entry, exit=options.exit, skip=denied)
+        done = spliced(denied)
     if not _is_hooked(done.kernels):
         return Rewritten(payload, (), done.kernels, is_changed=False)
-    wrong = first_difference(payload, done.cubin)
+    wrong = first_difference(payload, done.cubin, marks)
     if wrong is not None:
         return _whole_left_alone(payload, done.kernels, f"not proven to be the original: {wrong}")
     return Rewritten(done.cubin, done.slots, done.kernels, is_changed=True)
