@@ -207,6 +207,9 @@ KEY_CHANGES_MAX: Final = 65_536
 FULL_BLOCKS_AT_ONCE: Final = 2
 # the others follow within this part of the steps in which a request fills its next block
 LATE_BLOCKS_PART: Final = 0.75
+# of a pool that is mapped ahead, between two looks at whether to end: some 5 ms
+MAP_AHEAD_BYTES: Final = 16 << 20
+MAP_AHEAD_NICE: Final = 19  # behind everything that an engine does
 # full blocks of a step whose appends run inside the engine's graph, where its kernels wait for them:
 # 16 MiB of an 8B model, 0.7 ms; a prefill's go out beside the next step instead
 PLACED_BLOCKS_MAX: Final = 8

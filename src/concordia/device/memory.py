@@ -26,7 +26,8 @@ from concordia import abi
 from concordia.errors import EnvironmentRefused, JournalRefused
 
 PAGE_BYTES: Final = mmap.PAGESIZE
-_MADV_POPULATE_WRITE: Final = 23  # of Linux 5.14; Python's mmap does not name it
+_MADV_POPULATE_READ: Final = 22  # of Linux 5.14; Python's mmap does not name them
+_MADV_POPULATE_WRITE: Final = 23
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,17 @@ class Mapping:
         """
         done: int = ctypes.CDLL(None).mlock(
             ctypes.c_void_p(self.address), ctypes.c_size_t(self.size)
+        )
+        return done == 0
+
+    def populate(self, offset: int, size: int) -> bool:
+        """Map pages that are there now, so that nobody faults on them later, outside the
+        interpreter's lock; False where the kernel cannot.
+        """
+        done: int = ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(self.address + offset),
+            ctypes.c_size_t(min(size, self.size - offset)),
+            _MADV_POPULATE_READ,
         )
         return done == 0
 

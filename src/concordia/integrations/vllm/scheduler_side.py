@@ -39,6 +39,7 @@ from concordia.integrations.vllm.weights import Adapters
 from concordia.integrations.vllm.write_set import Track, WriteSet
 from concordia.journal import folder, segment
 from concordia.journal.client import JournalClient
+from concordia.journal.mapped_ahead import MappedAhead
 
 
 class SchedulerSide:
@@ -52,6 +53,8 @@ class SchedulerSide:
             client = opened.enter_context(JournalClient.connect(settings.journal))
             pool, board = segment.attach(folder.Folder(settings.journal))
             opened.callback(pool.close)
+            # a standby has time for it; a restore has not
+            opened.callback(MappedAhead(pool.mapping).close)
             opened.callback(board.close)
             layout_hash = (
                 0 if why_not else _layout_hash(board, replica=settings.replica, world=self._world)

@@ -35,6 +35,7 @@ from concordia.integrations.vllm.metadata import StepMetadata, WorkerReport
 from concordia.integrations.vllm.pump import AppendPump
 from concordia.integrations.vllm.step_appends import StepAppends
 from concordia.journal.client import JournalClient
+from concordia.journal.mapped_ahead import MappedAhead
 from concordia.journal.record import request_key
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class WorkerSide:
         self._rank = 0
         self._client: JournalClient | None = None
         self._attachment: Any = None
+        self._mapped: MappedAhead | None = None
         self._checkpointer: Checkpointer | None = None
         self._region: Any = None
         self._layout: Layout | None = None
@@ -100,6 +102,8 @@ class WorkerSide:
             label=f"vllm rank {self._rank}",
             node=compat.device_node(layout.rows[0].device),
         )
+        if not self._is_cuda:  # a GPU's driver maps what it registers
+            self._mapped = MappedAhead(self._attachment.pool.mapping)
         self._checkpointer = Checkpointer.open(
             device, self._attachment.target, lanes=1, residency=self._residency(device)
         )
@@ -308,12 +312,14 @@ class WorkerSide:
             self._pump.close()
         if self._checkpointer is not None:
             self._checkpointer.close()
+        if self._mapped is not None:
+            self._mapped.close()
         if self._attachment is not None:
             self._attachment.close()
         if self._client is not None:
             self._client.close()
         self._clock = self._audit = self._pump = self._applier = None
-        self._places = self._appends = None
+        self._places = self._appends = self._mapped = None
         self._checkpointer = self._attachment = self._client = None
 
     # --- leaves
