@@ -111,7 +111,7 @@ def shut(device: str, journal: str, model: str, replica: int) -> dict[str, Any]:
         nonlocal steps
         steps += 1
         before_step(side, meta)
-        if steps == 60:
+        if steps == 25:
             raise RuntimeError("as planned")
 
     WorkerSide.before_step = failing  # type: ignore[method-assign]
