@@ -135,6 +135,8 @@ API R cuCtxSynchronize(void) { return all_drained(); }
 API R cuThreadExchangeStreamCaptureMode(int *mode) { *mode = 2 - *mode; return OK; }
 API R cuPointerGetAttribute(void *value, int attribute, uint64_t address) { *(unsigned *)value = address - ARENA < ARENA_BYTES ? 2 : 1; return attribute == 2 ? OK : INVALID; }
 API R cuMemHostRegister_v2(void *address, size_t bytes, unsigned flags) { (void)address; (void)bytes; (void)flags; return OK; }
+API R cuMemHostUnregister(void *address) { (void)address; return all_drained(); }
+API R cuMemFreeHost(void *address) { free(address); return all_drained(); }
 API R cuMemHostGetDevicePointer_v2(uint64_t *address, void *host, unsigned flags) { (void)flags; *address = (uint64_t)host; return OK; }
 
 API R cuMemAlloc_v2(uint64_t *address, size_t bytes) {

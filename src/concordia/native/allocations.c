@@ -140,7 +140,10 @@ CUresult cuMemUnmap(CUdeviceptr address, size_t bytes) {
 
 CUresult cuMemFree_v2(CUdeviceptr address) {
   goes(address);
-  return REAL(cuMemFree_v2, address);
+  park_begin();  // it waits for all work
+  CUresult result = REAL(cuMemFree_v2, address);
+  park_end();
+  return result;
 }
 
 CUresult cuMemFreeAsync(CUdeviceptr address, CUstream stream) {

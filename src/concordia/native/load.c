@@ -13,6 +13,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "protect.h"
 #include "shim.h"
 
 struct loading {
@@ -157,12 +158,20 @@ static void end(struct loading *loading, CUresult result, void *const *handle) {
 
 #define CALLER __builtin_return_address(0)
 
+static CUresult unparked(CUresult result) {
+  park_end();
+  return result;
+}
+
+// Beside a kernel that stays these wait until it has left.
+#define PARKED(name, ...) (park_begin(), unparked(REAL(name, __VA_ARGS__)))
+
 CUresult cuModuleLoad(CUmodule *module, const char *path) {
   struct loading loading;
   begin_file(&loading, path, __func__);
-  CUresult result = loading.is_replaced ? REAL(cuModuleLoadData, module, loading.use)
-                                        : REAL(cuModuleLoad, module, path);
-  if (is_refused(&loading, result)) result = REAL(cuModuleLoad, module, path);
+  CUresult result = loading.is_replaced ? PARKED(cuModuleLoadData, module, loading.use)
+                                        : PARKED(cuModuleLoad, module, path);
+  if (is_refused(&loading, result)) result = PARKED(cuModuleLoad, module, path);
   end(&loading, result, module);
   return result;
 }
@@ -170,8 +179,8 @@ CUresult cuModuleLoad(CUmodule *module, const char *path) {
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   struct loading loading;
   begin_data(&loading, image, CALLER, __func__);
-  CUresult result = REAL(cuModuleLoadData, module, loading.use);
-  if (is_refused(&loading, result)) result = REAL(cuModuleLoadData, module, image);
+  CUresult result = PARKED(cuModuleLoadData, module, loading.use);
+  if (is_refused(&loading, result)) result = PARKED(cuModuleLoadData, module, image);
   end(&loading, result, module);
   return result;
 }
@@ -180,9 +189,9 @@ CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned int co
                             void **values) {
   struct loading loading;
   begin_data(&loading, image, CALLER, __func__);
-  CUresult result = REAL(cuModuleLoadDataEx, module, loading.use, count, options, values);
+  CUresult result = PARKED(cuModuleLoadDataEx, module, loading.use, count, options, values);
   if (is_refused(&loading, result))
-    result = REAL(cuModuleLoadDataEx, module, image, count, options, values);
+    result = PARKED(cuModuleLoadDataEx, module, image, count, options, values);
   end(&loading, result, module);
   return result;
 }
@@ -190,8 +199,8 @@ CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned int co
 CUresult cuModuleLoadFatBinary(CUmodule *module, const void *image) {
   struct loading loading;
   begin_data(&loading, image, CALLER, __func__);
-  CUresult result = REAL(cuModuleLoadFatBinary, module, loading.use);
-  if (is_refused(&loading, result)) result = REAL(cuModuleLoadFatBinary, module, image);
+  CUresult result = PARKED(cuModuleLoadFatBinary, module, loading.use);
+  if (is_refused(&loading, result)) result = PARKED(cuModuleLoadFatBinary, module, image);
   end(&loading, result, module);
   return result;
 }
@@ -201,10 +210,10 @@ CUresult cuLibraryLoadData(CUlibrary *library, const void *image, void *jit_opti
                            unsigned int count) {
   struct loading loading;
   begin_data(&loading, image, CALLER, __func__);
-  CUresult result = REAL(cuLibraryLoadData, library, loading.use, jit_options, jit_values,
+  CUresult result = PARKED(cuLibraryLoadData, library, loading.use, jit_options, jit_values,
                          jit_count, options, values, count);
   if (is_refused(&loading, result))
-    result = REAL(cuLibraryLoadData, library, image, jit_options, jit_values, jit_count, options,
+    result = PARKED(cuLibraryLoadData, library, image, jit_options, jit_values, jit_count, options,
                   values, count);
   end(&loading, result, library);
   return result;
@@ -223,18 +232,19 @@ CUresult cuLibraryLoadFromFile(CUlibrary *library, const char *path, void *jit_o
   struct loading loading;
   begin_file(&loading, is_kept_by_program(options, count) ? NULL : path, __func__);
   CUresult result = loading.is_replaced
-                        ? REAL(cuLibraryLoadData, library, loading.use, jit_options, jit_values,
+                        ? PARKED(cuLibraryLoadData, library, loading.use, jit_options, jit_values,
                                jit_count, options, values, count)
-                        : REAL(cuLibraryLoadFromFile, library, path, jit_options, jit_values,
+                        : PARKED(cuLibraryLoadFromFile, library, path, jit_options, jit_values,
                                jit_count, options, values, count);
   if (is_refused(&loading, result))
-    result = REAL(cuLibraryLoadFromFile, library, path, jit_options, jit_values, jit_count,
+    result = PARKED(cuLibraryLoadFromFile, library, path, jit_options, jit_values, jit_count,
                   options, values, count);
   end(&loading, result, library);
   return result;
 }
 
 static CUresult unloaded(CUresult result, struct loaded *taken) {
+  park_forget_launches();
   if (result == CUDA_SUCCESS)
     loaded_drop(taken);
   else
@@ -244,10 +254,10 @@ static CUresult unloaded(CUresult result, struct loaded *taken) {
 
 CUresult cuModuleUnload(CUmodule module) {
   struct loaded *taken = loaded_take(module);
-  return unloaded(REAL(cuModuleUnload, module), taken);
+  return unloaded(PARKED(cuModuleUnload, module), taken);
 }
 
 CUresult cuLibraryUnload(CUlibrary library) {
   struct loaded *taken = loaded_take(library);
-  return unloaded(REAL(cuLibraryUnload, library), taken);
+  return unloaded(PARKED(cuLibraryUnload, library), taken);
 }

@@ -185,6 +185,11 @@ int forward_open(void);
 extern uint64_t forward_reads_end;  // and that of what it had read until then
 void forward_restore(void);
 
+// --- park.c: around calls that wait for the whole GPU
+void park_begin(void);
+void park_end(void);
+void park_forget_launches(void);
+
 // --- window.c: what kernels mark
 int window_open(uint64_t base, uint64_t bytes, CUdeviceptr map);
 

@@ -1,0 +1,155 @@
+// A point on its way to the agent.
+//
+// Owns: the copies of what changed into the stage, and the post. Promises: nothing is copied before
+// the stream has come to the point, nor posted before everything that the program read until then is
+// logged; what was posted stays as it is until the agent has answered; every wait is bounded, and at
+// its bound protection ends. Called by the thread of saver.c.
+#define _GNU_SOURCE
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+
+#include "saver.h"
+
+enum { DEINITIALIZED = 4 };
+#define WAIT_WORK_S 600   // for the program's own work before a point
+#define WAIT_AGENT_S 60   // longer than the agent takes for a checkpoint (PROGRAM_COMMIT_S)
+#define POLL_NS 50000
+#define POLL_NS_MAX 2000000
+
+static int waited(uint64_t (*is_over)(void), int bound_s) {
+  struct timespec start, now, pause = {0, POLL_NS};
+  clock_gettime(CLOCK_MONOTONIC, &start);
+  while (!is_over()) {
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    if (now.tv_sec - start.tv_sec > bound_s) return 0;
+    nanosleep(&pause, NULL);
+    if (pause.tv_nsec < POLL_NS_MAX) pause.tv_nsec *= 2;
+  }
+  return 1;
+}
+
+static uint64_t is_written(void) {
+  return atomic_load_explicit(&board->word, memory_order_acquire) == point.ordinal ||
+         !IS_PROTECTED();
+}
+static uint64_t is_read(void) { return (uint64_t)reads_are_done(point.reads_end); }
+static uint64_t is_taken(void) {
+  return atomic_load_explicit(&board->taken, memory_order_acquire) ==
+             atomic_load_explicit(&board->posted, memory_order_relaxed) ||
+         atomic_load(&board->lost);
+}
+
+// A driver that is being taken down with the program is no failure of protection.
+int bring_failed(CUresult result, const char *doing) {
+  if (result == CUDA_SUCCESS) return 0;
+  if (result != DEINITIALIZED && result != CUDA_ERROR_NOT_INITIALIZED)
+    protect_lose("error %d of the driver: %s", result, doing);
+  return 1;
+}
+
+// What kernels have marked of a region, whose pages need not lie as the map's do.
+static void fold(struct region *region) {
+  if (!window_map || region->is_outside || !point.map_count) return;
+  for (uint64_t page = 0; page < region->pages; page++) {
+    uint64_t start = region->address + page * MARK_BYTES - window_base;
+    uint64_t last = region->address + (page + 1) * MARK_BYTES - 1 - window_base;
+    for (uint64_t at = start >> MARK_SHIFT; at <= last >> MARK_SHIFT; at++)
+      if (at - point.map_first < point.map_count && point.map[at - point.map_first])
+        region->taken[page] = 1;
+  }
+}
+
+static CUresult bring(struct region *region, uint64_t page, uint64_t count, CUstream stream) {
+  return REAL(cuMemcpyDtoHAsync_v2, stage + region->stage_offset + page * MARK_BYTES,
+              region->copy + page * MARK_BYTES, count * MARK_BYTES, stream);
+}
+
+// Compares what is not marked, too: what differs there was written by somebody unseen.
+static CUresult audit(struct region *region, CUstream stream) {
+  CUresult result = CUDA_SUCCESS;
+  for (uint64_t page = 0; page < region->pages && result == CUDA_SUCCESS; page++) {
+    if (region->taken[page]) continue;
+    result = REAL(cuMemcpyDtoHAsync_v2, point.page_copy, region->copy + page * MARK_BYTES, MARK_BYTES,
+                  stream);
+    if (result == CUDA_SUCCESS) result = REAL(cuStreamSynchronize, stream);
+    if (result == CUDA_SUCCESS &&
+        memcmp(point.page_copy, stage + region->stage_offset + page * MARK_BYTES, MARK_BYTES) != 0) {
+      if (atomic_fetch_add(&board->missed_pages, 1) == 0)
+        fprintf(stderr, "concordia: page %lu of region %s changed unseen\n", page, region->name);
+      region->taken[page] = 1;
+    }
+  }
+  return result;
+}
+
+static CUresult bring_all(CUstream stream) {
+  CUresult result = CUDA_SUCCESS;
+  for (int i = 0; i < point.held_count && result == CUDA_SUCCESS; i++) {
+    struct region *region = point.held[i];
+    fold(region);
+    if (point.is_audited) result = audit(region, stream);
+    for (uint64_t page = 0, count; page < region->pages && result == CUDA_SUCCESS; page += count) {
+      int is_marked = region->taken[page];
+      for (count = 1; page + count < region->pages && region->taken[page + count] == is_marked;)
+        count++;
+      if (is_marked) result = bring(region, page, count, stream);
+      region->pages_marked += is_marked ? count : 0;
+    }
+    region->posts++;
+  }
+  return result == CUDA_SUCCESS ? REAL(cuStreamSynchronize, stream) : result;
+}
+
+static void post(void) {
+  uint8_t *marks = (uint8_t *)board + BOARD_MARKS_AT;
+  struct board_region *rows = (struct board_region *)(void *)((uint8_t *)board + BOARD_REGIONS_AT);
+  for (int i = 0; i < point.held_count; i++) {
+    const struct region *region = point.held[i];
+    struct board_region *row = &rows[i];
+    memset(row, 0, sizeof *row);
+    memcpy(row->name, region->name, sizeof row->name);
+    row->bytes = region->bytes;
+    row->stage_offset = region->stage_offset;
+    row->pages = region->pages;
+    row->pages_marked = region->pages_marked;
+    row->posts = region->posts;
+    row->address = region->address;
+    memcpy(marks + region->stage_offset / MARK_BYTES, region->taken, region->pages);
+  }
+  board->region_count = (uint64_t)point.held_count;
+  board->ordinal = point.ordinal;
+  board->reads_bytes = point.reads_end;
+  board->digest = point.digest;
+  board->generation = point.generation;
+  board->is_audited = point.is_audited;
+  if (point.is_audited) atomic_fetch_add(&board->audits, 1);
+  atomic_fetch_add_explicit(&board->posted, 1, memory_order_release);
+}
+
+int bring_point(CUstream stream) {
+  if (!waited(is_written, WAIT_WORK_S)) {
+    protect_lose("the work before point %lu is not done after %d s", point.ordinal, WAIT_WORK_S);
+    return 0;
+  }
+  if (!IS_PROTECTED()) return 0;
+  if (point.map_count &&
+      (bring_failed(REAL(cuMemcpyDtoHAsync_v2, point.map, point.map_copy + point.map_first, point.map_count, stream),
+              "bring the marks") ||
+       bring_failed(REAL(cuStreamSynchronize, stream), "bring the marks")))
+    return 0;
+  if (bring_failed(bring_all(stream), "bring the pages that changed")) return 0;
+  if (!waited(is_read, WAIT_WORK_S)) {
+    protect_lose("what was read before point %lu is not there after %d s", point.ordinal,
+                 WAIT_WORK_S);
+    return 0;
+  }
+  post();
+  if (!waited(is_taken, WAIT_AGENT_S)) {
+    protect_lose("the agent has not answered for %d s", WAIT_AGENT_S);
+    return 0;
+  }
+  if (atomic_load(&board->lost)) protect_lose("%.200s", board->reason);
+  for (int i = 0; i < point.held_count; i++) memset(point.held[i]->taken, 0, point.held[i]->pages);
+  return IS_PROTECTED();
+}
