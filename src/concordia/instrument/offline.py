@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,6 +119,8 @@ def slots_path(target: Target) -> Path:
 
 def _read(file: Path) -> bytes:
     try:
+        if not stat.S_ISREG(file.stat().st_mode):  # a pipe or device may never end
+            raise UsageError(f"{file} is no regular file")
         with file.open("rb") as opened:
             data = opened.read(config.LIBRARY_BYTES_MAX + 1)
     except OSError as error:
