@@ -172,7 +172,7 @@ def test_wrong_file_is_one_line_and_exit_code_2_when_given(tmp_path: pathlib.Pat
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["/nowhere/x"], "No such file"), (["{dir}"], "Is a directory"), (["{in}", "-o", "{out}"], "--control ADDRESS"),
+        (["/nowhere/x"], "No such file"), (["{dir}"], "no regular file"), (["/dev/zero"], "no regular file"), (["{in}", "-o", "{out}"], "--control ADDRESS"),
         (["{in}", "-o", "{out}", "--control", "0"], "--control 0"), (["{in}", "-o", "{out}", "--control", "0x7f01"], "--control 0x7f01"),
         (["{in}", "-o", "{out}", "--control", "near"], "--control near"), (["{in}", "-o", "{out}", "--control", "-8"], "--control -8"),
         (["{in}", "-o", "{out}", "--control", hex(1 << 64)], "--control 0x1"), (["{in}", "-o", "{out}", "--control", "8", "--keep-slots"], "--control ADDRESS"),
