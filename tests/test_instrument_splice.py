@@ -406,7 +406,7 @@ def test_what_is_hooked_is_proven_when_the_file_was_damaged_before() -> None:
     rng = random.Random(seed)
     original = new_cubin("table_of_branches")
     hooked = 0
-    for _ in range(1_500):
+    for _ in range(600):
         broken = bytearray(original)
         for _ in range(rng.randrange(1, 4)):
             broken[rng.randrange(len(broken))] = rng.randrange(256)
@@ -417,7 +417,7 @@ def test_what_is_hooked_is_proven_when_the_file_was_damaged_before() -> None:
         difference = first_difference(bytes(broken), spliced.cubin)
         assert difference is None
         hooked += spliced.cubin != broken
-    assert hooked > 100
+    assert hooked > 50
 
 
 @pytest.mark.parametrize(
