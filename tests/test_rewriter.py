@@ -155,6 +155,15 @@ def _send(one: Served, data: bytes, descriptors: list[int]) -> bytes:
             return b""
 
 
+def test_leftovers_of_a_killed_rewriter_go_when_something_was_stored(tmp_path: pathlib.Path) -> None:
+    with served(tmp_path) as one:
+        assert one.ask(b"upper x") is Status.READY
+        left = one.cache.folder / "999999999-x.part"  # of a process that is not there
+        left.touch()
+        assert one.ask(b"upper y") is Status.READY
+        until(lambda: not left.exists(), 20)
+
+
 def test_only_its_own_connection_ends_when_a_request_is_malformed(tmp_path: pathlib.Path) -> None:
     seed = int(os.environ.get("CONCORDIA_TEST_SEED", "0")) or random.randrange(1 << 32)
     print(f"seed {seed}")

@@ -68,6 +68,7 @@ class RewriteDesk:
         self._peers: set[socket.socket] = set()
         self._selector = selectors.DefaultSelector()
         self._is_stopped = False
+        self._is_trim_due = True  # something was stored, or nobody has looked yet
         self._listener = _listen(self.path)
         self._watch(self._listener.fileno(), self._accept)
 
@@ -91,8 +92,7 @@ class RewriteDesk:
             if now - looked_at > _LOOK_S:
                 looked_at = now
                 self._is_stopped |= not self.path.exists()
-                with contextlib.suppress(OSError):
-                    self._cache.trim()
+                self._trim()
 
     def close(self) -> None:
         """End what runs, tell nobody, leave no file."""
@@ -107,8 +107,8 @@ class RewriteDesk:
             peer.close()
         self._listener.close()
         self._selector.close()
-        with contextlib.suppress(OSError):
-            self._cache.trim()  # and what the killed children were writing
+        self._is_trim_due = True  # also of what the killed children were writing
+        self._trim()
 
     def _watch(self, descriptor: int, ready: Callable[[], None]) -> None:
         self._selector.register(descriptor, selectors.EVENT_READ, ready)
@@ -195,9 +195,16 @@ class RewriteDesk:
         """Its process has ended."""
         self._selector.unregister(job.pidfd)
         is_ready = job.finish()
+        self._is_trim_due = True
         if not is_ready:
             self._refused.add(job.request.key)
         self._end(job, Status.READY if is_ready else Status.REFUSED)
+
+    def _trim(self) -> None:
+        if self._is_trim_due:
+            self._is_trim_due = False
+            with contextlib.suppress(OSError):
+                self._cache.trim()
 
     def _end(self, job: RewriteJob, status: Status) -> None:
         job.close()
