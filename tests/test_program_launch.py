@@ -100,11 +100,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def command(shim_parts: tuple[Path, Path], built: Path, tmp_path: Path) -> Iterator[Command]:
-    with tempfile.TemporaryDirectory(prefix="cnc-", dir="/tmp") as base:  # a socket's path is short
-        made = Command(tmp_path, Path(base), built, *shim_parts)
-        yield made
-        until(lambda: not made.rewriters(), 20)
+def base() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="cnc-", dir="/tmp") as folder:  # a socket's path is short
+        yield Path(folder) / "base"
+
+
+@pytest.fixture
+def command(shim_parts: tuple[Path, Path], built: Path, base: Path, tmp_path: Path) -> Iterator[Command]:
+    made = Command(tmp_path, base, built, *shim_parts)
+    yield made
+    until(lambda: not made.rewriters(), 20)
 
 
 def test_program_has_the_driver_and_is_looked_at_when_it_runs(command: Command) -> None:
@@ -302,8 +307,8 @@ def test_table_names_library_kind_and_reason_when_modules_are_listed(command: Co
     assert found["launches"] == 0
 
 
-def test_lines_that_are_none_are_counted_when_a_log_is_damaged(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "base")
+def test_lines_that_are_none_are_counted_when_a_log_is_damaged(base: Path) -> None:
+    run = make_run(base)
     lines = [b'{"event":"image"}', b"\xff\xfe garbage", b'{"event":"image","key', b"[]", b'{"event":"process"}']
     (run.modules / "77.log").write_bytes(b"\n".join(lines))
     (run.modules / "other").write_bytes(b"x")
@@ -313,8 +318,7 @@ def test_lines_that_are_none_are_counted_when_a_log_is_damaged(tmp_path: Path) -
     run.close()
 
 
-def test_old_runs_go_and_living_ones_stay_when_a_new_one_is_made(tmp_path: Path) -> None:
-    base = tmp_path / "base"
+def test_old_runs_go_and_living_ones_stay_when_a_new_one_is_made(base: Path) -> None:
     living = make_run(base)
     made = []
     for index in range(config.RUNS_KEPT + 5):
@@ -336,8 +340,8 @@ def test_old_runs_go_and_living_ones_stay_when_a_new_one_is_made(tmp_path: Path)
     assert not living.path.exists()
 
 
-def test_settings_are_refused_when_a_path_has_a_line_break(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "base")
+def test_settings_are_refused_when_a_path_has_a_line_break(base: Path) -> None:
+    run = make_run(base)
     with pytest.raises(UsageError, match="line break"):
         run.settle({"cache": "a\nmode=rewrite"})
     run.settle({"cache": "a=b", "n": 3})

@@ -348,7 +348,7 @@ def test_control_block_is_there_when_any_kind_of_context_is_made(ground: Ground,
         ({"FAKE_DEVICES": "4"}, True),
         ({"FAKE_DEVICES": "4", "FAKE_PEER": "0"}, False),
         ({"FAKE_DEVICES": "4", "FAKE_VMM": "0"}, False),
-        ({"FAKE_VMM": "0"}, True),
+        ({"FAKE_VMM": "0"}, False),
         ({"FAKE_ACCESS": "0"}, False),
     ],
 )

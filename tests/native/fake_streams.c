@@ -4,6 +4,7 @@
 #define CALLED fake_count(__func__)
 
 static struct stream legacy;
+static uint64_t all_submitted;
 static __thread struct stream own;
 
 struct stream *fake_stream(void *given, int is_per_thread) {
@@ -36,6 +37,7 @@ CUresult fake_submit(struct stream *stream, struct operation operation) {
     result = OUT_OF_MEMORY;
   } else {
     stream->queue[stream->submitted++ % LIMIT] = operation;
+    all_submitted++;
     drain(stream);
   }
   pthread_mutex_unlock(&fake_lock);
@@ -126,6 +128,12 @@ API CUresult cuEventQuery(struct event *event) {
 API CUresult cuEventSynchronize(struct event *event) { CALLED; CUresult result; while ((result = cuEventQuery(event)) == NOT_READY) sched_yield(); return result; }
 API CUresult cuEventDestroy_v2(struct event *event) { CALLED; free(event); return OK; }
 
+uint64_t fake_submitted(void) {
+  pthread_mutex_lock(&fake_lock);
+  uint64_t found = all_submitted;
+  pthread_mutex_unlock(&fake_lock);
+  return found;
+}
 void fake_hold(void *stream) {
   pthread_mutex_lock(&fake_lock);
   fake_stream(stream, 0)->is_held = 1;

@@ -1,14 +1,26 @@
 // Contexts as they come into being.
 //
-// Owns: the hooks of their creation. Promises: the driver is called exactly once for each call; the
-// first context of a process that is to be hooked gets the control block before the program has its
-// handle. Called by the program. What the block is, control.c says.
+// Owns: the hooks of their creation and end. Promises: the driver is called exactly once for each
+// call; the first context of a process that is to be hooked gets the control block before the
+// program has its handle; no stream of a context that ends is used afterwards. Called by the
+// program. What the block is, control.c says.
+#include <stdatomic.h>
+
 #include "shim.h"
+
+#define DEVICES_MAX 64
+
+static _Atomic(CUcontext) primary[DEVICES_MAX];  // of each device, once it was asked for
 
 static void made(const CUcontext *context, CUdevice device) {
   char mode[16];
   if (!context || !process_is_active()) return;
   if (process_setting("mode", mode, sizeof mode) && mode[0] == 'r') control_make(*context, device);
+  gate_page_watch();
+}
+
+static void primary_gone(CUdevice device) {
+  if (device >= 0 && device < DEVICES_MAX) streams_context_gone(atomic_load(&primary[device]));
 }
 
 #define CREATED(call)                                  \
@@ -19,7 +31,11 @@ static void made(const CUcontext *context, CUdevice device) {
   } while (0)
 
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
-  CREATED(REAL(cuDevicePrimaryCtxRetain, context, device));
+  CUresult result = REAL(cuDevicePrimaryCtxRetain, context, device);
+  if (result != CUDA_SUCCESS || !context) return result;
+  if (device >= 0 && device < DEVICES_MAX) atomic_store(&primary[device], *context);
+  made(context, device);
+  return result;
 }
 
 CUresult cuCtxCreate(CUcontext *context, unsigned int flags, CUdevice device) {
@@ -38,4 +54,35 @@ CUresult cuCtxCreate_v3(CUcontext *context, void *affinity, int count, unsigned 
 CUresult cuCtxCreate_v4(CUcontext *context, void *parameters, unsigned int flags,
                         CUdevice device) {
   CREATED(REAL(cuCtxCreate_v4, context, parameters, flags, device));
+}
+
+CUresult cuCtxDestroy(CUcontext context) {
+  streams_context_gone(context);
+  return REAL(cuCtxDestroy, context);
+}
+
+CUresult cuCtxDestroy_v2(CUcontext context) {
+  streams_context_gone(context);
+  return REAL(cuCtxDestroy_v2, context);
+}
+
+// It may be the last use: what is launched later is noted again.
+CUresult cuDevicePrimaryCtxRelease(CUdevice device) {
+  primary_gone(device);
+  return REAL(cuDevicePrimaryCtxRelease, device);
+}
+
+CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
+  primary_gone(device);
+  return REAL(cuDevicePrimaryCtxRelease_v2, device);
+}
+
+CUresult cuDevicePrimaryCtxReset(CUdevice device) {
+  primary_gone(device);
+  return REAL(cuDevicePrimaryCtxReset, device);
+}
+
+CUresult cuDevicePrimaryCtxReset_v2(CUdevice device) {
+  primary_gone(device);
+  return REAL(cuDevicePrimaryCtxReset_v2, device);
 }

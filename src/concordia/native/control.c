@@ -2,9 +2,9 @@
 //
 // Owns: its memory on the device. Promises: all devices that the program sees can read and write
 // it, or there is none, with the reason: a hook that could not would end the program. It belongs to
-// no context (virtual memory does not), where the device can do that. It is all zero but for magic
-// and page shift, as read back, before its address is told to anybody. Called by context.c; the
-// address is asked for by load.c and by the tracker.
+// no context and outlives each (virtual memory does). It is all zero but for magic and page shift,
+// as read back, before its address is told to anybody. Called by context.c; the address is asked
+// for by load.c and by the tracker.
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -103,12 +103,11 @@ static int is_made(CUdevice device, CUdeviceptr *made) {
   CUresult result = REAL(cuDeviceGetCount, &count);
   if (result || count < 1 || count > DEVICES_MAX) return refuse("no count of devices", result);
   if (!are_all_peers(count, device)) return 0;
-  REAL(cuDeviceGetAttribute, &is_virtual, CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
-       device);
-  if (is_virtual) return is_mapped_for_all(device, count, made);
-  if (count > 1) return refuse("devices without virtual memory share none", 0);
-  result = REAL(cuMemAlloc_v2, made, CONTROL_ALLOCATED_BYTES);
-  return result ? refuse("no memory for the control block", result) : 1;
+  result = REAL(cuDeviceGetAttribute, &is_virtual,
+                CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, device);
+  // Memory of a context would end with it, and libraries that were loaded do not.
+  if (result || !is_virtual) return refuse("a device without virtual memory", result);
+  return is_mapped_for_all(device, count, made);
 }
 
 void control_make(CUcontext context, CUdevice device) {

@@ -154,3 +154,24 @@ struct coverage {
 void coverage_image(const struct coverage *coverage);
 void coverage_note(const char *what, const char *why);
 void coverage_count(const char *name, uint64_t value);  // one line at the end of the process
+
+// --- gate.c, gate_streams.c, gate_page.c: launches that wait
+enum { GATE_DONE, GATE_LATE, GATE_ALREADY, GATE_NOT_ACTIVE };
+
+struct gate_report {
+  uint64_t latency_ns;         // from the request to a GPU at rest
+  uint32_t streams, captured;  // waited for; left out because they were being captured
+  char waited_for[96];         // at the bound
+};
+
+EXPORTED int concordia_pause(uint64_t timeout_ms);  // GATE_DONE, or why not; then nothing is held
+EXPORTED int concordia_resume(void);
+EXPORTED int concordia_is_paused(void);
+EXPORTED uint64_t concordia_held(void);  // launches that were held since the last pause began
+EXPORTED void concordia_pause_report(struct gate_report *report);
+
+void streams_note(CUstream stream, int is_per_thread);
+void streams_gone(CUstream stream);            // before the driver destroys it
+void streams_context_gone(CUcontext context);  // likewise
+int streams_drain(uint64_t deadline, struct gate_report *report);
+void gate_page_watch(void);

@@ -113,6 +113,7 @@ void streams_before(CUstream stream, int is_per_thread) {
 
 // The handle may be given to another stream from here on.
 CUresult cuStreamDestroy_v2(CUstream stream) {
+  streams_gone(stream);
   if (IS_PROTECTED()) {
     protect_lock();
     for (int at = 0; at < count; at++)

@@ -1,0 +1,152 @@
+// The streams that work was launched into, and the wait for all of it.
+//
+// Owns: that list. Promises: an entry goes before its stream or context does, so no handle of the
+// driver's is used after its end; a stream that is being captured is neither waited for nor
+// disturbed; work of threads' own default streams is waited for by the legacy stream, which comes
+// after all of them. Called by gate.c and by the hooks of what ends streams and contexts.
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+
+#include "shim.h"
+
+#define STREAMS_MAX 1024  // a framework has some dozens
+#define LOOK_NS 10000
+
+struct seen {
+  CUcontext context;
+  CUstream stream;  // CU_STREAM_LEGACY for what a null stream or a thread's own means
+};
+
+struct wait {
+  CUcontext context;
+  CUstream stream;
+  CUevent event;
+};
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static struct seen seen[STREAMS_MAX];
+static int count, is_over;
+static _Atomic uint64_t life = 1;  // of the list; what a thread remembers is of one life
+
+static _Thread_local struct seen remembered;
+static _Thread_local uint64_t remembered_life;
+
+void gate_streams_forked(void) {
+  pthread_mutex_init(&lock, NULL);
+  count = is_over = 0;
+  atomic_fetch_add(&life, 1);
+}
+
+static int is_null(CUstream stream) {
+  return !stream || stream == CU_STREAM_LEGACY || stream == CU_STREAM_PER_THREAD;
+}
+
+void streams_note(CUstream stream, int is_per_thread) {
+  (void)is_per_thread;  // either way the legacy stream comes after it
+  struct seen wanted = {NULL, is_null(stream) ? CU_STREAM_LEGACY : stream};
+  uint64_t now = atomic_load_explicit(&life, memory_order_acquire);
+  // The context of a stream does not change; a null stream is of the current one.
+  if (remembered_life == now && remembered.stream == wanted.stream && wanted.stream != CU_STREAM_LEGACY)
+    return;
+  if (REAL(cuCtxGetCurrent, &wanted.context) != CUDA_SUCCESS || !wanted.context) return;
+  if (remembered_life == now && remembered.stream == wanted.stream &&
+      remembered.context == wanted.context)
+    return;
+  pthread_mutex_lock(&lock);
+  int at = 0;
+  while (at < count && (seen[at].stream != wanted.stream || seen[at].context != wanted.context)) at++;
+  if (at == STREAMS_MAX) is_over = 1;
+  else if (at == count) seen[count++] = wanted;
+  remembered_life = atomic_load(&life);
+  remembered = wanted;
+  pthread_mutex_unlock(&lock);
+}
+
+static void forget(CUcontext context, CUstream stream) {
+  pthread_mutex_lock(&lock);
+  for (int at = 0; at < count; at++)
+    if (context ? seen[at].context == context : seen[at].stream == stream) seen[at--] = seen[--count];
+  is_over = is_over && count == STREAMS_MAX;
+  atomic_fetch_add_explicit(&life, 1, memory_order_release);
+  pthread_mutex_unlock(&lock);
+}
+
+void streams_gone(CUstream stream) {
+  if (process_is_active() && !is_null(stream)) forget(NULL, stream);
+}
+
+void streams_context_gone(CUcontext context) {
+  if (process_is_active() && context) forget(context, NULL);
+}
+
+// An event behind all work of a stream; 0 when the stream is being captured, or its context is.
+static int is_marked(const struct seen *of, struct wait *wait) {
+  int status = CU_STREAM_CAPTURE_STATUS_NONE, is_marked = 0;
+  if (REAL(cuCtxPushCurrent_v2, of->context) != CUDA_SUCCESS) return 0;
+  *wait = (struct wait){.context = of->context, .stream = of->stream};
+  CUresult result = REAL(cuStreamIsCapturing, of->stream, &status);
+  if (result == CUDA_SUCCESS && status == CU_STREAM_CAPTURE_STATUS_NONE &&
+      REAL(cuEventCreate, &wait->event, CU_EVENT_DISABLE_TIMING) == CUDA_SUCCESS) {
+    is_marked = REAL(cuEventRecord, wait->event, of->stream) == CUDA_SUCCESS;
+    if (!is_marked) REAL(cuEventDestroy_v2, wait->event);
+  }
+  CUcontext popped;
+  REAL(cuCtxPopCurrent_v2, &popped);
+  return is_marked;
+}
+
+static int is_done(const struct wait *wait) {
+  CUcontext popped;
+  if (REAL(cuCtxPushCurrent_v2, wait->context) != CUDA_SUCCESS) return 1;  // it has gone
+  CUresult result = REAL(cuEventQuery, wait->event);
+  if (result != CUDA_ERROR_NOT_READY) REAL(cuEventDestroy_v2, wait->event);
+  REAL(cuCtxPopCurrent_v2, &popped);
+  return result != CUDA_ERROR_NOT_READY;  // an error is the program's: nothing runs on after it
+}
+
+static void give_up(const struct wait *wait) {
+  CUcontext popped;
+  if (REAL(cuCtxPushCurrent_v2, wait->context) != CUDA_SUCCESS) return;
+  REAL(cuEventDestroy_v2, wait->event);
+  REAL(cuCtxPopCurrent_v2, &popped);
+}
+
+static int polled(struct wait *waits, int left, uint64_t deadline, struct gate_report *report) {
+  struct timespec look = {0, LOOK_NS};
+  for (;;) {
+    for (int at = 0; at < left; at++)
+      if (is_done(&waits[at])) waits[at--] = waits[--left];
+    if (!left) return GATE_DONE;
+    if (now_ns() >= deadline) break;
+    nanosleep(&look, NULL);
+  }
+  if (waits[0].stream == CU_STREAM_LEGACY)
+    snprintf(report->waited_for, sizeof report->waited_for, "%d streams, one is the default stream", left);
+  else
+    snprintf(report->waited_for, sizeof report->waited_for, "%d streams, one is %p", left,
+             waits[0].stream);
+  for (int at = 0; at < left; at++) give_up(&waits[at]);
+  return GATE_LATE;
+}
+
+int streams_drain(uint64_t deadline, struct gate_report *report) {
+  static struct wait waits[STREAMS_MAX];  // the gate's lock lets one thread in
+  int left = 0, mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+  // Queries are forbidden to a thread beside a capture, unless it says that it knows.
+  CUresult exchanged = REAL(cuThreadExchangeStreamCaptureMode, &mode);
+  pthread_mutex_lock(&lock);  // a stream cannot be destroyed while it is marked
+  int is_complete = !is_over;
+  for (int at = 0; at < count; at++) left += is_marked(&seen[at], &waits[left]);
+  report->streams = (uint32_t)left;
+  report->captured = (uint32_t)(count - left);
+  pthread_mutex_unlock(&lock);
+  int code = polled(waits, left, deadline, report);
+  if (exchanged == CUDA_SUCCESS) REAL(cuThreadExchangeStreamCaptureMode, &mode);
+  if (code != GATE_DONE || is_complete) return code;
+  snprintf(report->waited_for, sizeof report->waited_for, "more streams than can be remembered");
+  return GATE_LATE;
+}
