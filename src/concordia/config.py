@@ -86,8 +86,9 @@ PTX_NESTING_MAX: Final = 64  # scopes within scopes; compilers write a handful
 # of a thread, for the address words of store marks to stay in registers; with fewer they are read
 # where they are used
 PTX_HOIST_REGISTERS_MIN: Final = 96
-# of PTX that is assembled once before a driver does: at some 1 MB/s, within REWRITE_ANSWER_S
-PTX_CHECK_BYTES_MAX: Final = 2 << 20
+# of PTX that is assembled once before a driver does: 120 KB/s were measured on a busy core, and a
+# program waits for REWRITE_ANSWER_S; what is larger and does not assemble costs the driver a try
+PTX_CHECK_BYTES_MAX: Final = 256 << 10
 PTX_CHECK_S: Final = 20.0  # twice of this is well within REWRITE_S
 IMAGE_CACHE_BYTES_MAX: Final = 8 << 30  # all options together; what was unused longest goes
 # how long a program may wait for the first rewrite of an image. Then it gets the original, and the
