@@ -15,12 +15,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from concordia import config
@@ -48,6 +50,7 @@ size = ["1MiB", "4MiB"]
 [[trigger]]
 on = "kernel:update"
 """
+SOURCE = Path(__file__).parents[1] / "src"
 LONG = "1000000"  # steps of a program that is killed before
 PYTHON_PROGRAM = Path(__file__).parent / "protected_child.py"
 
@@ -237,3 +240,52 @@ def test_no_process_and_no_folder_stays_when_a_program_has_ended(ground: Protect
     assert agent.returncode is not None
     assert not reads_path(policy).exists()
     assert subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, check=False).stdout == b""
+
+
+@pytest.fixture
+def runs() -> Iterator[Path]:
+    """A path that is short enough for a socket."""
+    with tempfile.TemporaryDirectory(prefix="runs-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def command_line(ground: ProtectedGround, folder: Path, policy: Path, *words: str) -> subprocess.Popen[str]:
+    environment = ground.environment(shimmed=False)
+    more = {"PYTHONPATH": str(SOURCE), "CONCORDIA_RUN_DIR": str(folder), "CONCORDIA_CACHE": os.environ.get("CONCORDIA_CACHE", str(folder / "cache"))}
+    command = [sys.executable, "-m", "concordia.cli", "run", "--policy", str(policy), "--", str(ground.program), *words]
+    return subprocess.Popen(command, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_command_line_resumes_a_program_when_it_was_killed(ground: ProtectedGround, policy: Policy, runs: Path, tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(POLICY.format(place=policy.journal) + "[images]\nentry_hooks = false\nstore_marks = false\n")
+    launcher = command_line(ground, runs, path, "train", LONG)
+    assert launcher.stdout is not None
+    lines = [launcher.stdout.readline().rstrip("\n") for _ in range(400)]
+    assert lines[-1], launcher.communicate(timeout=LIFE_S)
+    (program,) = [child for child in psutil.Process(launcher.pid).children() if child.cmdline()[0] == str(ground.program)]
+    program.kill()
+    said, errors = launcher.communicate(timeout=LIFE_S)
+    assert launcher.returncode == -signal.SIGKILL, errors
+    lines += said.splitlines()
+    steps = len(lines) + 30
+    resumed = command_line(ground, runs, path, "train", str(steps))
+    said, errors = resumed.communicate(timeout=LIFE_S)
+    assert resumed.returncode == 0, errors
+    wanted = plain_run(ground, steps)
+    assert said.splitlines() == wanted
+    assert lines == wanted[: len(lines)]
+    assert "concordia: resumed at point" in errors
+    (newest, *_) = sorted((runs / "runs").iterdir(), key=lambda found: -found.stat().st_mtime)
+    about = json.loads((newest / "about.json").read_text())
+    assert about["protection"]["lost"] == ""
+    assert not reads_path(policy).exists()
+
+
+def test_command_line_says_one_line_when_the_policy_is_wrong(ground: ProtectedGround, runs: Path, tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text("[journal]\nplaces = 1\n")
+    said, errors = (refused := command_line(ground, runs, path, "train", "3")).communicate(timeout=LIFE_S)
+    assert (refused.returncode, said) == (2, "")
+    assert errors.count("\n") == 1
+    assert "policy.toml:2: journal.places: no such key" in errors

@@ -85,8 +85,8 @@ static int train(int steps, int kill_at) {
     }
     if (step % 5 == 0) {  // a cache that grows
       P larger;
-      DO(cuMemAllocAsync(&larger, 8 * (MOMENTS + 1024 * step), stream));
-      DO(cuMemsetD8Async(larger, 0, 8 * (MOMENTS + 1024 * step), stream));
+      DO(cuMemAllocAsync(&larger, 8 * (MOMENTS + 1024 * (step % 64)), stream));
+      DO(cuMemsetD8Async(larger, 0, 8 * (MOMENTS + 1024 * (step % 64)), stream));
       if (extra) {
         DO(cuMemcpyDtoDAsync_v2(larger, extra, 8 * MOMENTS, stream));
         DO(cuMemFreeAsync(extra, stream));
