@@ -23,7 +23,7 @@ held = torch.empty(int(sys.argv[1]) << 30, dtype=torch.uint8, device="cuda").fil
 torch.cuda.synchronize()
 print("ready", flush=True)
 for line in sys.stdin:
-    print(int((held == 7).sum().item()), flush=True)
+    print(sum(int((part == 7).sum().item()) for part in held.split(1 << 28)), flush=True)
 """
 
 

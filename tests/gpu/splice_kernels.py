@@ -180,7 +180,7 @@ def new_cubin(name: str = "") -> bytes:
 def old_cubin(name: str = "") -> bytes:
     """The same in the generation of CUDA 12, by the assembler that Triton's wheel has."""
     source, architecture = _text(name)
-    text = re.sub(rb"^\.version 9\.\d+", b".version 8.8", compiled(source, architecture), flags=re.MULTILINE)
+    text = re.sub(rb"^\.version 9\.\d+", b".version 8.6", compiled(source, architecture), flags=re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder:
         ptx, target = pathlib.Path(folder) / "kernel.ptx", pathlib.Path(folder) / "kernel.cubin"
         ptx.write_bytes(text)
