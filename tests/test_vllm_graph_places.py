@@ -18,14 +18,13 @@ pytest.importorskip("vllm", reason="vllm is not installed")
 
 from concordia import abi, config
 from concordia.device.compiler import HandlerSource
-from concordia.errors import DeviceError
 from concordia.integrations.vllm import compat
 from concordia.integrations.vllm.appends import Append, Batch
 from concordia.integrations.vllm.graph_places import GraphPlaces, Placed, RankTickets
 from concordia.integrations.vllm.pump import AppendPump
 from concordia.runtime.executor import Runtime
 from concordia.runtime.ring import Task
-from fake_cuda import FakeCuda
+from fake_cuda import FakeCuda, Result
 from waiting import until
 
 LAYERS = ("model.layers.0.attn", "model.layers.1.attn", "model.layers.2.attn")
@@ -153,13 +152,17 @@ def test_no_graph_is_relied_upon_when_its_layers_lie_in_two_streams(engine: Engi
     assert "one stream" in (engine.places.why_not or "")
 
 
-def test_nothing_is_handed_in_when_the_step_runs_in_another_stream_or_there_is_no_room(engine: Engine) -> None:
+def test_nothing_is_handed_in_when_there_is_no_room_or_steps_run_in_another_stream(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
     engine.capture()
     engine.places.begin_step(0)
     assert engine.places.takes(config.STREAM_TASK_SLOTS - 1)
     assert not engine.places.takes(config.STREAM_TASK_SLOTS)
     engine.current = engine.side
+    engine.places.begin_step(0)
     assert not engine.places.takes(1)
+    assert "another stream" in caplog.text
 
 
 def test_graphs_are_given_up_when_replays_have_no_place(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
@@ -189,8 +192,7 @@ def test_places_in_graphs_do_nothing_and_harm_nobody_when_the_runtime_has_retire
     assert engine.written[0] == 9
     assert engine.device.driver.launches[b"concordia_stream_tasks"] == 1 + 3
     assert engine.places._tasks._ring.result(placed.ticket) is None, "what it reads may be somebody else's by now"
-    with pytest.raises(DeviceError, match="closed"):
-        engine.places.hand_in([engine.task])
+    assert engine.places.hand_in([engine.task]) == []
     engine.runtime.close()  # which gives nothing back
     engine.replay(graph)
     until(lambda: int(engine.device.driver.cuStreamQuery(engine.stream)[0]) == 0)
@@ -221,6 +223,29 @@ def test_appends_elsewhere_wait_for_those_of_the_executor_and_are_followed(engin
     assert pump.wait_for([2], timeout_s=5) == []
     assert pump.drain(timeout_s=5)
     assert pump.collect() == {}
+
+
+@pytest.mark.parametrize("call", ["cuStreamGetCaptureInfo", "cuLaunchKernel"])
+def test_only_places_are_lost_when_a_capture_cannot_take_them(engine: Engine, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.device.driver, call, lambda *_: (Result.CUDA_ERROR_ILLEGAL_ADDRESS,))
+    engine.capture()
+    monkeypatch.undo()
+    assert "CUDA_ERROR_ILLEGAL_ADDRESS" in (engine.places.why_not or "")
+
+
+def test_step_is_appended_otherwise_when_it_cannot_be_handed_in(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = engine.capture()
+    monkeypatch.setattr(engine.device.driver, "cuStreamWriteValue64", lambda *_: (Result.CUDA_ERROR_ILLEGAL_ADDRESS,))
+    engine.places.begin_step(0)
+    assert engine.places.hand_in([engine.task]) == []
+    monkeypatch.undo()
+    for _ in range(2):
+        engine.replay(graph)
+        assert not engine.places.end_step()
+        engine.places.begin_step(0)
+        assert not engine.places.takes(1)
+    until(lambda: int(engine.device.driver.cuStreamQuery(engine.stream)[0]) == 0)
+    assert engine.places._tasks._ring.load("done_count") == 0, "it would be appended twice"
 
 
 @pytest.mark.parametrize(

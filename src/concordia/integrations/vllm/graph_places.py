@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from concordia import config
+from concordia.errors import ConcordiaError
 from concordia.integrations.vllm import compat
 from concordia.integrations.vllm.door import logger
 from concordia.runtime.ring import Completion, Task, Ticket
@@ -57,8 +58,14 @@ class GraphPlaces:
 
     def layer_captured(self, name: str) -> None:
         """The engine has put a layer into a graph, its KV included; behind the last of them goes
-        our place.
+        our place. What fails here costs the places, not protection.
         """
+        try:
+            self._follow_capture(name)
+        except ConcordiaError as error:
+            self._rely_not(str(error))
+
+    def _follow_capture(self, name: str) -> None:
         stream = self._current()
         number = self._tasks.capture_of(stream)
         if number is None:
@@ -93,6 +100,8 @@ class GraphPlaces:
     def begin_step(self, rank: int) -> None:
         """Nothing of this step is launched yet."""
         self._is_handed = self._is_layered = False
+        if self._current() != self._stream:
+            self._rely_not("steps run in another stream than the one of the engine's start")
         why_not = self.why_not
         if not self._is_said:
             self._is_said = True
@@ -111,16 +120,19 @@ class GraphPlaces:
 
     def takes(self, count: int) -> bool:
         """Whether so many tasks may be handed in for the step that begins."""
-        return (
-            self.why_not is None
-            and count <= self._tasks.room
-            and self._current() == self._stream
-        )
+        return self.why_not is None and count <= self._tasks.room
 
     def hand_in(self, tasks: Sequence[Task]) -> list[Placed]:
-        """Let these run at the place of the step that begins; `takes` has said so."""
+        """Let these run at the place of the step that begins; `takes` has said so. Empty when they
+        could not be handed in: then none of them will run here, and none after them.
+        """
+        try:
+            tickets = self._tasks.hand_in(tasks)
+        except ConcordiaError as error:
+            self._rely_not(str(error))
+            return []
         self._is_handed = True
-        return [Placed(ticket) for ticket in self._tasks.hand_in(tasks)]
+        return [Placed(ticket) for ticket in tickets]
 
     def layer_launched(self) -> None:
         """This step's layers are launched one by one, not replayed."""

@@ -213,9 +213,10 @@ class WorkerSide:
         if is_small and places.takes(most) and pump.may_follow(most):
             appends = self._of(meta)
             tickets = places.hand_in([append.task for append in appends])
-            for append, ticket in zip(appends, tickets, strict=True):
-                append.ticket = ticket
-            pump.follow(appends)
+            if tickets:
+                for append, ticket in zip(appends, tickets, strict=True):
+                    append.ticket = ticket
+                pump.follow(appends)
 
     def _of(self, meta: StepMetadata) -> list[Append]:
         appends, proof = self._appends, self._proof
