@@ -80,8 +80,8 @@ IMAGE_SLOTS_MAX: Final = 1 << 20  # a handful per hooked kernel
 IMAGE_KERNELS_MAX: Final = 1 << 16  # all 40,396 kernels of five large libraries would fit
 KERNEL_NAME_BYTES_MAX: Final = (1 << 16) - 1  # as the cache file counts; longer ones are cut
 KERNEL_REASON_BYTES_MAX: Final = 1024
-# of one PTX text: a statement takes some 200 bytes of memory and 20 us; a large module has a few MB
-PTX_BYTES_MAX: Final = 32 << 20
+# of one PTX text: 1.4 s and 15 MB of memory for each MB; the largest of vLLM has 34 MB
+PTX_BYTES_MAX: Final = 64 << 20
 PTX_NESTING_MAX: Final = 64  # scopes within scopes; compilers write a handful
 # of a thread, for the address words of store marks to stay in registers; with fewer they are read
 # where they are used
