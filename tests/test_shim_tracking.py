@@ -212,6 +212,20 @@ def test_program_goes_on_when_its_agent_never_answers_or_gives_up(ground: Protec
     assert "Traceback" not in errors
 
 
+def test_program_gets_the_memory_that_protection_took_when_it_needs_it(ground: ProtectedGround, tmp_path: Path) -> None:
+    plain, _ = ground.start("train", "30", shimmed=False).communicate(timeout=LIFE_S)
+    outcomes = set()
+    for megabytes in (6, 7, 8, 9, 10):
+        folder = tmp_path / str(megabytes)
+        answers = Answers(folder, protected_folder(folder, policy_of(BY_SIZE)))
+        said, errors = answers.until_end(ground.start("train", "30", CONCORDIA_PROTECT=str(folder), FAKE_BYTES=str(megabytes << 20)))
+        assert said == plain, errors
+        lines = [line for line in errors.splitlines() if "is freed" not in line]
+        assert len(lines) <= 1
+        outcomes |= {line.removeprefix("concordia: unprotected from here on: ").partition(" of region")[0] for line in lines}
+    assert outcomes == {"the program needs the memory that protection took", "no memory for the copy"}
+
+
 def test_nothing_is_protected_when_the_folder_is_damaged_or_switched_off(ground: ProtectedGround, tmp_path: Path) -> None:
     for name, damage, words in (
         ("none", lambda folder: (folder / "policy").unlink(), "policy cannot be read"),

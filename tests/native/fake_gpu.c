@@ -1,6 +1,6 @@
 // A CUDA driver in plain C whose work is done later, for tests of what protects programs.
 //
-// Owns: device memory at addresses of its own, streams that one thread works off in an order that FAKE_SEED says, capture and graphs. Promises:
+// Owns: device memory at addresses of its own, streams that one thread works off in an order that FAKE_SEED says, capture and graphs; no more than FAKE_BYTES of memory. Promises:
 // within a stream work is done in its order, between streams only as events say; the null stream waits for nobody (so that a missing tie shows).
 // Kernels by name, all parameters u64: "fill" (p, n, v), "axpy" (y, x, n), "scatter" (p, n, seed), "indirect" (table, n), "sum" (out, x, n), "mix"
 // (state, x, n); others do nothing.
@@ -33,7 +33,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static struct stream legacy, *streams[256] = {&legacy};
 static int stream_count = 1;
-static uint64_t seed, bump;
+static uint64_t seed, bump, live, most = UINT64_MAX;
 static struct { uint64_t address, bytes; } freed[4096];
 static int freed_count;
 
@@ -87,6 +87,7 @@ static void begin(void) {
   pthread_t thread;
   const char *text = getenv("FAKE_SEED");
   seed = text ? strtoull(text, NULL, 10) : 1;
+  if (getenv("FAKE_BYTES")) most = strtoull(getenv("FAKE_BYTES"), NULL, 10);
   mmap((void *)ARENA, ARENA_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
   pthread_create(&thread, NULL, work, NULL);
 }
@@ -143,6 +144,8 @@ API R cuMemAlloc_v2(uint64_t *address, size_t bytes) {
   pthread_once(&once, begin);
   pthread_mutex_lock(&lock);
   uint64_t size = (bytes + 511) / 512 * 512;
+  if (size > most - live) { pthread_mutex_unlock(&lock); return OOM; }
+  live += size;
   int at = 0;
   while (at < freed_count && freed[at].bytes != size) at++;
   if (at < freed_count) { *address = freed[at].address; freed[at] = freed[--freed_count]; }
@@ -156,6 +159,7 @@ API R cuMemAlloc_v2(uint64_t *address, size_t bytes) {
 API R cuMemFree_v2(uint64_t address) {
   all_drained();
   pthread_mutex_lock(&lock);
+  live -= *(uint64_t *)(address - 8);
   if (freed_count < 4096) { freed[freed_count].bytes = *(uint64_t *)(address - 8); freed[freed_count++].address = address; }
   pthread_mutex_unlock(&lock);
   return OK;

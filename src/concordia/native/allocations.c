@@ -73,15 +73,13 @@ static void goes(CUdeviceptr address) {
   if (found.bytes) regions_freed(found.address, found.bytes);
 }
 
-#define ALLOCATED(address, bytes, call)                          \
-  do {                                                           \
-    CUresult result = call;                                      \
-    if (result == CUDA_ERROR_OUT_OF_MEMORY && IS_PROTECTED()) {  \
-      regions_drop_copies();                                     \
-      result = call;                                             \
-    }                                                            \
-    if (result == CUDA_SUCCESS) came(*(address), bytes);         \
-    return result;                                               \
+#define ALLOCATED(address, bytes, call)                              \
+  do {                                                               \
+    CUresult result = call;                                          \
+    if (result == CUDA_ERROR_OUT_OF_MEMORY && regions_drop_copies()) \
+      result = call;                                                 \
+    if (result == CUDA_SUCCESS) came(*(address), bytes);             \
+    return result;                                                   \
   } while (0)
 
 CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {

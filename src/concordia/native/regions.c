@@ -9,8 +9,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "protect.h"
+
+#define WAIT_SAVER_MS 5000
 
 struct region *regions[REGIONS_MAX];
 int region_count;
@@ -196,13 +199,22 @@ void regions_sweep(void) {
   for (int i = 0; i < count; i++) REAL(cuMemFree_v2, found[i]);
 }
 
-void regions_drop_copies(void) {
+int regions_drop_copies(void) {
+  const struct timespec pause = {0, 1000000};
+  protect_lock();
+  int has_some = region_count > 0 || garbage_count > 0;
+  protect_unlock();
+  if (!has_some) return 0;
   protect_lose("the program needs the memory that protection took");
-  if (!saver_is_idle()) return;  // they are being read: they stay
+  // What reads them ends soon: nobody waits for an answer any more. In the worst case they stay.
+  for (int waited_ms = 0; !saver_is_idle() && waited_ms < WAIT_SAVER_MS; waited_ms++)
+    nanosleep(&pause, NULL);
+  if (!saver_is_idle()) return 0;
   protect_lock();
   int count = region_count;
   region_count = 0;
   protect_unlock();
   for (int i = 0; i < count; i++) REAL(cuMemFree_v2, regions[i]->copy);
   regions_sweep();
+  return 1;
 }
