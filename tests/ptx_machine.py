@@ -13,7 +13,7 @@ from ptx_interpreter import SHARED_WINDOW, Machine, Memory
 
 BUFFER = SHARED_WINDOW + (16 << 20)
 CONTROL, MAP = 0x7F80_0000_0000, 0x7F90_0000_0000
-MAP_BYTES = 4096
+MAP_BYTES = 8192
 ALL_BEFORE = -(16 << 20)  # a window from here covers what generic addresses of shared memory are
 
 
