@@ -102,6 +102,27 @@ def held(program: Program) -> None:
         assert not gate.is_paused()
 
 
+def legacy(program: Program) -> None:
+    """The functions of long ago are held, too."""
+    submitted = program.driver.fake_submitted
+    submitted.restype = ctypes.c_uint64
+    listed = (ctypes.c_uint64 * 7)(program.function.value or 0, 0, 0, 0, 0, 0, ctypes.addressof(program.parameters))
+    for name, arguments in {
+        "cuLaunch": (program.function,),
+        "cuLaunchGrid": (program.function, 2, 2),
+        "cuLaunchGridAsync": (program.function, 2, 2, program.stream()),
+        "cuLaunchCooperativeKernelMultiDevice": (listed, 1, 0),
+    }.items():
+        before = submitted()
+        with gate.paused(5):
+            thread = program.in_thread(lambda name=name, arguments=arguments: program.must(name, *arguments))
+            until(lambda: program.held == 1)
+            assert submitted() == before
+        thread.join(10)
+        assert submitted() == before + 1
+    assert program.count == 1
+
+
 def waits(program: Program) -> None:
     """A pause returns only once what was launched before is done, on every stream and by a graph."""
     streams = [None, program.stream(), program.stream()]
@@ -256,4 +277,4 @@ def stuck(program: Program) -> None:
 
 
 if __name__ == "__main__":
-    {function.__name__: function for function in (held, waits, bound, hold_bound, capture, gone, storm, misuse, outside, stuck)}[sys.argv[1]](Program())
+    {function.__name__: function for function in (held, legacy, waits, bound, hold_bound, capture, gone, storm, misuse, outside, stuck)}[sys.argv[1]](Program())

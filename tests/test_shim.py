@@ -139,7 +139,7 @@ def test_declarations_are_the_vendors_when_its_header_is_installed(tmp_path: Pat
     structs = {
         "CUlaunchConfig": ("gridDimX", "blockDimZ", "sharedMemBytes", "hStream", "attrs", "numAttrs"),
         "CUmemAllocationProp": ("type", "requestedHandleTypes", "location", "win32HandleMetaData", "allocFlags"),
-        "CUmemAccessDesc": ("location", "flags"),
+        "CUmemAccessDesc": ("location", "flags"), "CUlaunchParams": ("function", "gridDimX", "sharedMemBytes", "hStream", "kernelParams"),
         "CUmemLocation": ("type", "id"),
     }
     types = [*structs, *set(re.findall(r"^typedef [\w ]+ \*?(CU\w+);", text, re.MULTILINE))]
@@ -151,9 +151,10 @@ def test_declarations_are_the_vendors_when_its_header_is_installed(tmp_path: Pat
         f'printf("{name}.{member} %zu\\n", offsetof({name}, {member}));' for name, members in structs.items() for member in members
     )
     said = []
-    for include in (NATIVE / "cuda_abi.h", header):
+    ours, theirs = NATIVE / "cuda_abi.h", header
+    for include, renamed in ((ours, ""), (theirs, "#define CUlaunchParams CUDA_LAUNCH_PARAMS")):
         source, program = tmp_path / "facts.c", tmp_path / "facts"
-        source.write_text(f'#include "{include}"\n#include <stddef.h>\n#include <stdio.h>\nint main(void) {{ {body} return 0; }}\n')
+        source.write_text(f'#include "{include}"\n{renamed}\n#include <stddef.h>\n#include <stdio.h>\nint main(void) {{ {body} return 0; }}\n')
         compile_c([str(source)], program)
         said.append(subprocess.run([str(program)], capture_output=True, text=True, timeout=60, check=True).stdout)
     assert said[0] == said[1]

@@ -52,6 +52,10 @@ def test_launches_of_others_are_held_when_one_thread_pauses(ground: ShimGround) 
     assert run(ground, "held") == ""
 
 
+def test_launches_of_long_ago_are_held_when_one_thread_pauses(ground: ShimGround) -> None:
+    assert run(ground, "legacy") == ""
+
+
 def test_pause_waits_when_work_is_on_any_stream(ground: ShimGround) -> None:
     assert run(ground, "waits") == ""
 

@@ -25,7 +25,7 @@ import xxhash
 from concordia.instrument.cache import ImageCache, encode, image_key
 from concordia.instrument.report import Slot, SlotKind
 from concordia.integrations.program.shim_build import NATIVE, sources
-from shim_ground import ShimGround, build_user, compile_c, make_ground
+from shim_ground import ShimGround, build_driver, build_user, compile_c, make_ground
 from stand_in_rewriter import StandInRewriter, hooked
 
 pytest_plugins = ["shim_fixtures"]
@@ -417,6 +417,28 @@ def test_counts_are_in_the_log_when_a_process_ends(ground: Ground) -> None:
     assert first["event"] == "process"
     assert str(ground.user) in first["command"]
     assert last == {"event": "end", "images": 1, "rewritten": 1, "launches": 4}
+
+
+def test_image_is_hooked_once_when_the_driver_calls_its_own_public_functions(ground: Ground, tmp_path: Path) -> None:
+    driver = build_driver(tmp_path / "recursing", "-DFAKE_RECURSES")
+    made = make_ground(tmp_path / "other", driver, ground.user)
+    recursing = Ground(made.driver, made.user, made.run)
+    recursing.settle(mode="rewrite", cache=recursing.cache.folder)
+    recursing.cache.store(image_key(PTX), hooked(PTX))
+    (handed,) = recursing.handed("context", f"load_ex:{recursing.write(PTX)}", "calls:cuModuleLoadData", CALLS="needed")
+    assert is_hooked(handed, PTX)
+    assert len(recursing.images()) == 1
+
+
+def test_images_are_hooked_when_a_sandbox_forbids_to_read_through_the_kernel(ground: Ground, tmp_path: Path) -> None:
+    source, library = tmp_path / "forbid.c", tmp_path / "forbid.so"
+    source.write_text("#include <errno.h>\nlong process_vm_readv(void) { errno = EPERM; return -1; }\n")
+    compile_c([str(source), "-fPIC", "-shared"], library)
+    ground.start_rewriter()
+    (handed,) = ground.handed("context", f"load:{ground.write(PTX)}", LD_PRELOAD=str(library))
+    assert is_hooked(handed, PTX)
+    (failed,) = ground.handed("context", f"load_wrapped:{ground.write(fatbin())}", LD_PRELOAD=str(library))
+    assert failed == fatbin()
 
 
 @pytest.mark.parametrize("flags", ["address,undefined", "thread"])

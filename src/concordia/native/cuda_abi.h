@@ -57,6 +57,15 @@ typedef struct {
   unsigned int numAttrs;
 } CUlaunchConfig;
 
+typedef struct {  // CUDA_LAUNCH_PARAMS of the vendor's
+  CUfunction function;
+  unsigned int gridDimX, gridDimY, gridDimZ;
+  unsigned int blockDimX, blockDimY, blockDimZ;
+  unsigned int sharedMemBytes;
+  CUstream hStream;
+  void **kernelParams;
+} CUlaunchParams;
+
 typedef struct {
   int type;
   int id;

@@ -89,7 +89,7 @@ void marks_before(const struct launch *launch) {
   launched = NULL;
   if (!IS_PROTECTED()) return;
   streams_before(launch->stream, launch->is_per_thread);
-  if (launch->kind == LAUNCH_GRAPH) return;
+  if (launch->kind == LAUNCH_GRAPH || launch->kind == LAUNCH_LEGACY) return;
   launched = kernel_of(launch->function);
   if (launched->rules) regions_launched(launched, launch);
 }
@@ -98,6 +98,10 @@ void marks_after(const struct launch *launch, CUresult result) {
   uint64_t hash = 0;
   if (!IS_PROTECTED() || result != CUDA_SUCCESS) return;
   if (is_capturing(launch->stream, launch->is_per_thread)) return;
+  if (launch->kind == LAUNCH_LEGACY) {
+    marks_all(launch->stream, launch->is_per_thread);
+    return;
+  }
   if (!launched && launch->kind != LAUNCH_GRAPH) return;  // protected only since the call began
   streams_seen(launch->stream, launch->is_per_thread);
   protect_lock();

@@ -29,7 +29,8 @@ extern struct real real;  // filled before any hook can be called; not changed a
 #define REAL(name, ...) (real.name ? real.name(__VA_ARGS__) : (CUresult)CUDA_ERROR_NOT_FOUND)
 
 // --- launches
-enum launch_kind { LAUNCH_KERNEL, LAUNCH_COOPERATIVE, LAUNCH_GRAPH };
+// LAUNCH_LEGACY: its arguments were given before, and nobody knows them.
+enum launch_kind { LAUNCH_KERNEL, LAUNCH_COOPERATIVE, LAUNCH_GRAPH, LAUNCH_LEGACY };
 
 struct launch {
   enum launch_kind kind;
