@@ -16,6 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from concordia.instrument.cache import ImageCache, image_key
+from concordia.instrument.options import Options
+from concordia.instrument.report import KernelReport, Rewritten, Slot, SlotKind
 from concordia.integrations.program.program_pages import MARK_BYTES, Board, Post
 from protected_ground import LIFE_S, ProtectedGround, build, policy_of, protected_folder
 
@@ -102,7 +105,37 @@ def test_stage_is_what_the_regions_are_when_anything_writes_them(ground: Protect
         marked = sum(one.pages_marked for one in answers.posts[-1].regions)
         whole = len(answers.posts) * sum(one.pages for one in answers.posts[-1].regions)
         print(f"seed {round_seed}: {len(answers.posts)} posts, {marked} of {whole} pages marked")
-        assert not trust or marked < 0.9 * whole, "trusted kernels mark what their arguments point to"
+        assert not trust or marked < whole, "trusted kernels mark what their arguments point to"
+
+
+def marking_run(folder: Path) -> dict[str, str]:
+    """The settings of a run in which the program's image is found hooked: its kernels mark what they store."""
+    run, image = folder / "hooked-run", b".version 8.0"
+    (run / "modules").mkdir(parents=True)
+    run.chmod(0o700)
+    cache = ImageCache(folder / "cache", Options().key())
+    hooked = image + b"\n// hooked: 0x0000000000000000\n"
+    kernels = tuple(KernelReport(name, 5, 32, "") for name in ("fill", "axpy", "scatter", "indirect", "sum", "mix", "update"))
+    cache.store(image_key(image), Rewritten(hooked, (Slot(hooked.index(b"0x") + 2, SlotKind.TEXT),), kernels, is_changed=True))
+    (run / "settings").write_text(f"mode=rewrite\ncache={cache.folder}\npage_shift=16\n")
+    return {"CONCORDIA_RUN": str(run)}
+
+
+def test_stage_is_what_the_regions_are_when_kernels_mark_what_they_store(ground: ProtectedGround, tmp_path: Path, seed: int) -> None:
+    settings = marking_run(tmp_path)
+    for round_seed in range(seed, seed + 4):
+        folder, snapshots = tmp_path / f"protect-{round_seed}", tmp_path / f"snapshots-{round_seed}"
+        answers = Answers(folder, board := protected_folder(folder, policy_of(BY_SIZE, more="[program]\naudit_every = 2")))
+        environment = {"FAKE_SEED": str(round_seed), "PROGRAM_SEED": str(round_seed), "PROGRAM_SNAPSHOTS": str(snapshots), "CONCORDIA_PROTECT": str(folder)}
+        _, said = answers.until_end(program := ground.start("dirty", "60", **environment, **settings))
+        assert (program.returncode, said) == (0, "")
+        assert len(answers.posts) > 2
+        assert differences(answers, snapshots.read_bytes()) == [], f"TRACKING_SEED={round_seed}"
+        assert board.word("missed_pages") == 0
+        marked = sum(one.pages_marked for one in answers.posts[-1].regions)
+        whole = len(answers.posts) * sum(one.pages for one in answers.posts[-1].regions)
+        print(f"seed {round_seed}: {len(answers.posts)} posts, {marked} of {whole} pages marked")
+        assert marked < whole, "nobody marked for them"
 
 
 def test_audit_finds_nothing_when_marks_are_complete(ground: ProtectedGround, tmp_path: Path, seed: int) -> None:
