@@ -27,10 +27,14 @@ def assembler() -> pathlib.Path:
     return found[0]
 
 
-def assemble(text: str, target: str, folder: pathlib.Path, *, relocatable: bool = False) -> str:
+def assemble(
+    text: str, target: str, folder: pathlib.Path, *, relocatable: bool = False, debug: bool = False
+) -> str:
     """What it says of a text: empty when it takes it."""
     source = folder / "text.ptx"
     source.write_text(text)
-    command = [str(assembler()), *(["-c"] if relocatable else []), "-arch", target, str(source), "-o", str(folder / "text.cubin")]
+    options = ["-c", "-O1"] * relocatable + ["-g"] * debug  # ours are large, and only read
+    command = [str(assembler()), *options, "-arch", target, str(source), "-o", str(folder / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=ASSEMBLE_S, check=False)
-    return "" if done.returncode == 0 else done.stderr + done.stdout or f"exit code {done.returncode}"
+    said = done.stderr + done.stdout
+    return "" if done.returncode == 0 else said or f"exit code {done.returncode}"

@@ -154,6 +154,50 @@ def test_own_kernels_assemble_when_they_were_rewritten(target: str, tmp_path: pa
     }
 
 
+CUDA = r"""
+extern "C" __device__ __noinline__ int deep(int n, int* p) { p[n] = n; return n < 2 ? 1 : deep(n - 1, p) + deep(n - 2, p + 1); }
+struct Base { virtual __device__ void put(int* p) { *p = 1; } };
+struct Derived : Base { __device__ void put(int* p) { *p = 2; } };
+extern "C" __global__ void __launch_bounds__(256, 2) kernel(int* p, int n, float4* v) {
+  extern __shared__ int dynamic[];
+  __shared__ int fixed[32];
+  switch (n) { case 0: p[1] = 3; break; case 1: p[2] = 4; break; case 2: p[9] = 1; case 3: p[11] = n; break; case 4: p[5] = deep(n, p); break; case 5: p[77] = 9; break; case 6: p[78] = 2; }
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    v[i] = make_float4(i, 1, 2, 3); dynamic[i & 31] = i; fixed[i & 31] = p[i];
+    atomicAdd(&p[i & 7], i); atomicCAS((unsigned long long*)p, 1ull, 2ull);
+  }
+  volatile int* either = n & 1 ? fixed : p;
+  *either = 5; __threadfence(); __syncthreads();
+  asm volatile("{ .reg .pred %%p; setp.ne.b32 %%p, %0, 0;\n @%%p st.global.cs.u32 [%1], %0; }" ::"r"(n), "l"(p + 4) : "memory");
+  printf("%d\n", fixed[n & 31]);
+  if (n == 77) __trap();
+  if (n == 78) return;
+  Derived derived; Base* base = &derived;
+  if (n > 5) base->put(p);
+}
+"""
+
+
+@pytest.mark.parametrize("options", [["--device-debug"], ["--generate-line-info"], []], ids=["debug", "lines", "plain"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a", "sm_100", "sm_100f"])
+def test_cuda_kernel_assembles_when_it_was_rewritten(target: str, options: list[str], tmp_path: pathlib.Path) -> None:
+    """Switches, recursion, printf and inline assembly; a debugging build has virtual calls, too."""
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings are not installed")
+    _, program = nvrtc.nvrtcCreateProgram(CUDA.encode(), b"kernel.cu", 0, [], [])
+    words = [word.encode() for word in ("--std=c++17", f"--gpu-architecture={target.replace('sm', 'compute')}", *options)]
+    assert [int(status) for status in nvrtc.nvrtcCompileProgram(program, len(words), words)] == [0]
+    _, size = nvrtc.nvrtcGetPTXSize(program)
+    image = bytearray(size)
+    nvrtc.nvrtcGetPTX(program, image)
+    text = read_text(bytes(image))
+    is_debug = "--device-debug" in options
+    assert assemble(text, target, tmp_path, debug=is_debug) == ""
+    done = rewrite(text, entry=True, exit=True)
+    assert without_ours(done.text, text)
+    assert assemble(done.text, target, tmp_path, debug=is_debug) == ""
+    assert only(done).reason == ("stores are not marked: an indirect call" if is_debug else "")
+
+
 def test_text_comes_back_byte_for_byte_when_nothing_is_asked_for() -> None:
     for path in CORPUS:
         text = path.read_text()
