@@ -15,7 +15,7 @@ import click
 
 from concordia.errors import UsageError
 
-_HOOKS: Final = ("entry", "exit", "marks")
+_HOOKS: Final = ("entry", "exit", "marks", "sass-marks")
 _ARCHITECTURE: Final = re.compile(r"(?:sm_?)?(\d{2,3})[af]?", re.IGNORECASE)
 _ADDRESS_ALIGNMENT: Final = 8  # its words are
 
@@ -29,7 +29,7 @@ _ADDRESS_ALIGNMENT: Final = 8  # its words are
     help="Write the instrumented image here; without it, only say what would be hooked.",
 )
 @click.option("--arch", default="90", show_default=True, help="GPU that it will run on.")
-@click.option("--hooks", default="entry,marks", show_default=True, help="Of entry, exit, marks.")
+@click.option("--hooks", default="entry,marks", show_default=True, help=f"Of {', '.join(_HOOKS)}.")
 @click.option("--control", metavar="ADDRESS", help="Device address of the control block.")
 @click.option(
     "--keep-slots",
@@ -52,6 +52,7 @@ def instrument(file: pathlib.Path, output: pathlib.Path | None, **asked: Any) ->
         entry="entry" in hooks,
         exit="exit" in hooks,
         marks="marks" in hooks,
+        sass_marks="sass-marks" in hooks,
     )
     target = None
     if output is not None:

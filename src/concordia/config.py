@@ -82,6 +82,10 @@ KERNEL_NAME_BYTES_MAX: Final = (1 << 16) - 1  # as the cache file counts; longer
 KERNEL_REASON_BYTES_MAX: Final = 1024
 # of one PTX text: 1.4 s and 15 MB of memory for each MB; the largest of vLLM has 34 MB
 PTX_BYTES_MAX: Final = 64 << 20
+# of what marks add to one kernel: 40,000 stores, more than the largest known one has
+MARKED_BYTES_MAX: Final = 16 << 20
+MARKED_STORES_MAX: Final = 1 << 18  # of one file; each has two slots
+MARK_PIECES_MAX: Final = 4096  # kept: a kernel has some dozen, by its registers
 PTX_NESTING_MAX: Final = 64  # scopes within scopes; compilers write a handful
 # of a thread, for the address words of store marks to stay in registers; with fewer they are read
 # where they are used

@@ -21,6 +21,8 @@ __all__ = [
     "CONTROL_PAGE_SHIFT",
     "CONTROL_PROGRESS_STRIDE",
     "CONTROL_PROGRESS_WORDS",
+    "CONTROL_SPARE_BYTES",
+    "CONTROL_SPARE_OFFSET",
     "control_header",
 ]
 
@@ -31,14 +33,18 @@ CONTROL_PROGRESS_STRIDE: Final = 64
 CONTROL_ENTRY_OFFSET: Final = 0x100
 CONTROL_EXIT_OFFSET: Final = CONTROL_ENTRY_OFFSET + CONTROL_PROGRESS_WORDS * CONTROL_PROGRESS_STRIDE
 CONTROL_ALLOCATED_BYTES: Final = 64 << 10
+# Marks in machine code have no predicate to spare: those of stores outside the window fall here,
+# spread so that many threads do not write one byte. Nobody reads them.
+CONTROL_SPARE_OFFSET: Final = 0xC000
+CONTROL_SPARE_BYTES: Final = CONTROL_ALLOCATED_BYTES - CONTROL_SPARE_OFFSET
 
 CONTROL: Final = Struct(
     "concordia_control",
     CONTROL_ENTRY_OFFSET,
     (
         Field("magic", "u64", note="the shim, once"),
-        Field("window_base", "u64", note="the tracker: lowest address that is tracked"),
-        Field("window_bytes", "u64", note="the tracker: 0 while nothing is, and every test fails"),
+        Field("window_base", "u64", note="the tracker: lowest address that is tracked, of a page"),
+        Field("window_bytes", "u64", note="the tracker: whole pages; 0: every test fails"),
         Field("map", "u64", note="the tracker: address of the byte map, a byte for each page"),
         Field("page_shift", "u32", note="the shim, once"),
         Field("flags", "u32", note="nobody yet"),
@@ -81,4 +87,5 @@ def _numbers() -> tuple[tuple[str, int], ...]:
         ("CONTROL_ENTRY_OFFSET", CONTROL_ENTRY_OFFSET),
         ("CONTROL_EXIT_OFFSET", CONTROL_EXIT_OFFSET),
         ("CONTROL_ALLOCATED_BYTES", CONTROL_ALLOCATED_BYTES),
+        ("CONTROL_SPARE_OFFSET", CONTROL_SPARE_OFFSET),
     )

@@ -43,7 +43,8 @@ _LENGTH_DIGITS: Final = 5  # of a length in a mangled name: none is longer than 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a rewrite does. `arch` is the device's, as 90; `deny` are kernels that stay as they
+    """What a rewrite does. `arch` is the device's, as 90; `marks` are those of stores in PTX,
+    `sass_marks` those in machine code, which cost far more; `deny` are kernels that stay as they
     are.
     """
 
@@ -51,6 +52,7 @@ class Options:
     entry: bool = True
     exit: bool = False
     marks: bool = True
+    sass_marks: bool = False
     page_shift: int = config.MARK_PAGE_SHIFT
     opaque: tuple[str, ...] = OPAQUE
     deny: tuple[str, ...] = ()

@@ -36,6 +36,7 @@ from concordia.instrument.growth import ALIGNMENT
 from concordia.instrument.hook import HookCode, entry_hook, exit_hook
 from concordia.instrument.leaving import refuse_exit
 from concordia.instrument.report import Hook
+from concordia.instrument.sass_marks import MarkPlan, MarkPlanner
 
 ARCHITECTURE: Final = 90
 REGISTERS_SHIFT: Final = 24  # of a function's sh_info, in files that state registers there
@@ -69,24 +70,31 @@ class Plan:
     entry: HookCode | None
     leaving: HookCode | None
     exit_attributes: tuple[Attribute, ...]
-    why_no_exit: str
+    marks: MarkPlan | None
+    why_not: str  # no exit hook, or no marks, although they were asked for
 
     @property
     def hooks(self) -> Hook:
-        return (Hook.ENTRY if self.entry else Hook(0)) | (Hook.EXIT if self.leaving else Hook(0))
+        found = (Hook.ENTRY if self.entry else Hook(0)) | (Hook.EXIT if self.leaving else Hook(0))
+        if self.marks:
+            found |= Hook.MARKS
+            found |= Hook.WHOLE_REGION if self.marks.has_tensor_maps else Hook(0)
+        return found
 
     @property
     def registers(self) -> int:
         """That a thread needs with the hooks."""
         used = [hook.registers for hook in (self.entry, self.leaving) if hook]
-        return max(self.register.count, *used)
+        return max(self.register.count, self.marks.registers if self.marks else 0, *used)
 
 
 class Planner:
     """What is looked up once for all kernels of a file."""
 
-    def __init__(self, elf: Cubin) -> None:
+    def __init__(self, elf: Cubin, page_shift: int | None = None) -> None:
+        """`page_shift`: mark stores in pages of this size."""
         self._elf = elf
+        self._marker = None if page_shift is None else MarkPlanner(elf, page_shift)
         self._relocated = read_relocated(elf)
         self._info = {s.name: s for s in elf.sections if s.name.startswith(INFO + ".")}
         self._stated = _registers(elf)
@@ -134,8 +142,15 @@ class Planner:
                 return f"its parameters do not begin at {_PARAMETERS_AT:#x}"
         why_not = self._refuse_exit(code, opcodes, relocated) if exit else ""
         has_exit = exit and not why_not
-        if not entry and not has_exit:
-            return f"exit: {why_not}"
+        marks: MarkPlan | str = "not asked for"
+        if self._marker:
+            marks = self._marker.plan(
+                section, registers=register.count, attributes=attributes, relocated=relocated
+            )
+        reasons = [f"exit: {why_not}"] if why_not else []
+        reasons += [f"marks: {marks}"] if self._marker and isinstance(marks, str) else []
+        if not entry and not has_exit and isinstance(marks, str):
+            return "; ".join(reasons)
         at = np.flatnonzero(opcodes == sass.EXIT) * _STEP if has_exit else np.empty(0, np.intp)
         return Plan(
             symbol=symbol,
@@ -145,7 +160,8 @@ class Planner:
             entry=entry_hook() if entry else None,
             leaving=exit_hook() if has_exit else None,
             exit_attributes=tuple(a for a in attributes if a.code == ATTRIBUTE_EXIT_OFFSETS),
-            why_no_exit=f"exit: {why_not}" if why_not else "",
+            marks=None if isinstance(marks, str) else marks,
+            why_not="; ".join(reasons),
         )
 
     def _refuse_place(

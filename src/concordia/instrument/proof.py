@@ -30,6 +30,7 @@ from concordia.instrument.elf import (
     read_cubin,
 )
 from concordia.instrument.hook import REGISTERS_MAX, HookCode, entry_hook, exit_hook
+from concordia.instrument.sass_proof import compare_marks, registers_with_marks
 
 _STEP: Final = sass.INSTRUCTION_BYTES
 _SYMBOL_BYTES: Final = 24
@@ -38,21 +39,23 @@ _SECTION_FIELDS: Final = ("name", "kind", "flags", "address", "link", "alignment
 _REGISTERS_SHIFT: Final = 24
 
 
-def proves_original(original: bytes, spliced: bytes) -> bool:
+def proves_original(original: bytes, spliced: bytes, marks: int | None = None) -> bool:
     """Whether every instruction that is not ours is kept."""
-    return first_difference(original, spliced) is None
+    return first_difference(original, spliced, marks) is None
 
 
-def first_difference(original: bytes, spliced: bytes) -> str | None:
-    """What is not as it must be; None when all is."""
+def first_difference(original: bytes, spliced: bytes, marks: int | None = None) -> str | None:
+    """What is not as it must be; None when all is. There may be marks only where their pages have
+    2 ** `marks` bytes.
+    """
     try:
         before, after = read_cubin(original), read_cubin(spliced)
-        return _compare(before, after)
+        return _compare(before, after, marks)
     except ImageRefused as refusal:
         return str(refusal)
 
 
-def _compare(before: Cubin, after: Cubin) -> str | None:
+def _compare(before: Cubin, after: Cubin, marks: int | None) -> str | None:
     if len(before.sections) != len(after.sections) or len(before.segments) != len(after.segments):
         return "sections or segments were added or dropped"
     same = (before.kind, before.generation, before.architecture, before.data[:32])
@@ -66,27 +69,33 @@ def _compare(before: Cubin, after: Cubin) -> str | None:
         if any(getattr(old, field) != getattr(new, field) for field in _SECTION_FIELDS):
             return f"section {old.name}: its header differs"
         is_code = old.name.startswith(TEXT) and old.index in kernels
-        if old.info != new.info and not (is_code and _is_raised(old.info, new.info)):
+        if old.info != new.info and not (is_code and _is_raised(old.info, new.info, marks)):
             return f"section {old.name}: its header differs"
         if not is_code and old.size != new.size:
             return f"section {old.name}: {new.size} bytes, {old.size} before"
         if is_code and before.bytes_of(old) != after.bytes_of(new):
-            if wrong := _compare_code(before, old, after, new):
+            if wrong := _compare_code(before, old, after, new, marks):
                 return f"section {old.name}: {wrong}"
             changed.add(old.index)
     return (
         _compare_symbols(before, after, changed)
-        or _compare_rest(before, after)
+        or _compare_rest(before, after, marks)
         or _compare_segments(before, after)
     )
 
 
-def _compare_code(before: Cubin, old: Section, after: Cubin, new: Section) -> str | None:
+def _compare_code(
+    before: Cubin, old: Section, after: Cubin, new: Section, marks: int | None
+) -> str | None:
     ours = bytes(after.bytes_of(new))
     was, now = sass.words(before.bytes_of(old)), sass.words(ours[: old.size])
     differing = np.flatnonzero((was != now).any(axis=1)).tolist()
+    marked = None if marks is None else compare_marks(before, old, after, new, marks)
+    if isinstance(marked, str):
+        return marked
+    explained = marked.places if marked else frozenset()
     has_entry = bool(differing) and differing[0] == 0
-    exits = [place for place in differing if place]
+    exits = [place for place in differing if place and place not in explained]
     first = bytes(before.bytes_of(old)[:_STEP])
     at, low, high = old.size, entry_hook(), exit_hook()
     at += -at % sass.BOUNDARY_BYTES
@@ -109,6 +118,10 @@ def _compare_code(before: Cubin, old: Section, after: Cubin, new: Section) -> st
         if len(exits) != int((sass.opcodes(was) == sass.EXIT).sum()):
             return "an EXIT is left that does not lead to the hook"
         at += len(wanted)
+    if marked:
+        if marked.begin != at:
+            return "the marks lie elsewhere"
+        at = marked.end
     end = sass.branch(at, at)
     end += sass.NO_OPERATION * (-(at + len(end)) % sass.BOUNDARY_BYTES // _STEP)
     return None if ours[at:] == end else "something else lies behind the hooks"
@@ -145,7 +158,7 @@ def _compare_symbols(before: Cubin, after: Cubin, changed: set[int]) -> str | No
     return None
 
 
-def _compare_rest(before: Cubin, after: Cubin) -> str | None:
+def _compare_rest(before: Cubin, after: Cubin, marks: int | None) -> str | None:
     """Sections that hold no kernel and no symbol."""
     kernels = {symbol.section for symbol in before.symbols if symbol.is_kernel}
     for old, new in zip(before.sections, after.sections, strict=True):
@@ -153,13 +166,15 @@ def _compare_rest(before: Cubin, after: Cubin) -> str | None:
             continue
         was, now = before.bytes_of(old), after.bytes_of(new)
         if was != now and not (
-            old.name.startswith(INFO) and _is_same_info(before, old, after, new)
+            old.name.startswith(INFO) and _is_same_info(before, old, after, new, marks)
         ):
             return f"section {old.name} differs"
     return None
 
 
-def _is_same_info(before: Cubin, old: Section, after: Cubin, new: Section) -> bool:
+def _is_same_info(
+    before: Cubin, old: Section, after: Cubin, new: Section, marks: int | None
+) -> bool:
     """Whether only registers were raised and exit offsets were moved."""
     expected = bytearray(before.bytes_of(old))
     for attribute in read_attributes(before, old):
@@ -167,7 +182,7 @@ def _is_same_info(before: Cubin, old: Section, after: Cubin, new: Section) -> bo
         value = bytes(after.bytes_of(new)[at : at + attribute.size])
         if attribute.code == ATTRIBUTE_REGISTERS and attribute.size == 8:
             was, now = struct.unpack_from("<I", expected, at + 4)[0], value[4:]
-            if was <= int.from_bytes(now, "little") <= max(was, REGISTERS_MAX):
+            if was <= int.from_bytes(now, "little") <= _registers_most(was, marks):
                 expected[at + 4 : at + 8] = now
         elif attribute.code == ATTRIBUTE_EXIT_OFFSETS:
             expected[at : at + attribute.size] = value
@@ -192,8 +207,16 @@ def _compare_segments(before: Cubin, after: Cubin) -> str | None:
     return None
 
 
-def _is_raised(was: int, now: int) -> bool:
+def _registers_most(was: int, marks: int | None) -> int:
+    """That a kernel may state."""
+    return max(was, REGISTERS_MAX, 0 if marks is None else registers_with_marks(was))
+
+
+def _is_raised(was: int, now: int, marks: int | None) -> bool:
     """Registers in the high byte of a function's sh_info."""
     low = (1 << _REGISTERS_SHIFT) - 1
-    raised = was >> _REGISTERS_SHIFT <= now >> _REGISTERS_SHIFT <= REGISTERS_MAX
+    most = REGISTERS_MAX
+    if marks is not None:
+        most = _registers_most(was >> _REGISTERS_SHIFT, marks)
+    raised = was >> _REGISTERS_SHIFT <= now >> _REGISTERS_SHIFT <= most
     return was & low == now & low and bool(was >> _REGISTERS_SHIFT) and raised

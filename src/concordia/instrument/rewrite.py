@@ -21,7 +21,7 @@ from concordia.instrument.proof import first_difference
 from concordia.instrument.ptx import PtxRewritten, read_text, rewrite_ptx
 from concordia.instrument.ptx_check import is_assembled
 from concordia.instrument.report import Hook, KernelReport, Rewritten, Slot
-from concordia.instrument.splice import splice_cubin
+from concordia.instrument.splice import Spliced, splice_cubin
 
 __all__ = ["KernelReport", "Options", "Rewritten", "Slot", "rewrite", "rewrite_of_library"]
 
@@ -87,13 +87,18 @@ def _rewrite_entry(payload: bytes, entry: Entry, options: Options) -> Rewritten:
 
 
 def _rewrite_code(payload: bytes, _: Entry, options: Options) -> Rewritten:
-    done = splice_cubin(payload, entry=options.entry, exit=options.exit)
+    marks = options.page_shift if options.sass_marks else None
+
+    def spliced(skip: Mapping[str, str]) -> Spliced:
+        return splice_cubin(payload, entry=options.entry, exit=options.exit, marks=marks, skip=skip)
+
+    done = spliced({})
     denied = _denied(done.kernels, options)
     if denied:
-        done = splice_cubin(payload, entry=options.entry, exit=options.exit, skip=denied)
+        done = spliced(denied)
     if not _is_hooked(done.kernels):
         return Rewritten(payload, (), done.kernels, is_changed=False)
-    wrong = first_difference(payload, done.cubin)
+    wrong = first_difference(payload, done.cubin, marks)
     if wrong is not None:
         return _whole_left_alone(payload, done.kernels, f"not proven to be the original: {wrong}")
     return Rewritten(done.cubin, done.slots, done.kernels, is_changed=True)

@@ -21,6 +21,8 @@ from concordia.instrument.growth import Grown
 from concordia.instrument.hook import HookCode
 from concordia.instrument.plan import REGISTERS_SHIFT, Plan, Planner, refuse_file
 from concordia.instrument.report import Hook, KernelReport, Slot, SlotKind
+from concordia.instrument.sass_marks import MarkPlan
+from concordia.instrument.sass_trampoline import trampolines
 
 _STEP: Final = sass.INSTRUCTION_BYTES
 _SYMBOL_SIZE_AT: Final = 16
@@ -46,21 +48,29 @@ class Tail:
     exits: tuple[int, ...]
     low_at: tuple[int, ...]
     high_at: tuple[int, ...]
+    patches: tuple[tuple[int, bytes], ...]
 
 
 def splice_cubin(
-    cubin: bytes, *, entry: bool, exit: bool, skip: Mapping[str, str] | None = None
+    cubin: bytes,
+    *,
+    entry: bool,
+    exit: bool,
+    marks: int | None = None,
+    skip: Mapping[str, str] | None = None,
 ) -> Spliced:
-    """Hooks at entry, at exit, or both, in every kernel that can have them; `skip` are kernels that
-    stay as they are, with the reason. Raises ImageRefused for a malformed file; a kernel that stays
-    as it is has a report that says why.
+    """Hooks at entry, at exit, or both, in every kernel that can have them, and marks of all stores
+    with pages of 2 ** `marks` bytes; `skip` are kernels that stay as they are, with the reason.
+    Raises ImageRefused for a malformed file; a kernel that stays as it is has a report that says
+    why.
     """
     elf = read_cubin(cubin)
     kernels = [symbol for symbol in elf.symbols if symbol.is_kernel]
     plans: list[Plan] = []
     reports: dict[int, KernelReport] = {}
-    reason = refuse_file(elf) if entry or exit else "no hook was asked for"
-    planner = Planner(elf) if reason is None else None
+    is_asked = entry or exit or marks is not None
+    reason = refuse_file(elf) if is_asked else "no hook was asked for"
+    planner = Planner(elf, marks) if reason is None else None
     skipped = skip or {}
     for symbol in kernels:
         found: Plan | str = skipped.get(symbol.name) or str(reason)
@@ -69,7 +79,7 @@ def splice_cubin(
         registers = planner.registers(symbol) if planner else 0
         if isinstance(found, Plan):
             plans.append(found)
-            hooks, registers, found = found.hooks, found.registers, found.why_no_exit
+            hooks, registers, found = found.hooks, found.registers, found.why_not
         else:
             hooks = Hook.LEFT_ALONE
         reports[symbol.index] = KernelReport(symbol.name, hooks, registers, found)
@@ -80,14 +90,22 @@ def splice_cubin(
     return Spliced(image, slots, listed)
 
 
-def tail_of(first: bytes, size: int, *, entry: HookCode | None, leaving: HookCode | None) -> Tail:
-    """What goes behind a kernel of `size` bytes whose first instruction is `first`."""
+def tail_of(
+    code: bytes | memoryview,
+    *,
+    entry: HookCode | None,
+    leaving: HookCode | None,
+    marks: MarkPlan | None,
+) -> Tail:
+    """What goes behind a kernel of this code."""
+    first, size = bytes(code[:_STEP]), len(code)
     parts = [sass.NO_OPERATION * (-size % sass.BOUNDARY_BYTES // _STEP)]
     at = size + len(parts[0])
     entry_at, exit_at = at, at
     low: list[int] = []
     high: list[int] = []
     exits: tuple[int, ...] = ()
+    patches: tuple[tuple[int, bytes], ...] = ()
     if entry:
         low += (at + place for place in entry.low_at)
         high += (at + place for place in entry.high_at)
@@ -104,19 +122,27 @@ def tail_of(first: bytes, size: int, *, entry: HookCode | None, leaving: HookCod
         # Registers may be written once nothing of the kernel's own is under way, see leaving.py.
         parts += (sass.waiting(leaving.code[:_STEP]), leaving.code[_STEP:])
         at += len(leaving.code)
+    if marks and marks.sites:
+        marked = trampolines(marks.sites, code, at=at, base=marks.base, page_shift=marks.page_shift)
+        parts.append(marked.code)
+        low += marked.low_at
+        high += marked.high_at
+        patches = marked.patches
+        at += len(marked.code)
     # As the compiler ends a function: whatever is fetched ahead leads nowhere.
     parts.append(sass.branch(at, at))
     at += _STEP
     parts.append(sass.NO_OPERATION * (-at % sass.BOUNDARY_BYTES // _STEP))
-    return Tail(b"".join(parts), entry_at, exit_at, exits, tuple(low), tuple(high))
+    return Tail(b"".join(parts), entry_at, exit_at, exits, tuple(low), tuple(high), patches)
 
 
 def _apply(elf: Cubin, plans: list[Plan]) -> tuple[bytes, tuple[Slot, ...]]:
     tails: dict[int, Tail] = {}
     for plan in plans:
         section = plan.section
-        first = elf.data[section.offset : section.offset + _STEP]
-        tails[section.index] = tail_of(first, section.size, entry=plan.entry, leaving=plan.leaving)
+        tails[section.index] = tail_of(
+            elf.bytes_of(section), entry=plan.entry, leaving=plan.leaving, marks=plan.marks
+        )
     grown = Grown(elf, {index: tail.code for index, tail in tails.items()})
     slots: list[Slot] = []
     for plan in plans:
@@ -132,6 +158,8 @@ def _patch(grown: Grown, plan: Plan, tail: Tail) -> None:
     """The kernel's branches, and everything that states its size, registers and exits."""
     data, section = grown.data, plan.section
     begin = grown.moved(section.offset)
+    for place, instruction in tail.patches:
+        data[begin + place : begin + place + _STEP] = instruction
     if plan.entry:
         data[begin : begin + _STEP] = sass.branch(0, tail.entry_at)
     for place in plan.exits:

@@ -10,11 +10,12 @@
 #define CONTROL_ENTRY_OFFSET 0x100u
 #define CONTROL_EXIT_OFFSET 0x4100u
 #define CONTROL_ALLOCATED_BYTES 0x10000u
+#define CONTROL_SPARE_OFFSET 0xc000u
 
 struct concordia_control {
   uint64_t magic;  // the shim, once
-  uint64_t window_base;  // the tracker: lowest address that is tracked
-  uint64_t window_bytes;  // the tracker: 0 while nothing is, and every test fails
+  uint64_t window_base;  // the tracker: lowest address that is tracked, of a page
+  uint64_t window_bytes;  // the tracker: whole pages; 0: every test fails
   uint64_t map;  // the tracker: address of the byte map, a byte for each page
   uint32_t page_shift;  // the shim, once
   uint32_t flags;  // nobody yet

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -35,7 +34,7 @@ from concordia.integrations.program.shim_build import place_shim
 from concordia.integrations.program.supervisor import Supervisor, end_as
 
 DISABLE: Final = "CONCORDIA_DISABLE"
-HOOKS: Final = ("entry", "exit", "marks")
+HOOKS: Final = ("entry", "exit", "marks", "sass-marks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +54,7 @@ class Launch:
             entry="entry" in self.hooks,
             exit="exit" in self.hooks,
             marks="marks" in self.hooks,
+            sass_marks="sass-marks" in self.hooks,
         )
         if self.policy is None:
             return found
@@ -64,15 +64,14 @@ class Launch:
             entry="entry" in hooks,
             exit="exit" in hooks,
             marks="marks" in hooks,
+            sass_marks="sass-marks" in hooks,
             deny=self.policy.deny,
             opaque=found.opaque if self.policy.opaque is None else self.policy.opaque,
         )
 
 
-def launch(asked: Launch, mask: frozenset[int]) -> int:
-    """Run the program; its exit code. Does not return when a signal ended it. `mask` is that of
-    signals which the program gets, from take_signals.
-    """
+def launch(asked: Launch) -> int:
+    """Run the program; its exit code. Does not return when a signal ended it."""
     environment = dict(os.environ)
     if not asked.command:
         raise UsageError("name a program behind --, such as: concordia run -- python app.py")
@@ -80,7 +79,6 @@ def launch(asked: Launch, mask: frozenset[int]) -> int:
     if program is None:
         raise UsageError(f"there is no program {asked.command[0]}: give its path")
     if environment.get(DISABLE, "0") not in ("", "0"):
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.execvpe(program, list(asked.command), environment)
     driver = find_driver(environment)
     options = asked.options()
@@ -89,7 +87,7 @@ def launch(asked: Launch, mask: frozenset[int]) -> int:
     try:
         place_shim(run.path, driver)
         make_page(run.path)
-        is_looking = not (options.entry or options.exit or options.marks)
+        is_looking = not (options.entry or options.exit or options.marks or options.sass_marks)
         cache = ImageCache(config.Paths.default().image_cache, options.key())
         run.settle(_settings(options, cache, is_looking=is_looking))
         if asked.policy is not None:
@@ -99,7 +97,7 @@ def launch(asked: Launch, mask: frozenset[int]) -> int:
                 environment |= protection.environment()
         run.tell(command=list(asked.command), started=time.time(), driver=str(driver))
         supervisor = Supervisor(
-            mask, _rewriter(run, options), _rewriter_environment(environment), run.socket
+            _rewriter(run, options), _rewriter_environment(os.environ), run.socket
         )
         status = supervisor.run(
             asked.command,

@@ -1,0 +1,177 @@
+"""Store marks in the machine code of a kernel, floor 3.
+
+Owns: `MarkPlan`, and every reason why the stores of a kernel are not marked. Promises: a plan is
+for all stores that the kernel may make; a kernel whose CTA might no longer fit on a multiprocessor,
+or that might wait for CTAs which no longer fit beside it, is left alone. Called by plan. It changes
+nothing; what a store becomes is sass_trampoline's.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from concordia import config
+from concordia.instrument import sass
+from concordia.instrument.elf import TEXT, Attribute, Cubin, Section
+from concordia.instrument.sass_mark_code import ALIGNMENT
+from concordia.instrument.sass_stores import StoreSite, find_stores, may_wait_for_others
+from concordia.instrument.sass_trampoline import mark_registers, trampoline_bytes
+
+REGISTERS_MOST: Final = 255
+THREADS_MOST: Final = 1024  # of a CTA, where a kernel does not say
+_STEP: Final = sass.INSTRUCTION_BYTES
+_GRANULE: Final = 8  # registers of a thread come in so many
+_LANES: Final = 32
+_PARTITIONS: Final = 4  # of a multiprocessor, with 16384 registers each
+_PARTITION_REGISTERS: Final = 16384
+_CALL_RELATIVE: Final = 0x944
+_CALLS: Final = (0x143, 0x144)
+_UNIFIED_TABLES: Final = (".nv.uft", ".nv.udt")
+_THREADS: Final = (0x05, 0x10)  # attributes: most threads of a CTA, threads of every CTA
+_REGISTERS_ALLOWED: Final = 0x1B
+# Attributes that name instructions, whatever for: none of them may be a store that moves.
+_NAMING: Final = (
+    *(0x1D, 0x25, 0x27, 0x28, 0x2D, 0x31, 0x34, 0x39, 0x3A, 0x44, 0x46, 0x47, 0x57, 0x59),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MarkPlan:
+    """One kernel whose stores are marked with registers from `base` on. `has_tensor_maps` when it
+    stores through them, too, which nothing here marks.
+    """
+
+    sites: tuple[StoreSite, ...]
+    base: int
+    page_shift: int
+    has_tensor_maps: bool
+
+    @property
+    def registers(self) -> int:
+        """That a thread needs with the marks; 0 when there is nothing to mark."""
+        return self.base + mark_registers() if self.sites else 0
+
+
+class MarkPlanner:
+    """What is looked up once for all kernels of a file."""
+
+    def __init__(self, elf: Cubin, page_shift: int) -> None:
+        self._elf = elf
+        self._page_shift = page_shift
+        self._stores = 0
+        kernels = {symbol.section for symbol in elf.symbols if symbol.is_kernel}
+        self._calls_elsewhere = any(
+            (section.name.startswith(TEXT) and section.index not in kernels)
+            or section.name.startswith(_UNIFIED_TABLES)
+            for section in elf.sections
+        )
+
+    def plan(
+        self,
+        section: Section,
+        *,
+        registers: int,
+        attributes: Sequence[Attribute],
+        relocated: Set[int],
+    ) -> MarkPlan | str:
+        """How the stores of a kernel are marked, or why they are not."""
+        code = sass.words(self._elf.bytes_of(section))
+        opcodes = sass.opcodes(code)
+        stores = find_stores(code, opcodes)
+        if isinstance(stores, str):
+            return stores
+        if refused := self._refuse_calls(code, opcodes, section.size):
+            return refused
+        base = registers + -registers % ALIGNMENT
+        found = MarkPlan(stores.sites, base, self._page_shift, stores.has_tensor_maps)
+        if not stores.sites:
+            return found
+        named = self._named(attributes)
+        for site in stores.sites:
+            if site.at in named:
+                return "an attribute of the kernel names one of its stores"
+        if not {place // _STEP * _STEP for place in relocated}.isdisjoint(
+            site.at for site in stores.sites
+        ):
+            return "a relocation changes one of its stores"
+        count = len(stores.sites)
+        if count * trampoline_bytes() > config.MARKED_BYTES_MAX:
+            return f"{count} stores are too many to mark"
+        if self._stores + count > config.MARKED_STORES_MAX:
+            return f"{count} stores, after {self._stores} of the file, are too many to mark"
+        if refused := self._refuse_registers(found, registers, attributes, code, opcodes):
+            return refused
+        self._stores += count
+        return found
+
+    def _refuse_calls(self, code: sass.Words, opcodes: NDArray[np.uint16], size: int) -> str | None:
+        """What a call leads to is part of the kernel's section, or of the driver."""
+        calls = np.isin(opcodes & sass.BASE_MASK, _CALLS)
+        near = np.flatnonzero(opcodes == _CALL_RELATIVE)
+        targets = sass.near_targets(code, near)
+        if ((targets < 0) | (targets >= size)).any():
+            return "it calls a function outside its code"
+        if int(calls.sum()) > len(near) and self._calls_elsewhere:
+            return "it may call functions of their own, whose stores are not marked"
+        return None
+
+    def _named(self, attributes: Sequence[Attribute]) -> set[int]:
+        named: set[int] = set()
+        for attribute in attributes:
+            if attribute.code in _NAMING:
+                count = attribute.size // 4
+                named.update(struct.unpack_from(f"<{count}I", self._elf.data, attribute.offset))
+        return named
+
+    def _refuse_registers(
+        self,
+        plan: MarkPlan,
+        registers: int,
+        attributes: Sequence[Attribute],
+        code: sass.Words,
+        opcodes: NDArray[np.uint16],
+    ) -> str | None:
+        """Whether a CTA still fits, and as many beside it as may be needed."""
+        wanted = plan.registers
+        if wanted > REGISTERS_MOST:
+            return f"{registers} registers: a mark needs {mark_registers()} more"
+        if _granted(wanted) == _granted(registers):
+            return None
+        threads = self._threads(attributes)
+        warps = -(-threads // _LANES)
+        used = -(-warps // _PARTITIONS) * _granted(wanted) * _LANES
+        if used > _PARTITION_REGISTERS:
+            needed = mark_registers()
+            return f"{registers} registers of {threads} threads: a mark needs {needed} more"
+        allowed = self._number(attributes, _REGISTERS_ALLOWED)
+        if allowed is not None and wanted > allowed:
+            return f"{registers} registers of {allowed}: a mark needs {mark_registers()} more"
+        if may_wait_for_others(code, opcodes):
+            return "it may wait for other CTAs, of which fewer run at a time with more registers"
+        return None
+
+    def _threads(self, attributes: Sequence[Attribute]) -> int:
+        """At most, of a CTA."""
+        found = THREADS_MOST
+        for attribute in attributes:
+            if attribute.code in _THREADS and attribute.size == 12:
+                x, y, z = struct.unpack_from("<3I", self._elf.data, attribute.offset)
+                found = min(found, max(x, 1) * max(y, 1) * max(z, 1))
+        return found
+
+    def _number(self, attributes: Sequence[Attribute], code: int) -> int | None:
+        for attribute in attributes:
+            if attribute.code == code and attribute.size == 2:
+                (value,) = struct.unpack_from("<H", self._elf.data, attribute.offset)
+                return int(value)
+        return None
+
+
+def _granted(registers: int) -> int:
+    return registers + -registers % _GRANULE

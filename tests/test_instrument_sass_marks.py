@@ -1,0 +1,380 @@
+"""Store marks in machine code, without a GPU.
+
+Invariants: the shipped pieces are what the pinned compiler makes, and write no predicate, no uniform register and no register of the
+kernel's; the marked byte is that of the store's page for every address inside the window, and a spare byte of the control block for
+every other; the stores that are marked are those that the vendor's disassembler shows; each instruction of the kernel is kept, at its
+place or in a trampoline, which leads back; a kernel whose stores cannot all be followed, or that has no room, is left alone with the
+reason; the proof refuses whatever else differs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+import random
+import re
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings are not installed")
+pytest.importorskip("triton", reason="triton is not installed: its wheel has assembler and disassembler")
+
+import zstandard
+from splice_kernels import compiled, new_cubin, old_cubin
+
+from concordia import abi
+from concordia.device.nvrtc import link_cubin
+from concordia.instrument import sass, sass_mark_code
+from concordia.instrument.elf import TEXT, read_cubin
+from concordia.instrument.options import Options
+from concordia.instrument.proof import first_difference
+from concordia.instrument.report import Hook, KernelReport, fill
+from concordia.instrument.rewrite import rewrite
+from concordia.instrument.sass_mark_code import mark_code, renamed
+from concordia.instrument.sass_stores import StoreSite, find_stores
+from concordia.instrument.sass_trampoline import mark_registers, trampoline, trampolines
+from concordia.instrument.splice import Spliced, splice_cubin
+from ptx_forms import FILE, FORMS, GENERIC, GENERIC_RANGE, KERNEL, MARK, NOTHING, RANGE, WHOLE
+from ptx_generator import Program, module
+from sass_machine import Thread
+from test_instrument_splice import disassembled
+
+CORPUS = sorted((pathlib.Path(__file__).parent / "corpus" / "cubin").glob("*.zst"))
+ADDRESS = 0x7F12_3456_0000
+SHIFT = 16
+BASE = 40  # first register of a mark
+STORE = re.compile(r"^(?:@!?P\d\s+)?(STG|ST|ATOMG|ATOM|REDG|RED)[. ]")
+REGISTER = re.compile(r"\bR(\d+)\b")
+CONTROL, MAP = 0x7F00_1234_0000, 0x7F77_FFFF_FF00  # the map's addresses carry into the high word
+
+
+def unpacked(path: pathlib.Path) -> bytes:
+    return zstandard.ZstdDecompressor().decompress(path.read_bytes(), max_output_size=1 << 26)
+
+
+def linked(text: str, architecture: str = "sm_90", registers: int = 128) -> bytes:
+    return link_cubin([text.encode()], name="marks", architecture=architecture, registers_max=registers)
+
+
+def cuda(body: str, *, attributes: str = "", signature: str = "unsigned* p, unsigned n", registers: int = 128) -> bytes:
+    """One kernel of this body."""
+    text = f'extern "C" __global__ void {attributes} kernel({signature}) {{ {body} }}'
+    return link_cubin([compiled(text)], name="marks", architecture="sm_90", registers_max=registers)
+
+
+def marked(cubin: bytes, *, entry: bool = False, leaving: bool = False) -> Spliced:
+    """With marks, proven."""
+    spliced = splice_cubin(cubin, entry=entry, exit=leaving, marks=SHIFT)
+    assert first_difference(cubin, spliced.cubin, SHIFT) is None
+    return spliced
+
+
+def check_disassembly(original: bytes, spliced: Spliced, path: pathlib.Path) -> Counter[str]:
+    """Every instruction is kept, and stores are the disassembler's; how many are marked, by kernel."""
+    before, after = disassembled(original, path), disassembled(fill(spliced.cubin, spliced.slots, ADDRESS), path)
+    hooks = {kernel.name: kernel.hooks for kernel in spliced.kernels}
+    elf = read_cubin(fill(spliced.cubin, spliced.slots, ADDRESS))
+    count: Counter[str] = Counter()
+    for name, instructions in before.items():
+        (section,) = (s for s in elf.sections if s.name == TEXT + name)
+        code = sass.words(elf.bytes_of(section))
+        has_marks = Hook.MARKS in hooks.get(name, Hook(0))
+        for at, (words, low, high) in instructions.items():
+            now = after[name][at]
+            if has_marks and STORE.match(words):
+                count[name] += 1
+                assert now[0].startswith("BRA `(")
+                check_trampoline(after[name], code, at, words)
+            elif now[1:] != (low, high):
+                assert has_marks
+                assert STORE.match(instructions[at + 16][0])
+                assert now[0] == words.replace(".reuse", ""), (name, at)
+    return count
+
+
+def check_trampoline(after: dict[int, tuple[str, int, int]], code: sass.Words, at: int, words: str) -> None:
+    """The store is in it, under its guard, and it leads back."""
+    begin = int(sass.branch_targets(code, np.array([at // 16]))[0])
+    block = [after[place][0] for place in range(begin, begin + 16 * 40, 16) if place in after]
+    end = next(index for index, found in enumerate(block) if found.startswith("BRA"))
+    assert int(sass.branch_targets(code, np.array([begin // 16 + end]))[0]) == at + 16
+    stores = [found for found in block[:end] if STORE.match(found)]
+    assert stores[0] == words.replace(".reuse", "")
+    assert len(stores) == 2
+    assert "STG.E.U8" in stores[1]
+    guard = words.split(maxsplit=1)[0] if words.startswith("@") else ""
+    assert [found.split(maxsplit=1)[0] for found in block[:end] if found.startswith("@")] == [guard] * 3 * bool(guard)
+
+
+@pytest.fixture(scope="module")
+def fresh() -> sass_mark_code.MarkCode:
+    return sass_mark_code.compile_marks()
+
+
+def test_shipped_pieces_are_the_compiler_s_own_when_compiled_afresh(fresh: sass_mark_code.MarkCode) -> None:
+    assert fresh == mark_code(), "run: python -m concordia.instrument.sass_mark_code"
+
+
+@pytest.mark.parametrize("descriptor", [None, 6, 62])
+@pytest.mark.parametrize("base", [4, 24, 240])
+def test_pieces_name_their_own_registers_alone_when_moved(descriptor: int | None, base: int, tmp_path: pathlib.Path) -> None:
+    piece = mark_code().mark(descriptor)
+    code = renamed(piece.code, {number: base + number for number in range(piece.registers)}, descriptor or 0)
+    before, after = in_place_of_a_kernel(piece.code, tmp_path), in_place_of_a_kernel(code, tmp_path)
+    for old, new in zip(before, after, strict=True):
+        moved = REGISTER.sub(lambda found: f"R{int(found[1]) + base}", old)
+        assert moved.replace("desc[UR0]", f"desc[UR{descriptor}]") == new
+        assert not re.search(r"\bU?P\d", new), "a predicate"
+        assert max(map(int, REGISTER.findall(new))) < base + piece.registers == base + mark_registers()
+        assert min(map(int, REGISTER.findall(new))) >= base
+        assert not re.search(r"\bUR\d", new.replace(f"desc[UR{descriptor}]", "")), "a uniform register"
+
+
+def in_place_of_a_kernel(code: bytes, path: pathlib.Path) -> list[str]:
+    """The instructions as the vendor reads them, in a kernel that is long enough."""
+    cubin = bytearray(new_cubin("leaves_in_a_loop"))
+    (section,) = (s for s in read_cubin(bytes(cubin)).sections if s.name.startswith(TEXT))
+    assert len(code) <= section.size
+    cubin[section.offset : section.offset + len(code)] = code
+    (found,) = disassembled(bytes(cubin), path / "moved.cubin").values()
+    return [found[at][0] for at in range(0, len(code), 16)]
+
+
+def site(register: int, offset: int, *, guard: int = 7, descriptor: int | None = 4) -> StoreSite:
+    low = 0x986 | guard << 12 | register << 24 | (offset & 0xFFFFFF) << 40
+    return StoreSite(0x100, low, 0x0C101904, descriptor)
+
+
+@pytest.mark.parametrize("descriptor", [4, None])
+def test_marked_byte_is_that_of_the_page_when_addresses_are_anywhere(descriptor: int | None) -> None:
+    """A page is 32 bits of the address less 32 bits of the window's begin: exact inside the window, and never beyond the map."""
+    seed = random.SystemRandom().randrange(1 << 32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    page = 1 << SHIFT
+    for _ in range(3000):
+        first = rng.choice([0x7F40_0000_0000, rng.randrange(1 << 24, 1 << 47), 0x1_0000_0000, (1 << 47) - (1 << 38)]) >> SHIFT << SHIFT
+        size = rng.choice([0, page, 7 * page, rng.randrange(1 << 22) << SHIFT, 1 << 38])
+        if first + size > 1 << 47:
+            continue
+        edge = rng.choice([first, first + size, first + size // 2])
+        address = rng.choice([edge + rng.randrange(-20, 20), edge + rng.randrange(-(1 << 30), 1 << 30), rng.randrange(1 << 47), 0])
+        address = min(max(address, 0), (1 << 47) - 1)
+        offset = rng.choice([0, 4, -4, rng.randrange(-(1 << 23), 1 << 23)])
+        register = address - offset & (1 << 64) - 1
+        stores = rng.random() < 0.8
+        guard = rng.choice([0, 3, 9]) if not stores else rng.choice([7, 0, 9])
+        found = run(site(10, offset, guard=guard, descriptor=descriptor), register, first, size, stores=stores)
+        if stores and first <= address < first + size:
+            assert found == MAP + (address - first >> SHIFT)
+        else:
+            assert CONTROL + abi.CONTROL_SPARE_OFFSET <= found < CONTROL + abi.CONTROL_ALLOCATED_BYTES
+
+
+@pytest.mark.parametrize("shift", [12, 20, 30])
+def test_marked_byte_is_that_of_the_page_when_pages_have_another_size(shift: int) -> None:
+    first, pages = 5 << 30 + 2, 9
+    for page, offset in itertools.product(range(-2, pages + 2), (0, (1 << shift) - 1)):
+        found = run(site(10, 0), first + (page << shift) + offset, first, pages << shift, shift=shift)
+        assert (found == MAP + page) == (0 <= page < pages)
+
+
+def run(store: StoreSite, register: int, first: int, size: int, *, stores: bool = True, shift: int = SHIFT) -> int:
+    """Where a mark's byte goes."""
+    code, control = trampoline(store, BASE, shift)
+    filled = bytearray(code)
+    filled[control + 4 : control + 8] = (CONTROL & 0xFFFFFFFF).to_bytes(4, "little")
+    filled[control + 20 : control + 24] = (CONTROL >> 32).to_bytes(4, "little")
+    offsets = abi.CONTROL.offsets()
+    words = {"window_base": first, "window_bytes": size, "map": MAP if size else 0}
+    thread = Thread(
+        registers={10: register & 0xFFFFFFFF, 11: register >> 32},
+        memory={CONTROL + offsets[name]: value for name, value in words.items()},
+        predicate=stores,
+    )
+    thread.run(bytes(filled), skip=control - 16)
+    ((address, value),) = thread.stored
+    assert value == 1
+    assert (thread.registers[10], thread.registers[11]) == (register & 0xFFFFFFFF, register >> 32)
+    assert all(number in (10, 11) or BASE <= number < BASE + mark_registers() for number in thread.registers)
+    return address
+
+
+@pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.name.partition(".")[0])
+def test_shipped_kernel_keeps_its_instructions_when_its_stores_are_marked(path: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    original = unpacked(path)
+    spliced = marked(original)
+    by_marks = check_disassembly(original, spliced, tmp_path / "a.cubin").total()
+    assert len(spliced.slots) == 2 * by_marks
+    for kernel in spliced.kernels:
+        assert Hook.MARKS in kernel.hooks or "marks: " in kernel.reason, kernel
+    both = marked(original, entry=True, leaving=True)
+    hooked = sum((kernel.hooks & (Hook.ENTRY | Hook.EXIT)).bit_count() for kernel in both.kernels)
+    assert len(both.slots) == 2 * (by_marks + hooked)
+
+
+@pytest.mark.parametrize("maker", [old_cubin, new_cubin], ids=["V1", "V2"])
+def test_compiled_kernels_keep_their_instructions_when_their_stores_are_marked(maker: type, tmp_path: pathlib.Path) -> None:
+    original = maker()
+    spliced = marked(original)
+    assert check_disassembly(original, spliced, tmp_path / "a.cubin").total() >= 20
+    left = {kernel.name: kernel.reason for kernel in spliced.kernels if Hook.MARKS not in kernel.hooks}
+    assert all(reason.startswith("marks: ") for reason in left.values())
+    assert "it changes how many registers" in left["fewer_registers_than_before"]
+
+
+def test_random_kernels_keep_their_instructions_when_their_stores_are_marked(tmp_path: pathlib.Path) -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    print("seed", seed)
+    original = linked(module([Program.random(f"kernel_{n}", seed + n) for n in range(30)], "sm_90"))
+    spliced = marked(original)
+    assert check_disassembly(original, spliced, tmp_path / "a.cubin").total() >= 100
+    left = [kernel.reason for kernel in spliced.kernels if Hook.MARKS not in kernel.hooks]
+    known = "it may wait for other CTAs", "it may call functions of their own", "a store of a form that is not known"
+    assert all(reason.removeprefix("marks: ").startswith(known) for reason in left), left
+
+
+HIDDEN = ("multimem.st", "multimem.red")  # compile to a plain store
+FREE = ("discard", "multimem.ld_reduce", "tensormap", "/*")
+OUT_OF_SIGHT = ("st.mmio.relaxed.sys.global.u32 [%rd2]", "st.shared::cluster.u32")  # their address is in uniform registers
+
+
+ON_HOPPER = [(form[0], form[2]) for form in FORMS if "sm_90a" in form[1]]
+
+
+@pytest.fixture(scope="module")
+def every_form(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[KernelReport, int]]:
+    """The report of each form, and how many of its stores are marked."""
+    kernels = [KERNEL.format(name=f"form_{number}", instruction=form[0]) for number, form in enumerate(ON_HOPPER)]
+    original = linked(FILE.format(target="sm_90a") + "".join(kernels), "sm_90a")
+    spliced = marked(original)
+    path = tmp_path_factory.mktemp("forms") / "a.cubin"
+    counts = check_disassembly(original, spliced, path)
+    reports = {kernel.name: kernel for kernel in spliced.kernels}
+    return [(reports[f"form_{number}"], counts[f"form_{number}"]) for number in range(len(ON_HOPPER))]
+
+
+@pytest.mark.parametrize("number", range(len(ON_HOPPER)), ids=[re.sub(r"[^a-z0-9_.]+", "-", form[0][:40]) for form in ON_HOPPER])
+def test_every_form_of_store_is_marked_or_refused_when_compiled(number: int, every_form: list[tuple[KernelReport, int]]) -> None:
+    (instruction, does), (kernel, count) = ON_HOPPER[number], every_form[number]
+    if does == RANGE and instruction.startswith(("cp.", "@%p1 cp.")):
+        assert "it stores in bulk" in kernel.reason
+    elif instruction.startswith("discard"):
+        assert "it discards memory" in kernel.reason
+    elif instruction.startswith(OUT_OF_SIGHT):
+        assert "a store of a form that is not known" in kernel.reason
+    elif "it may wait for other CTAs" in kernel.reason:
+        assert instruction.startswith(("red", "atom"))
+        assert does in (MARK, GENERIC)
+    elif does == WHOLE and not instruction.startswith(HIDDEN):
+        assert kernel.hooks == Hook.MARKS | Hook.WHOLE_REGION
+    else:
+        assert kernel.hooks == Hook.MARKS
+        if not instruction.startswith(FREE):
+            assert (count > 0) == (does != NOTHING)
+        assert does in (MARK, GENERIC, RANGE, GENERIC_RANGE, NOTHING) or instruction.startswith((*HIDDEN, *FREE))
+
+
+SPIN = "volatile unsigned* v = p; while (v[1] < n) {} p[threadIdx.x] = n;"
+MANY = "unsigned x[40]; for (int i = 0; i < 40; ++i) x[i] = p[threadIdx.x + i * n]; __syncthreads(); for (int i = 0; i < 40; ++i) p[threadIdx.x * 3 + i * n] = x[i] ^ x[39 - i];"
+
+
+@pytest.mark.parametrize(
+    ("body", "settings", "reason"),
+    [
+        (MANY, {}, "registers of 1024 threads: a mark needs"),
+        (MANY, {"attributes": "__launch_bounds__(128)"}, ""),
+        (SPIN, {}, "it may wait for other CTAs"),
+        ("for (;;) if (atomicAdd(p, 0) >= n) break; p[threadIdx.x] = 1;", {}, "it may wait for other CTAs"),
+        ("for (unsigned i = 0; i < n; ++i) atomicAdd(p + i, 1);", {}, ""),
+        ("if (n) p[threadIdx.x] = 1;", {}, ""),
+        ("surf1Dwrite(n, (cudaSurfaceObject_t)p, 4);", {}, "it may write surfaces"),
+    ],
+    ids=["many", "many_of_few", "spins", "spins_by_atomics", "adds", "plain", "surface"],
+)
+def test_kernel_is_marked_or_left_alone_with_the_reason_when_of_this_form(body: str, settings: dict[str, str], reason: str) -> None:
+    if "surf" in body:
+        original = linked(FILE.format(target="sm_90") + KERNEL.format(name="form", instruction="sust.b.1d.b32.trap [%rd1, {%r1}], %r2;"))
+    else:
+        original = cuda(body, **settings)
+    spliced = marked(original)
+    (kernel,) = spliced.kernels
+    assert (Hook.MARKS in kernel.hooks) == (not reason), kernel
+    assert reason in kernel.reason
+    if not reason:
+        assert kernel.registers >= read_registers(original) + mark_registers()
+
+
+def read_registers(cubin: bytes) -> int:
+    return splice_cubin(cubin, entry=False, exit=False, marks=None, skip={"kernel": "-"}).kernels[0].registers or 1
+
+
+def test_kernel_that_calls_functions_of_their_own_is_left_alone() -> None:
+    text = """.version 9.0
+.target sm_90
+.address_size 64
+.visible .func other(.param .u64 q) { .reg .u64 %r1; ld.param.u64 %r1, [q]; st.u32 [%r1], 1; ret; }
+.visible .global .u64 table[1] = {other};
+.visible .entry kernel(.param .u64 p) {
+ .reg .u64 %p1, %f; ld.param.u64 %p1, [p]; ld.global.u64 %f, [table];
+ { .param .u64 a; st.param.u64 [a], %p1; kind: .callprototype _ (.param .u64 _); call %f, (a), kind; }
+ ret; }
+"""
+    (kernel,) = marked(linked(text)).kernels
+    assert "functions of their own" in kernel.reason
+
+
+def test_operands_kept_for_a_store_are_forgotten_when_it_moves() -> None:
+    """Somewhere in the corpus an instruction before a store keeps an operand."""
+    seen = 0
+    for path in CORPUS:
+        original = unpacked(path)
+        elf = read_cubin(original)
+        for section in elf.sections:
+            if not section.name.startswith(TEXT):
+                continue
+            raw = bytes(elf.bytes_of(section))
+            code = sass.words(raw)
+            stores = find_stores(code, sass.opcodes(code))
+            if isinstance(stores, str):
+                continue
+            made = trampolines(stores.sites, raw, at=section.size, base=BASE, page_shift=SHIFT)
+            places = {found.at for found in stores.sites}
+            changed = {at: instruction for at, instruction in made.patches if at not in places}
+            kept = {at - 16 for at in places if at - 16 not in places and raw[at - 1] >> 2 & 7}
+            assert changed.keys() == kept
+            assert all(instruction == raw[at : at + 15] + bytes([raw[at + 15] & 0xE3]) for at, instruction in changed.items())
+            seen += len(kept)
+    assert seen
+
+
+def test_proof_refuses_when_a_byte_of_a_mark_or_of_a_branch_to_it_differs() -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    original = cuda("if (n) p[threadIdx.x] = 1; else atomicAdd(p + n, 5);")
+    spliced = marked(original)
+    slots = {place for slot in spliced.slots for place in range(slot.offset + 4, slot.offset + 8)}
+    (section,) = (s for s in read_cubin(spliced.cubin).sections if s.name == TEXT + "kernel")
+    for _ in range(400):
+        at = rng.randrange(section.offset, section.end)
+        if at in slots:
+            continue
+        broken = bytearray(spliced.cubin)
+        broken[at] ^= 1 << rng.randrange(8)
+        assert first_difference(original, bytes(broken), SHIFT) is not None, at
+    assert first_difference(original, spliced.cubin) is not None, "marks that nobody asked for"
+    assert first_difference(original, spliced.cubin, SHIFT + 1) is not None, "pages of another size"
+
+
+def test_rewrite_marks_machine_code_when_it_is_asked_to() -> None:
+    original = cuda("if (n) p[threadIdx.x] = 1;")
+    options = Options(entry=True, marks=True)
+    assert rewrite(original, options).kernels[0].hooks == Hook.ENTRY
+    found = rewrite(original, replace(options, sass_marks=True))
+    assert found.is_changed
+    assert found.kernels[0].hooks == Hook.ENTRY | Hook.MARKS
+    assert replace(options, sass_marks=True).key() != options.key()
