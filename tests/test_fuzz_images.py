@@ -111,7 +111,7 @@ def test_corpus_and_some_seconds_of_mutation_are_survived_when_the_parsers_are_f
     command = [sys.executable, str(ROOT / "benchmarks" / "fuzz_images.py"), "--seconds", str(SECONDS), "--crashes", str(tmp_path / "crashes"), "--output", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env={"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin"})
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(out.read_text())
+    (found,) = json.loads(out.read_text())["runs"]
     assert found["crashes"] == []
     assert set(found["inputs"]) == {"fatbin", "cubin", "ptx", "cache", "request", "library", "rewrite"}
     assert all(count > 20 for count in found["inputs"].values()), found["inputs"]

@@ -57,6 +57,14 @@ def test_text_is_marked_and_machine_code_is_entered_when_both_are_rewritten() ->
     assert all(kernel.registers > 0 for kernel in done.kernels)
 
 
+def test_stores_of_machine_code_are_marked_only_when_that_is_asked_for() -> None:
+    assert not any(Hook.MARKS in found for found in hooks(rewrite(gpu_images.cubin(), Options())).values())
+    done = rewrite(gpu_images.cubin(), Options(sass_marks=True))
+    assert hooks(done) == {"store": Hook.ENTRY | Hook.MARKS, "nothing": Hook.ENTRY | Hook.MARKS}
+    assert proves_original(gpu_images.cubin(), done.image, Options().page_shift)
+    assert not any(Hook.MARKS in found for found in hooks(rewrite(TEXT_BYTES, Options(marks=False, sass_marks=True))).values())
+
+
 @pytest.mark.parametrize("tail", [b"", b"\0", b"\0\0\0"])
 def test_text_may_end_in_zeros_when_it_is_loaded_as_a_string(tail: bytes) -> None:
     done = rewrite(TEXT_BYTES + tail, Options())
