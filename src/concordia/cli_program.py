@@ -64,11 +64,11 @@ def run(
     The program keeps its terminal, its signals and its exit code. CONCORDIA_DISABLE=1 in the
     environment switches everything off, for one program or for all.
     """
-    from concordia.integrations.program.supervisor import take_signals
+    from concordia.integrations.program.supervisor import before_threads
 
-    mask = take_signals()  # before anything that starts threads is loaded
-    from concordia.integrations.program.launch import HOOKS, Launch, launch
-    from concordia.integrations.program.policy import read_policy
+    with before_threads():
+        from concordia.integrations.program.launch import HOOKS, Launch, launch
+        from concordia.integrations.program.policy import read_policy
 
     wanted = frozenset(part.strip() for part in hooks.split(",") if part.strip())
     if not wanted <= set(HOOKS):
@@ -80,7 +80,7 @@ def run(
         run_dir=run_dir,
         is_verbose=verbose,
     )
-    sys.exit(launch(asked, mask))
+    sys.exit(launch(asked))
 
 
 @click.command()

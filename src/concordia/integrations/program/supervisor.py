@@ -4,7 +4,7 @@ Owns: starting both, signals on their way to the program, and the end of both. P
 has the signal mask, the terminal and the process group that it would have without us; a signal from
 the terminal reaches it once (the kernel sends it), one sent to us is passed on; a rewriter that
 dies is started once more; none is left behind. Called by launch. It knows no shim, and imports
-nothing that could start a thread: signals are to be taken before there is one.
+nothing that starts a thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -37,25 +37,28 @@ _ENDING: Final = _PASSED[:4]
 _TAKEN: Final = (*_PASSED, signal.SIGCHLD)
 
 
-def take_signals() -> frozenset[int]:
-    """From here on signals wait for the supervisor; the mask that was, which the program gets. Any
-    thread inherits what is blocked now, and one that did not would lose them.
+@contextlib.contextmanager
+def before_threads() -> Iterator[None]:
+    """What is imported meanwhile may start threads: they never take a signal from the one that
+    waits for it.
     """
-    return frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, _TAKEN))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _TAKEN)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @dataclass(slots=True)
 class Supervisor:
-    """Starts and watches; `rewriter` is its command, empty for none, `socket` what it listens on.
-    `mask` is from take_signals.
-    """
+    """Starts and watches; `rewriter` is its command, or empty; `socket` is what it listens on."""
 
-    mask: frozenset[int]
     rewriter: Sequence[str] = ()
     rewriter_environment: Mapping[str, str] = field(default_factory=dict)
     socket: Path = Path()
     rewriter_deaths: int = 0
     _rewriter_pid: int = 0
+    _mask: frozenset[int] = frozenset()  # that the program gets
 
     def run(
         self,
@@ -67,23 +70,26 @@ class Supervisor:
         """Run the program to its end; its wait status. `when_ended` runs after it, with the
         rewriter still there.
         """
+        self._mask = frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, _TAKEN))
         try:
             self._start_rewriter()
             self._await_rewriter()
             # what came so far came when there was no program that could have seen it
-            for number in sorted(signal.sigpending() & {int(taken) for taken in _ENDING}):
-                return int(number)  # as a wait status: ended by this signal
+            early = signal.sigtimedwait(_ENDING, 0)
+            if early is not None:
+                return early.si_signo  # as a wait status: ended by this signal
             pid = self._spawn(command, environment)
             status = self._watch(pid)
             when_ended()
             return status
         finally:
             self._end_rewriter()
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     def _spawn(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
         try:
             return os.posix_spawnp(
-                command[0], list(command), dict(environment), setsigmask=self.mask
+                command[0], list(command), dict(environment), setsigmask=self._mask
             )
         except OSError as error:
             raise UsageError(f"{command[0]} cannot be started: {error.strerror}") from None
@@ -96,7 +102,7 @@ class Supervisor:
             self.rewriter[0],
             list(self.rewriter),
             dict(self.rewriter_environment),
-            setsigmask=self.mask,
+            setsigmask=self._mask,
             setsid=True,
             file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
         )
@@ -111,8 +117,9 @@ class Supervisor:
 
     def _watch(self, pid: int) -> int:
         while True:
-            seen = signal.sigwaitinfo(_TAKEN)
-            if seen.si_signo == signal.SIGCHLD:
+            # bounded: a thread that was started since may have taken the signal
+            seen = signal.sigtimedwait(_TAKEN, config.WAIT_LOOK_S)
+            if seen is None or seen.si_signo == signal.SIGCHLD:
                 status = self._reap(pid)
                 if status is not None:
                     return status
