@@ -80,7 +80,7 @@ IMAGE_SLOTS_MAX: Final = 1 << 20  # a handful per hooked kernel
 IMAGE_KERNELS_MAX: Final = 1 << 16  # all 40,396 kernels of five large libraries would fit
 KERNEL_NAME_BYTES_MAX: Final = (1 << 16) - 1  # as the cache file counts; longer ones are cut
 KERNEL_REASON_BYTES_MAX: Final = 1024
-# of one PTX text: 1.4 s and 15 MB of memory for each MB; the largest of vLLM has 34 MB
+# of one PTX text: 0.4 s and 15 MB of memory for each MB; the largest of vLLM has 34 MB
 PTX_BYTES_MAX: Final = 64 << 20
 # of what marks add to one kernel: 40,000 stores, more than the largest known one has
 MARKED_BYTES_MAX: Final = 16 << 20

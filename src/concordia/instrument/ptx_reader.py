@@ -7,14 +7,19 @@ declaration and a statement end.
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from concordia import config
 from concordia.errors import ImageRefused
-from concordia.instrument.ptx_tokens import Kind, Token, refused, tokens
+from concordia.instrument.ptx_tokens import Kind, Token, refused, token_at
 
 _OPEN: Final = {"{": "}", "[": "]", "(": ")"}
 _CLOSE: Final = frozenset(_OPEN.values())
+# Most operands: names, numbers and addresses in a line, to their semicolon. No comment, string or
+# brace is in it, and no bracket in a bracket, so it ends where the tokens would.
+_WORDS: Final = r"[A-Za-z0-9_$%.,+\-|!\x20\t]*+"
+_SIMPLE: Final = re.compile(rf"{_WORDS}(?:\[{_WORDS}\]{_WORDS})*+;", re.ASCII)
 
 
 class Reader:
@@ -22,9 +27,9 @@ class Reader:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self._tokens = tokens(text)
+        self._stop = len(text)
         self.end = 0  # of the token taken last
-        self.token: Token = next(self._tokens)
+        self.token = token_at(text, 0, self._stop)
 
     def take(self) -> Token:
         """The token in hand; at the end there is none."""
@@ -32,7 +37,7 @@ class Reader:
         if taken.kind is Kind.END:
             raise self.refused("it ends here")
         self.end = taken.end
-        self.token = next(self._tokens)
+        self.token = token_at(self.text, self.end, self._stop)
         return taken
 
     def take_kind(self, kind: Kind) -> Token:
@@ -53,13 +58,17 @@ class Reader:
         found = self.token.text[:24] or "the end"
         return refused(self.text, self.token.start, f"{what}, found {found!r}")
 
-    def rest(self) -> list[Token]:
-        """Up to and with the semicolon outside of all brackets."""
-        taken: list[Token] = []
+    def pass_rest(self) -> None:
+        """Go on behind the semicolon outside of all brackets."""
+        if self.token.kind is not Kind.END and (
+            found := _SIMPLE.match(self.text, self.token.start, self._stop)
+        ):
+            self.end = found.end()
+            self.token = token_at(self.text, self.end, self._stop)
+            return
         open_: list[str] = []
         while open_ or not self.take_mark(";"):
-            taken.append(self._bracketed(open_))
-        return taken
+            self._bracketed(open_)
 
     def _bracketed(self, open_: list[str]) -> Token:
         """One token; `open_` are the brackets that are to be closed."""

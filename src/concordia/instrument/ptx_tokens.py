@@ -67,8 +67,16 @@ _SHOWN: Final = 24  # characters of a text that a refusal quotes
 def tokens(text: str, start: int = 0, end: int | None = None) -> Iterator[Token]:
     """The tokens between two indices, then one of kind END. Raises ImageRefused."""
     stop = len(text) if end is None else end
+    token = token_at(text, start, stop)
+    while token.kind is not Kind.END:
+        yield token
+        token = token_at(text, token.start + len(token.text), stop)
+    yield token
+
+
+def token_at(text: str, at: int, stop: int) -> Token:
+    """The first token from an index on; of kind END when there is none. Raises ImageRefused."""
     match = _PIECE.match
-    at = start
     while at < stop:
         found = match(text, at, stop)
         if found is None:
@@ -83,9 +91,8 @@ def tokens(text: str, start: int = 0, end: int | None = None) -> Iterator[Token]
             at = closed + 2
         else:
             assert name is not None
-            yield Token(_KINDS[name], found[0], at)
-            at = found.end()
-    yield Token(Kind.END, "", stop)
+            return Token(_KINDS[name], found[0], at)
+    return Token(Kind.END, "", stop)
 
 
 def number(text: str) -> int | None:

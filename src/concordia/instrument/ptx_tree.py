@@ -183,7 +183,7 @@ def _section(reader: Reader, _: Module) -> None:
 
 
 def _pragma(reader: Reader, _: Module) -> None:
-    reader.rest()
+    reader.pass_rest()
 
 
 def _location(reader: Reader, _: Module) -> None:
@@ -236,7 +236,7 @@ def _body(reader: Reader, function: Function) -> None:
             if token.text in {".loc", ".file"}:
                 _PLAIN[token.text](reader, unused)
             else:
-                reader.rest()
+                reader.pass_rest()
             function.statements.append(
                 Statement(Shape.DIRECTIVE, start, reader.end, token.text, body=token.end)
             )
@@ -259,5 +259,5 @@ def _instruction(reader: Reader) -> Statement:
     while reader.token.kind is Kind.DOT:  # modifiers may stand apart
         head += reader.take().text
     body = reader.end
-    reader.rest()
+    reader.pass_rest()
     return Statement(Shape.INSTRUCTION, start, reader.end, head, guard, body)
