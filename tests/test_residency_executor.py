@@ -5,6 +5,7 @@ after a park, and is out whenever a call of ours waits for the whole device; a s
 with the executor's own launches, and have left once it is parked; closing ends everything, also when the context was lost.
 """
 
+import ctypes
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from concordia import abi, config
-from concordia.device import quick_swap
+from concordia.device import driver_park, quick_swap
 from concordia.device.compiler import HandlerSource
 from concordia.device.policy import POLICIES
 from concordia.errors import DeviceError, HandlerRefused, UsageError, WaitTimeout
@@ -336,3 +337,62 @@ def test_park_waits_for_a_place_that_is_inside(device: FakeCuda) -> None:
         assert tasks.result(ticket) is not None
         assert device.driver.inside == 0
     runtime.close()
+
+
+class StandInShim:
+    """native/park.c as far as an executor sees it."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, int, int]] = []
+        self.exempt: list[int] = []
+
+    def concordia_park_register(self, park: ctypes.c_void_p, unpark: ctypes.c_void_p, context: ctypes.c_void_p) -> int:
+        assert park.value
+        assert unpark.value
+        assert context.value
+        self.told.append((park.value, unpark.value, context.value))
+        return len(self.told) - 1
+
+    def concordia_park_unregister(self, handle: int) -> int:
+        return int(handle == len(self.told) - 1)
+
+    def concordia_park_exempt(self, function: ctypes.c_void_p) -> None:
+        assert function.value
+        self.exempt.append(function.value)
+
+    def call(self, which: int) -> None:
+        """As the thread of a driver call does it, without an interpreter's lock."""
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.told[-1][which])(self.told[-1][2])
+
+
+def test_executor_is_out_while_a_call_of_the_framework_waits_for_the_whole_gpu(device: FakeCuda, words: np.ndarray[tuple[int], np.dtype[np.uint64]], monkeypatch: pytest.MonkeyPatch) -> None:
+    shim = StandInShim()
+    monkeypatch.setattr(driver_park, "_shim", lambda: shim)
+    runtime = Runtime(device, slots=64, residency="resident")
+    wanted = task(runtime, words)
+    assert runtime.wait(runtime.submit(wanted)).is_ok
+    assert len(shim.exempt) == 1
+    for round_number in range(20):
+        until(lambda: device.driver.inside == 1)
+        shim.call(0)
+        until(lambda: device.driver.inside == 0)
+        ticket = runtime.submit(wanted)
+        if round_number % 2:
+            shim.call(0)  # another thread's
+            shim.call(1)
+        assert runtime.result(ticket) is None
+        assert device.driver.inside == 0
+        with runtime.parked():  # ours beside theirs
+            assert device.driver.inside == 0
+        assert runtime.result(ticket) is None, "ours has ended, theirs has not"
+        shim.call(1)
+        assert runtime.wait(ticket).is_ok
+    runtime.close()
+
+
+def test_nobody_is_told_of_driver_calls_when_the_executor_leaves_by_itself(device: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    shim = StandInShim()
+    monkeypatch.setattr(driver_park, "_shim", lambda: shim)
+    for residency in ("leased", "stream"):
+        Runtime(device, slots=64, residency=residency).close()
+    assert shim.told == []

@@ -55,6 +55,9 @@ class HostLibrary:
         self.read = function(quick, "read", int32, _ADDRESS, _WORD, _ADDRESS)
         self.load = function(quick, "load", _WORD, _ADDRESS)
         self.store = function(quick, "store", None, _ADDRESS, _WORD)
+        self.store_stop = function(quick, "store_stop", None, _ADDRESS, _WORD)
+        self.driver_park = function(slow, "driver_park", None, _ADDRESS)
+        self.driver_unpark = function(slow, "driver_unpark", None, _ADDRESS)
         self.needs_launch = function(quick, "needs_launch", flag, _ADDRESS)
         self.publish_operator = function(
             quick, "publish_operator", None, _ADDRESS, _WORD, _WORD, _WORD

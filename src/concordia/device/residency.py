@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 from concordia import abi, config
 from concordia.device.cuda_call import CudaError, checked, released
 from concordia.device.cuda_context import CudaContext, CudaMemory
+from concordia.device.driver_park import DriverPark
 from concordia.device.executor_code import ExecutorCode
 from concordia.device.loader import CudaImage
 from concordia.device.policy import Policy
@@ -74,6 +75,8 @@ class CudaExecutor:
         self._lock = threading.Lock()
         self._wanted = threading.Condition(self._lock)
         self._park_depth = 0
+        self._is_owed = False  # a launch, once the framework's driver call is over
+        self._driver_park = DriverPark(library, plan.ring, self._stop_at)
         self._is_closed = self._is_hung = False
         self._hurry = threading.Event()  # the keeper looks now
         self.lost: DeviceError | None = None
@@ -128,6 +131,10 @@ class CudaExecutor:
         self._library.store(self._ring + _OFFSETS["lease_ns"], policy.lease_ns)
         self._library.store(self._ring + _OFFSETS["idle_ns"], policy.idle_ns)
         self._values[2] = self._turn if policy.takes_turns else 0
+        if policy.stays:  # others are late by a lease of milliseconds
+            self._driver_park.begin(int(self._code.function))
+        else:
+            self._driver_park.end()
 
     def stream_launch(self, ring: int) -> StreamLaunch:
         """The node that runs the tasks of another ring in streams of the framework, under a policy
@@ -179,7 +186,10 @@ class CudaExecutor:
         """Send the executor in, unless it is in, on its way, or parked."""
         with self._lock:
             self._raise_if_lost()
-            if self._park_depth == 0 and self._is_out():
+            if self._driver_park.is_on:
+                self._is_owed = True  # the keeper sees to it
+                self._wanted.notify()
+            elif self._park_depth == 0 and self._is_out():
                 self._send()
 
     def launch_after(self, stream: int, submit_gate: Callable[[int], object]) -> None:
@@ -256,13 +266,19 @@ class CudaExecutor:
         seen = 0
         while True:
             with self._wanted:
-                while not self._is_closed and self._library.load(self._launched_at) == seen:
+                while (
+                    not (self._is_closed or self._is_owed)
+                    and self._library.load(self._launched_at) == seen
+                ):
                     self._wanted.wait(KEEPER_WAIT_S)
                 if self._is_closed or self.lost is not None:
                     return
+                is_owed, self._is_owed = self._is_owed, False
                 seen = self._library.load(self._launched_at)
+            while is_owed and self._driver_park.is_on and not self._is_closed:
+                time.sleep(SLEEP_S)  # as long as the framework's call takes
             # Most launches are over by then, and nobody had to be woken for them.
-            if self._hurry.wait(self.policy.lease_ns / 1e9):
+            if self._hurry.wait(0 if is_owed else self.policy.lease_ns / 1e9):
                 self._hurry.clear()
             if self._is_closed:
                 return
@@ -286,7 +302,7 @@ class CudaExecutor:
         """
         with self._lock:
             self._park_depth += 1
-            self._library.store(self._stop_at, 1)
+            self._library.store_stop(self._ring, 1)
             if self.policy.takes_turns and self.lost is None:
                 # It finds that it is to stop; but it has had its turn.
                 self._send()
@@ -320,7 +336,7 @@ class CudaExecutor:
             self._park_depth -= 1
             if self._park_depth > 0:
                 return
-            self._library.store(self._stop_at, 0)
+            self._library.store_stop(self._ring, 0)
             if self.lost is None and not self._is_closed and self._is_needed():
                 self._send()
 
@@ -348,7 +364,7 @@ class CudaExecutor:
         if self._is_closed:
             return True
         try:
-            self._is_hung = not self.park(timeout_s)
+            self._is_hung = not (self._driver_park.end(timeout_s) and self.park(timeout_s))
             if self._is_hung:
                 return False
         except CudaError as error:

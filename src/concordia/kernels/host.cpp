@@ -352,6 +352,35 @@ struct Relaunch {
 };
 constexpr int kDriverNotReady = 600;  // CUDA_ERROR_NOT_READY
 constexpr int kStillInside = -1;
+constexpr uint64_t kDriverParkNs = 1000000000;  // a resident executor's lease
+
+// `stop` of a GPU's ring is two words: the low one is whether somebody of ours parks the executor,
+// the high one counts calls of the framework that wait for the whole GPU. The kernel reads both as
+// one, so it leaves for either.
+static uint32_t* stop_word(RingHeader* ring, int is_high) {
+  return reinterpret_cast<uint32_t*>(&ring->stop) + is_high;
+}
+
+EXPORT void concordia_store_stop(RingHeader* ring, uint64_t value) {
+  __atomic_store_n(stop_word(ring, 0), (uint32_t)value, __ATOMIC_RELEASE);
+}
+
+// Told of such a call by the shim (native/park.c), in the thread that makes it: no interpreter takes
+// part. Waits until nobody is inside; an executor that does not leave within the bound makes the
+// call late by its lease, as without us.
+EXPORT void concordia_driver_park(void* context) {
+  RingHeader* ring = static_cast<RingHeader*>(context);
+  const uint64_t started_ns = now_ns();
+  __atomic_fetch_add(stop_word(ring, 1), 1, __ATOMIC_ACQ_REL);
+  while (load<kAcquire, kSystem>(&ring->left) != load<kAcquire, kSystem>(&ring->launched) &&
+         now_ns() - started_ns < kDriverParkNs)
+    pause_lane();
+}
+
+// It is sent in again by its keeper.
+EXPORT void concordia_driver_unpark(void* context) {
+  __atomic_fetch_sub(stop_word(static_cast<RingHeader*>(context), 1), 1, __ATOMIC_ACQ_REL);
+}
 
 // Between two stays of a GPU's executor: asks it to leave, publishes the operator once its stream
 // is empty, sends it in again where work waits, or in any case (`stays`). Under the lock of whoever
@@ -361,14 +390,14 @@ EXPORT int concordia_swap_operator(RingHeader* ring, uint64_t opcode, uint64_t o
                                    uint64_t generation, const Relaunch* relaunch, bool stays,
                                    uint64_t timeout_ns) {
   const uint64_t started_ns = now_ns();
-  store<kRelease, kSystem>(&ring->stop, 1);
+  concordia_store_stop(ring, 1);
   int status = relaunch->query(relaunch->stream);
   while (status == kDriverNotReady && now_ns() - started_ns < timeout_ns) {
     pause_lane();
     status = relaunch->query(relaunch->stream);
   }
   if (status == 0) concordia_publish_operator(ring, opcode, operator_address, generation);
-  store<kRelease, kSystem>(&ring->stop, 0);
+  concordia_store_stop(ring, 0);
   if (status != 0) return status == kDriverNotReady ? kStillInside : status;
   const uint64_t launched = load<kAcquire, kSystem>(&ring->launched);
   const bool is_out = load_full(&ring->left) == launched;

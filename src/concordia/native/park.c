@@ -26,6 +26,7 @@ struct parked {
 static struct parked list[PARKED_MAX];
 static _Atomic int count;
 static _Atomic(void *) seen[SEEN_SLOTS];  // functions that were launched
+static _Atomic(void *) exempt[PARKED_MAX];
 static __thread int depth;
 static __thread uint32_t told;
 
@@ -93,6 +94,20 @@ void park_end(void) {
   told = 0;
 }
 
+// A kernel of whoever registered: its own launch is nothing that it must leave for.
+EXPORTED void concordia_park_exempt(void *function) {
+  for (int i = 0; i < PARKED_MAX; i++) {
+    void *free = NULL;
+    if (atomic_compare_exchange_strong(&exempt[i], &free, function) || free == function) return;
+  }
+}
+
+static int is_exempt(void *function) {
+  for (int i = 0; i < PARKED_MAX; i++)
+    if (atomic_load_explicit(&exempt[i], memory_order_relaxed) == function) return 1;
+  return 0;
+}
+
 // The first launch of a function may load its code, which waits.
 static int is_first(void *function) {
   uint64_t at = (uint64_t)(uintptr_t)function * 0x9e3779b97f4a7c15ull >> 48;
@@ -115,8 +130,8 @@ static __thread int has_parked;
 void park_before(const struct launch *launch) {
   has_parked = 0;
   if (!atomic_load_explicit(&count, memory_order_relaxed)) return;
-  if (launch->kind == LAUNCH_KERNEL && !is_first(launch->function)) return;
-  if (launch->kind == LAUNCH_GRAPH && !is_first(launch->function)) return;
+  if (launch->kind != LAUNCH_COOPERATIVE && !is_first(launch->function)) return;
+  if (is_exempt(launch->function)) return;
   has_parked = 1;
   park_begin();
 }
