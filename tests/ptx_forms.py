@@ -16,7 +16,7 @@ KERNEL = """.visible .entry {name}(.param .u64 .ptr .align 1 {name}_0)
 	.reg .pred %p<4>; .reg .b16 %h<8>; .reg .b32 %r<16>, %small; .reg .b64 %rd<16>; .reg .f32 %f<16>; .reg .f64 %fd<4>; .reg .b128 %q<4>;
 	.shared .align 128 .b8 shared[1024];
 	ld.param.u64 %rd1, [{name}_0]; cvta.to.global.u64 %rd2, %rd1;
-	mov.u32 %r1, %tid.x; setp.eq.u32 %p1, %r1, 3; mov.u32 %r2, 16; mov.u32 %r5, shared; mov.u32 %r3, %r1; mov.u32 %r4, %r1;
+	mov.u32 %r1, %tid.x; setp.eq.u32 %p1, %r1, 3; add.u32 %r1, %r1, 16909060; mov.u32 %r2, 16; mov.u32 %r5, shared; mov.u32 %r3, %r1; mov.u32 %r4, %r1;
 	mov.b64 %rd3, 0; mov.b64 %rd4, 1; mov.b32 %f1, %r1; mov.b32 %f2, %r1; mov.b32 %f3, %r1; mov.b32 %f4, %r1; mov.b32 %f5, %r1; mov.b32 %f6, %r1;
 	mov.b32 %f7, %r1; mov.b32 %f8, %r1; mov.b128 %q1, {{%rd1, %rd2}}; mov.u16 %h1, 1; mov.u16 %h2, 1; cvt.f64.f32 %fd1, %f1;
 	createpolicy.fractional.L2::evict_first.b64 %rd9, 1.0;
