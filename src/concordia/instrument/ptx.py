@@ -98,14 +98,16 @@ def _judge(
         return KernelReport(name, Hook.PTX | Hook.LEFT_ALONE, reason=skip[name])
     if module.address_bits != 64:
         return KernelReport(name, Hook.PTX | Hook.LEFT_ALONE, reason="addresses of 32 bits")
-    if Hook.MARKS not in hooks:
-        return KernelReport(name, hooks)
-    if calls.reasons[name]:
-        told = f"stores are not marked: {'; '.join(calls.reasons[name])}"
-        return KernelReport(name, hooks & ~Hook.MARKS, reason=told[:_REASON_CHARACTERS_MAX])
-    if calls.is_whole(name):
+    reasons = []
+    if Hook.EXIT in hooks and calls.may_exit_unseen(name):
+        hooks &= ~Hook.EXIT
+        reasons.append("exits are not counted: it calls code that is not here")
+    if Hook.MARKS in hooks and calls.reasons[name]:
+        hooks &= ~Hook.MARKS
+        reasons.append(f"stores are not marked: {'; '.join(calls.reasons[name])}")
+    if Hook.MARKS in hooks and calls.is_whole(name):
         hooks |= Hook.WHOLE_REGION
-    return KernelReport(name, hooks)
+    return KernelReport(name, hooks, reason=". ".join(reasons)[:_REASON_CHARACTERS_MAX])
 
 
 def _pieces(found: Walk, hooks: Hook, prefix: str) -> list[Piece]:

@@ -26,6 +26,7 @@ class Calls:
         self._callees: dict[str, list[str]] = {}
         self.reasons: dict[str, list[str]] = {}  # why not every store is marked, with callees
         self._whole: set[str] = set()
+        self._unknown: set[str] = set()  # that get to code which is not here
         callers: dict[str, list[str]] = {}
         for name, walk in walks.items():
             called = list(dict.fromkeys(aliases.get(callee, callee) for callee in walk.callees))
@@ -37,11 +38,17 @@ class Calls:
                 callers.setdefault(callee, []).append(name)
             if walk.is_whole:
                 self._whole.add(name)
+            if walk.is_calling_unknown or foreign:
+                self._unknown.add(name)
         self._pass_up(callers)
 
     def is_whole(self, name: str) -> bool:
         """Whether it stores through tensor maps or multicast addresses."""
         return name in self._whole
+
+    def may_exit_unseen(self, name: str) -> bool:
+        """Whether it gets to code that is not here: a thread may end in it."""
+        return name in self._unknown
 
     def pass_down(self, kernels: Mapping[str, Hook]) -> Iterator[tuple[Walk, Hook]]:
         """Every function that is edited when these kernels are, and how: a function has the exits
@@ -70,9 +77,11 @@ class Calls:
                 own = self.reasons[caller]
                 new = [reason for reason in self.reasons[name] if reason not in own]
                 new = new[: REASONS_KEPT - len(own)]
-                is_whole = name in self._whole and caller not in self._whole
                 own += new
-                if is_whole:
-                    self._whole.add(caller)
-                if new or is_whole:
+                is_new = bool(new)
+                for found in (self._whole, self._unknown):
+                    if name in found and caller not in found:
+                        found.add(caller)
+                        is_new = True
+                if is_new:
                     ahead.append(caller)

@@ -52,6 +52,7 @@ class Walk:
     exits: list[Statement] = field(default_factory=list)  # ret, exit and trap
     falls_out: bool = False  # of its end, where no instruction says so
     is_whole: bool = False  # it stores through tensor maps or multicast addresses
+    is_calling_unknown: bool = False
 
 
 def walk(module: Module, function: Function, names: Names, marks: MarkText) -> Walk:
@@ -194,6 +195,7 @@ class _Walker:
         listed = self._lists.get(words[-3].text) if len(words) > 3 else None
         if listed is None:
             self._reason("an indirect call")
+            self._found.is_calling_unknown = True
         else:
             self._found.callees |= dict.fromkeys(listed)
 
