@@ -191,6 +191,32 @@ def capture(program: Program) -> None:
     assert program.count == 3
 
 
+def captures(program: Program) -> None:
+    """Captures begin and end beside pauses: no event of a pause becomes part of one."""
+    is_over = threading.Event()
+    begun = [0]
+
+    def work() -> None:
+        stream = program.stream()
+        program.must("cuCtxSetCurrent", program.context)
+        while not is_over.is_set():
+            graph = ctypes.c_void_p()
+            program.launch(stream)
+            program.must("cuStreamBeginCapture_v2", stream, 0)
+            program.must("cuStreamEndCapture", stream, ctypes.byref(graph))
+            begun[0] += 1
+
+    program.driver.fake_events_captured.restype = ctypes.c_uint64
+    thread = program.in_thread(work)
+    until(lambda: begun[0] > 0)
+    for _ in range(300):
+        with gate.paused(10):
+            pass
+    is_over.set()
+    thread.join(20)
+    assert program.driver.fake_events_captured() == 0
+
+
 def gone(program: Program) -> None:
     """Streams and contexts that have gone are not touched; a handle that is used again is another stream."""
     for _ in range(3):
@@ -277,4 +303,4 @@ def stuck(program: Program) -> None:
 
 
 if __name__ == "__main__":
-    {function.__name__: function for function in (held, legacy, waits, bound, hold_bound, capture, gone, storm, misuse, outside, stuck)}[sys.argv[1]](Program())
+    {function.__name__: function for function in (held, legacy, captures, waits, bound, hold_bound, capture, gone, storm, misuse, outside, stuck)}[sys.argv[1]](Program())

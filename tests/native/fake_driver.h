@@ -62,6 +62,7 @@ API void fake_hold(void *stream);     // launches wait
 API void fake_release(void *stream);  // and now run, in order
 API uint64_t fake_calls(const char *name);
 API uint64_t fake_submitted(void);    // launches, to any stream, that were not captured
+API uint64_t fake_events_captured(void);
 API uint64_t fake_loads(void);
 API const unsigned char *fake_image(uint64_t index, uint64_t *bytes);  // as the driver was handed it
 API uint64_t fake_alive(void);  // modules and libraries that are loaded

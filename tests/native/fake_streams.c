@@ -4,7 +4,7 @@
 #define CALLED fake_count(__func__)
 
 static struct stream legacy;
-static uint64_t all_submitted;
+static uint64_t all_submitted, events_captured;
 static __thread struct stream own;
 
 struct stream *fake_stream(void *given, int is_per_thread) {
@@ -118,6 +118,7 @@ API CUresult cuEventCreate(struct event **event, unsigned flags) { CALLED; (void
 static CUresult record(struct event *event, struct stream *stream) {
   pthread_mutex_lock(&fake_lock);
   event->is_captured = stream->is_capturing;
+  events_captured += (uint64_t)stream->is_capturing;
   event->stream = stream;
   event->position = stream->submitted;
   pthread_mutex_unlock(&fake_lock);
@@ -134,6 +135,7 @@ API CUresult cuEventQuery(struct event *event) {
 API CUresult cuEventSynchronize(struct event *event) { CALLED; CUresult result; while ((result = cuEventQuery(event)) == NOT_READY) sched_yield(); return result; }
 API CUresult cuEventDestroy_v2(struct event *event) { CALLED; free(event); return OK; }
 
+uint64_t fake_events_captured(void) { return events_captured; }
 uint64_t fake_submitted(void) {
   pthread_mutex_lock(&fake_lock);
   uint64_t found = all_submitted;

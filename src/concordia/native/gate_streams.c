@@ -150,3 +150,36 @@ int streams_drain(uint64_t deadline, struct gate_report *report) {
   snprintf(report->waited_for, sizeof report->waited_for, "more streams than can be remembered");
   return GATE_LATE;
 }
+
+// A capture does not begin between the look at a stream and the event on it: the event would be
+// part of it. Beginning one waits for nothing, so the lock is held for a moment.
+#define BEGUN(name, ...)                          \
+  do {                                            \
+    if (!process_is_active()) return REAL(name, __VA_ARGS__); \
+    pthread_mutex_lock(&lock);                    \
+    CUresult result = REAL(name, __VA_ARGS__);    \
+    pthread_mutex_unlock(&lock);                  \
+    return result;                                \
+  } while (0)
+
+CUresult cuStreamBeginCapture(CUstream stream) { BEGUN(cuStreamBeginCapture, stream); }
+
+CUresult cuStreamBeginCapture_ptsz(CUstream stream) { BEGUN(cuStreamBeginCapture_ptsz, stream); }
+
+CUresult cuStreamBeginCapture_v2(CUstream stream, int mode) {
+  BEGUN(cuStreamBeginCapture_v2, stream, mode);
+}
+
+CUresult cuStreamBeginCapture_v2_ptsz(CUstream stream, int mode) {
+  BEGUN(cuStreamBeginCapture_v2_ptsz, stream, mode);
+}
+
+CUresult cuStreamBeginCaptureToGraph(CUstream stream, CUgraph graph, const void *nodes,
+                                     const void *edges, size_t count, int mode) {
+  BEGUN(cuStreamBeginCaptureToGraph, stream, graph, nodes, edges, count, mode);
+}
+
+CUresult cuStreamBeginCaptureToGraph_ptsz(CUstream stream, CUgraph graph, const void *nodes,
+                                          const void *edges, size_t count, int mode) {
+  BEGUN(cuStreamBeginCaptureToGraph_ptsz, stream, graph, nodes, edges, count, mode);
+}
