@@ -73,40 +73,45 @@ static void goes(CUdeviceptr address) {
   if (found.bytes) regions_freed(found.address, found.bytes);
 }
 
-#define ALLOCATED(address, bytes, call)                              \
-  do {                                                               \
-    CUresult result = call;                                          \
-    if (result == CUDA_ERROR_OUT_OF_MEMORY && regions_drop_copies()) \
-      result = call;                                                 \
-    if (result == CUDA_SUCCESS) came(*(address), bytes);             \
-    return result;                                                   \
+// Memory that a graph allocates is there only while it runs: its launches count as writing anything.
+#define ALLOCATED(address, bytes, is_node, call)                       \
+  do {                                                                 \
+    CUresult result = call;                                            \
+    if (result == CUDA_ERROR_OUT_OF_MEMORY && regions_drop_copies())   \
+      result = call;                                                   \
+    if (result == CUDA_SUCCESS && !(is_node)) came(*(address), bytes); \
+    return result;                                                     \
   } while (0)
 
 CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {
-  ALLOCATED(address, bytes, REAL(cuMemAlloc_v2, address, bytes));
+  ALLOCATED(address, bytes, 0, REAL(cuMemAlloc_v2, address, bytes));
 }
 
 CUresult cuMemAllocPitch_v2(CUdeviceptr *address, size_t *pitch, size_t width, size_t height,
                             unsigned int element) {
-  ALLOCATED(address, *pitch * height,
+  ALLOCATED(address, *pitch * height, 0,
             REAL(cuMemAllocPitch_v2, address, pitch, width, height, element));
 }
 
 CUresult cuMemAllocAsync(CUdeviceptr *address, size_t bytes, CUstream stream) {
-  ALLOCATED(address, bytes, REAL(cuMemAllocAsync, address, bytes, stream));
+  ALLOCATED(address, bytes, IS_PROTECTED() && is_capturing(stream, 0),
+            REAL(cuMemAllocAsync, address, bytes, stream));
 }
 
 CUresult cuMemAllocAsync_ptsz(CUdeviceptr *address, size_t bytes, CUstream stream) {
-  ALLOCATED(address, bytes, REAL(cuMemAllocAsync_ptsz, address, bytes, stream));
+  ALLOCATED(address, bytes, IS_PROTECTED() && is_capturing(stream, 1),
+            REAL(cuMemAllocAsync_ptsz, address, bytes, stream));
 }
 
 CUresult cuMemAllocFromPoolAsync(CUdeviceptr *address, size_t bytes, void *pool, CUstream stream) {
-  ALLOCATED(address, bytes, REAL(cuMemAllocFromPoolAsync, address, bytes, pool, stream));
+  ALLOCATED(address, bytes, IS_PROTECTED() && is_capturing(stream, 0),
+            REAL(cuMemAllocFromPoolAsync, address, bytes, pool, stream));
 }
 
 CUresult cuMemAllocFromPoolAsync_ptsz(CUdeviceptr *address, size_t bytes, void *pool,
                                       CUstream stream) {
-  ALLOCATED(address, bytes, REAL(cuMemAllocFromPoolAsync_ptsz, address, bytes, pool, stream));
+  ALLOCATED(address, bytes, IS_PROTECTED() && is_capturing(stream, 1),
+            REAL(cuMemAllocFromPoolAsync_ptsz, address, bytes, pool, stream));
 }
 
 CUresult cuMemAllocManaged(CUdeviceptr *address, size_t bytes, unsigned int flags) {

@@ -20,7 +20,7 @@ enum { LINE_BYTES = 256, COMPARE_BYTES = 1 << 20 };
 
 struct saved {
   char name[NAME_MAX_BYTES];
-  uint64_t bytes, offset;
+  uint64_t bytes, offset, address;
 };
 
 uint64_t forward_target, forward_reads_end;
@@ -40,7 +40,8 @@ static int read_index(FILE *file) {
     if (sscanf(line, "ordinal %lu", &forward_target) == 1) continue;
     if (sscanf(line, "reads %lu", &forward_reads_end) == 1) continue;
     if (saved_count == REGIONS_MAX ||
-        sscanf(line, "region %63s %lu %lu", row->name, &row->bytes, &row->offset) != 3)
+        sscanf(line, "region %63s %lu %lu %lu", row->name, &row->bytes, &row->offset,
+               &row->address) != 4)
       return 0;
     saved_count++;
   }
@@ -104,6 +105,7 @@ static void restore_one(const struct region *region, const struct saved *row, ui
 void forward_restore(void) {
   static struct region *here[REGIONS_MAX];
   uint8_t *buffer = malloc(COMPARE_BYTES);
+  int moved = 0;
   protect_lock();
   int count = region_count;
   memcpy(here, regions, sizeof here);
@@ -117,11 +119,17 @@ void forward_restore(void) {
                  count);
   if (!buffer || REAL(cuCtxSynchronize) != CUDA_SUCCESS)
     protect_lose("what ran before does not end well");
-  for (int i = 0; i < count; i++) restore_one(here[i], saved_of(here[i]), buffer);
+  for (int i = 0; i < count; i++) {
+    moved += here[i]->address != saved_of(here[i])->address;
+    restore_one(here[i], saved_of(here[i]), buffer);
+  }
   free(buffer);
   if (REAL(cuCtxSynchronize) != CUDA_SUCCESS) protect_lose("the regions cannot be written");
   munmap((void *)(uintptr_t)pages, pages_bytes);
   fprintf(stderr, "concordia: resumed at point %lu: %d regions, %lu launches left out\n",
           forward_target, count, (unsigned long)atomic_load(&board->swallowed));
+  if (moved)
+    fprintf(stderr, "concordia: %d regions have other addresses than they had: addresses that lie in "
+                    "them, if any, are wrong\n", moved);
   atomic_store(&protect_mode, PROTECT_RECORD);
 }

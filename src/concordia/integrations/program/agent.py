@@ -142,7 +142,9 @@ class Agent:
             "digest": post.digest,
             "reads_bytes": post.reads_bytes,
             "reads_crc": self._reads.crc_until(post.reads_bytes),
-            "regions": [[one.name, one.bytes, one.stage_offset] for one in post.regions],
+            "regions": [
+                [one.name, one.bytes, one.stage_offset, one.address] for one in post.regions
+            ],
         }
         life.writer.begin(post.ordinal, json.dumps(state).encode(), marked)
         life.writer.commit(self._facts["commit_s"])

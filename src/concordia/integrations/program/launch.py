@@ -2,9 +2,9 @@
 
 Owns: what is prepared before a program starts, and what is said when it has ended. Promises: what
 can be wrong is found before anything is started, one line and exit code 2; the program's own exit
-code or signal is ours; LD_LIBRARY_PATH and CONCORDIA_RUN are all that changes for it; the run
-folder stays for `concordia modules`. Called by the command line. What the shim does with an image
-is native/'s; the rewriter is instrument/'s.
+code or signal is ours; LD_LIBRARY_PATH and CONCORDIA_RUN are all that changes for it, and what
+protection.py says where there is some; the run folder stays for `concordia modules`. Called by the
+command line. What the shim does with an image is native/'s; the rewriter is instrument/'s.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ def launch(asked: Launch) -> int:
             if asked.policy.protects:
                 protection = Protection.open(asked.policy)
                 environment |= protection.environment()
+                protection.keep_addresses()
         run.tell(command=list(asked.command), started=time.time(), driver=str(driver))
         supervisor = Supervisor(
             _rewriter(run, options), _rewriter_environment(os.environ), run.socket

@@ -65,6 +65,7 @@ class StagedRegion:
     pages: int  # of MARK_BYTES
     pages_marked: int  # in all posts so far
     posts: int
+    address: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,7 @@ class Board:
         found = StagedRegion(
             row["name"].decode(errors="replace"),
             *(int(row[name]) for name in ("bytes", "stage_offset", "pages")),
-            *(int(row[name]) for name in ("pages_marked", "posts")),
+            *(int(row[name]) for name in ("pages_marked", "posts", "address")),
         )
         end = found.stage_offset + found.pages * MARK_BYTES
         if end > self.stage_bytes or found.bytes > found.pages * MARK_BYTES:

@@ -9,6 +9,7 @@ program's, then `end` with its exit status. It does not start the program.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -34,6 +35,7 @@ from concordia.journal.spawn import spawn_owner
 
 _SHARED: Path = Path("/dev/shm")
 _STACK_FILE = "stack"
+_ADDR_NO_RANDOMIZE = 0x0040000  # of personality(2); some containers refuse it
 
 
 class Protection:
@@ -98,6 +100,13 @@ class Protection:
             found["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
             found["CONCORDIA_STACK_PATH"] = str(self.folder / _STACK_FILE)
         return found
+
+    @staticmethod
+    def keep_addresses() -> None:
+        """Let the program, which this process starts next, have the same addresses in every run,
+        where that is allowed: its GPU memory may hold some.
+        """
+        ctypes.CDLL(None).personality(ctypes.c_ulong(_ADDR_NO_RANDOMIZE))
 
     def end(self, status: int) -> dict[str, Any]:
         """The program has ended: 0 means that it is done, and nothing of it is kept. What was

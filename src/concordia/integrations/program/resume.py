@@ -50,10 +50,10 @@ def write_restore(
     _check_reads(reads, state["reads_bytes"], state["reads_crc"])
     pages = found[REGION].data.reshape(-1)
     lines = ["concordia-restore 1", f"ordinal {state['ordinal']}", f"reads {state['reads_bytes']}"]
-    for name, size, offset in state["regions"]:
+    for name, size, offset, address in state["regions"]:
         if offset + size > len(pages):
             raise Corruption(f"region {name} is not in the checkpoint")
-        lines.append(f"region {name} {size} {offset}")
+        lines.append(f"region {name} {size} {offset} {address}")
     (folder / "pages").write_bytes(pages.data)
     # the shim looks for this one: it comes last
     (folder / "restore").write_text("".join(line + "\n" for line in lines))
@@ -64,7 +64,9 @@ def _state(extra: bytes) -> dict[str, Any]:
     try:
         state = json.loads(extra)
         numbers = [state[name] for name in ("ordinal", "reads_bytes", "reads_crc")]
-        rows = [(str(name), int(size), int(offset)) for name, size, offset in state["regions"]]
+        rows = [(str(name), *map(int, numbers)) for name, *numbers in state["regions"]]
+        if any(len(row) != 4 for row in rows):
+            raise ValueError("a region has three numbers")
     except (ValueError, KeyError, TypeError) as error:
         raise Corruption(f"a program's checkpoint cannot be read: {error!r}") from error
     if not all(isinstance(number, int) and number > 0 for number in numbers):
