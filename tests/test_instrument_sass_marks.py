@@ -327,6 +327,22 @@ def test_kernel_that_calls_functions_of_their_own_is_left_alone() -> None:
     assert "functions of their own" in kernel.reason
 
 
+def test_kernel_that_calls_the_driver_is_marked_when_it_is_known_what_it_writes() -> None:
+    prints = 'extern "C" int printf(const char*, ...); extern "C" __global__ void kernel(unsigned* p, unsigned n) { p[threadIdx.x] = n; if (n > 9) printf("%u", n); }'
+    (kernel,) = marked(linked(compiled(prints).decode())).kernels
+    assert Hook.MARKS in kernel.hooks, kernel
+    text = """.version 9.0
+.target sm_90
+.address_size 64
+.visible .entry kernel(.param .u64 p) {
+ .reg .u64 %p1, %f; ld.param.u64 %p1, [p]; ld.global.u64 %f, [%p1];
+ { .param .u64 a; st.param.u64 [a], %p1; kind: .callprototype _ (.param .u64 _); call %f, (a), kind; }
+ ret; }
+"""
+    (kernel,) = marked(linked(text)).kernels
+    assert "it calls through a pointer" in kernel.reason
+
+
 def test_operands_kept_for_a_store_are_forgotten_when_it_moves() -> None:
     """Somewhere in the corpus an instruction before a store keeps an operand."""
     seen = 0

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from concordia import config
 from concordia.instrument import sass
-from concordia.instrument.elf import TEXT, Attribute, Cubin, Section
+from concordia.instrument.elf import SYMBOL_FUNCTION, TEXT, Attribute, Cubin, Section
 from concordia.instrument.sass_mark_code import ALIGNMENT
 from concordia.instrument.sass_stores import StoreSite, find_stores, may_wait_for_others
 from concordia.instrument.sass_trampoline import mark_registers, trampoline_bytes
@@ -32,6 +32,8 @@ _PARTITIONS: Final = 4  # of a multiprocessor, with 16384 registers each
 _PARTITION_REGISTERS: Final = 16384
 _CALL_RELATIVE: Final = 0x944
 _CALLS: Final = (0x143, 0x144)
+# Functions of the driver, which write to what no region is: messages, and the heap's own words
+_DRIVER_FUNCTIONS: Final = frozenset({"__assertfail", "vprintf", "malloc", "free"})
 _UNIFIED_TABLES: Final = (".nv.uft", ".nv.udt")
 _THREADS: Final = (0x05, 0x10)  # attributes: most threads of a CTA, threads of every CTA
 _REGISTERS_ALLOWED: Final = 0x1B
@@ -65,12 +67,7 @@ class MarkPlanner:
         self._elf = elf
         self._page_shift = page_shift
         self._stores = 0
-        kernels = {symbol.section for symbol in elf.symbols if symbol.is_kernel}
-        self._calls_elsewhere = any(
-            (section.name.startswith(TEXT) and section.index not in kernels)
-            or section.name.startswith(_UNIFIED_TABLES)
-            for section in elf.sections
-        )
+        self._far_calls = _refuse_far_calls(elf)
 
     def plan(
         self,
@@ -111,15 +108,13 @@ class MarkPlanner:
         return found
 
     def _refuse_calls(self, code: sass.Words, opcodes: NDArray[np.uint16], size: int) -> str | None:
-        """What a call leads to is part of the kernel's section, or of the driver."""
+        """What a call leads to is part of the kernel's section, or of the driver's own."""
         calls = np.isin(opcodes & sass.BASE_MASK, _CALLS)
         near = np.flatnonzero(opcodes == _CALL_RELATIVE)
         targets = sass.near_targets(code, near)
         if ((targets < 0) | (targets >= size)).any():
             return "it calls a function outside its code"
-        if int(calls.sum()) > len(near) and self._calls_elsewhere:
-            return "it may call functions of their own, whose stores are not marked"
-        return None
+        return self._far_calls if int(calls.sum()) > len(near) else None
 
     def _named(self, attributes: Sequence[Attribute]) -> set[int]:
         named: set[int] = set()
@@ -171,6 +166,21 @@ class MarkPlanner:
                 (value,) = struct.unpack_from("<H", self._elf.data, attribute.offset)
                 return int(value)
         return None
+
+
+def _refuse_far_calls(elf: Cubin) -> str | None:
+    """Why a call out of a kernel's section may lead to stores that are not marked."""
+    kernels = {symbol.section for symbol in elf.symbols if symbol.is_kernel}
+    for section in elf.sections:
+        if section.name.startswith(TEXT) and section.index not in kernels:
+            return "it may call functions of their own, whose stores are not marked"
+        if section.name.startswith(_UNIFIED_TABLES):
+            return "it may call functions through a table of the runtime"
+    called = {s.name for s in elf.symbols if s.kind == SYMBOL_FUNCTION and not s.section}
+    unknown = sorted(called - _DRIVER_FUNCTIONS)
+    if unknown:
+        return f"it may call {unknown[0][:60]}, of which is not known what it writes"
+    return None if called else "it calls through a pointer"
 
 
 def _granted(registers: int) -> int:
