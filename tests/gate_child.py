@@ -198,20 +198,22 @@ def captures(program: Program) -> None:
 
     def work() -> None:
         stream = program.stream()
-        program.must("cuCtxSetCurrent", program.context)
+        program.launch(stream)
         while not is_over.is_set():
             graph = ctypes.c_void_p()
-            program.launch(stream)
             program.must("cuStreamBeginCapture_v2", stream, 0)
+            time.sleep(0.0003)  # as long as the fake driver takes for an event
             program.must("cuStreamEndCapture", stream, ctypes.byref(graph))
+            time.sleep(0.0003)
             begun[0] += 1
 
     program.driver.fake_events_captured.restype = ctypes.c_uint64
     thread = program.in_thread(work)
-    until(lambda: begun[0] > 0)
-    for _ in range(300):
-        with gate.paused(10):
-            pass
+    events, end = 0, time.monotonic() + 30
+    while events < 200:
+        assert time.monotonic() < end, events
+        with gate.paused(10) as rest:
+            events += rest.streams
     is_over.set()
     thread.join(20)
     assert program.driver.fake_events_captured() == 0

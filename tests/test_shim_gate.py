@@ -78,7 +78,7 @@ def test_capture_goes_on_undisturbed_when_it_is_paused(ground: ShimGround) -> No
 
 
 def test_no_event_of_a_pause_is_captured_when_captures_begin_beside_it(ground: ShimGround) -> None:
-    assert run(ground, "captures") == ""
+    assert run(ground, "captures", FAKE_SLOW_EVENTS="1") == ""
 
 
 def test_streams_and_contexts_are_forgotten_when_they_end(ground: ShimGround) -> None:

@@ -1,6 +1,8 @@
 // The fake driver: streams, events, launches, capture and graphs.
 #include "fake_driver.h"
 
+#include <unistd.h>
+
 #define CALLED fake_count(__func__)
 
 static struct stream legacy;
@@ -114,7 +116,7 @@ API CUresult cuGraphExecDestroy(void *executable) { (void)executable; return OK;
 API CUresult cuGraphDestroy(void *graph) { free(graph); return OK; }
 
 // --- events
-API CUresult cuEventCreate(struct event **event, unsigned flags) { CALLED; (void)flags; *event = calloc(1, sizeof **event); return *event ? OK : OUT_OF_MEMORY; }
+API CUresult cuEventCreate(struct event **event, unsigned flags) { CALLED; (void)flags; if (getenv("FAKE_SLOW_EVENTS")) usleep(300); *event = calloc(1, sizeof **event); return *event ? OK : OUT_OF_MEMORY; }
 static CUresult record(struct event *event, struct stream *stream) {
   pthread_mutex_lock(&fake_lock);
   event->is_captured = stream->is_capturing;
