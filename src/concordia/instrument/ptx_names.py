@@ -15,6 +15,7 @@ from concordia.instrument.ptx_tokens import Kind, Token, number, tokens
 from concordia.instrument.ptx_tree import Function, Module, Shape, Statement
 
 _REGISTER: Final = ".reg"
+_WIDTHS: Final = frozenset({"8", "16", "32", "64", "128"})
 _SPACES: Final = frozenset({_REGISTER, ".local", ".shared", ".param", ".global", ".const", ".tex"})
 
 
@@ -113,6 +114,3 @@ def _bits(kind: str) -> int:
     """Of a type such as `.b64`; 0 for any other word, a predicate too."""
     width = kind[2:]
     return int(width) if kind[1:2] in {"b", "u", "s", "f"} and width in _WIDTHS else 0
-
-
-_WIDTHS: Final = frozenset({"8", "16", "32", "64", "128"})

@@ -28,6 +28,8 @@ _ENDS_RUN_WORDS: Final = """
 """
 _ENDS_RUN: Final = frozenset(_ENDS_RUN_WORDS.split())
 _ORDERED: Final = frozenset({"release", "acq_rel", "acquire", "sc"})
+_LEAVES: Final = frozenset({"ret", "exit", "trap", "bra", "brx"})
+_LIMITS: Final = frozenset({".reqntid", ".maxntid", ".minnctapersm", ".maxnreg"})
 _REGISTERS: Final = 65536  # of a multiprocessor
 REASONS_KEPT: Final = 4
 _RUNS_APART_MAX: Final = 4  # that read their words where they begin: two loads each
@@ -208,9 +210,6 @@ class _Walker:
             self._found.reasons.append(reason)
 
 
-_LEAVES: Final = frozenset({"ret", "exit", "trap", "bra", "brx"})
-
-
 def _branches(text: str, function: Function) -> tuple[set[str], list[tuple[int, int]]]:
     """The labels that are branched to, and from where to where it goes back: loops, merged where
     they touch.
@@ -248,6 +247,3 @@ def _has_room(text: str, function: Function) -> bool:
     blocks = max(limits.get(".minnctapersm", [1]))
     registers = min(_REGISTERS // max(threads * blocks, 1), *limits.get(".maxnreg", [256]), 256)
     return registers >= config.PTX_HOIST_REGISTERS_MIN
-
-
-_LIMITS: Final = frozenset({".reqntid", ".maxntid", ".minnctapersm", ".maxnreg"})
