@@ -32,8 +32,8 @@ class Goal:
 GOALS: Final = (
     Goal("submit", "hand a task in", "a task handed in by a native producer", 0.1, "us",
         paper=0.1),
-    Goal("ring_round_trip", "task and answer", "the same until its answer is read", 6, "us",
-        limit=5),
+    Goal("ring_round_trip", "empty task and answer", "an empty task until its answer is read", 6,
+        "us"),
     Goal("delta_write_set", "delta, pages known",
         "1, 8 or 32 known pages of 4 KiB of 256 MiB, to their commit, the worst of them", 20, "us",
         paper=560),
