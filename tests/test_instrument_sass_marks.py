@@ -15,6 +15,7 @@ import random
 import re
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -278,24 +279,31 @@ def test_every_form_of_store_is_marked_or_refused_when_compiled(number: int, eve
         assert does in (MARK, GENERIC, RANGE, GENERIC_RANGE, NOTHING) or instruction.startswith((*HIDDEN, *FREE))
 
 
-SPIN = "volatile unsigned* v = p; while (v[1] < n) {} p[threadIdx.x] = n;"
 MANY = "unsigned x[40]; for (int i = 0; i < 40; ++i) x[i] = p[threadIdx.x + i * n]; __syncthreads(); for (int i = 0; i < 40; ++i) p[threadIdx.x * 3 + i * n] = x[i] ^ x[39 - i];"
+
+
+FEW = {"attributes": "__launch_bounds__(128)"}
+SPIN = "volatile unsigned* v = p; while (v[1] < n) {} p[threadIdx.x] = n;"
+SPIN_BY_ATOMICS = "for (;;) if (atomicAdd(p, 0) >= n) break; p[threadIdx.x] = 1;"
 
 
 @pytest.mark.parametrize(
     ("body", "settings", "reason"),
     [
-        (MANY, {}, "registers of 1024 threads: a mark needs"),
-        (MANY, {"attributes": "__launch_bounds__(128)"}, ""),
-        (SPIN, {}, "it may wait for other CTAs"),
-        ("for (;;) if (atomicAdd(p, 0) >= n) break; p[threadIdx.x] = 1;", {}, "it may wait for other CTAs"),
+        (MANY, {"registers": 255}, "registers of 1024 threads: a mark needs 14 more"),
+        (MANY, {"registers": 64}, "64 registers of 64: a mark needs 14 more"),
+        (MANY, FEW, ""),
+        (SPIN, {}, ""),
+        (SPIN + MANY, FEW, "it may wait for other CTAs"),
+        (SPIN_BY_ATOMICS + MANY, FEW, "it may wait for other CTAs"),
+        ("for (unsigned i = 0; i < n; ++i) atomicAdd(p + i, 1);" + MANY, FEW, ""),
         ("for (unsigned i = 0; i < n; ++i) atomicAdd(p + i, 1);", {}, ""),
         ("if (n) p[threadIdx.x] = 1;", {}, ""),
         ("surf1Dwrite(n, (cudaSurfaceObject_t)p, 4);", {}, "it may write surfaces"),
     ],
-    ids=["many", "many_of_few", "spins", "spins_by_atomics", "adds", "plain", "surface"],
+    ids=["many", "many_of_few_allowed", "many_of_few", "spins", "spins_with_many", "spins_by_atomics_with_many", "adds_with_many", "adds", "plain", "surface"],
 )
-def test_kernel_is_marked_or_left_alone_with_the_reason_when_of_this_form(body: str, settings: dict[str, str], reason: str) -> None:
+def test_kernel_is_marked_or_left_alone_with_the_reason_when_of_this_form(body: str, settings: dict[str, Any], reason: str) -> None:
     if "surf" in body:
         original = linked(FILE.format(target="sm_90") + KERNEL.format(name="form", instruction="sust.b.1d.b32.trap [%rd1, {%r1}], %r2;"))
     else:

@@ -30,6 +30,7 @@ _GRANULE: Final = 8  # registers of a thread come in so many
 _LANES: Final = 32
 _PARTITIONS: Final = 4  # of a multiprocessor, with 16384 registers each
 _PARTITION_REGISTERS: Final = 16384
+_REGISTERS_FREE: Final = 32  # as many warps as there can be, 64, have so many: they cost nothing
 _CALL_RELATIVE: Final = 0x944
 _CALLS: Final = (0x143, 0x144)
 # Functions of the driver, which write to what no region is: messages, and the heap's own words
@@ -136,7 +137,10 @@ class MarkPlanner:
         wanted = plan.registers
         if wanted > REGISTERS_MOST:
             return f"{registers} registers: a mark needs {mark_registers()} more"
-        if _granted(wanted) == _granted(registers):
+        allowed = self._number(attributes, _REGISTERS_ALLOWED)
+        if allowed is not None and wanted > allowed:
+            return f"{registers} registers of {allowed}: a mark needs {mark_registers()} more"
+        if _granted(wanted) <= max(_granted(registers), _REGISTERS_FREE):
             return None
         threads = self._threads(attributes)
         warps = -(-threads // _LANES)
@@ -144,9 +148,6 @@ class MarkPlanner:
         if used > _PARTITION_REGISTERS:
             needed = mark_registers()
             return f"{registers} registers of {threads} threads: a mark needs {needed} more"
-        allowed = self._number(attributes, _REGISTERS_ALLOWED)
-        if allowed is not None and wanted > allowed:
-            return f"{registers} registers of {allowed}: a mark needs {mark_registers()} more"
         if may_wait_for_others(code, opcodes):
             return "it may wait for other CTAs, of which fewer run at a time with more registers"
         return None

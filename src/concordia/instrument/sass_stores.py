@@ -148,10 +148,13 @@ def find_stores(code: sass.Words, opcodes: NDArray[np.uint16]) -> Stores | str:
         needed = _DESCRIBED.get(opcode)
         is_bare = opcode in _BARE
         wanted = _EXTENDED | (needed or 0)
-        if (needed is None and not is_bare) or high & wanted != wanted:
-            return f"a store of a form that is not known ({high:016x} {low:016x})"
         descriptor = None if is_bare else high & 0x3F
-        sites.append(StoreSite(index * sass.INSTRUCTION_BYTES, low, high, descriptor))
+        site = StoreSite(index * sass.INSTRUCTION_BYTES, low, high, descriptor)
+        is_known = (is_bare or needed is not None) and high & wanted == wanted
+        # Pairs begin at an even register.
+        if not is_known or (site.register % 2 and site.register != NO_REGISTER):
+            return f"a store of a form that is not known ({high:016x} {low:016x})"
+        sites.append(site)
     return Stores(tuple(sites), has_tensor_maps=bool(np.isin(bases, _TENSOR).any()))
 
 
