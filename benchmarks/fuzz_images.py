@@ -108,8 +108,9 @@ def fuzz(
 
 def _add_run(path: pathlib.Path, run: dict[str, object]) -> None:
     """Put a run behind those that a result file has."""
-    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
-    path.write_text(json.dumps({"runs": [*runs, run]}, indent=1) + "\n", encoding="utf-8")
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": []}
+    found["runs"].append(run)
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def _keep(crash: Crash, folder: pathlib.Path | None) -> str | None:
