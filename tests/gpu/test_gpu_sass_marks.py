@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 
+import pytest
 import scenarios_sass_marks
 from child import run
 
@@ -50,6 +51,7 @@ def test_pages_are_those_of_the_stores_when_they_lie_beyond_4_gib() -> None:
 
 
 def test_kernels_write_the_same_and_no_page_is_missed_when_launched_or_in_a_graph() -> None:
+    pytest.importorskip("triton", reason="triton is not installed: its wheel has the assembler of CUDA 12")
     answer = run("scenarios_sass_marks:kernels_of_hooks", 2 * BOUND_S)
     print(answer)
     assert answer["wrong"] == []
