@@ -13,6 +13,7 @@ import itertools
 import pathlib
 import random
 import re
+import struct
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -35,8 +36,9 @@ from concordia.instrument.proof import first_difference
 from concordia.instrument.report import Hook, KernelReport, fill
 from concordia.instrument.rewrite import rewrite
 from concordia.instrument.sass_mark_code import mark_code, renamed
+from concordia.instrument.sass_registers import FIELDS, LOADS, STORES, opcode_of, width_of
 from concordia.instrument.sass_stores import StoreSite, find_stores
-from concordia.instrument.sass_trampoline import mark_registers, trampoline, trampolines
+from concordia.instrument.sass_trampoline import leading, mark_registers, trampoline, trampolines
 from concordia.instrument.splice import Spliced, splice_cubin
 from ptx_forms import FILE, FORMS, GENERIC, GENERIC_RANGE, KERNEL, MARK, NOTHING, RANGE, WHOLE
 from ptx_generator import Program, module
@@ -132,6 +134,36 @@ def test_pieces_name_their_own_registers_alone_when_moved(descriptor: int | None
         assert max(map(int, REGISTER.findall(new))) < base + piece.registers == base + mark_registers()
         assert min(map(int, REGISTER.findall(new))) >= base
         assert not re.search(r"\bUR\d", new.replace(f"desc[UR{descriptor}]", "")), "a uniform register"
+
+
+@pytest.mark.parametrize("descriptor", [None, 6])
+def test_no_register_is_read_or_written_before_it_may_be(descriptor: int | None) -> None:
+    """What a load brings is waited for; seams between pieces are wide; the next mark waits until this one's store has read its registers."""
+    piece = mark_code().mark(descriptor)
+    under_way: dict[int, int] = {}
+    for at in range(0, len(piece.code), 16):
+        low, high = struct.unpack_from("<QQ", piece.code, at)
+        waits = high >> sass.WAIT_SHIFT & 0x3F
+        under_way = {register: board for register, board in under_way.items() if not waits >> board & 1}
+        fields = FIELDS[opcode_of(low, high)]
+        places = {"A": low >> 24, "B": low >> 32, "C": high, "d": low >> 16}
+        widths = {(places[field] & 0xFF, width_of(opcode_of(low, high), field, high)) for field in fields if field in places}
+        named = {register + more for register, width in widths if register != 255 for more in range(width)}
+        assert not under_way.keys() & named, at
+        if opcode_of(low, high) in LOADS:
+            board = high >> sass.WRITE_SHIFT & 7
+            assert board != sass.SCOREBOARD_NONE
+            under_way |= {(low >> 16 & 0xFF) + more: board for more in range({5: 2, 6: 4}[high >> 9 & 7])}
+    assert not under_way
+    store = struct.unpack_from("<QQ", piece.code, len(piece.code) - 16)
+    assert opcode_of(*store) in STORES
+    board = store[1] >> sass.READ_SHIFT & 7
+    found = site(10, 8, descriptor=descriptor)
+    _, high = struct.unpack("<QQ", leading(found, 0x1000))
+    assert high >> sass.WAIT_SHIFT & 0x3F == 1 << board | found.high >> sass.WAIT_SHIFT & 0x3F
+    code, control = trampoline(found, BASE, SHIFT)
+    seams = [*range(0, 48, 16), control - 32, control, control + 16, len(code) - 16]
+    assert all(struct.unpack_from("<Q", code, at + 8)[0] >> sass.CONTROL_SHIFT & 0x1F == 15 for at in seams), "fifteen cycles"
 
 
 def in_place_of_a_kernel(code: bytes, path: pathlib.Path) -> list[str]:

@@ -69,7 +69,7 @@ def registers_of(code: bytes) -> int:
             word, shift = _PLACES.get(field, (0, 0))
             number = words[word] >> shift & 0xFF
             if field in _PLACES and number != NO_REGISTER:
-                found = max(found, number + _width(opcode, field, words[1]))
+                found = max(found, number + width_of(opcode, field, words[1]))
     return found
 
 
@@ -78,7 +78,7 @@ def opcode_of(low: int, high: int) -> int:
     return low & sass.OPCODE_MASK | (high >> 27 & 1) << 12
 
 
-def _width(opcode: int, field: str, high: int) -> int:
+def width_of(opcode: int, field: str, high: int) -> int:
     """Registers of an operand."""
     if opcode in LOADS and field == "d":
         return {4: 1, 5: 2, 6: 4}[high >> 9 & 7]
