@@ -12,6 +12,7 @@ import os
 import random
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,18 +69,33 @@ class Answers:
         return program.communicate()
 
 
-def dirty_run(ground: ProtectedGround, tmp_path: Path, seed: int, steps: int, **policy: str) -> tuple[Answers, list[bytes]]:
-    folder = tmp_path / f"protect-{seed}"
-    made = policy_of(policy.pop("regions", BY_SIZE), **policy)
-    board = protected_folder(folder, made)
-    snapshots = tmp_path / f"snapshots-{seed}"
-    environment = {"FAKE_SEED": str(seed), "PROGRAM_SEED": str(seed), "PROGRAM_SNAPSHOTS": str(snapshots), "CONCORDIA_PROTECT": str(folder)}
-    answers = Answers(folder, board)
-    program = ground.start("dirty", str(steps), **environment)
-    _, said = answers.until_end(program)
-    assert program.returncode == 0, said
-    assert said == "", said
-    return answers, [snapshots.read_bytes()]
+ENOUGH = 30  # posts that were compared; how many a round has is a matter of time
+
+
+def rounds(ground: ProtectedGround, tmp_path: Path, seed: int, *, more: str = "", steps: int = 60, **environment: str) -> Iterator[tuple[Answers, str]]:
+    """Rounds of random writes, each compared at every post, until there were enough; with what the program said on stderr."""
+    posts = 0
+    for round_seed in range(seed, seed + 40):
+        folder, snapshots = tmp_path / f"protect-{round_seed}", tmp_path / f"snapshots-{round_seed}"
+        answers = Answers(folder, protected_folder(folder, policy_of(BY_SIZE, more=more)))
+        names = {"FAKE_SEED": str(round_seed), "PROGRAM_SEED": str(round_seed), "PROGRAM_SNAPSHOTS": str(snapshots), "CONCORDIA_PROTECT": str(folder)}
+        _, said = answers.until_end(program := ground.start("dirty", str(steps), **names, **environment))
+        assert program.returncode == 0, said
+        assert differences(answers, snapshots.read_bytes()) == [], f"TRACKING_SEED={round_seed}"
+        snapshots.unlink()
+        yield answers, said
+        posts += len(answers.posts)
+        if posts >= ENOUGH:
+            return
+    pytest.fail(f"{posts} posts in 40 rounds")
+
+
+def spared(answers: Answers) -> int:
+    """Pages that were not marked, in all posts."""
+    if not answers.posts:
+        return 0
+    marked = sum(one.pages_marked for one in answers.posts[-1].regions)
+    return len(answers.posts) * sum(one.pages for one in answers.posts[-1].regions) - marked
 
 
 def differences(answers: Answers, snapshots: bytes) -> list[str]:
@@ -98,14 +114,9 @@ def differences(answers: Answers, snapshots: bytes) -> list[str]:
 
 @pytest.mark.parametrize("trust", ["", '[images]\ntrust_arguments = ["fill", "scatter", "update"]'])
 def test_stage_is_what_the_regions_are_when_anything_writes_them(ground: ProtectedGround, tmp_path: Path, seed: int, trust: str) -> None:
-    for round_seed in range(seed, seed + 4):
-        answers, (snapshots,) = dirty_run(ground, tmp_path, round_seed, 60, more=trust)
-        assert len(answers.posts) > 2
-        assert differences(answers, snapshots) == [], f"TRACKING_SEED={round_seed}"
-        marked = sum(one.pages_marked for one in answers.posts[-1].regions)
-        whole = len(answers.posts) * sum(one.pages for one in answers.posts[-1].regions)
-        print(f"seed {round_seed}: {len(answers.posts)} posts, {marked} of {whole} pages marked")
-        assert not trust or marked < whole, "trusted kernels mark what their arguments point to"
+    found = list(rounds(ground, tmp_path, seed, more=trust))
+    assert all(said == "" for _, said in found)
+    assert (sum(spared(answers) for answers, _ in found) > 0) == bool(trust), "trusted kernels mark what their arguments point to"
 
 
 def marking_run(folder: Path) -> dict[str, str]:
@@ -122,59 +133,40 @@ def marking_run(folder: Path) -> dict[str, str]:
 
 
 def test_stage_is_what_the_regions_are_when_kernels_mark_what_they_store(ground: ProtectedGround, tmp_path: Path, seed: int) -> None:
-    settings = marking_run(tmp_path)
-    for round_seed in range(seed, seed + 4):
-        folder, snapshots = tmp_path / f"protect-{round_seed}", tmp_path / f"snapshots-{round_seed}"
-        answers = Answers(folder, board := protected_folder(folder, policy_of(BY_SIZE, more="[program]\naudit_every = 2")))
-        environment = {"FAKE_SEED": str(round_seed), "PROGRAM_SEED": str(round_seed), "PROGRAM_SNAPSHOTS": str(snapshots), "CONCORDIA_PROTECT": str(folder)}
-        _, said = answers.until_end(program := ground.start("dirty", "60", **environment, **settings))
-        assert (program.returncode, said) == (0, "")
-        assert len(answers.posts) > 2
-        assert differences(answers, snapshots.read_bytes()) == [], f"TRACKING_SEED={round_seed}"
-        assert board.word("missed_pages") == 0
-        marked = sum(one.pages_marked for one in answers.posts[-1].regions)
-        whole = len(answers.posts) * sum(one.pages for one in answers.posts[-1].regions)
-        print(f"seed {round_seed}: {len(answers.posts)} posts, {marked} of {whole} pages marked")
-        assert marked < whole, "nobody marked for them"
+    found = list(rounds(ground, tmp_path, seed, more="[program]\naudit_every = 2", **marking_run(tmp_path)))
+    assert all(said == "" for _, said in found)
+    assert sum(answers.board.word("missed_pages") for answers, _ in found) == 0
+    assert sum(answers.board.word("audits") for answers, _ in found) > 0
+    assert sum(spared(answers) for answers, _ in found) > 0, "nobody marked for them"
 
 
 def test_audit_finds_nothing_when_marks_are_complete(ground: ProtectedGround, tmp_path: Path, seed: int) -> None:
-    made = policy_of(BY_SIZE, more="[program]\naudit_every = 1\n[images]\ntrust_arguments = [\"fill\", \"scatter\", \"update\"]")
-    folder = tmp_path / "protect"
-    board = protected_folder(folder, made)
-    answers = Answers(folder, board)
-    program = ground.start("dirty", "40", FAKE_SEED=str(seed), PROGRAM_SEED=str(seed), PROGRAM_SNAPSHOTS=str(tmp_path / "s"), CONCORDIA_PROTECT=str(folder))
-    _, said = answers.until_end(program)
-    assert (program.returncode, said) == (0, "")
-    assert board.word("audits") == len(answers.posts) > 2
-    assert board.word("missed_pages") == 0
+    more = '[program]\naudit_every = 1\n[images]\ntrust_arguments = ["fill", "scatter", "update"]'
+    for answers, said in rounds(ground, tmp_path, seed, more=more):
+        assert said == ""
+        assert answers.board.word("audits") - len(answers.posts) in (0, 1), "the last one may come when nobody looks any more"
+        assert answers.board.word("missed_pages") == 0
 
 
 def test_audit_finds_the_page_when_a_kernel_is_trusted_that_writes_elsewhere(ground: ProtectedGround, tmp_path: Path, seed: int) -> None:
-    made = policy_of(BY_SIZE, more="[program]\naudit_every = 1\n[images]\ntrust_arguments = [\"*\"]")
-    folder = tmp_path / "protect"
-    board = protected_folder(folder, made)
-    answers = Answers(folder, board)
-    program = ground.start("dirty", "150", FAKE_SEED=str(seed), PROGRAM_SEED=str(seed), PROGRAM_SNAPSHOTS=str(tmp_path / "s"), CONCORDIA_PROTECT=str(folder))
-    _, said = answers.until_end(program)
-    assert program.returncode == 0
-    assert board.word("missed_pages") > 0, "indirect writes where no argument points to"
-    assert "changed unseen" in said
-    assert differences(answers, (tmp_path / "s").read_bytes()) == [], "an audit repairs what it finds"
+    missed = 0  # and repaired: what was staged is compared
+    for answers, said in rounds(ground, tmp_path, seed, more='[program]\naudit_every = 1\n[images]\ntrust_arguments = ["*"]', steps=100):
+        assert ("changed unseen" in said) == (answers.board.word("missed_pages") > 0)
+        missed += answers.board.word("missed_pages")
+    assert missed > 0, "indirect writes where no argument points to"
 
 
 def test_program_does_the_same_when_it_is_protected(ground: ProtectedGround, tmp_path: Path, seed: int) -> None:
-    plain, _ = ground.start("train", "25", shimmed=False, FAKE_SEED=str(seed)).communicate(timeout=LIFE_S)
-    assert len(plain.splitlines()) == 25
+    plain, _ = ground.start("train", "300", shimmed=False, FAKE_SEED=str(seed)).communicate(timeout=LIFE_S)
+    assert len(plain.splitlines()) == 300
     folder = tmp_path / "protect"
     answers = Answers(folder, protected_folder(folder, policy_of(BY_SIZE)))
-    said, errors = answers.until_end(ground.start("train", "25", FAKE_SEED=str(seed + 1), CONCORDIA_PROTECT=str(folder)))
+    said, errors = answers.until_end(ground.start("train", "300", FAKE_SEED=str(seed + 1), CONCORDIA_PROTECT=str(folder)))
     assert said == plain
-    assert len(answers.posts) > 3
-    assert errors.splitlines() == [f"concordia: region big.{i} is freed: it is no part of later checkpoints" for i in range(2, 6)]
+    assert errors.splitlines() == [f"concordia: region big.{i} is freed: it is no part of later checkpoints" for i in range(2, 61)]
     names = [[one.name for one in post.regions] for post in answers.posts]
-    assert names[0] == ["big.0"]
-    assert ["big.0", "big.1"] in names
+    assert all(found[:1] == ["big.0"] for found in names)
+    assert any(found[1:2] == ["big.1"] for found in names)
 
 
 def test_points_are_where_the_policy_says_when_there_are_several_triggers(ground: ProtectedGround, tmp_path: Path) -> None:
@@ -198,7 +190,7 @@ def test_region_is_found_when_a_kernel_or_an_ordinal_or_the_stack_names_it(groun
         folder = tmp_path / name
         board = protected_folder(folder, policy_of(rules))
         answers = Answers(folder, board)
-        answers.until_end(ground.start("train", "30", CONCORDIA_PROTECT=str(folder)))
+        answers.until_end(ground.start("train", "300", CONCORDIA_PROTECT=str(folder)))
         assert [(one.name, one.bytes) for one in answers.posts[-1].regions if "." not in one.name or int(one.name.partition(".")[2]) < 2] == wanted, name
 
 
@@ -246,12 +238,12 @@ def test_program_goes_on_when_its_agent_never_answers_or_gives_up(ground: Protec
 
 
 def test_program_gets_the_memory_that_protection_took_when_it_needs_it(ground: ProtectedGround, tmp_path: Path) -> None:
-    plain, _ = ground.start("train", "30", shimmed=False).communicate(timeout=LIFE_S)
+    plain, _ = ground.start("train", "300", shimmed=False).communicate(timeout=LIFE_S)
     outcomes = set()
     for megabytes in (6, 7, 8, 9, 10):
         folder = tmp_path / str(megabytes)
         answers = Answers(folder, protected_folder(folder, policy_of(BY_SIZE)))
-        said, errors = answers.until_end(ground.start("train", "30", CONCORDIA_PROTECT=str(folder), FAKE_BYTES=str(megabytes << 20)))
+        said, errors = answers.until_end(ground.start("train", "300", CONCORDIA_PROTECT=str(folder), FAKE_BYTES=str(megabytes << 20)))
         assert said == plain, errors
         lines = [line for line in errors.splitlines() if "is freed" not in line]
         assert len(lines) <= 1

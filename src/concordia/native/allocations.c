@@ -73,7 +73,8 @@ static void goes(CUdeviceptr address) {
   if (found.bytes) regions_freed(found.address, found.bytes);
 }
 
-// Memory that a graph allocates is there only while it runs: its launches count as writing anything.
+// Memory that a graph allocates is there only while it runs: its launches count as writing
+// anything.
 #define ALLOCATED(address, bytes, is_node, call)                       \
   do {                                                                 \
     CUresult result = call;                                            \

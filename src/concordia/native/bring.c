@@ -1,9 +1,9 @@
 // A point on its way to the agent.
 //
 // Owns: the copies of what changed into the stage, and the post. Promises: nothing is copied before
-// the stream has come to the point, nor posted before everything that the program read until then is
-// logged; what was posted stays as it is until the agent has answered; every wait is bounded, and at
-// its bound protection ends. Called by the thread of saver.c.
+// the stream has come to the point, nor posted before everything that the program read until then
+// is logged; what was posted stays as it is until the agent has answered; every wait is bounded,
+// and at its bound protection ends. Called by the thread of saver.c.
 #define _GNU_SOURCE
 #include <stdio.h>
 #include <string.h>
@@ -70,11 +70,13 @@ static CUresult audit(struct region *region, CUstream stream) {
   CUresult result = CUDA_SUCCESS;
   for (uint64_t page = 0; page < region->pages && result == CUDA_SUCCESS; page++) {
     if (region->taken[page]) continue;
-    result = REAL(cuMemcpyDtoHAsync_v2, point.page_copy, region->copy + page * MARK_BYTES, MARK_BYTES,
+    result = REAL(cuMemcpyDtoHAsync_v2, point.page_copy, region->copy + page * MARK_BYTES,
+                  MARK_BYTES,
                   stream);
     if (result == CUDA_SUCCESS) result = REAL(cuStreamSynchronize, stream);
     if (result == CUDA_SUCCESS &&
-        memcmp(point.page_copy, stage + region->stage_offset + page * MARK_BYTES, MARK_BYTES) != 0) {
+        memcmp(point.page_copy, stage + region->stage_offset + page * MARK_BYTES,
+               MARK_BYTES) != 0) {
       if (atomic_fetch_add(&board->missed_pages, 1) == 0)
         fprintf(stderr, "concordia: page %lu of region %s changed unseen\n", page, region->name);
       region->taken[page] = 1;
@@ -134,7 +136,8 @@ int bring_point(CUstream stream) {
   }
   if (!IS_PROTECTED()) return 0;
   if (point.map_count &&
-      (bring_failed(REAL(cuMemcpyDtoHAsync_v2, point.map, point.map_copy + point.map_first, point.map_count, stream),
+      (bring_failed(REAL(cuMemcpyDtoHAsync_v2, point.map, point.map_copy + point.map_first,
+                         point.map_count, stream),
               "bring the marks") ||
        bring_failed(REAL(cuStreamSynchronize, stream), "bring the marks")))
     return 0;

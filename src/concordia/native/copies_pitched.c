@@ -118,7 +118,8 @@ static void wrote_3d(const CUDA_MEMCPY3D *copy, CUstream stream, int is_per_thre
   if (!copy || copy->target.type == MEMORY_ARRAY) return;
   if (!start || !is_device_memory(start)) {
     int is_from_host = copy->source.type == MEMORY_HOST ||
-                       (copy->source.type == MEMORY_UNIFIED && !is_device_memory(copy->source.device));
+                       (copy->source.type == MEMORY_UNIFIED &&
+                        !is_device_memory(copy->source.device));
     if (!is_from_host) UNSEEN("a copy of three dimensions");
     return;
   }
@@ -186,7 +187,8 @@ static int answered_batch(const CUdeviceptr *targets, const CUdeviceptr *sources
   for (size_t i = 0; i < count; i++) {
     if (is_read(targets[i], sources[i])) {
       if (!reads_answer((void *)(uintptr_t)targets[i], bytes[i])) return 0;
-    } else if (STREAM_CALL(is_per_thread, cuMemcpyAsync, targets[i], sources[i], bytes[i], stream) !=
+    } else if (STREAM_CALL(is_per_thread, cuMemcpyAsync, targets[i], sources[i], bytes[i],
+                           stream) !=
                CUDA_SUCCESS) {
       return 0;
     }
@@ -206,38 +208,58 @@ static int answered_batch(const CUdeviceptr *targets, const CUdeviceptr *sources
     return result;                                                                              \
   } while (0)
 
-CUresult cuMemcpyBatchAsync(CUdeviceptr *targets, CUdeviceptr *sources, size_t *bytes, size_t count, void *attributes, size_t *indices, size_t attribute_count, size_t *failed, CUstream stream) {
-  BATCH(0, REAL(cuMemcpyBatchAsync, targets, sources, bytes, count, attributes, indices, attribute_count, failed, stream));
+CUresult cuMemcpyBatchAsync(CUdeviceptr *targets, CUdeviceptr *sources, size_t *bytes, size_t count,
+                            void *attributes, size_t *indices, size_t attribute_count,
+                            size_t *failed, CUstream stream) {
+  BATCH(0,
+        REAL(cuMemcpyBatchAsync, targets, sources, bytes, count, attributes, indices,
+             attribute_count, failed, stream));
 }
 
-CUresult cuMemcpyBatchAsync_ptsz(CUdeviceptr *targets, CUdeviceptr *sources, size_t *bytes, size_t count, void *attributes, size_t *indices, size_t attribute_count, size_t *failed, CUstream stream) {
-  BATCH(1, REAL(cuMemcpyBatchAsync_ptsz, targets, sources, bytes, count, attributes, indices, attribute_count, failed, stream));
+CUresult cuMemcpyBatchAsync_ptsz(CUdeviceptr *targets, CUdeviceptr *sources, size_t *bytes,
+                                 size_t count, void *attributes, size_t *indices,
+                                 size_t attribute_count, size_t *failed, CUstream stream) {
+  BATCH(1,
+        REAL(cuMemcpyBatchAsync_ptsz, targets, sources, bytes, count, attributes, indices,
+             attribute_count, failed, stream));
 }
 
-CUresult cuMemcpyBatchAsync_v2(CUdeviceptr *targets, CUdeviceptr *sources, size_t *bytes, size_t count, void *attributes, size_t *indices, size_t attribute_count, CUstream stream) {
-  BATCH(0, REAL(cuMemcpyBatchAsync_v2, targets, sources, bytes, count, attributes, indices, attribute_count, stream));
+CUresult cuMemcpyBatchAsync_v2(CUdeviceptr *targets, CUdeviceptr *sources, size_t *bytes,
+                               size_t count, void *attributes, size_t *indices,
+                               size_t attribute_count, CUstream stream) {
+  BATCH(0,
+        REAL(cuMemcpyBatchAsync_v2, targets, sources, bytes, count, attributes, indices,
+             attribute_count, stream));
 }
 
-CUresult cuMemcpyBatchAsync_v2_ptsz(CUdeviceptr *targets, CUdeviceptr *sources, size_t *bytes, size_t count, void *attributes, size_t *indices, size_t attribute_count, CUstream stream) {
-  BATCH(1, REAL(cuMemcpyBatchAsync_v2_ptsz, targets, sources, bytes, count, attributes, indices, attribute_count, stream));
+CUresult cuMemcpyBatchAsync_v2_ptsz(CUdeviceptr *targets, CUdeviceptr *sources, size_t *bytes,
+                                    size_t count, void *attributes, size_t *indices,
+                                    size_t attribute_count, CUstream stream) {
+  BATCH(1,
+        REAL(cuMemcpyBatchAsync_v2_ptsz, targets, sources, bytes, count, attributes, indices,
+             attribute_count, stream));
 }
 
-CUresult cuMemcpy3DBatchAsync(size_t count, void *operations, size_t *failed, unsigned long long flags, CUstream stream) {
+CUresult cuMemcpy3DBatchAsync(size_t count, void *operations, size_t *failed,
+                              unsigned long long flags, CUstream stream) {
   if (IS_PROTECTED()) UNSEEN("a batch of copies of three dimensions");
   return REAL(cuMemcpy3DBatchAsync, count, operations, failed, flags, stream);
 }
 
-CUresult cuMemcpy3DBatchAsync_ptsz(size_t count, void *operations, size_t *failed, unsigned long long flags, CUstream stream) {
+CUresult cuMemcpy3DBatchAsync_ptsz(size_t count, void *operations, size_t *failed,
+                                   unsigned long long flags, CUstream stream) {
   if (IS_PROTECTED()) UNSEEN("a batch of copies of three dimensions");
   return REAL(cuMemcpy3DBatchAsync_ptsz, count, operations, failed, flags, stream);
 }
 
-CUresult cuMemcpy3DBatchAsync_v2(size_t count, void *operations, unsigned long long flags, CUstream stream) {
+CUresult cuMemcpy3DBatchAsync_v2(size_t count, void *operations, unsigned long long flags,
+                                 CUstream stream) {
   if (IS_PROTECTED()) UNSEEN("a batch of copies of three dimensions");
   return REAL(cuMemcpy3DBatchAsync_v2, count, operations, flags, stream);
 }
 
-CUresult cuMemcpy3DBatchAsync_v2_ptsz(size_t count, void *operations, unsigned long long flags, CUstream stream) {
+CUresult cuMemcpy3DBatchAsync_v2_ptsz(size_t count, void *operations, unsigned long long flags,
+                                      CUstream stream) {
   if (IS_PROTECTED()) UNSEEN("a batch of copies of three dimensions");
   return REAL(cuMemcpy3DBatchAsync_v2_ptsz, count, operations, flags, stream);
 }

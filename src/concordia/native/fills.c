@@ -16,7 +16,8 @@ CUresult cuMemsetD8Async(CUdeviceptr target, unsigned char value, size_t count, 
   WROTE(target, count, stream, 0, REAL(cuMemsetD8Async, target, value, count, stream));
 }
 
-CUresult cuMemsetD8Async_ptsz(CUdeviceptr target, unsigned char value, size_t count, CUstream stream) {
+CUresult cuMemsetD8Async_ptsz(CUdeviceptr target, unsigned char value, size_t count,
+                              CUstream stream) {
   WROTE(target, count, stream, 1, REAL(cuMemsetD8Async_ptsz, target, value, count, stream));
 }
 
@@ -32,7 +33,8 @@ CUresult cuMemsetD16Async(CUdeviceptr target, unsigned short value, size_t count
   WROTE(target, count * 2, stream, 0, REAL(cuMemsetD16Async, target, value, count, stream));
 }
 
-CUresult cuMemsetD16Async_ptsz(CUdeviceptr target, unsigned short value, size_t count, CUstream stream) {
+CUresult cuMemsetD16Async_ptsz(CUdeviceptr target, unsigned short value, size_t count,
+                               CUstream stream) {
   WROTE(target, count * 2, stream, 1, REAL(cuMemsetD16Async_ptsz, target, value, count, stream));
 }
 
@@ -48,7 +50,8 @@ CUresult cuMemsetD32Async(CUdeviceptr target, unsigned int value, size_t count, 
   WROTE(target, count * 4, stream, 0, REAL(cuMemsetD32Async, target, value, count, stream));
 }
 
-CUresult cuMemsetD32Async_ptsz(CUdeviceptr target, unsigned int value, size_t count, CUstream stream) {
+CUresult cuMemsetD32Async_ptsz(CUdeviceptr target, unsigned int value, size_t count,
+                               CUstream stream) {
   WROTE(target, count * 4, stream, 1, REAL(cuMemsetD32Async_ptsz, target, value, count, stream));
 }
 
@@ -56,62 +59,74 @@ static uint64_t rows(size_t pitch, size_t width, size_t height) {
   return height ? (height - 1) * pitch + width : 0;
 }
 
-CUresult cuMemsetD2D8_v2(CUdeviceptr target, size_t pitch, unsigned char value, size_t width, size_t height) {
+CUresult cuMemsetD2D8_v2(CUdeviceptr target, size_t pitch, unsigned char value, size_t width,
+                         size_t height) {
   WROTE(target, rows(pitch, width, height), none, 0,
         REAL(cuMemsetD2D8_v2, target, pitch, value, width, height));
 }
 
-CUresult cuMemsetD2D8_v2_ptds(CUdeviceptr target, size_t pitch, unsigned char value, size_t width, size_t height) {
+CUresult cuMemsetD2D8_v2_ptds(CUdeviceptr target, size_t pitch, unsigned char value, size_t width,
+                              size_t height) {
   WROTE(target, rows(pitch, width, height), none, 1,
         REAL(cuMemsetD2D8_v2_ptds, target, pitch, value, width, height));
 }
 
-CUresult cuMemsetD2D8Async(CUdeviceptr target, size_t pitch, unsigned char value, size_t width, size_t height, CUstream stream) {
+CUresult cuMemsetD2D8Async(CUdeviceptr target, size_t pitch, unsigned char value, size_t width,
+                           size_t height, CUstream stream) {
   WROTE(target, rows(pitch, width, height), stream, 0,
         REAL(cuMemsetD2D8Async, target, pitch, value, width, height, stream));
 }
 
-CUresult cuMemsetD2D8Async_ptsz(CUdeviceptr target, size_t pitch, unsigned char value, size_t width, size_t height, CUstream stream) {
+CUresult cuMemsetD2D8Async_ptsz(CUdeviceptr target, size_t pitch, unsigned char value, size_t width,
+                                size_t height, CUstream stream) {
   WROTE(target, rows(pitch, width, height), stream, 1,
         REAL(cuMemsetD2D8Async_ptsz, target, pitch, value, width, height, stream));
 }
 
-CUresult cuMemsetD2D16_v2(CUdeviceptr target, size_t pitch, unsigned short value, size_t width, size_t height) {
+CUresult cuMemsetD2D16_v2(CUdeviceptr target, size_t pitch, unsigned short value, size_t width,
+                          size_t height) {
   WROTE(target, rows(pitch, width * 2, height), none, 0,
         REAL(cuMemsetD2D16_v2, target, pitch, value, width, height));
 }
 
-CUresult cuMemsetD2D16_v2_ptds(CUdeviceptr target, size_t pitch, unsigned short value, size_t width, size_t height) {
+CUresult cuMemsetD2D16_v2_ptds(CUdeviceptr target, size_t pitch, unsigned short value, size_t width,
+                               size_t height) {
   WROTE(target, rows(pitch, width * 2, height), none, 1,
         REAL(cuMemsetD2D16_v2_ptds, target, pitch, value, width, height));
 }
 
-CUresult cuMemsetD2D16Async(CUdeviceptr target, size_t pitch, unsigned short value, size_t width, size_t height, CUstream stream) {
+CUresult cuMemsetD2D16Async(CUdeviceptr target, size_t pitch, unsigned short value, size_t width,
+                            size_t height, CUstream stream) {
   WROTE(target, rows(pitch, width * 2, height), stream, 0,
         REAL(cuMemsetD2D16Async, target, pitch, value, width, height, stream));
 }
 
-CUresult cuMemsetD2D16Async_ptsz(CUdeviceptr target, size_t pitch, unsigned short value, size_t width, size_t height, CUstream stream) {
+CUresult cuMemsetD2D16Async_ptsz(CUdeviceptr target, size_t pitch, unsigned short value,
+                                 size_t width, size_t height, CUstream stream) {
   WROTE(target, rows(pitch, width * 2, height), stream, 1,
         REAL(cuMemsetD2D16Async_ptsz, target, pitch, value, width, height, stream));
 }
 
-CUresult cuMemsetD2D32_v2(CUdeviceptr target, size_t pitch, unsigned int value, size_t width, size_t height) {
+CUresult cuMemsetD2D32_v2(CUdeviceptr target, size_t pitch, unsigned int value, size_t width,
+                          size_t height) {
   WROTE(target, rows(pitch, width * 4, height), none, 0,
         REAL(cuMemsetD2D32_v2, target, pitch, value, width, height));
 }
 
-CUresult cuMemsetD2D32_v2_ptds(CUdeviceptr target, size_t pitch, unsigned int value, size_t width, size_t height) {
+CUresult cuMemsetD2D32_v2_ptds(CUdeviceptr target, size_t pitch, unsigned int value, size_t width,
+                               size_t height) {
   WROTE(target, rows(pitch, width * 4, height), none, 1,
         REAL(cuMemsetD2D32_v2_ptds, target, pitch, value, width, height));
 }
 
-CUresult cuMemsetD2D32Async(CUdeviceptr target, size_t pitch, unsigned int value, size_t width, size_t height, CUstream stream) {
+CUresult cuMemsetD2D32Async(CUdeviceptr target, size_t pitch, unsigned int value, size_t width,
+                            size_t height, CUstream stream) {
   WROTE(target, rows(pitch, width * 4, height), stream, 0,
         REAL(cuMemsetD2D32Async, target, pitch, value, width, height, stream));
 }
 
-CUresult cuMemsetD2D32Async_ptsz(CUdeviceptr target, size_t pitch, unsigned int value, size_t width, size_t height, CUstream stream) {
+CUresult cuMemsetD2D32Async_ptsz(CUdeviceptr target, size_t pitch, unsigned int value, size_t width,
+                                 size_t height, CUstream stream) {
   WROTE(target, rows(pitch, width * 4, height), stream, 1,
         REAL(cuMemsetD2D32Async_ptsz, target, pitch, value, width, height, stream));
 }

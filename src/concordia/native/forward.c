@@ -129,7 +129,8 @@ void forward_restore(void) {
   fprintf(stderr, "concordia: resumed at point %lu: %d regions, %lu launches left out\n",
           forward_target, count, (unsigned long)atomic_load(&board->swallowed));
   if (moved)
-    fprintf(stderr, "concordia: %d regions have other addresses than they had: addresses that lie in "
+    fprintf(stderr,
+            "concordia: %d regions have other addresses than they had: addresses that lie in "
                     "them, if any, are wrong\n", moved);
   atomic_store(&protect_mode, PROTECT_RECORD);
 }

@@ -10,7 +10,8 @@
 
 #include "copies.h"
 
-enum { NODE_KERNEL, NODE_MEMCPY, NODE_MEMSET, NODE_HOST, NODE_GRAPH, NODE_EMPTY, NODE_WAIT, NODE_RECORD };
+enum { NODE_KERNEL, NODE_MEMCPY, NODE_MEMSET, NODE_HOST, NODE_GRAPH, NODE_EMPTY, NODE_WAIT,
+      NODE_RECORD };
 enum { NODES_MAX = 1 << 16, DEPTH_MAX = 8, REACHED_MAX = 512, NOTES_MAX = 4096, BUCKETS = 1024 };
 
 struct kernel_node {
@@ -78,7 +79,8 @@ static void note_kernel(struct note *note, void *node) {
   }
   void *function = found.function ? found.function : found.kernel;
   const struct kernel *kernel = kernel_of(function);
-  note->hash = mixed(mixed(note->hash, kernel->hash), found.grid[0] ^ (uint64_t)found.block[0] << 32);
+  note->hash = mixed(mixed(note->hash, kernel->hash),
+                     found.grid[0] ^ (uint64_t)found.block[0] << 32);
   if (window_map && kernel->is_marking) {
     note->has_marking = 1;
     return;
@@ -87,7 +89,8 @@ static void note_kernel(struct note *note, void *node) {
   protect_lock();
   int is_known = kernel_words(kernel, found.parameters, found.extra, see, note);
   protect_unlock();
-  if (!is_known || kernel->writes_unseen || (!kernel->is_trusted && (note->is_indirect || !note->is_direct)))
+  if (!is_known || kernel->writes_unseen ||
+      (!kernel->is_trusted && (note->is_indirect || !note->is_direct)))
     note->is_all = 1;
 }
 
@@ -182,7 +185,8 @@ int graph_marks(void *graph, uint64_t *hash) {
   if (!note) return 0;
   *hash = note->hash;
   if (note->reads_host) protect_lose("a graph copies to the host: what it reads is not logged");
-  for (int i = 0; i < note->count; i++) marks_range(note->reached[i].address, note->reached[i].bytes);
+  for (int i = 0; i < note->count; i++) marks_range(note->reached[i].address,
+                                                    note->reached[i].bytes);
   for (int i = 0; i < region_count; i++)
     if (note->has_marking && regions[i]->is_outside) regions[i]->is_whole = 1;
   return !note->is_all;

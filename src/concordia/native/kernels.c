@@ -78,7 +78,8 @@ CUresult cuKernelGetFunction(CUfunction *function, void *kernel) {
 
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
   CUresult result = REAL(cuModuleGetFunction, function, module, name);
-  if (result == CUDA_SUCCESS && IS_PROTECTED() && origin_of(*function)) note_origin(*function, NULL);
+  if (result == CUDA_SUCCESS && IS_PROTECTED() && origin_of(*function)) note_origin(*function,
+                                                                                    NULL);
   return result;
 }
 
@@ -88,7 +89,8 @@ static void learn_flags(struct kernel *kernel, void *function) {
   uint32_t flags = KERNEL_UNKNOWN;
   if (origin && REAL(cuKernelGetLibrary, &home, origin) == CUDA_SUCCESS)
     flags = loaded_kernel_flags(home, kernel->name);
-  if (origin != function && flags == KERNEL_UNKNOWN && REAL(cuFuncGetModule, &home, function) == CUDA_SUCCESS)
+  if (origin != function && flags == KERNEL_UNKNOWN &&
+      REAL(cuFuncGetModule, &home, function) == CUDA_SUCCESS)
     flags = loaded_kernel_flags(home, kernel->name);
   if (flags == KERNEL_UNKNOWN) return;
   kernel->writes_unseen = (flags & KERNEL_TENSOR_MAPS) != 0;

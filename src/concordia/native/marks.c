@@ -80,7 +80,8 @@ static void mark_kernel(const struct kernel *kernel, void **parameters, void **e
   for (int i = 0; i < region_count; i++) is_all_whole &= regions[i]->is_whole;
   if (is_all_whole) return;
   int is_known = kernel_words(kernel, parameters, extra, see, &reach);
-  if (!is_known || kernel->writes_unseen || (!kernel->is_trusted && (reach.elsewhere || !reach.regions))) mark_all();
+  if (!is_known || kernel->writes_unseen ||
+      (!kernel->is_trusted && (reach.elsewhere || !reach.regions))) mark_all();
 }
 
 static __thread const struct kernel *launched;  // between before and after

@@ -140,7 +140,7 @@ void regions_allocated(uint64_t address, uint64_t bytes);        // without the 
 void regions_freed(uint64_t address, uint64_t bytes);            // without the lock
 void regions_launched(const struct kernel *, const struct launch *);  // without the lock
 int regions_drop_copies(void);  // without the lock; whether there is more memory now
-void regions_sweep(void);  // without the lock, while no copy is in use: gives back those of the gone
+void regions_sweep(void);  // without the lock, while no copy is in use: frees those of the gone
 CUcontext regions_context(void);
 
 // --- marks.c; without the lock

@@ -2,7 +2,8 @@
 //
 // Owns: that list, and the events that tie them to the stream of a point. Promises: at a point all
 // work that the program has given to any stream comes before the copies, and what it gives later
-// comes after them; a stream that is being captured takes no part. Called by the hooks of what writes, marks.c and saver.c.
+// comes after them; a stream that is being captured takes no part. Called by the hooks of what
+// writes, marks.c and saver.c.
 #define _GNU_SOURCE
 #include "protect.h"
 
@@ -30,7 +31,8 @@ static _Atomic uint64_t fires, epoch;  // epoch: of handles, which are given to 
 // Of the streams that a null handle means, those of other threads cannot be named: they are as
 // they were given to the driver, and only the thread itself can join its own.
 static int is_same(const struct seen *one, CUstream stream, int is_per_thread) {
-  return one->stream == stream && (stream > CU_STREAM_PER_THREAD || one->is_per_thread == is_per_thread);
+  return one->stream == stream && (stream > CU_STREAM_PER_THREAD ||
+                                   one->is_per_thread == is_per_thread);
 }
 
 void streams_seen(CUstream stream, int is_per_thread) {
@@ -92,7 +94,8 @@ void streams_release(CUstream stream, int is_per_thread) {
 void streams_before(CUstream stream, int is_per_thread) {
   static __thread struct tie last;  // of this thread: most have one stream
   uint64_t fire = atomic_load_explicit(&fires, memory_order_relaxed);
-  if (fire == 0 || (last.stream == stream && last.is_per_thread == is_per_thread && last.fire == fire &&
+  if (fire == 0 ||
+      (last.stream == stream && last.is_per_thread == is_per_thread && last.fire == fire &&
                     last.epoch == atomic_load_explicit(&epoch, memory_order_relaxed)))
     return;
   if (is_capturing(stream, is_per_thread)) return;
