@@ -441,3 +441,42 @@ def test_seal_reports_damage_when_what_was_counted_never_becomes_readable(
         journal.pool.view[made[3].offset + 200] ^= 1
         assert journal.streams.seal(stream) == 3
         assert (stream.end, journal.streams.intake.corrupt_count) == (End.CORRUPT, 1)
+
+
+def test_seal_searches_what_was_taken_only_when_much_was_lent_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with SmallJournal(tmp_path / "journal", segments=64) as journal:
+        stream, writer = journal.open()
+        while stream.control.taken_count < 2:
+            writer.append(Entry(abi.KIND_KV_TAIL, 1, 1, 0, 1), bytes(9000))
+            journal.streams.lend_all()
+        stream.ahead = 20
+        journal.streams.lend_all()
+        assert stream.control.lent_count >= 20
+        searched = []
+        search = stream.reader._search
+
+        def note(start: int, end: int, salt: int) -> Record | None:
+            searched.append(start // journal.pool.segment_bytes)
+            return search(start, end, salt)
+
+        monkeypatch.setattr(stream.reader, "_search", note)
+        assert journal.streams.seal(stream) == stream.control.committed_count
+        assert stream.end is End.CLEAN
+        assert searched == [stream.segments[1]]
+
+
+def test_seal_reports_damage_when_the_next_segment_that_was_taken_has_records(tmp_path: Path) -> None:
+    with SmallJournal(tmp_path / "journal") as journal:
+        stream, writer = journal.open()
+        made = []
+        while stream.control.taken_count < 3:
+            made.append(writer.append(Entry(abi.KIND_KV_TAIL, 1, 1, len(made), len(made) + 1), bytes(20000)))
+            journal.streams.lend_all()
+        first = [one for one in made if one.offset // journal.pool.segment_bytes == stream.segments[0]]
+        last = first[-1]
+        journal.pool.view[last.offset + 200] ^= 1
+        stream.control.store("committed_count", 0)  # nothing but the records says so
+        assert journal.streams.seal(stream) == len(first) - 1
+        assert (stream.end, journal.streams.intake.corrupt_count) == (End.CORRUPT, 1)

@@ -53,7 +53,7 @@ class Intake:
         while reader.sequence < hint and self._read(stream, config.SCAN_RECORDS_MAX):
             pass  # finite, because the hint is, or the pool
         began = moved = time.monotonic()
-        while (end := reader.classify(hint, is_final=True)) is End.CORRUPT:
+        while (end := self._end_of(stream, hint)) is End.CORRUPT:
             # Count and search may have run ahead of what was read, so only a place that stays bad
             # is bad.
             is_moving = self._read(stream, config.SCAN_RECORDS_MAX) > 0
@@ -78,6 +78,11 @@ class Intake:
         """Something that no crash explains."""
         self.corrupt_count += 1
         self._index.events.note({"event": "corruption", "reason": reason})
+
+    def _end_of(self, stream: Stream, hint: int) -> End:
+        """A failover waits for it: only what the writer has taken is searched."""
+        taken = stream.control.taken_count
+        return stream.reader.classify(hint, is_final=True, taken_count=taken)
 
     def _read(self, stream: Stream, limit: int) -> int:
         records = stream.reader.read(limit)

@@ -80,26 +80,31 @@ class StreamReader:
                 break
         return found
 
-    def classify(self, committed_count: int, *, is_final: bool) -> End:
+    def classify(
+        self, committed_count: int, *, is_final: bool, taken_count: int | None = None
+    ) -> End:
         """What the place that stopped `read` means; `committed_count` was loaded before that
-        read.
+        read. `taken_count`: see `later_committed`.
         """
         if self.sequence < committed_count:
             return End.CORRUPT  # the hint is stored after the commit word, with release order
         if not is_final:
             return End.OPEN
-        if self.later_committed() is not None:
+        if self.later_committed(taken_count) is not None:
             return End.CORRUPT
         return End.TORN if self._is_touched() else End.CLEAN
 
-    def later_committed(self) -> Record | None:
+    def later_committed(self, taken_count: int | None = None) -> Record | None:
         """A committed record at or after the sequence that cannot be read: proof of damage.
 
         A header alone proves nothing: the writer's fence orders it before its own commit word, not
-        after the one before. A commit word does: its release covers everything before it.
+        after the one before. A commit word does: its release covers everything before it, so also
+        that its segment was taken. With the writer's `taken_count`, loaded after the last read, the
+        segments that were only lent ahead are left out: gigabytes, where a prefill may come.
         """
+        end = max(self.lent, default=-1) + 1 if taken_count is None else taken_count
         for ordinal in sorted(self.lent):
-            if ordinal < self.ordinal:
+            if not self.ordinal <= ordinal < max(end, self.ordinal + 1):
                 continue
             lent = self.lent[ordinal]
             base = lent.segment * self._pool.segment_bytes
