@@ -8,6 +8,7 @@ anywhere is found before a region is touched; records below the newest marker st
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import random
 import threading
@@ -22,7 +23,7 @@ import pytest
 
 from concordia import abi, config
 from concordia.checkpoint.checkpointer import Checkpointer
-from concordia.checkpoint.cut import CutWriter
+from concordia.checkpoint.cut import CutWriter, joined
 from concordia.checkpoint.region import PageRegion
 from concordia.device.compiler import HostCompiler
 from concordia.device.host import HostDevice
@@ -592,3 +593,45 @@ def test_newest_step_is_restored_when_its_process_was_killed_at_random(tmp_path:
     monkeypatch.setattr(scenario, "DEVICE", "host")
     for lanes in (1, 4):
         scenario.test_newest_step_is_restored_when_the_writer_is_killed(lanes, tmp_path / "journal")
+
+
+def test_only_marked_pages_are_read_when_a_step_says_which(device: HostDevice, journal: SmallJournal) -> None:
+    trainer = Trainer(device, journal, incarnation=1)
+
+    def save(step: int, marked: dict[str, list[range]] | None) -> int:
+        trainer.writer.begin(step, b"", marked)
+        journal.round()
+        return trainer.writer.commit().pages
+
+    def change(name: str, *pages: int) -> None:
+        size = SIZES[name][1]
+        for page in pages:
+            trainer.buffers[name].view[page * size] ^= 1
+
+    assert save(1, {"weights": [], "moments": []}) == 30, "a life's first has all pages, whatever is marked"
+    change("weights", 2, 3, 9, 20)
+    change("moments", 5)
+    assert save(2, {"weights": [range(2, 4), range(8, 12)]}) == 4, "three that are marked and differ, and all of a region that is not named"
+    assert save(3, {"weights": [], "moments": []}) == 0
+    assert found_in(journal)[1] != trainer.content(), "the one that was not marked"
+    assert save(4, {"weights": [range(24)], "moments": []}) == 1
+    assert found_in(journal)[1] == trainer.content()
+    trainer.die()
+
+
+def test_ranges_hold_what_is_marked_and_are_few_when_there_are_many() -> None:
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    for _ in range(200):
+        pages = {rng.randrange(4000) for _ in range(rng.choice([0, 1, 5, 300]))}
+        marked = [range(page, page + rng.randint(0, 3)) for page in pages]
+        rng.shuffle(marked)
+        found = joined(marked)
+        wanted = {page for one in marked for page in one}
+        covered = {page for one in found for page in one}
+        assert wanted <= covered
+        assert len(found) <= config.SCAN_RANGES_MAX
+        assert all(a.stop < b.start for a, b in itertools.pairwise(found))
+        if len(found) < config.SCAN_RANGES_MAX // 2:
+            assert wanted == covered, "nothing more is read where there is no need"

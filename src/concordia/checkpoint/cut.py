@@ -82,6 +82,7 @@ class CutWriter:
         self._regions = dict(regions)
         self._names: dict[str, Any] = {"key": key, "incarnation": incarnation}
         self._step = -1  # the newest that was begun
+        self._is_begun = False
         self._parts: list[_Part] = []  # of the checkpoint that is open
         self._state_bytes = 0
         # of the stream when all pages were appended last
@@ -110,6 +111,7 @@ class CutWriter:
             self._forget_pages()
             marked = None
         self._step, self._state_bytes, self._parts = step, len(state), []
+        self._is_begun = False
         for name, region in self._regions.items():
             whole = [range(region.page_count)]
             for pages in whole if marked is None else joined(marked.get(name, whole)):
@@ -119,13 +121,15 @@ class CutWriter:
             self._hand_in("host state", partial(self._append, part, abi.KIND_STATE, at))
             if len(self._parts) > config.STATE_PARTS_AHEAD:  # the ring's arena holds only so much
                 self._checkpointer.runtime.finish(self._parts[-config.STATE_PARTS_AHEAD].ticket)
+        self._is_begun = True  # all of it was handed in
 
     def commit(self, timeout_s: float = config.CHECKPOINT_WAIT_S) -> Committed:
         """Wait until all of it is committed, then for the marker. Raises JournalFull, WaitTimeout
         or DeviceError: then the checkpoint before is the newest.
         """
-        if not self._parts:
+        if not self._is_begun:
             raise UsageError("no checkpoint was begun")
+        self._is_begun = False
         deadline = time.monotonic() + timeout_s
         parts, self._parts = self._parts, []
         pages = sum(self._settle(part, deadline)[1] for part in parts)
