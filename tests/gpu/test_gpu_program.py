@@ -44,7 +44,7 @@ class Place:
         path = self.folder / "policy.toml"
         path.write_text(
             f'[program]\nseries = "plain"\naudit_every = {audit}\nwarm_points = {warm}\n'
-            f'[journal]\nplace = "{self.journal}"\nsize = "2GiB"\nlinger_s = 120\n[limits]\nstage = "1GiB"\n'
+            f'[journal]\nplace = "{self.journal}"\nsize = "6GiB"\nlinger_s = 120\n[limits]\nstage = "1GiB"\n'
             f'[[region]]\nname = "segment"\nsize = ["1B", "1GiB"]\n{TRIGGERS[trigger]}{images}'
         )
         return path
@@ -129,14 +129,14 @@ def test_resumed_program_says_what_an_unfailed_one_says_when_it_was_killed(place
     seed = int(os.environ.get("PROGRAM_SEED", random.randrange(1 << 20)))
     print(f"PROGRAM_SEED={seed}")
     rng = random.Random(seed)
-    count = 300
+    count = 800
     wanted = place.plain(name, count)
     assert wanted == place.plain(name, count), "the program itself is not the same twice"
     policy = place.policy(trigger, images=images, warm=warm)
     reached = 0
     for _ in range(3):
         life = Life(place, name, count, policy)
-        life.read(min(count - 20, reached + rng.randint(30, 70)))
+        life.read(min(count - 20, reached + rng.randint(100, 220)))
         time.sleep(rng.random() * 0.05)  # anywhere in the next steps
         life.kill()
         report = place.report()
@@ -162,12 +162,12 @@ def test_resumed_program_says_what_an_unfailed_one_says_when_it_was_killed(place
 def test_program_is_refused_when_it_is_another_one(place: Place) -> None:
     pytest.importorskip("torch", reason="torch is not installed")
     policy = place.policy("synchronize", audit=0)
-    life = Life(place, "training", 300, policy)
-    life.read(40)
+    life = Life(place, "training", 800, policy)
+    life.read(200)
     life.kill()
     other = Life(place, "generation", 50, policy)
     assert other.end() == 70
     assert "cannot resume" in other.errors.read_text()
-    again = Life(place, "training", 60, policy)
+    again = Life(place, "training", 300, policy)
     assert again.end() == 0, again.errors.read_text()[-3000:]
-    assert again.lines == place.plain("training", 60)
+    assert again.lines == place.plain("training", 300)
