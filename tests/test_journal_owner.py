@@ -268,6 +268,7 @@ def test_nothing_after_the_seal_is_read_when_a_zombie_goes_on_writing(journal: P
             pass
         assert client.cut(1, tokens_known=1 << 20, layout_hash=5, world=1).tokens == sealed
         assert client.committed(1) == sealed
+        assert client.committed_all([2, 1]) == [0, sealed]
         assert client.seal_replica(7)[stream] == sealed
         with pytest.raises(JournalError, match="sealed"):
             open_rank(client, replica=7)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing import shared_memory
 
 import pytest
@@ -169,3 +170,14 @@ def test_thread_times_grow_when_a_process_computes() -> None:
     after = read_thread_times(os.getpid())
     assert sum(after[os.getpid()]) - sum(before[os.getpid()]) > 20_000_000
     assert read_thread_times(2**22 + 1) == {}
+
+
+def test_process_is_ending_when_the_kernel_says_so_and_before_it_is_dead() -> None:
+    own = read_process(os.getpid())
+    stat = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    assert own is not None
+    assert own.flags == int(stat[6]) != 0
+    assert own.is_alive
+    assert not own.is_ending
+    assert replace(own, flags=own.flags | 4).is_ending
+    assert replace(own, state="Z").is_ending

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import pytest
 
-from concordia import abi
+from concordia import abi, config
 from concordia.device.memory import SharedFile
 from concordia.device.payload_hash import PayloadHash
 from concordia.errors import Corruption, RecoveryError, WaitTimeout
@@ -133,3 +133,19 @@ def test_pool_stays_mapped_while_it_is_hashed(tmp_path: pathlib.Path) -> None:
         time.sleep(0.005)  # it hashes for 30 ms
         file.close()
         verifying.result()
+
+
+def test_difference_is_named_when_it_lies_behind_what_is_hashed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "VERIFY_BYTES", 6000)  # three pieces
+    pool = bytearray()
+    found = pieces(pool, [(at, at + 4) for at in range(0, 64, 4)], rank=0, seed=5)
+    cut, view = Cut(64, 1000, {0: found}, [1] * 16), memoryview(pool)
+    plan = plan_restore(cut, world=1, layout_hash=LAYOUT, pool=view, segment_bytes=1 << 20, model_hash=MODEL)
+    verify(plan, view, deadline=time.monotonic() + 5)
+    for piece in found:
+        view[piece.pool_offset + 7] ^= 4
+        other = record.payload_hash(view[piece.pool_offset : piece.pool_offset + piece.payload_bytes])
+        words = f"tokens {piece.token_start}..{piece.token_end} of rank 0 .*payload hash {other:032x}"
+        with pytest.raises(Corruption, match=words):
+            verify(plan, view, deadline=time.monotonic() + 5)
+        view[piece.pool_offset + 7] ^= 4

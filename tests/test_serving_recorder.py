@@ -11,6 +11,7 @@ import array
 import asyncio
 import json
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,10 @@ class FakeJournal:
     def committed(self, key: int) -> int:
         self._check()
         return self.committed_tokens
+
+    def committed_all(self, keys: Sequence[int]) -> list[int]:
+        self._check()
+        return [self.committed_tokens for _ in keys]
 
     def finish(self, key: int) -> None:
         self._check()

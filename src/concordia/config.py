@@ -94,6 +94,8 @@ PTX_HOIST_REGISTERS_MIN: Final = 96
 # program waits for REWRITE_ANSWER_S; what is larger and does not assemble costs the driver a try
 PTX_CHECK_BYTES_MAX: Final = 256 << 10
 PTX_CHECK_S: Final = 20.0  # twice of this is well within REWRITE_S
+# of the table that assembled hooks bring along, as text four times as long: 500 kernels of one text
+HOOK_TABLE_BYTES_MAX: Final = 64 << 10
 IMAGE_CACHE_BYTES_MAX: Final = 8 << 30  # all options together; what was unused longest goes
 # how long a program may wait for the first rewrite of an image. Then it gets the original, and the
 # next start finds the file: the shim's own bound must be longer
@@ -126,6 +128,10 @@ PROGRAM_END_S: Final = 10.0  # for an agent to commit what is staged once the pr
 # a load waits so long for the first rewrite of its image: longer than REWRITE_ANSWER_S
 RUN_IMAGE_WAIT_S: Final = 6.0
 RUN_WAIT_S: Final = 120.0  # all of a process's loads together: a cold start of vLLM takes as long
+# a text that is assembled waits so long for its marks: nobody but a compiler waits, and a text that
+# is not marked in time is kept without marks by whoever keeps the result
+ASSEMBLER_WAIT_S: Final = 30.0
+ASSEMBLER_RUN_S: Final = 300.0  # the assembler on a marked text, before it gets the original one
 RUN_LOG_BYTES_MAX: Final = 16 << 20  # of one process's log: 30,000 images
 RUNS_KEPT: Final = 20  # run folders, for `concordia modules`: the newest
 RUN_KEPT_S: Final = 7 * 86400.0  # and none that ended longer ago
@@ -199,6 +205,9 @@ LOOKUP_WAIT_S: Final = 1.0
 # They hash what a failed engine's requests restore, some GB at 7 GB/s each, and the engine waits;
 # with two, one may do so while the other answers small look-ups.
 LOOKUP_THREADS: Final = max(2, min(8, len(os.sched_getaffinity(0)) // 2))
+# of a restore, hashed between two looks at its deadline: some 10 ms. Between two of them a look-up
+# may wait for the interpreter's lock
+VERIFY_BYTES: Final = 64 << 20
 # a block that the journal let go of is saved again after this long
 KNOWN_KEYS_REFRESH_S: Final = 1.0
 # that nobody picked up, of an engine without steps; then all keys are read instead
@@ -215,8 +224,8 @@ LATE_BLOCKS_PART: Final = 0.75
 # of a pool that is mapped ahead, between two looks at whether to end: some 5 ms
 MAP_AHEAD_BYTES: Final = 16 << 20
 MAP_AHEAD_NICE: Final = 19  # behind everything that an engine does
-# full blocks of a step whose appends run inside the engine's graph, where its kernels wait for them:
-# 16 MiB of an 8B model, 0.7 ms; a prefill's go out beside the next step instead
+# full blocks of a step whose appends run inside the engine's graph, where its kernels wait for
+# them: 16 MiB of an 8B model, 0.7 ms; a prefill's go out beside the next step instead
 PLACED_BLOCKS_MAX: Final = 8
 # steps whose places have not run: an engine is two or three ahead of its GPU; with more of them a
 # graph has no place, and with that many such finds none is relied upon

@@ -73,6 +73,9 @@ class HostLibrary:
         self.hash_payload = function(
             slow, "hash_payload", None, _ADDRESS, _WORD, _ADDRESS, _ADDRESS
         )
+        self.verify_payloads = function(
+            slow, "verify_payloads", _WORD, _BYTES, _WORD, _ADDRESS, _ADDRESS
+        )
         self.wait = function(slow, "wait", int32, _ADDRESS, _WORD, _WORD, _ADDRESS)
         self.open = function(slow, "open", _ADDRESS, _BYTES)
         self.park = function(slow, "park", flag, _ADDRESS, _WORD)

@@ -231,6 +231,10 @@ class JournalClient:
         """Tokens that every rank has committed of the newest incarnation."""
         return int(self._ask("committed", key=key))
 
+    def committed_all(self, keys: Sequence[int]) -> list[int]:
+        """The same of many requests, in one question."""
+        return [int(count) for count in self._ask("committed_all", keys=list(keys))]
+
     def finish(self, key: int) -> None:
         """The request has ended."""
         self._ask("finish", key=key)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
+from typing import Any, Final
 
 from concordia import abi
 from concordia.journal.ledger import Held
@@ -36,6 +37,14 @@ class Piece:
     region: int = 0  # likewise
 
 
+_NAMES: Final = tuple(one.name for one in fields(Piece))
+_values_of: Final = attrgetter(*_NAMES)
+
+
+def _plain(piece: Piece) -> dict[str, int]:
+    return dict(zip(_NAMES, _values_of(piece), strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
     """What may be restored: tokens [0, tokens) of one incarnation, for every rank."""
@@ -46,8 +55,16 @@ class Cut:
     block_keys: list[int] = field(default_factory=list)  # by block index, 0 where no key is known
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for the owner's socket."""
-        return asdict(self)
+        """Plain values for the owner's socket; an engine's requests all ask at once, so the fields
+        of their pieces are not looked up one by one.
+        """
+        pieces = {rank: [_plain(piece) for piece in found] for rank, found in self.pieces.items()}
+        return {
+            "tokens": self.tokens,
+            "incarnation": self.incarnation,
+            "pieces": pieces,
+            "block_keys": list(self.block_keys),
+        }
 
     def clamped(self, limit: int | None, *, block_tokens: int) -> Cut:
         """The part below `limit`; None for no limit."""

@@ -52,6 +52,7 @@ class Office:
             "match_prefix": self._match_prefix,
             "key_news": self._key_news,
             "committed": self._committed,
+            "committed_all": self._committed_all,
             "finish": self._finish,
             "events": self._events,
             "stats": self._stats,
@@ -186,6 +187,11 @@ class Office:
     def _committed(self, peer: Peer, arguments: dict[str, Any]) -> int:
         self._owner.streams.scan_all()
         return self._owner.streams.index.committed(_number(arguments, "key", _U128))
+
+    def _committed_all(self, peer: Peer, arguments: dict[str, Any]) -> list[int]:
+        self._owner.streams.scan_all()
+        committed = self._owner.streams.index.committed
+        return [committed(int(key)) for key in arguments["keys"]]
 
     def _finish(self, peer: Peer, arguments: dict[str, Any]) -> bool:
         key = _number(arguments, "key", _U128)

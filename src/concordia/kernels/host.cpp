@@ -445,3 +445,23 @@ EXPORT void concordia_hash_payload(const uint8_t* data_ptr, uint64_t bytes, uint
   hash_ptr[0] = call.payload_hash[0];
   hash_ptr[1] = call.payload_hash[1];
 }
+
+// A payload that a reader is about to rely on, and the hash that it was committed with.
+struct Promised {
+  const uint8_t* data_ptr;
+  uint64_t bytes;
+  uint64_t hash[2];
+};
+
+// How many of these payloads are, from the first on, what was promised; the hash of the one that is
+// not goes to `hash_ptr`. One call for many: between two calls a reader would wait for the
+// interpreter's lock, which an engine's own thread holds for milliseconds.
+EXPORT uint64_t concordia_verify_payloads(const Promised* promised, uint64_t count,
+                                          uint8_t* digests_ptr, uint64_t* hash_ptr) {
+  for (uint64_t index = 0; index < count; ++index) {
+    const Promised* one = &promised[index];
+    concordia_hash_payload(one->data_ptr, one->bytes, digests_ptr, hash_ptr);
+    if (hash_ptr[0] != one->hash[0] || hash_ptr[1] != one->hash[1]) return index;
+  }
+  return count;
+}

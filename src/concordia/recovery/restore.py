@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from concordia import abi
-from concordia.device.payload_hash import PayloadHash
+from concordia import abi, config
+from concordia.device.payload_hash import PayloadHash, Promised
 from concordia.errors import Corruption, RecoveryError, WaitTimeout
 from concordia.journal import record
 from concordia.journal.coverage import Cut, Piece
@@ -80,23 +80,38 @@ def plan_restore(
 
 def verify(plan: RestorePlan, pool: memoryview, *, deadline: float) -> None:
     """Hash every piece of every rank; raises Corruption for the first that differs, WaitTimeout at
-    the deadline (monotonic).
+    the deadline (monotonic), which is looked at every VERIFY_BYTES.
     """
     held = np.frombuffer(pool, np.uint8)  # as long as this lives, the pool stays mapped
-    hasher = PayloadHash()
+    start, hasher = held.ctypes.data, PayloadHash()
     for rank, pieces in plan.pieces.items():
-        for done, piece in enumerate(pieces):
+        done = 0
+        while done < len(pieces):
             if time.monotonic() >= deadline:
                 raise WaitTimeout(
                     f"{done} of {len(pieces)} pieces of rank {rank} were verified in time"
                 )
-            found = hasher.of(held.ctypes.data + piece.pool_offset, piece.payload_bytes)
-            if found != piece.payload_hash:
+            batch = _batch(pieces, done)
+            other = hasher.first_other(
+                [Promised(start + p.pool_offset, p.payload_bytes, p.payload_hash) for p in batch]
+            )
+            if other is not None:
+                piece = batch[other[0]]
                 raise Corruption(
                     f"tokens {piece.token_start}..{piece.token_end} of rank {rank} (stream "
                     f"{piece.stream:x}, record {piece.sequence}): "
-                    f"payload hash {found:032x}, committed {piece.payload_hash:032x}"
+                    f"payload hash {other[1]:032x}, committed {piece.payload_hash:032x}"
                 )
+            done += len(batch)
+
+
+def _batch(pieces: Sequence[Piece], start: int) -> Sequence[Piece]:
+    """Those from `start` on that are hashed between two looks at the clock; at least one."""
+    left, end = config.VERIFY_BYTES, start
+    while end < len(pieces) and (left > 0 or end == start):
+        left -= pieces[end].payload_bytes
+        end += 1
+    return pieces[start:end]
 
 
 def _stamp(pool: memoryview, at: int) -> bytes:

@@ -89,7 +89,8 @@ def read_process(pid: int) -> Process | None:
         return None
     fields = raw[close + 2 :].split()
     name = raw[raw.find(b"(") + 1 : close].decode("utf-8", "replace")
-    return Process(pid, name, fields[0].decode(), int(fields[1]), int(fields[3]), int(fields[19]))
+    parent, session, flags, start = (int(fields[at]) for at in (1, 3, 6, 19))
+    return Process(pid, name, fields[0].decode(), parent, session, start, flags)
 
 
 def read_thread_times(pid: int) -> ThreadTimes:

@@ -7,7 +7,6 @@ anything all of it counts as computed again. Called by the router. Keeps no toke
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from concordia.serving.flight import Flight
@@ -44,7 +43,7 @@ class Settlement:
         """
         if self._recorder is None or not self._restores:
             return
-        counts = await asyncio.gather(*(self._recorder.committed(flight) for flight in flights))
+        counts = await self._recorder.committed(flights)
         for flight, committed in zip(flights, counts, strict=True):
             if flight.request.allows_restore:
                 missing = flight.tokens_known - 1 - committed

@@ -22,23 +22,8 @@ from concordia.integrations.vllm.filled import Filled
 from concordia.integrations.vllm.load import Load, PieceRef
 from concordia.integrations.vllm.lookup import Lookups
 from concordia.integrations.vllm.questions import Source, cut_question, prefix_question
+from concordia.integrations.vllm.waiting import Waiting, start_facts
 from concordia.integrations.vllm.write_set import Track
-from concordia.recovery.restore import RestorePlan
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """A request between its arrival and its first step."""
-
-    track: Track
-    came: float
-    is_undecided: bool
-    bound: float | None = None  # of holding it back, once the engine would take it
-    hit: int = 0
-    offered: RestorePlan | None = None
-    is_hit_own: bool = False  # whether the hit holds what the request's records have
-    reason: str = ""
-    lookup_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -70,7 +55,7 @@ class Restorer:
         self._filled = Filled(is_kept, block_tokens=source.block_tokens)
         self._lookups = Lookups()
         self._cohorts = Cohorts()
-        self._waiting: dict[str, _Waiting] = {}
+        self._waiting: dict[str, Waiting] = {}
         self._step = StepLoads()
         self._unsaid: dict[str, dict[str, Any]] = {}  # restored, not yet confirmed by every rank
 
@@ -78,7 +63,7 @@ class Restorer:
         """A request has come: start looking for its KV, take its place in its cohort."""
         now = time.monotonic()
         identity = track.identity
-        waiting = _Waiting(track, now, is_undecided=identity.is_restore)
+        waiting = Waiting(track, now, is_undecided=identity.is_restore)
         self._waiting[request] = waiting
         if identity.is_restore:
             known = min(identity.tokens_known or len(track.tokens), len(track.tokens))
@@ -99,7 +84,7 @@ class Restorer:
         """Tokens that the engine may take from us beyond its own `hit`; None: ask again."""
         waiting = self._waiting.get(request)
         if waiting is None:  # preempted: it comes back like any request with these tokens
-            waiting = self._waiting[request] = _Waiting(track, time.monotonic(), is_undecided=False)
+            waiting = self._waiting[request] = Waiting(track, time.monotonic(), is_undecided=False)
         waiting.hit = hit
         if waiting.bound is None:
             waiting.bound = time.monotonic() + config.RESTORE_WAIT_S
@@ -246,53 +231,15 @@ class Restorer:
         if left_s > 0:
             self._lookups.ask(request, question, wait_s=min(wait_s, left_s))
 
-    def _tell(self, request: str, waiting: _Waiting, *, is_loaded: bool) -> None:
+    def _tell(self, request: str, waiting: Waiting, *, is_loaded: bool) -> None:
         identity = waiting.track.identity
-        plan = waiting.offered
         if not identity.is_restore and not is_loaded:
             if waiting.reason:
                 self._say(
                     {"event": "prefix-missed", "request": identity.name, "reason": waiting.reason}
                 )
             return
-        known = len(waiting.track.tokens)
-        # The engine's own hit was not compared with anything now; it counts only where its blocks
-        # were filled from these records before.
-        restored = (
-            max(0, min(plan.tokens, known - 1) - waiting.hit)
-            if plan is not None and is_loaded
-            else 0
-        )
-        level, reason = "cold", waiting.reason or "no more was committed"
-        if plan is not None and is_loaded:
-            is_whole = waiting.hit + restored == known - 1 and plan.incarnation > 0
-            level = (
-                "state-exact"
-                if is_whole and waiting.is_hit_own
-                else "partial"
-                if plan.incarnation
-                else "prefix"
-            )
-            if is_whole and not waiting.is_hit_own:
-                reason = (
-                    f"{waiting.hit} tokens are the engine's own, computed by itself or filled "
-                    "from other records"
-                )
-        facts: dict[str, Any] = {
-            "event": "restored" if identity.is_restore else "prefix-restored",
-            "request": identity.name,
-            "incarnation": identity.incarnation,
-            "level": level,
-            "restored_tokens": restored,
-            "own_tokens": waiting.hit,
-            "recomputed_tokens": known - waiting.hit - restored,
-            "hash_mismatches": 0,
-            "cohort": identity.cohort.name if identity.cohort else None,
-            "restore_ms": round(1000 * waiting.lookup_s, 1),
-            "waited_ms": round(1000 * (time.monotonic() - waiting.came), 1),
-        }
-        if waiting.reason or level != "state-exact":
-            facts["reason"] = reason
+        facts = start_facts(waiting, is_loaded=is_loaded, now=time.monotonic())
         if is_loaded:
             self._unsaid[request] = facts
         else:
