@@ -12,7 +12,6 @@ import glob
 import json
 import os
 import pathlib
-import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +20,8 @@ import sysconfig
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
+
+from sanitizer_report import Finding, read_findings, read_summary
 
 from concordia.testing.command import Parser, file_in_folder, run_command
 from concordia.testing.machine import machine
@@ -34,12 +35,8 @@ HOMES: Final = ("/usr/local/cuda", "/opt/cuda", "/usr/local/cuda-*", "/opt/nvidi
 PLANTED_S: Final = 30.0
 SECONDS: Final = 150.0
 ENDING_S: Final = 30.0  # a process that the driver is in the middle of may end late
-LINES_MAX: Final = 40  # of what a tool said, kept in the result
-
-_ERRORS: Final = re.compile(r"=+ ERROR SUMMARY: (\d+) error")
-_HAZARDS: Final = re.compile(
-    r"=+ RACECHECK SUMMARY: (\d+) hazards?[^(]*\((\d+) errors?, (\d+) warn"
-)
+LINES_MAX: Final = 40  # of what a tool said besides its findings, kept in the result
+PRINTED_MAX: Final = 20000  # of a tool's reports: each launch of a kernel has its own
 
 
 @dataclass(slots=True)
@@ -53,11 +50,16 @@ class Verdict:
     seconds: float
     programs: int
     planted_errors: int | None = None  # None: not asked for
+    findings: list[Finding] = field(default_factory=list)  # every distinct one
     said: list[str] = field(default_factory=list)
 
     @property
     def is_clean(self) -> bool:
-        return (self.errors, self.warnings, self.exit_code) == (0, 0, 0) and self.programs > 0
+        return (
+            not self.findings
+            and (self.errors, self.warnings, self.exit_code) == (0, 0, 0)
+            and self.programs > 0
+        )
 
     @property
     def is_blind(self) -> bool:
@@ -73,15 +75,6 @@ def find_sanitizer() -> str | None:
     places = [os.environ.get("PATH", "")]
     places += [f"{home}/{folder}" for home in homes for folder in ("bin", "compute-sanitizer")]
     return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
-
-
-def read_summary(text: str) -> tuple[int | None, int]:
-    """Errors and warnings of a tool's last summary; None when there is none."""
-    hazards = _HAZARDS.findall(text)
-    if hazards:
-        return int(hazards[-1][1]), int(hazards[-1][2])
-    errors = _ERRORS.findall(text)
-    return (int(errors[-1]), 0) if errors else (None, 0)
 
 
 def run(command: list[str], timeout_s: float) -> tuple[int, str]:
@@ -108,7 +101,8 @@ def run(command: list[str], timeout_s: float) -> tuple[int, str]:
 def watch(sanitizer: str, tool: str, *words: str, timeout_s: float) -> Verdict:
     """One run of the program under one tool."""
     command = [
-        sanitizer, "--tool", tool, "--print-limit", "20", "--target-processes", "application-only",
+        sanitizer, "--tool", tool, "--print-limit", str(PRINTED_MAX),
+        "--target-processes", "application-only",
         # what a call returns is judged by who calls; kernels are watched here
         *(["--report-api-errors", "no"] if tool == "memcheck" else []),
         sys.executable, str(PROGRAM), *words,
@@ -117,7 +111,8 @@ def watch(sanitizer: str, tool: str, *words: str, timeout_s: float) -> Verdict:
     code, said = run(command, timeout_s)
     errors, warnings = read_summary(said)
     lines = [line for line in said.splitlines() if not line.startswith("RAN ")]
-    is_quiet = code == 0 and (errors, warnings) == (0, 0)
+    findings = read_findings(said)
+    is_quiet = not findings and (code, errors, warnings) == (0, 0, 0)
     return Verdict(
         tool=tool,
         errors=errors,
@@ -125,6 +120,7 @@ def watch(sanitizer: str, tool: str, *words: str, timeout_s: float) -> Verdict:
         exit_code=code,
         seconds=round(time.monotonic() - started, 1),
         programs=sum(line.startswith("RAN ") for line in said.splitlines()),
+        findings=findings,
         said=[]
         if is_quiet
         else lines[: LINES_MAX // 2] + lines[LINES_MAX // 2 :][-LINES_MAX // 2 :],
@@ -142,6 +138,10 @@ def table(verdicts: list[Verdict]) -> str:
             f"{v.tool:12} {errors:>7} {v.warnings:>9} {planted:>8} {v.programs:>9} "
             f"{v.seconds:>6} {state}"
         )
+        lines += [
+            f"  {one.reports} x {one.severity}: {one.what}: {' / '.join(one.places)}"
+            for one in v.findings
+        ]
     return "\n".join(lines)
 
 
@@ -185,7 +185,8 @@ def judge(sanitizer: str, tool: str, seconds: float, *, is_planted: bool) -> Ver
     planted = None
     if is_planted:
         seen = watch(sanitizer, tool, tool, timeout_s=min(PLANTED_S, seconds / 2))
-        planted = (seen.errors or 0) + seen.warnings
+        # one that was cut short came to no summary
+        planted = (seen.errors or 0) + seen.warnings or sum(f.reports for f in seen.findings)
     verdict = watch(sanitizer, tool, timeout_s=until - time.monotonic())
     verdict.planted_errors = planted
     if planted == 0:

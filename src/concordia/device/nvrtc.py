@@ -28,6 +28,8 @@ _ANY_FUNCTION: Final = re.compile(rb"\.func\b[^;{]*\bconcordia_\w+\s*\(")
 _ANY_POINTER: Final = re.compile(rb"\.callprototype\b")
 _POINTER: Final = re.compile(rb"\.callprototype\s*\(\)\s*_\s*\([^)]*\)")
 STANDARD: Final = "--std=c++17"
+# What a tool that watches kernels asks for besides, e.g. names of source lines; part of versions().
+OPTIONS: Final[tuple[str, ...]] = ()
 # one mistake in a header can cost a hundred messages; the first ones tell
 LOG_BYTES_MAX: Final = 4000
 
@@ -39,7 +41,7 @@ def versions() -> str:
     if int(status):
         raise EnvironmentRefused(f"NVRTC does not answer: {status.name}")
     linker = ".".join(map(str, nvjitlink.version()))
-    return f"nvrtc {major}.{minor} nvjitlink {linker} {PRESERVED.decode()}"
+    return " ".join((f"nvrtc {major}.{minor} nvjitlink {linker} {PRESERVED.decode()}", *OPTIONS))
 
 
 def compile_ptx(
@@ -53,6 +55,7 @@ def compile_ptx(
         # constexpr helpers that both compilers share carry no annotation
         "--device-as-default-execution-space",
         STANDARD,
+        *OPTIONS,
         f"--include-path={include}",
         *(f"--define-macro={define}" for define in defines),
     ]
