@@ -140,6 +140,12 @@ FUNCTION void refuse(Call* call, uint64_t lane, uint64_t status) {
   if (lane == 0 && call->status == kStatusOk) call->status = status;
 }
 
+// All lanes together: the same where another lane may still be looking at call->status.
+FUNCTION void refuse_together(Call* call, uint64_t lane, uint64_t status) {
+  grid_sync(call);
+  refuse(call, lane, status);
+}
+
 // The bytes that came along with the task, in the ring's arena, at a multiple of 16; null when it
 // names none, or others.
 FUNCTION const uint8_t* payload_of(const Call* call) {

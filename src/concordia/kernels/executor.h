@@ -201,9 +201,10 @@ FUNCTION bool next_task(Executor* executor, uint64_t lane, uint64_t launch, uint
   for (;;) {
     if (from_leader(lane == 0 && take_fetched(executor, now_ns()))) {
       // A closed gate ends the launch: the one that may pass was put behind a framework's work, and
-      // looks at the ring when that is done.
+      // looks at the ring when that is done. Only the leader, who wrote the task just now, reads it:
+      // the others may from the next grid_sync on, for a shuffle orders no memory.
       const Task* task = &executor->call.task;
-      if (from_leader(task->kind != kTaskGate || task->arg <= launch)) return true;
+      if (from_leader(lane == 0 && (task->kind != kTaskGate || task->arg <= launch))) return true;
       break;
     }
     uint64_t stop = 0;

@@ -149,6 +149,7 @@ FUNCTION uint64_t reserve_records(Call* call, uint64_t lane, uint64_t payload_by
     team_sync();  // what the leader wrote last is there for its team
     uint64_t status = call->status;
     if (status == kStatusOk) status = find_room(call, lane, journal, payload_bytes);
+    team_sync();  // every lane has read the status that the leader's refusal below may change
     if (lane == 0) {
       call->place = nullptr;
       call->place_count = 0;

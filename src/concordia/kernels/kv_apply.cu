@@ -15,10 +15,10 @@ HANDLER {
   const bool is_ours = is_within(task->source, range.bytes, journal->pool, journal->pool_bytes) ||
                        is_within(task->source, range.bytes, call->arena, call->arena_bytes);
   if (range.bytes != task->source_bytes || task->source % 16 != 0 || !is_ours)
-    return refuse(call, lane, kStatusBadTask);
+    return refuse_together(call, lane, kStatusBadTask);
   const bool is_staged = range.bytes <= call->stage_bytes;
   if (kDeviceShape ? !has_digests(call, range) : !is_staged)
-    return refuse(call, lane, kStatusTooLarge);
+    return refuse_together(call, lane, kStatusTooLarge);
   const uint8_t* source = reinterpret_cast<const uint8_t*>(task->source);
   if constexpr (kDeviceShape) {
     stream_payload(call, lane, range.bytes, is_staged ? call->stage : nullptr,

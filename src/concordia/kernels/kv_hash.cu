@@ -9,7 +9,7 @@ HANDLER {
   if (call->status != kStatusOk) return;
   const Range range = range_of(call);
   if (kDeviceShape ? !has_digests(call, range) : range.bytes > call->stage_bytes)
-    return refuse(call, lane, kStatusTooLarge);
+    return refuse_together(call, lane, kStatusTooLarge);
   if constexpr (kDeviceShape) {
     stream_range(call, lane, range, nullptr);
     return finish_payload(call, lane, range.bytes);
