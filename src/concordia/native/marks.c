@@ -14,8 +14,10 @@
 
 int is_capturing(CUstream stream, int is_per_thread) {
   int status = CU_STREAM_CAPTURE_STATUS_NONE;
-  return STREAM_CALL(is_per_thread, cuStreamIsCapturing, stream, &status) == CUDA_SUCCESS &&
-         status != CU_STREAM_CAPTURE_STATUS_NONE;
+  CUresult result = STREAM_CALL(is_per_thread, cuStreamIsCapturing, stream, &status);
+  // The legacy stream beside one that is captured and waits for it: nothing may be put into it.
+  if (result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT) return 1;
+  return result == CUDA_SUCCESS && status != CU_STREAM_CAPTURE_STATUS_NONE;
 }
 
 void marks_range(uint64_t address, uint64_t bytes) {
