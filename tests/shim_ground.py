@@ -80,7 +80,7 @@ def make_ground(folder: Path, driver: Path, user: Path, *flags: str) -> ShimGrou
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True, mode=0o700)
     (run / "modules").mkdir(mode=0o700)
-    place_shim(run, driver, flags=flags)
+    place_shim(run, driver, flags=("-Werror", *flags))
     ground = ShimGround(driver, user, run)
     ground.settle()
     return ground
