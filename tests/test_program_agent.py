@@ -32,6 +32,7 @@ from concordia.integrations.program.program_pages import Board
 from concordia.integrations.program.protection import Protection, reads_path
 from concordia.journal.client import JournalClient
 from protected_ground import LIFE_S, ProtectedGround, build
+from waiting import until
 
 POLICY = """
 [program]
@@ -240,6 +241,26 @@ def test_no_process_and_no_folder_stays_when_a_program_has_ended(ground: Protect
     assert agent.returncode is not None
     assert not reads_path(policy).exists()
     assert subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, check=False).stdout == b""
+
+
+LAUNCHER = """
+import sys, time
+from concordia.integrations.program.policy import parse_policy
+from concordia.integrations.program.protection import Protection
+print(Protection.open(parse_policy(sys.argv[1], "test.toml")).folder, flush=True)
+time.sleep(60)
+"""
+
+
+def test_folder_in_memory_is_removed_when_the_launcher_is_killed(policy: Policy) -> None:
+    text = POLICY.format(place=policy.journal)
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, text], env={**os.environ, "PYTHONPATH": str(SOURCE)}, stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    folder = Path(launcher.stdout.readline().strip())
+    assert (folder / "board").exists()
+    launcher.kill()
+    launcher.communicate(timeout=LIFE_S)
+    until(lambda: not folder.exists(), 10.0)
 
 
 @pytest.fixture

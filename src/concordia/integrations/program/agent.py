@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import select
+import shutil
 import sys
 import time
 from contextlib import ExitStack
@@ -217,7 +218,7 @@ def marked_pages(board: Board, post: Post) -> list[range]:
 
 def main() -> None:
     """The folder, and what protection.py wrote about the journal."""
-    folder = Path(sys.argv[1])
+    folder, launcher = Path(sys.argv[1]), os.getppid()
     facts = json.loads((folder / "facts").read_text())
     logging.basicConfig(stream=sys.stderr, format="concordia: %(message)s")
     agent = Agent(folder, facts)
@@ -227,6 +228,8 @@ def main() -> None:
         agent.serve(0)
     finally:
         agent.close()
+        if os.getppid() != launcher:  # it was killed: nobody else removes what is in memory
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
