@@ -355,6 +355,9 @@ class FakeReplicaSet:
         self.faults.append(fault)
         self.callback(fault)
 
+    def failover_times(self, failed: FakeEngine) -> dict[str, float]:
+        return {"sealed": 0.0, "struck": 0.0, "replaced": 0.0}
+
     def fail_over(self, replica: FakeEngine, fault: Fault) -> FakeEngine:
         """Runs in a thread, as the real one does."""
         assert self.loop is not None

@@ -179,6 +179,29 @@ def test_standby_serves_at_once_when_a_process_is_hit(
     wait_for(lambda: not failed.folder.exists(), "the folder gone")
     assert replicas.fail_over(failed, fault) is promoted
     assert len(stage.faults) == 1
+    times = replicas.failover_times(failed)
+    assert list(times) == ["sealed", "struck", "replaced"]
+    assert times["replaced"] >= max(times["sealed"], times["struck"]) > 0
+    assert replicas.failover_times(promoted) == {}
+
+
+def test_engine_is_struck_while_its_owner_takes_long_to_seal(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    replicas = stage.make(1, 1)
+    replicas.start(timeout_s=BOUND_S)
+    wait_for(lambda: replicas.standbys, "a standby")
+    failed = replicas.active[0]
+    core = member(failed, "VLLM::EngineCor")
+    lived: list[bool] = []
+
+    def seal(replica: int) -> dict[int, int]:
+        wait_for(lambda: not is_alive(core), "its end")
+        lived.append(bool(replicas.active))
+        return {}
+
+    monkeypatch.setattr(stage.journal, "seal_replica", seal)
+    fault = Fault(FaultKind.STEP_OVERDUE, failed.incarnation, time.monotonic_ns(), "test")
+    replicas.fail_over(failed, fault)
+    assert lived == [False], "another served before it was sealed"
 
 
 def test_standby_is_replaced_when_it_dies(stage: Stage) -> None:

@@ -19,6 +19,7 @@ import pytest
 from asking import PROMPT, ask, chat, completion, engines, events, health, joined, run, until
 from concordia import config
 from concordia.serving.need import Defaults
+from concordia.serving.recovery_times import PHASES
 from concordia.serving.request import Sampler
 from concordia.serving.router import RouterSettings
 from fake_engine import EOS, Failure, FakeEngine, encode, free_token, scripted, served
@@ -194,6 +195,10 @@ def test_cohort_keeps_its_order_and_size_when_its_replica_fails() -> None:
         assert {c["size"] for c in cohorts} == {6}
         assert all(b["kv_transfer_params"]["concordia"]["restore"] for b in second.bodies)
         assert [len(answer["ids"]) for answer in answers] == [20] * 6
+        (recovery,) = bench.router.status()["recoveries"]
+        assert (recovery["where"], recovery["answers"], recovery["failed"]) == ("server", 6, first.incarnation)
+        assert tuple(recovery["phases"]) == PHASES
+        assert bench.router.metrics.totals()["recovery_seconds"] == pytest.approx(sum(recovery["phases"].values()))
 
     run(scenario)
 

@@ -170,7 +170,7 @@ def test_shared_prefix_is_exact_when_a_cohort_is_restored_in_one_step(world: Wor
     world.restorer.take_step(["a", "b"])
     for name in "ab":
         world.restorer.confirm(name, 0)
-    assert [told["level"] for told in world.said] == ["state-exact", "state-exact"]
+    assert [told["level"] for told in world.said if told["event"] == "restored"] == ["state-exact", "state-exact"]
     # In a later step the block may be somebody else's.
     later = world.arrive("d", 11, is_restore=True)
     world.until("d", later, hit=4)
@@ -355,3 +355,47 @@ def test_request_that_left_is_forgotten_when_its_answer_comes_later(world: World
     world.restorer.idle()
     world.restorer.settle()
     assert world.said == []
+
+
+def start_cohort(world: World, names: str) -> None:
+    tracks = {
+        name: world.arrive(name, 11, is_restore=True, cohort=CohortTicket("c", len(names), 5.0)) for name in names
+    }
+    for name, track in tracks.items():
+        assert world.until(name, track) == 10
+        world.restorer.allocate(name, [5, 6, 7], 10)
+    world.restorer.take_step(list(names))
+
+
+def test_cohort_says_once_where_its_time_went_when_all_members_are_in_place(world: World) -> None:
+    start_cohort(world, "abc")
+    for name in "abc":
+        assert not [told for told in world.said if told["event"] == "cohort-restored"]
+        world.restorer.confirm(name, 0, load_s=0.25)
+    (told,) = (told for told in world.said if told["event"] == "cohort-restored")
+    assert (told["cohort"], told["loaded"], told["is_mapped"]) == ("c", 3, True)
+    assert told["bytes"] == 3 * 1000
+    assert list(told["phases"]) == ["gather", "look_up", "enter", "load"]
+    assert min(told["phases"].values()) >= 0
+    assert told["phases"]["load"] == 0.25
+    assert told["cut_s_max"] >= 0
+    assert told["verify_s_max"] >= 0
+
+
+def test_cohort_says_where_its_time_went_when_a_member_left_before_it_was_in_place(world: World) -> None:
+    start_cohort(world, "ab")
+    world.restorer.confirm("a", 0, load_s=0.1)
+    world.restorer.leave("b")
+    (told,) = (told for told in world.said if told["event"] == "cohort-restored")
+    assert told["loaded"] == 1
+
+
+def test_cohort_says_nothing_of_its_time_when_nothing_was_loaded(world: World) -> None:
+    world.client.error = JournalError("gone")
+    tracks = {name: world.arrive(name, 11, is_restore=True, cohort=CohortTicket("c", 2, 5.0)) for name in "ab"}
+    for name, track in tracks.items():
+        assert world.until(name, track) == 0
+    world.restorer.take_step(["a", "b"])
+    assert {told["event"] for told in world.said} == {"restored"}
+    assert not world.restorer._times._times
+    assert not world.restorer._times._of

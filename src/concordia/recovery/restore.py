@@ -39,6 +39,8 @@ class RestorePlan:
     pieces: dict[int, tuple[Piece, ...]]
     block_keys: tuple[int, ...]
     stamps: dict[int, bytes]
+    verify_s: float = 0.0  # what hashing took
+    is_mapped: bool = True  # whether the pool's pages were in the process before that
 
     def is_current(self, pool: memoryview) -> bool:
         """Whether everything still lies where it was verified."""

@@ -14,13 +14,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from concordia import config
 from concordia.errors import ConcordiaError
 from concordia.recovery.fault import Fault
 from concordia.serving.flight import Flight, ReplicaLike
+from concordia.serving.recovery_times import RecoveryTimes
 from concordia.serving.submission import CohortTicket
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class Submitter(Protocol):
     async def submit(
         self, flight: Flight, replica: ReplicaLike, ticket: CohortTicket | None
     ) -> bool: ...
+    def failover_times(self, failed: ReplicaLike) -> Mapping[str, float]: ...
     async def count_uncommitted(self, flights: Sequence[Flight]) -> None: ...
     def count_again(self, tokens: int) -> None: ...
     def set_aside(self, flight: Flight, detail: str) -> None: ...
@@ -42,7 +44,15 @@ class Submitter(Protocol):
 class Cohort:
     """One failover; `run` ends when every member sits on the new replica or has failed."""
 
-    def __init__(self, failed: ReplicaLike, fault: Fault, members: Sequence[Flight]) -> None:
+    def __init__(
+        self,
+        failed: ReplicaLike,
+        fault: Fault,
+        members: Sequence[Flight],
+        *,
+        times: RecoveryTimes,
+    ) -> None:
+        self.times = times
         self.failed = failed
         self.fault = fault
         self.members = sorted(members, key=lambda flight: flight.order)
@@ -66,6 +76,8 @@ class Cohort:
         """
         started = time.monotonic()
         self.replica = await self._find(router)
+        self.times.note(router.failover_times(self.failed))
+        self.times.mark("known")
         members = self.movable
         for flight in self.living:
             if flight not in members:
@@ -74,9 +86,12 @@ class Cohort:
             flight.replica = self.replica
             flight.failovers += 1
         await router.count_uncommitted(members)
+        self.times.mark("counted")
         # Counting took a moment, and the size that members name must be that of those who come.
         members = self.movable
         forming = [flight for flight in members if _is_forming(flight, members)]
+        for flight in members:
+            flight.expect_by(None if flight in forming else self.times)
         router.count_again(_align(members))
         ticket = CohortTicket(self.name, len(members) - len(forming), config.RESTORE_WAIT_S)
         for index, flight in enumerate(members):
@@ -85,6 +100,7 @@ class Cohort:
                 for other in members[index + 1 :]:
                     router.suspect(other, self.replica, "its cohort could not be submitted")
                 break
+        self.times.mark("moved")
         log.info(
             "%s: %d requests moved to %s in %.3f s",
             self.fault,

@@ -12,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol
 
 from concordia import config
@@ -24,6 +25,7 @@ from concordia.serving.cohort import Cohort
 from concordia.serving.flight import Flight, ReplicaLike
 from concordia.serving.flight_table import FlightTable
 from concordia.serving.metrics import Metrics
+from concordia.serving.recovery_times import RecoveryTimes, in_words
 from concordia.serving.settlement import Settlement
 from concordia.serving.submission import CohortTicket
 
@@ -37,6 +39,7 @@ class ReplicaSet(Protocol):
     def active(self) -> Sequence[Any]: ...
     def subscribe(self, callback: Callable[[Fault], None]) -> None: ...
     def fail_over(self, replica: Any, fault: Fault) -> Any: ...
+    def failover_times(self, failed: Any) -> Mapping[str, float]: ...
     def report_fault(self, replica: Any, kind: FaultKind, detail: str) -> None: ...
 
 
@@ -119,7 +122,8 @@ class FaultDesk:
             self._metrics.silence(fault.detected_ns / 1e9 - last)
         for flight in members:
             flight.unseat(str(fault), deadline=self._deadline())
-        cohort = Cohort(failed, fault, members)
+        times = RecoveryTimes(fault.detected_ns, tell=partial(self._tell_times, fault))
+        cohort = Cohort(failed, fault, members, times=times)
         self._admission.close(fault.replica)
         self._cohorts[fault.replica] = (cohort, self._router.spawn(self._run_cohort(cohort)))
 
@@ -170,11 +174,18 @@ class FaultDesk:
     ) -> bool:
         return await self._router.submit(flight, replica, ticket)
 
+    def failover_times(self, failed: ReplicaLike) -> Mapping[str, float]:
+        return self._replicas.failover_times(failed)
+
     async def count_uncommitted(self, flights: Sequence[Flight]) -> None:
         await self._router.settlement.count_uncommitted(flights)
 
     def count_again(self, tokens: int) -> None:
         self._metrics.count("stepped_back_tokens", tokens)
+
+    def _tell_times(self, fault: Fault, phases: Mapping[str, float], count: int) -> None:
+        log.info("%s: %d answers went on: %s", fault, count, in_words(phases))
+        self._metrics.recovery(fault, phases, count)
 
     async def _run_cohort(self, cohort: Cohort) -> None:
         replica: ReplicaLike | None = None

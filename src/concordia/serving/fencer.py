@@ -4,7 +4,8 @@ Owns: the steps of an end: out of sight, sealed, killed, given back, buried. Pro
 replica is used again before all its processes are confirmed dead; what takes long to die is killed
 again until it is dead or the server stops; a journal's owner that does not answer is said, and
 holds up no end. Called by the replica set and its keeper, on threads of theirs, and may block. It
-does not decide who ends, and nothing here is on the way to the next engine but `seal`.
+does not decide who ends, and nothing here is on the way to the next engine but `seal` and `strike`,
+which need not wait for each other.
 """
 
 from __future__ import annotations
@@ -56,9 +57,13 @@ class Fencer:
         if self.confirm(replica):
             self.bury(replica)
 
+    def hide(self, replica: Replica) -> None:
+        """Nobody looks at it any more: what is done to its processes has them for itself."""
+        self._watch.remove(replica)
+
     def seal(self, replica: Replica) -> bool:
         """Nothing more will be read of the replica; False when the owner did not do it."""
-        self._watch.remove(replica)
+        self.hide(replica)
         if self._journal is None:
             return True
         try:

@@ -20,6 +20,7 @@ from concordia.journal.record import request_key
 from concordia.serving.detokenizer import Detokenizer
 from concordia.serving.need import Defaults, Level
 from concordia.serving.openai_format import Piece, TokenLogprobs, read_logprobs
+from concordia.serving.recovery_times import RecoveryTimes
 from concordia.serving.request import GenerationRequest, Sampler
 from concordia.serving.seam import EchoDiffers, Seam
 from concordia.serving.seat import Seat
@@ -105,6 +106,7 @@ class Flight:
         self._is_regenerated = False
         self._resumed_at = 0  # tokens known at the last submission
         self._seat = Seat()
+        self._times: RecoveryTimes | None = None  # of the failover that moved it last
         self._text = Detokenizer(
             tokenizer,
             prompt,
@@ -204,6 +206,19 @@ class Flight:
             self.deadline = deadline
         if self.broken_at is None:
             self.broken_at = time.monotonic()
+
+    def expect_by(self, times: RecoveryTimes | None) -> None:
+        """Whoever follows its way to its next token; one at a time."""
+        before, self._times = self._times, times
+        if before is not None and before is not times:
+            before.gone(self.name)
+        if times is not None:
+            times.expect(self.name)
+
+    def has_resumed(self) -> None:
+        """Its first token after a fault goes out."""
+        if self._times is not None:
+            self._times.resumed(self.name)
 
     def fail(self, error: Exception) -> None:
         """End the answer with an error at the reader's next look."""

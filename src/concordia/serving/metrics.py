@@ -51,8 +51,16 @@ _HELP: Final = {
     "engine_unprotected": "requests that lost protection in an engine",
     "tokens": "tokens sent to clients",
     "failovers": "failovers completed",
+    "recovery_seconds": (
+        "time of failovers and, in engines, of the restores of their cohorts, by what it went to"
+    ),
 }
-_LABELS: Final = {"requests": ("protection", "reason"), "levels": ("level",), "faults": ("kind",)}
+_LABELS: Final = {
+    "requests": ("protection", "reason"),
+    "levels": ("level",),
+    "faults": ("kind",),
+    "recovery_seconds": ("where", "phase"),
+}
 
 
 class Metrics:
@@ -60,6 +68,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.faults: list[dict[str, Any]] = []
+        self.recoveries: list[dict[str, Any]] = []  # of whole failovers, and of cohorts in engines
         self.committed_lag = 0  # tokens, of the request that lags most
         self.journal_free = 0
         self.gauges: dict[str, tuple[str, Callable[[], float]]] = {}
@@ -120,6 +129,11 @@ class Metrics:
         )
         del self.faults[: -config.FAULTS_KEPT_MAX]
 
+    def recovery(self, fault: Fault, phases: Mapping[str, float], count: int) -> None:
+        """Where the time of a failover went."""
+        facts = {"failed": fault.replica, "detected_ns": fault.detected_ns, "answers": count}
+        self._note_recovery("server", phases, facts)
+
     def silence(self, seconds: float) -> None:
         self.detection.observe(max(0.0, seconds))
 
@@ -134,6 +148,9 @@ class Metrics:
             self.count("recomputed_tokens", int(event.get("recomputed_tokens", 0)))
             self.count("restore_seconds", float(event.get("restore_ms", 0.0)) / 1e3)
             self.count("restore_wait_seconds", float(event.get("waited_ms", 0.0)) / 1e3)
+        elif name == "cohort-restored":
+            facts = {key: value for key, value in event.items() if key != "phases"}
+            self._note_recovery("engine", event.get("phases", {}), facts)
         elif name == "prefix-restored":
             self.count("prefix_restored_tokens", int(event.get("restored_tokens", 0)))
         elif name == "prefix-missed":
@@ -146,6 +163,14 @@ class Metrics:
         elif name == "corruption":
             self.count("corruptions")
         self.count("hash_mismatches", int(event.get("hash_mismatches", 0)))
+
+    def _note_recovery(
+        self, where: str, phases: Mapping[str, float], facts: Mapping[str, Any]
+    ) -> None:
+        for phase, seconds in phases.items():
+            self.count("recovery_seconds", float(seconds), where, phase)
+        self.recoveries.append({**facts, "where": where, "phases": dict(phases)})
+        del self.recoveries[: -config.FAULTS_KEPT_MAX]
 
     def journal(self, stats: Mapping[str, Any]) -> None:
         """Take over what the owner and its streams have counted."""

@@ -127,6 +127,13 @@ class ReplicaSet:
         assert known.replacement is not None
         return known.replacement
 
+    def failover_times(self, failed: Replica) -> dict[str, float]:
+        """Of the replacement of this replica: what was done by when, in seconds since the fault was
+        noticed; nothing while there is none.
+        """
+        found = (f for f in reversed(self.failovers) if f.failed is failed)
+        return next((f.times() for f in found), {})
+
     # --- faults
 
     def _on_fault(self, replica: Replica, fault: Fault) -> None:
@@ -157,7 +164,7 @@ class ReplicaSet:
         return failover
 
     def _run_failover(self, failover: Failover) -> None:
-        """Seal, strike, replace, then see the struck ones dead.
+        """Seal and strike, replace, then see the struck ones dead.
 
         What is sealed is read safely whatever a dying writer still stores, so the next replica need
         not wait until the last page of the failed one is given back; only its segments, cores and
@@ -165,9 +172,11 @@ class ReplicaSet:
         """
         failed = failover.failed
         try:
+            self._fencer.hide(failed)
+            striking = self._crew.spawn(self._strike, failover)
             is_sealed = self._fencer.seal(failed)
             failover.sealed_s = failover.passed_s()
-            self._fencer.strike(failed)
+            striking.join(2 * config.KILL_S)
             ending = self._crew.spawn(self._end_failed, failover)
             if not is_sealed:
                 ending.join(2 * config.KILL_S)
@@ -181,6 +190,10 @@ class ReplicaSet:
             log.error("%s has no replacement: %s", failed.name, error)
         finally:
             failover.done.set()
+
+    def _strike(self, failover: Failover) -> None:
+        self._fencer.strike(failover.failed)
+        failover.struck_s = failover.passed_s()
 
     def _end_failed(self, failover: Failover) -> None:
         if self._fencer.confirm(failover.failed):

@@ -172,6 +172,7 @@ class Router:
             "counters": self.metrics.totals(),
             "levels": dict(self.metrics.by_label("levels")),
             "faults": list(self.metrics.faults),
+            "recoveries": list(self.metrics.recoveries),
         }
 
     # --- new work
@@ -224,6 +225,7 @@ class Router:
         if flight.broken_at is not None and piece.ids:
             self.metrics.resumed(time.monotonic() - flight.broken_at)
             flight.broken_at = None
+            flight.has_resumed()
         if self._recorder is None:
             return
         self._recorder.tokens(flight, piece)
@@ -238,6 +240,7 @@ class Router:
         if not self.flights.discard(flight):
             return
         flight.is_left = not flight.is_done
+        flight.expect_by(None)
         if flight.posting is not None:
             flight.posting.cancel()
         if flight.stream is not None and not self.faults.is_moving(flight):

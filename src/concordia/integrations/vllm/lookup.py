@@ -26,6 +26,17 @@ class Answer:
     plan: RestorePlan | None
     reason: str = ""
     took_s: float = 0.0  # asking and hashing, without the time in the queue
+    ended: float = 0.0  # when it came (monotonic)
+
+    @property
+    def verify_s(self) -> float:
+        """Of `took_s`, what hashing took."""
+        return 0.0 if self.plan is None else self.plan.verify_s
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether hashing met no page for the first time."""
+        return self.plan is None or self.plan.is_mapped
 
 
 @dataclass(slots=True)
@@ -112,7 +123,8 @@ class Lookups:
             # the thread's guest door: a question that fails is a cold start, said in its event
             except Exception as error:
                 answer = Answer(None, f"{type(error).__name__}: {error}")
-            answer = replace(answer, took_s=time.monotonic() - started)
+            now = time.monotonic()
+            answer = replace(answer, took_s=now - started, ended=now)
             with self._done:
                 if asked.answer is None:
                     asked.answer = answer

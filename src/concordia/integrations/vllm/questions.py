@@ -7,8 +7,9 @@ on a look-up's thread. It neither waits nor decides who asks.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from concordia.errors import Corruption
@@ -27,6 +28,7 @@ class Source:
     layout_hash: int
     world: int
     block_tokens: int
+    is_mapped: Callable[[], bool] = lambda: True  # whether all pages of the pool are, by now
 
 
 def cut_question(source: Source, track: Track, known: int) -> Callable[[float], RestorePlan]:
@@ -76,8 +78,9 @@ def _verified(source: Source, cut: Any, made_by: int, deadline: float) -> Restor
         cut, world=source.world, layout_hash=source.layout_hash, pool=source.pool,
         segment_bytes=source.segment_bytes, model_hash=made_by,
     )  # fmt: skip
+    is_mapped, started = source.is_mapped(), time.monotonic()
     verify(plan, source.pool, deadline=deadline)
-    return plan
+    return replace(plan, verify_s=time.monotonic() - started, is_mapped=is_mapped)
 
 
 def _twice(question: Callable[[float], RestorePlan]) -> Callable[[float], RestorePlan]:

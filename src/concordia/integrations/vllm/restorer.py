@@ -17,6 +17,7 @@ from typing import Any
 from concordia import config
 from concordia.errors import RecoveryError
 from concordia.integrations.vllm.cohort import Cohorts
+from concordia.integrations.vllm.cohort_times import CohortTimes
 from concordia.integrations.vllm.door import logger
 from concordia.integrations.vllm.filled import Filled
 from concordia.integrations.vllm.load import Load, PieceRef
@@ -55,6 +56,7 @@ class Restorer:
         self._filled = Filled(is_kept, block_tokens=source.block_tokens)
         self._lookups = Lookups()
         self._cohorts = Cohorts()
+        self._times = CohortTimes(self._say_times)
         self._waiting: dict[str, Waiting] = {}
         self._step = StepLoads()
         self._unsaid: dict[str, dict[str, Any]] = {}  # restored, not yet confirmed by every rank
@@ -75,6 +77,8 @@ class Restorer:
             # must start in one step.
             self._ask_prefix(request, track, 0, bound=now + config.RESTORE_WAIT_S)
             waiting.is_undecided = self._lookups.is_asked(request)
+        if identity.is_restore and identity.cohort is not None and identity.cohort.is_recovery:
+            self._times.come(request, identity.cohort.name, now=now)
         self._cohorts.join(request, identity.cohort, now=now)
         if not waiting.is_undecided:
             self._cohorts.decide(request)
@@ -152,7 +156,10 @@ class Restorer:
         for request in scheduled:
             waiting = self._waiting.pop(request, None)
             if waiting is not None:
-                self._tell(request, waiting, is_loaded=request in loaded)
+                is_loaded = request in loaded
+                answer = self._lookups.answer(request)
+                self._times.enter(request, answer, is_loaded=is_loaded, now=time.monotonic())
+                self._tell(request, waiting, is_loaded=is_loaded)
                 self._cohorts.end(request)
                 self._lookups.forget(request)
         self.settle()
@@ -162,6 +169,7 @@ class Restorer:
         """Every rank has the bytes in place, or says how many pieces differ; the slowest took
         `load_s`.
         """
+        self._times.confirm(request, load_s=load_s)
         facts = self._unsaid.pop(request, None)
         if facts is not None:
             facts["hash_mismatches"] = mismatches
@@ -174,6 +182,7 @@ class Restorer:
         """The request has ended."""
         self._waiting.pop(request, None)
         self._unsaid.pop(request, None)
+        self._times.leave(request)
         self._lookups.forget(request)
         self._cohorts.forget(request)
 
@@ -230,6 +239,17 @@ class Restorer:
         left_s = bound - time.monotonic()  # a cohort may have held it back already
         if left_s > 0:
             self._lookups.ask(request, question, wait_s=min(wait_s, left_s))
+
+    def _say_times(self, facts: dict[str, Any]) -> None:
+        words = ", ".join(f"{name} {1000 * s:.0f} ms" for name, s in facts["phases"].items())
+        logger.info(
+            "Concordia restored %d requests, %.2f GB, of cohort %s: %s (of one request at most: %s "
+            "ms for its places, %s ms to verify%s)",
+            *(facts["loaded"], facts["bytes"] / 1e9, facts["cohort"], words),
+            *(round(1000 * facts[name]) for name in ("cut_s_max", "verify_s_max")),
+            "" if facts["is_mapped"] else "; the pool was not mapped yet",
+        )
+        self._say(facts)
 
     def _tell(self, request: str, waiting: Waiting, *, is_loaded: bool) -> None:
         identity = waiting.track.identity

@@ -54,7 +54,8 @@ class SchedulerSide:
             pool, board = segment.attach(folder.Folder(settings.journal))
             opened.callback(pool.close)
             # a standby has time for it; a restore has not
-            opened.callback(MappedAhead(pool.mapping).close)
+            mapped = MappedAhead(pool.mapping)
+            opened.callback(mapped.close)
             opened.callback(board.close)
             layout_hash = (
                 0 if why_not else _layout_hash(board, replica=settings.replica, world=self._world)
@@ -79,6 +80,7 @@ class SchedulerSide:
                     layout_hash,
                     self._world,
                     self._block_tokens,
+                    lambda: mapped.is_done,
                 ),
                 say=self._scribe.event,
                 is_known=self._writes.is_journaled,
