@@ -233,6 +233,7 @@ def test_children_are_seen_when_a_program_forks_and_starts_others(command: Comma
     [
         (("run", "--", "/nonexistent/program"), {}, "there is no program /nonexistent/program"),
         (("run", "--hooks", "entry,other", "--", "true"), {}, "--hooks entry,other: give some of entry, exit, marks"),
+        (("run", "--hooks", "entry", "--", "true"), {"CUDA_FORCE_PTX_JIT": "1"}, "CUDA_FORCE_PTX_JIT=1 runs code that has no hooks"),
         (("run", "--policy", "/nonexistent.toml", "--", "true"), {}, "/nonexistent.toml: No such file"),
         (("run", "--", "true"), {"LD_LIBRARY_PATH": ""}, "no NVIDIA driver"),
         (("run", "--", "true"), {"CONCORDIA_RUN_DIR": "/proc/none"}, "cannot use /proc/none"),

@@ -7,6 +7,7 @@ everything behind -- is the program's. Registered by cli. The work is launch's a
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import sys
 
@@ -73,6 +74,9 @@ def run(
     wanted = frozenset(part.strip() for part in hooks.split(",") if part.strip())
     if not wanted <= set(HOOKS):
         raise UsageError(f"--hooks {hooks}: give some of {', '.join(HOOKS)}, with commas")
+    if wanted and os.environ.get("CUDA_FORCE_PTX_JIT") == "1":
+        # the driver would take an image's PTX, where hooks are in its machine code
+        raise UsageError("CUDA_FORCE_PTX_JIT=1 runs code that has no hooks: unset it, or --hooks")
     asked = Launch(
         command=command,
         hooks=wanted,
