@@ -82,6 +82,7 @@ class Machine:
         self.memory = memory
         self.threads, self.blocks = threads, blocks
         self.multiprocessors = 132
+        self.constants: dict[str, int] = {}
 
     def launch(self, kernel: str, parameters: list[int]) -> None:
         """All blocks, one after the other; their threads go on together at barriers."""
@@ -255,6 +256,9 @@ class Frame:
     def _ld(self, line: Line, head: list[str]) -> None:
         if head[1] == "param":
             self._set(line.operands[0], self.parameters[line.operands[1].strip("[]")], self._bits(line.head))
+            return
+        if head[1] == "const":
+            self._set(line.operands[0], self.machine.constants[line.operands[1].strip("[]")], self._bits(line.head))
             return
         assert head[1] == "global"
         size, names = self._bits(line.head) // 8, self._group(line.operands[0])

@@ -27,13 +27,15 @@ class Ran:
     exits: tuple[int, ...]
 
 
-def run(text: str, kernel: str, *, buffer_bytes: int, threads: int, blocks: int, window: tuple[int, int] = (0, 0), map_stride: int = 0) -> Ran:
-    """One launch over a buffer of zeroes; `window` counts from the buffer's first byte."""
+def run(text: str, kernel: str, *, buffer_bytes: int, threads: int, blocks: int, window: tuple[int, int] = (0, 0), map_stride: int = 0, control_at: int = CONTROL) -> Ran:
+    """One launch over a buffer of zeroes; `window` counts from the buffer's first byte. `control_at` is what a text for an assembler reads."""
     memory = Memory()
     data, control, page_map = memory.add(BUFFER, buffer_bytes), memory.add(CONTROL, 0x10000), memory.add(MAP, MAP_BYTES)
     for at, word in ((0x08, BUFFER + window[0]), (0x10, window[1]), (0x18, MAP), (0x28, map_stride)):
         control[at : at + 8] = word.to_bytes(8, "little")
-    Machine(text, memory, threads=threads, blocks=blocks).launch(kernel, [BUFFER])
+    machine = Machine(text, memory, threads=threads, blocks=blocks)
+    machine.constants["__concordia_control"] = control_at
+    machine.launch(kernel, [BUFFER])
     assert set(page_map) <= {0, 1}
     entries, exits = (tuple(int.from_bytes(control[at : at + 8], "little") for at in range(begin, begin + 256 * 64, 64)) for begin in (0x100, 0x4100))
     return Ran(bytes(data), frozenset(page for page, byte in enumerate(page_map) if byte), entries, exits)

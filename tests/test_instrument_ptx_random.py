@@ -1,8 +1,8 @@
 """Store marks and hooks of random kernels, against a reference.
 
 Invariants: the rewritten kernel leaves the bytes that the original leaves; it marks exactly the pages that the reference says, for windows
-over all, none or part of the memory, and never for shared memory; each block counts in once and out once; what comes out assembles for
-sm_80, sm_90a and sm_100. The same programs run on a GPU in gpu/test_gpu_ptx_marks.py.
+over all, none or part of the memory, and never for shared memory; each block counts in once and out once; a text for an assembler does the
+same, and nothing while its word is 0; what comes out assembles for sm_80, sm_90a and sm_100. The same programs run on a GPU in gpu/test_gpu_ptx_marks.py.
 """
 
 from __future__ import annotations
@@ -52,6 +52,11 @@ def check(seed: int) -> None:
         assert ran.marked == expected.pages(*window, page_shift), f"seed {seed}, window {window}"
         assert sum(ran.entries) == sum(ran.exits) == BLOCKS
         assert ran.entries == ran.exits
+    assembled = rewrite_ptx(text, entry=True, exit=True, marks=True, page_shift=page_shift, is_for_assembler=True)
+    assert not assembled.slots
+    assert run(assembled.text, "kernel", **shape, window=around) == run(rewritten, "kernel", **shape, window=around)
+    empty = run(assembled.text, "kernel", **shape, window=around, control_at=0)  # an access through it is an error
+    assert (empty.data, empty.marked, sum(empty.entries)) == (original.data, frozenset(), 0)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a", "sm_100"])
@@ -67,5 +72,6 @@ def test_random_kernels_assemble_when_they_were_rewritten(
     text = module(programs, target)
     assert assemble(text, target, tmp_path) == ""
     for is_spread in (False, True):
-        rewritten = rewrite_ptx(text, entry=True, exit=True, marks=True, is_spread=is_spread)
-        assert assemble(rewritten.text, target, tmp_path) == ""
+        for is_for_assembler in (False, True):
+            rewritten = rewrite_ptx(text, entry=True, exit=True, marks=True, is_spread=is_spread, is_for_assembler=is_for_assembler)
+            assert assemble(rewritten.text, target, tmp_path) == ""

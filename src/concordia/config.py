@@ -52,6 +52,9 @@ WAIT_PARK_S: Final = 1.0  # a lease is 10 ms: a hundred leases without leaving i
 HOST_IDLE_NS: Final = 50_000
 # completions kept, in laps of the ring: a caller that reads them a few steps late still finds them
 COMPLETION_LAPS: Final = 8
+# of an executor on a GPU; more of them resident make a neighbour's matrix product several times
+# slower
+EXECUTOR_CTAS_MAX: Final = 8
 LANES_MAX: Final = 64  # threads of a CPU executor; one is enough, tests use four
 SCAN_PAGES: Final = 4096  # pages whose hashes a scan compares at once: 64 KiB pages make 256 MiB
 # a scan of this much by one CTA takes longer than a launch over the whole GPU and back

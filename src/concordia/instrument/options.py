@@ -44,8 +44,8 @@ _LENGTH_DIGITS: Final = 5  # of a length in a mangled name: none is longer than 
 @dataclass(frozen=True, slots=True)
 class Options:
     """What a rewrite does. `arch` is the device's, as 90; `marks` are those of stores in PTX,
-    `sass_marks` those in machine code, which cost far more; `deny` are kernels that stay as they
-    are.
+    `sass_marks` those in machine code, which cost far more; `assembler`: a text goes to one, and
+    what that makes is loaded; `deny` are kernels that stay as they are.
     """
 
     arch: int = 90
@@ -53,6 +53,7 @@ class Options:
     exit: bool = False
     marks: bool = True
     sass_marks: bool = False
+    assembler: bool = False
     page_shift: int = config.MARK_PAGE_SHIFT
     opaque: tuple[str, ...] = OPAQUE
     deny: tuple[str, ...] = ()

@@ -16,9 +16,11 @@ from typing import Final
 
 from concordia import config
 from concordia.errors import ImageRefused
+from concordia.instrument.assembled import CONTROL, TABLE, declarations
 from concordia.instrument.ptx_calls import Calls
+from concordia.instrument.ptx_control import SLOT, Control
 from concordia.instrument.ptx_hooks import entry_hook, exit_hook
-from concordia.instrument.ptx_marks import SLOT, MarkText
+from concordia.instrument.ptx_marks import MarkText
 from concordia.instrument.ptx_names import Names
 from concordia.instrument.ptx_tokens import Kind, tokens
 from concordia.instrument.ptx_tree import Module, parse
@@ -55,14 +57,20 @@ def rewrite_ptx(
     skip: Mapping[str, str] | None = None,
     page_shift: int = config.MARK_PAGE_SHIFT,
     is_spread: bool = False,
+    is_for_assembler: bool = False,
 ) -> PtxRewritten:
     """The text with its hooks; `skip` are kernels that stay as they are, with the reason.
-    `is_spread` stores marks into one of several copies of the map. Raises ImageRefused.
+    `is_spread` stores marks into one of several copies of the map. A text for an assembler has no
+    slots: what it becomes says by itself where the address goes, see assembled.py, and of its
+    kernels those that have marks are hooked. Raises ImageRefused.
     """
     module = parse(text)
     prefix = _prefix(text)
     names = Names(module)
-    mark_text = MarkText(prefix, page_shift, is_spread)
+    control = Control(CONTROL if is_for_assembler else "")
+    if is_for_assembler and (CONTROL in text or TABLE in text):
+        raise ImageRefused("PTX that has been here before")
+    mark_text = MarkText(prefix, page_shift, is_spread, control)
     walks: dict[str, Walk] = {}
     for function in module.functions:
         if function.has_body:
@@ -78,15 +86,20 @@ def rewrite_ptx(
         for name, found in walks.items()
         if found.function.is_entry
     )
+    if is_for_assembler:
+        reports = tuple(map(_marked_or_left, reports))
     hooked = {report.name: report.hooks for report in reports if report.hooks.is_hooked}
     pieces = sorted(
         (
             piece
             for found, hooks in calls.pass_down(hooked)
-            for piece in _pieces(found, hooks, prefix)
+            for piece in _pieces(found, hooks, prefix, control)
         ),
         key=lambda piece: piece.at,
     )
+    if is_for_assembler and pieces:
+        at = min(function.start for function in module.functions)
+        pieces.insert(0, Piece(at, declarations(page_shift, reports)))
     return PtxRewritten(module.edited(pieces), _slots(text, pieces), reports)
 
 
@@ -110,20 +123,29 @@ def _judge(
     return KernelReport(name, hooks, reason=". ".join(reasons)[:_REASON_CHARACTERS_MAX])
 
 
-def _pieces(found: Walk, hooks: Hook, prefix: str) -> list[Piece]:
+def _marked_or_left(report: KernelReport) -> KernelReport:
+    """Hooks in machine code are the better ones for a kernel that has no marks."""
+    if report.hooks & Hook.MARKS:
+        return report
+    return KernelReport(report.name, Hook.PTX | Hook.LEFT_ALONE, reason=report.reason)
+
+
+def _pieces(found: Walk, hooks: Hook, prefix: str, control: Control) -> list[Piece]:
     """All that is put into a function."""
     pieces = []
     if Hook.ENTRY in hooks:
-        pieces.append(Piece(found.head_at, entry_hook(prefix)))
+        pieces.append(Piece(found.head_at, entry_hook(prefix, control)))
     if Hook.MARKS in hooks:
         pieces += found.pieces
     if Hook.EXIT in hooks:
         is_entry = found.function.is_entry
         for leaving in found.exits:
             if is_entry or leaving.root != "ret":
-                pieces.append(Piece(leaving.start, exit_hook(prefix, leaving.guard)))
+                hook = exit_hook(prefix, control, leaving.guard)
+                pieces.append(Piece(leaving.start, hook))
         if is_entry and found.falls_out:
-            pieces.append(Piece(found.function.statements[-1].start, exit_hook(prefix, "")))
+            hook = exit_hook(prefix, control, "")
+            pieces.append(Piece(found.function.statements[-1].start, hook))
     return pieces
 
 

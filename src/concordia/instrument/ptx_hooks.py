@@ -8,20 +8,20 @@ a scope of their own. Called by ptx. It waits for nothing.
 from __future__ import annotations
 
 from concordia import abi
-from concordia.instrument.ptx_marks import SLOT
+from concordia.instrument.ptx_control import Control
 
 
-def entry_hook(prefix: str) -> str:
+def entry_hook(prefix: str, control: Control) -> str:
     """For the head of a kernel."""
-    return _count(prefix, abi.CONTROL_ENTRY_OFFSET, "")
+    return _count(prefix, control, abi.CONTROL_ENTRY_OFFSET, "")
 
 
-def exit_hook(prefix: str, guard: str) -> str:
+def exit_hook(prefix: str, control: Control, guard: str) -> str:
     """For the place before an instruction that leaves; `guard` is that instruction's."""
-    return _count(prefix, abi.CONTROL_EXIT_OFFSET, guard)
+    return _count(prefix, control, abi.CONTROL_EXIT_OFFSET, guard)
 
 
-def _count(prefix: str, words: int, guard: str) -> str:
+def _count(prefix: str, control: Control, words: int, guard: str) -> str:
     p = prefix
     first = f"setp.eq.u32 {p}first, {p}x, 0;"
     if guard:
@@ -40,7 +40,8 @@ def _count(prefix: str, words: int, guard: str) -> str:
         f"mov.u32 {p}y, %smid;",
         f"and.b32 {p}y, {p}y, {abi.CONTROL_PROGRESS_WORDS - 1};",
         f"mul.wide.u32 {p}index, {p}y, {abi.CONTROL_PROGRESS_STRIDE};",
-        f"mov.u64 {p}word, {SLOT};",
+        control.load(f"{p}word"),
+        *([f"setp.ne.and.u64 {p}first, {p}word, 0, {p}first;"] if control.may_be_missing else []),
         f"add.s64 {p}word, {p}word, {p}index;",
         *([f"@{p}first membar.gl;"] if words == abi.CONTROL_EXIT_OFFSET else []),
         f"@{p}first red.global.add.u64 [{p}word+{words}], 1;",

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from concordia import abi
+from concordia.instrument.ptx_control import Control
 from concordia.instrument.ptx_stores import Address, Length
 
-SLOT: Final = "0x" + "0" * 16  # the control block's address, once it is known
 _WORDS: Final = abi.CONTROL.offsets()
 WINDOW_BASE: Final = _WORDS["window_base"]
 WINDOW_BYTES: Final = _WORDS["window_bytes"]  # the map's address follows: both in one load
@@ -34,6 +34,7 @@ class MarkText:
     prefix: str
     page_shift: int
     is_spread: bool
+    control: Control
 
     def declaration(self) -> str:
         """The registers, for the head of a function."""
@@ -45,16 +46,23 @@ class MarkText:
         )
 
     def words(self) -> str:
-        """Read the window and the map; both halves of a pair are of one moment."""
+        """Read the window and the map; both halves of a pair are of one moment. Without a control
+        block there is no window: no test holds.
+        """
         p = self.prefix
-        lines = [
-            f"mov.u64 {p}at, {SLOT};",
-            f"ld.global.u64 {p}base, [{p}at+{WINDOW_BASE}];",
-            f"ld.global.v2.u64 {{{p}bytes, {p}map}}, [{p}at+{WINDOW_BYTES}];",
+        lines, guard = [self.control.load(f"{p}at")], ""
+        if self.control.may_be_missing:
+            lines += [f"mov.u64 {p}{name}, 0;" for name in ("base", "bytes", "map")]
+            lines += [f"setp.ne.u64 {p}other, {p}at, 0;"]
+            guard = f"@{p}other "
+        lines += [
+            f"{guard}ld.global.u64 {p}base, [{p}at+{WINDOW_BASE}];",
+            f"{guard}ld.global.v2.u64 {{{p}bytes, {p}map}}, [{p}at+{WINDOW_BYTES}];",
         ]
         if self.is_spread:
+            lines += [f"mov.u64 {p}to, 0;"] if guard else []
             lines += [
-                f"ld.global.u64 {p}to, [{p}at+{MAP_STRIDE}];",
+                f"{guard}ld.global.u64 {p}to, [{p}at+{MAP_STRIDE}];",
                 f"mov.u32 {p}now, %smid;",
                 f"and.b32 {p}now, {p}now, {MAP_COPIES - 1};",
                 f"cvt.u64.u32 {p}at, {p}now;",

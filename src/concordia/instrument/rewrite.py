@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from concordia.errors import ImageRefused
+from concordia.instrument.assembled import Assembled, read_assembled
 from concordia.instrument.cache import check_bounds
 from concordia.instrument.fatbin import Entry, EntryKind
 from concordia.instrument.image import Image, ImageKind, read_image
@@ -20,7 +21,7 @@ from concordia.instrument.options import Options
 from concordia.instrument.proof import first_difference
 from concordia.instrument.ptx import PtxRewritten, read_text, rewrite_ptx
 from concordia.instrument.ptx_check import is_assembled
-from concordia.instrument.report import Hook, KernelReport, Rewritten, Slot
+from concordia.instrument.report import Hook, KernelReport, Rewritten, Slot, SlotKind
 from concordia.instrument.splice import Spliced, splice_cubin
 
 __all__ = ["KernelReport", "Options", "Rewritten", "Slot", "rewrite", "rewrite_of_library"]
@@ -57,9 +58,13 @@ def driver_takes(entries: Sequence[Entry], arch: int) -> tuple[Entry, ...]:
 
 
 def _rewrite(image: Image, options: Options) -> Rewritten:
-    if image.kind in (ImageKind.OTHER, ImageKind.RELOCATABLE):
+    is_text = image.kind is ImageKind.PTX
+    if image.kind in (ImageKind.OTHER, ImageKind.RELOCATABLE) or (
+        options.assembler and not is_text
+    ):
         return _unchanged(image.data, Hook.LEFT_ALONE, f"{image.kind.value}: passed through")
-    taken = driver_takes(image.entries, options.arch)
+    # what a text is assembled for is not of our choosing
+    taken = image.entries if options.assembler else driver_takes(image.entries, options.arch)
     if not taken:
         return _unchanged(image.data, Hook.LEFT_ALONE, f"no code for sm_{options.arch} in it")
     parts = {e.index: _rewrite_entry(image.payload(e.index), e, options) for e in taken}
@@ -87,15 +92,45 @@ def _rewrite_entry(payload: bytes, entry: Entry, options: Options) -> Rewritten:
 
 
 def _rewrite_code(payload: bytes, _: Entry, options: Options) -> Rewritten:
+    """Hooks that an assembler compiled are taken up; a kernel that has some gets no others."""
+    made = _assembled(payload, options)
+    if made is None:
+        return _spliced(payload, options, {})
+    marked = {kernel.name: kernel.hooks for kernel in made.kernels if kernel.hooks.is_hooked}
+    code = _spliced(payload, options, dict.fromkeys(marked, "marked by its assembler"))
+    placed = read_assembled(code.image)
+    if placed is None or placed.kernels != made.kernels:
+        return _whole_left_alone(payload, code.kernels, "its table of hooks was lost")
+    why_not = {kernel.name: kernel.reason for kernel in made.kernels if kernel.reason}
+    kernels = tuple(
+        replace(kernel, hooks=marked[kernel.name], reason=why_not.get(kernel.name, ""))
+        if kernel.name in marked
+        else replace(kernel, reason=why_not.get(kernel.name) or kernel.reason)
+        for kernel in code.kernels
+    )
+    slot = Slot(placed.control_at, SlotKind.RAW)
+    return Rewritten(code.image, (*code.slots, slot), kernels, is_changed=True)
+
+
+def _assembled(payload: bytes, options: Options) -> Assembled | None:
+    """None for hooks of other options: their word stays 0, and they do nothing."""
+    found = read_assembled(payload) if options.marks else None
+    if found is None or found.page_shift != options.page_shift:
+        return None
+    hooked = [kernel.name for kernel in found.kernels if kernel.hooks.is_hooked]
+    return None if not hooked or any(map(options.is_denied, hooked)) else found
+
+
+def _spliced(payload: bytes, options: Options, skip: Mapping[str, str]) -> Rewritten:
     marks = options.page_shift if options.sass_marks else None
 
     def spliced(skip: Mapping[str, str]) -> Spliced:
         return splice_cubin(payload, entry=options.entry, exit=options.exit, marks=marks, skip=skip)
 
-    done = spliced({})
+    done = spliced(skip)
     denied = _denied(done.kernels, options)
     if denied:
-        done = spliced(denied)
+        done = spliced({**skip, **denied})
     if not _is_hooked(done.kernels):
         return Rewritten(payload, (), done.kernels, is_changed=False)
     wrong = first_difference(payload, done.cubin, marks)
@@ -115,6 +150,7 @@ def _rewrite_text(payload: bytes, entry: Entry, options: Options) -> Rewritten:
             marks=options.marks,
             skip=skip,
             page_shift=options.page_shift,
+            is_for_assembler=options.assembler,
         )
 
     done = rewritten({})
@@ -124,6 +160,8 @@ def _rewrite_text(payload: bytes, entry: Entry, options: Options) -> Rewritten:
     if not _is_hooked(done.kernels):
         return Rewritten(payload, (), done.kernels, is_changed=False)
     changed = done.text.encode()
+    if options.assembler:  # which says itself what it does not take
+        return Rewritten(changed, done.slots, done.kernels, is_changed=True)
     if not is_assembled(changed, text.encode(), _architecture(entry, options.arch)):
         return _whole_left_alone(payload, done.kernels, "the assembler refuses what came out")
     return Rewritten(changed, done.slots, done.kernels, is_changed=True)

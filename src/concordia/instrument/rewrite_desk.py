@@ -18,6 +18,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -42,6 +43,9 @@ _CUT: Final = socket.MSG_TRUNC | socket.MSG_CTRUNC
 _LOOK_S: Final = 2.0  # how often the run folder is looked for
 
 
+_Work = tuple[str, bool]  # the key of an image, and whether it is for an assembler
+
+
 class RewriteDesk:
     """Listens, queues, answers. One thread."""
 
@@ -58,13 +62,15 @@ class RewriteDesk:
         self.path = run / SOCKET
         self._cache = cache
         self._options = options
+        self._assembler_options = replace(options, assembler=True)
+        self._assembler_cache = ImageCache(cache.root, self._assembler_options.key())
         self._rewrite = rewrite
         self._workers = workers
         self._answer_s = answer_s
-        self._jobs: dict[str, RewriteJob] = {}  # by key: waiting and running
+        self._jobs: dict[_Work, RewriteJob] = {}  # waiting and running
         self._queue: deque[RewriteJob] = deque()
-        self._waiters: dict[socket.socket, tuple[str, float]] = {}  # key, and when to say "later"
-        self._refused: set[str] = set()
+        self._waiters: dict[socket.socket, tuple[_Work, float]] = {}  # and when to say "later"
+        self._refused: set[_Work] = set()
         self._peers: set[socket.socket] = set()
         self._selector = selectors.DefaultSelector()
         self._is_stopped = False
@@ -156,10 +162,10 @@ class RewriteDesk:
 
     def _take(self, peer: socket.socket, request: Request, memory: int) -> None:
         """Join the work on this image, or begin it."""
-        status = None
-        if request.key in self._refused:
+        status, work = None, _work(request)
+        if work in self._refused:
             status = Status.REFUSED
-        elif request.key not in self._jobs and len(self._jobs) >= config.REWRITE_JOBS_MAX:
+        elif work not in self._jobs and len(self._jobs) >= config.REWRITE_JOBS_MAX:
             status = Status.LATER
         else:
             try:
@@ -167,14 +173,14 @@ class RewriteDesk:
             except ImageRefused as error:
                 _say(request, str(error))
                 status = Status.REFUSED
-        if status is None and request.key not in self._jobs:
+        if status is None and work not in self._jobs:
             job = RewriteJob(request, memory)
-            self._jobs[request.key] = job
+            self._jobs[work] = job
             self._queue.append(job)
         else:
             os.close(memory)
         if status is None:
-            self._waiters[peer] = (request.key, time.monotonic() + self._answer_s)
+            self._waiters[peer] = (work, time.monotonic() + self._answer_s)
         else:
             self._answer(peer, status)
 
@@ -183,7 +189,10 @@ class RewriteDesk:
         while self._queue and running < self._workers:
             job = self._queue.popleft()
             try:
-                job.start(self._cache, self._options, self._rewrite)
+                if job.request.is_for_assembler:
+                    job.start(self._assembler_cache, self._assembler_options, self._rewrite)
+                else:
+                    job.start(self._cache, self._options, self._rewrite)
             except OSError as error:  # no process to be had now: nothing is known of the image
                 _say(job.request, str(error))
                 self._end(job, Status.LATER)
@@ -197,7 +206,7 @@ class RewriteDesk:
         is_ready = job.finish()
         self._is_trim_due = True
         if not is_ready:
-            self._refused.add(job.request.key)
+            self._refused.add(_work(job.request))
         self._end(job, Status.READY if is_ready else Status.REFUSED)
 
     def _trim(self) -> None:
@@ -208,8 +217,9 @@ class RewriteDesk:
 
     def _end(self, job: RewriteJob, status: Status) -> None:
         job.close()
-        del self._jobs[job.request.key]
-        for peer in [p for p, (key, _) in self._waiters.items() if key == job.request.key]:
+        done = _work(job.request)
+        del self._jobs[done]
+        for peer in [p for p, (work, _) in self._waiters.items() if work == done]:
             self._answer(peer, status)
 
     def _expire(self, now: float) -> None:
@@ -235,6 +245,10 @@ class RewriteDesk:
             self._waiters.pop(peer, None)
             self._selector.unregister(peer.fileno())
             peer.close()
+
+
+def _work(request: Request) -> _Work:
+    return request.key, request.is_for_assembler
 
 
 def _listen(path: Path) -> socket.socket:

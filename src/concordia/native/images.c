@@ -168,6 +168,6 @@ int image_find_in_file(const void *bytes, uint64_t size, struct image *image) {
 }
 
 const char *image_kind_name(enum image_kind kind) {
-  static const char *const names[] = {"other", "fatbin", "fatbin", "cubin", "ptx"};
+  static const char *const names[] = {"other", "fatbin", "fatbin", "cubin", "ptx", "source"};
   return names[kind];
 }

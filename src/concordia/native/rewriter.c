@@ -20,6 +20,7 @@
 #include "shim.h"
 
 #define REQUEST_MAGIC 0x51524E43u  // "CNRQ"
+#define SOURCE_MAGIC 0x53414E43u   // "CNAS"
 #define REPLY_MAGIC 0x50524E43u    // "CNRP"
 #define LIBRARY_BYTES_MAX 1024
 
@@ -69,8 +70,10 @@ static int connected(void) {
 
 static int sent(int line, const struct image *image, const uint64_t key[2], const char *library,
                 int memory) {
-  struct request request = {
-      .magic = REQUEST_MAGIC, .version = 1, .bytes = image->size, .key = {key[0], key[1]}};
+  struct request request = {.magic = image->kind == IMAGE_SOURCE ? SOURCE_MAGIC : REQUEST_MAGIC,
+                            .version = 1,
+                            .bytes = image->size,
+                            .key = {key[0], key[1]}};
   size_t length = strnlen(library, LIBRARY_BYTES_MAX);
   memcpy(request.library, library, length);
   struct iovec part = {&request, REQUEST_BYTES + length};

@@ -72,7 +72,8 @@ uint32_t hash_crc32c_plain(const void *bytes, uint64_t size);  // without the pr
 // --- images.c
 #define IMAGE_BYTES_MAX (1ull << 30)  // as config.py has it
 
-enum image_kind { IMAGE_OTHER, IMAGE_WRAPPED, IMAGE_FATBIN, IMAGE_CUBIN, IMAGE_PTX };
+// IMAGE_SOURCE: PTX that goes to an assembler, which assembler/ stands before.
+enum image_kind { IMAGE_OTHER, IMAGE_WRAPPED, IMAGE_FATBIN, IMAGE_CUBIN, IMAGE_PTX, IMAGE_SOURCE };
 
 // What the runtime hands over: a pointer to a container.
 struct wrapper {

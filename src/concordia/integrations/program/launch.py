@@ -3,8 +3,9 @@
 Owns: what is prepared before a program starts, and what is said when it has ended. Promises: what
 can be wrong is found before anything is started, one line and exit code 2; the program's own exit
 code or signal is ours; LD_LIBRARY_PATH and CONCORDIA_RUN are all that changes for it, and what
-protection.py says where there is some; the run folder stays for `concordia modules`. Called by the
-command line. What the shim does with an image is native/'s; the rewriter is instrument/'s.
+protection.py and assembler.py say where they have a part; the run folder stays for `concordia
+modules`. Called by the command line. What the shim does with an image is native/'s; the rewriter is
+instrument/'s.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from concordia.errors import UsageError
 from concordia.instrument.cache import ImageCache
 from concordia.instrument.options import Options
 from concordia.integrations.program.architecture import architecture
+from concordia.integrations.program.assembler import StandIn, place_stand_in
 from concordia.integrations.program.coverage import read_run
 from concordia.integrations.program.driver import find_driver
 from concordia.integrations.program.gate import make_page
@@ -89,14 +91,19 @@ def launch(asked: Launch) -> int:
         make_page(run.path)
         is_looking = not (options.entry or options.exit or options.marks or options.sass_marks)
         cache = ImageCache(config.Paths.default().image_cache, options.key())
-        run.settle(_settings(options, cache, is_looking=is_looking))
+        stand_in = StandIn(why_not="no marks were asked for")
+        if options.marks:
+            stand_in = place_stand_in(run.path, options, environment)
+        run.settle({**_settings(options, cache, is_looking=is_looking), **stand_in.settings})
+        environment |= stand_in.environment()
         if asked.policy is not None:
             (run.path / "policy").write_text(asked.policy.lines(), "utf-8")
             if asked.policy.protects:
                 protection = Protection.open(asked.policy)
                 environment |= protection.environment()
                 protection.keep_addresses()
-        run.tell(command=list(asked.command), started=time.time(), driver=str(driver))
+        facts = {"driver": str(driver), "assembler": stand_in.why_not}
+        run.tell(command=list(asked.command), started=time.time(), **facts)
         supervisor = Supervisor(
             _rewriter(run, options), _rewriter_environment(os.environ), run.socket
         )

@@ -1,0 +1,161 @@
+"""The stand-in for ptxas under `concordia run`, floor 7.
+
+Owns: how native/assembler/ becomes a program, where it lies, and what Triton and it are told.
+Promises: built once for the same sources, compiler and flags; Triton is pointed to it only after it
+has answered from where it lies; the assembler that the user or Triton chose does the work. Called
+by launch when stores are to be marked. A stand-in that cannot be had costs marks, not the run. What
+it does with a text is native/assembler's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from concordia import config
+from concordia.device.compiler import KernelCache
+from concordia.errors import CompileError, ConcordiaError, EnvironmentRefused
+from concordia.instrument.cache import ImageCache
+from concordia.instrument.options import Options
+from concordia.integrations.program.run_folder import ProgramRun
+
+NATIVE: Final = Path(__file__).resolve().parents[2] / "native"
+# Names of the assemblers, and where Triton reads which one to take.
+VARIABLES: Final = {
+    "ptxas": "TRITON_PTXAS_PATH",
+    "ptxas-blackwell": "TRITON_PTXAS_BLACKWELL_PATH",
+}
+ARCHITECTURE_END: Final = 100  # from here on the driver finishes machine code, and no file is read
+_SHARED: Final = ("cache_file.c", "hash.c", "rewriter.c")
+_FLAGS: Final = ("-std=c11", "-O2", "-g1", "-fno-strict-aliasing", "-Wall", "-Wextra", "-pthread")
+_CHECK: Final = "--concordia"
+_LOG_CHARACTERS_MAX: Final = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class StandIn:
+    """A stand-in in a run folder, or why there is none."""
+
+    paths: Mapping[str, Path] = field(default_factory=dict)  # by the name of the assembler
+    settings: Mapping[str, object] = field(default_factory=dict)
+    why_not: str = ""
+
+    def environment(self) -> dict[str, str]:
+        """For the program, once the run's settings are written: nothing where it does not run."""
+        if all(map(_answers, self.paths.values())):
+            return {VARIABLES[name]: str(path) for name, path in self.paths.items()}
+        return {}
+
+
+def place_stand_in(run: Path, options: Options, environment: Mapping[str, str]) -> StandIn:
+    """Put it into a run folder, for marks with these options."""
+    if options.arch >= ARCHITECTURE_END:
+        return StandIn(why_not=f"machine code for sm_{options.arch} cannot be read")
+    try:
+        built = _built()
+        paths = {name: run / name for name in VARIABLES}
+        for path in paths.values():
+            shutil.copyfile(built, path)
+            path.chmod(0o700)
+        wanted = replace(options, assembler=True)
+        cache = ImageCache(config.Paths.default().image_cache, wanted.key())
+    except (ConcordiaError, OSError) as error:
+        return StandIn(why_not=str(error))
+    settings: dict[str, object] = {
+        "assembler_cache": cache.folder,
+        "assembler_key": wanted.key(),
+        "assembler_wait_ms": int(1000 * config.ASSEMBLER_WAIT_S),
+        "assembler_run_ms": int(1000 * config.ASSEMBLER_RUN_S),
+    }
+    for name, variable in VARIABLES.items():
+        if real := _chosen(name, environment.get(variable, "")):
+            settings[f"real_{name}"] = real
+        if found := _bundled(name):
+            settings[f"found_{name}"] = found
+    return StandIn(paths, settings)
+
+
+def build(path: Path, *, flags: tuple[str, ...] = ()) -> None:
+    """Compile it; raises EnvironmentRefused or CompileError."""
+    command = [
+        *(_compiler(), *_FLAGS, *flags),
+        *(str(source) for source in sources()),
+        *("-o", str(path)),
+    ]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, timeout=config.COMPILE_WAIT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise CompileError(f"the stand-in: no result after {config.COMPILE_WAIT_S} s") from None
+    if done.returncode:
+        said = done.stderr.decode(errors="replace")[:_LOG_CHARACTERS_MAX]
+        raise CompileError(f"the stand-in: {command[0]} gave {done.returncode}\n{said}")
+    path.chmod(0o700)
+
+
+def sources() -> tuple[Path, ...]:
+    """The files that are compiled."""
+    own = sorted((NATIVE / "assembler").glob("*.c"))
+    return (*own, *(NATIVE / name for name in _SHARED))
+
+
+def _built() -> Path:
+    command = _compiler()
+    version = subprocess.run(
+        [command, "--version"], capture_output=True, timeout=config.COMPILE_WAIT_S, check=False
+    ).stdout
+    digest = hashlib.sha256(version + " ".join(_FLAGS).encode())
+    for path in (*sources(), *sorted(NATIVE.glob("**/*.h")), *sorted(NATIVE.glob("*.def"))):
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)} ".encode() + content)
+    return KernelCache().get(digest.hexdigest(), ".stand-in", build)
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        if name and shutil.which(name):
+            return name
+    raise EnvironmentRefused("no C compiler for the stand-in of ptxas: install gcc")
+
+
+def _chosen(name: str, given: str) -> str:
+    """The assembler that the user chose; in a run inside a run the one that stood there before."""
+    path = shutil.which(given) if given else None
+    if path is None:
+        return ""
+    settings = ProgramRun(Path(path).parent).settings()
+    if "assembler_key" in settings:
+        return settings.get(f"real_{name}", "")
+    return str(Path(path).absolute())
+
+
+def _bundled(name: str) -> str:
+    """That of this interpreter's Triton, which is not imported for it."""
+    try:
+        found = importlib.util.find_spec("triton")
+    except (ImportError, ValueError):
+        return ""
+    for folder in (found and found.submodule_search_locations) or ():
+        path = Path(folder, "backends", "nvidia", "bin", name)
+        if os.access(path, os.X_OK):
+            return str(path)
+    return ""
+
+
+def _answers(path: Path) -> bool:
+    """A folder may forbid that programs in it are started, and Triton would fail with it."""
+    try:
+        done = subprocess.run(
+            [str(path), _CHECK], capture_output=True, timeout=config.COMPILE_WAIT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
