@@ -6,7 +6,8 @@ benchmarks/results/device_runtime_h200.json, where --output does not say otherwi
   cost      decode_ratio, decode_p99_ratio, prefill_ratio: past the router within one engine, with
             and without the connector's work for each request, in turn; each pair gives one ratio
   slope     cost_slope: the same difference per decoded token of one request, by its context
-  recovery  recovery_next_token: SIGKILL of the engine, once with restore and once without: the peer
+  recovery  recovery_next_token: SIGKILL of the engine, once with restore and once without, the
+            peer; `phases` says where the time went, by the server's and the engine's own words
   peer      copy_*_ratio, peers of the first three: an engine with benchmarks/copy_connector.py,
             which copies each step's blocks by cudaMemcpyAsync, likewise
   driver    driver_checkpoint, driver_restore, peers of recovery: the driver's own checkpoint of a
@@ -26,7 +27,6 @@ import os
 import pathlib
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -36,18 +36,17 @@ from copy_engine import CopyEngine
 from cost import arms_of
 from engine_client import Client, Stream, make_prompts
 from figures import RESULTS, Figures, figure, joined, read_figures, save, with_interval
+from recovery import START_TIMEOUT_S, measure_recovery
 from rich.console import Console
 from slope import SKIPPED, measure_slope
 
 from concordia.device.cuda import CudaDevice
 from concordia.errors import ConcordiaError
 from concordia.testing.command import Parser, count, result_file, run_command
-from concordia.testing.fault_plan import Target, find_target
 from concordia.testing.model import SHAPES, make_skeleton
 from concordia.testing.served import Served
 
 PARTS: Final = ("cost", "slope", "recovery", "peer", "driver")
-START_TIMEOUT_S: Final = 300.0
 console = Console(stderr=True)
 
 
@@ -109,53 +108,6 @@ def save_cost(options: argparse.Namespace, found: Figures) -> None:
     save(options.output, joined(found, known))
 
 
-async def break_once(
-    served: Served, options: argparse.Namespace, rng: random.Random, *, restore: bool
-) -> list[float]:
-    """Seconds from the kill to the next token of each answer."""
-    victim = find_target(served.active()["session_id"], Target.ENGINE_CORE)
-    client = Client(served.url, "bench", {"concordia": {"restore": restore}})
-    streams = [Stream() for _ in range(options.requests)]
-    prompts = make_prompts(options.requests, options.context, rng)
-    asking = asyncio.create_task(client.ask_all(prompts, options.tokens, streams))
-    while min(len(s.ids) for s in streams) < options.tokens // 4:
-        if asking.done():
-            asking.result()
-            raise ConcordiaError("the answers ended before the kill")
-        await asyncio.sleep(0.005)
-    killed = time.monotonic()
-    os.kill(victim, signal.SIGKILL)
-    await asking
-    # What was on its way when the engine died may still have come: the pause is the longest gap.
-    pauses = []
-    for stream in streams:
-        gaps = zip(stream.stamps, stream.stamps[1:], strict=False)
-        _, after = max((b - a, b) for a, b in gaps if b > killed)
-        pauses.append(after - killed)
-    return pauses
-
-
-def measure_recovery(served: Served, options: argparse.Namespace) -> Figures:
-    """recovery_next_token, beside the same kill without restore."""
-    rng = random.Random(options.seed + 1)
-    found: dict[bool, list[float]] = {}
-    for restore in (True, False):
-        served.wait_ready(timeout_s=START_TIMEOUT_S, standbys=1)
-        found[restore] = sorted(asyncio.run(break_once(served, options, rng, restore=restore)))
-        console.log(
-            f"next token with{'' if restore else 'out'} restore: median "
-            f"{statistics.median(found[restore]):.3f} s, last {found[restore][-1]:.3f} s"
-        )
-    pauses = found[True]
-    return {
-        "recovery_next_token": {
-            **figure(pauses, "s", digits=4),
-            "max": round(pauses[-1], 4),
-            "peer": {"recompute": round(statistics.median(found[False]), 4)},
-        }
-    }
-
-
 def measure_driver(timeout_s: float = 180.0) -> Figures:
     """driver_checkpoint, driver_restore: of a process that holds 16 GiB, and does nothing else."""
     script = pathlib.Path(__file__).parent / "driver_checkpoint.py"
@@ -188,6 +140,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--tokens", type=count, default=192, help="tokens of each answer")
     add("--prefill", type=count, default=8192, help="tokens of the long prompt")
     add("--pairs", type=count, default=20, help="of windows, one for each arm")
+    add("--kills", type=count, default=1, help="recovery: of each kind")
     add("--add", action="store_true", help="cost, peer: to the ratios that the result file has")
     add(
         "--slope-contexts",
@@ -199,6 +152,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     add("--slope-rounds", type=count, default=8, help="of one pair of windows at each context")
     add("--seed", type=int, default=11)
+    add("--executor-ctas", type=count, default=1, help="of the engines; their default is 1")
     add("--kv-cache", help="bytes of each engine; 12 GiB, 20 GiB with slope")
     add("--folder", type=pathlib.Path, default=pathlib.Path("bench-output"))
     add("--output", type=result_file("figures"), default=RESULTS, help="the result file")
@@ -232,6 +186,7 @@ def measure_served(model: pathlib.Path, options: argparse.Namespace) -> None:
     standbys = 2 if "recovery" in options.only else 0
     flags = [
         *("--replicas", "1", "--standby", str(standbys), *engine_flags(options)),
+        *("--executor-ctas", str(options.executor_ctas)),
         *("--journal-dir", f"/dev/shm/concordia-bench-{time.time_ns()}"),
         *("--", *options.engine_flags),
     ]

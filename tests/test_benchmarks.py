@@ -32,6 +32,7 @@ import goals  # noqa: E402
 import host_scan  # noqa: E402
 import lent_stream  # noqa: E402
 import plot  # noqa: E402
+import recovery  # noqa: E402
 import slope  # noqa: E402
 import swap  # noqa: E402
 import table  # noqa: E402
@@ -440,3 +441,28 @@ def test_host_scan_finds_the_dirty_pages_of_all_chunks_when_cores_share_them(hos
 def test_host_scan_is_no_peer_when_it_misses_a_page() -> None:
     with pytest.raises(ConcordiaError, match="found 1 pages, 2 are dirty"):
         host_scan._median_us(lambda: [3], lambda: [3, 4], rounds=1)
+
+
+# --- recovery
+
+
+def test_phases_of_a_kill_are_told_when_server_and_engine_have_both_spoken() -> None:
+    server = {"where": "server", "failed": 0xABC, "detected_ns": 5_040_000_000, "answers": 2, "phases": {"seal": 0.01, "last_token": 0.5}}
+    engine = {
+        "where": "engine", "cohort": "abc-12", "loaded": 2, "phases": {"look_up": 0.2, "load": 0.1}, "cut_s_max": 0.01, "verify_s_max": 0.1,
+        "is_mapped": True,
+    }  # fmt: skip
+    other = {**engine, "cohort": "abcd-12", "phases": {"look_up": 9.0}}
+    assert recovery.phases_of([], 0xABC, 5.0) is None
+    assert recovery.phases_of([server, other], 0xABC, 5.0) is None
+    assert recovery.phases_of([engine], 0xABC, 5.0) is None
+    found = recovery.phases_of([other, engine, server], 0xABC, 5.0)
+    assert found == {
+        "detect": pytest.approx(0.04), "seal": 0.01, "last_token": 0.5, "engine_look_up": 0.2, "engine_load": 0.1, "engine_cut_max": 0.01,
+        "engine_verify_max": 0.1, "engine_pool_mapped": 1.0,
+    }  # fmt: skip
+
+
+def test_phase_is_the_median_of_the_kills_that_had_it() -> None:
+    rounds = [{"seal": 0.1, "load": 1.0}, {"seal": 0.3}, {"seal": 0.2, "load": 3.0}]
+    assert recovery.median_phases(rounds) == {"seal": 0.2, "load": 2.0}

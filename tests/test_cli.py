@@ -114,6 +114,7 @@ def refused(done: subprocess.CompletedProcess[str], words: str, ground: Ground) 
         (["MODEL", "--port", "high"], "--port"),
         (["MODEL", "--commit", "never"], "--commit"),
         (["MODEL", "--residency", "staying"], "--residency"),
+        (["MODEL", "--executor-ctas", "9"], "--executor-ctas"),
         (["MODEL", "--residency", "resident"], "wants a GPU"),
         ([], "MODEL"),
         (["MODEL", "--", "--data-parallel-size", "2"], "use --replicas"),

@@ -163,3 +163,11 @@ def test_connector_is_told_the_residency_when_one_is_chosen(residency: str, tmp_
     command = spec.command(port=1, incarnation=7, share=Share({}, ()))
     told = json.loads(command[command.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
     assert Settings.of(told).residency == residency
+    assert Settings.of(told).executor_ctas == 1
+
+
+def test_connector_is_told_the_size_of_its_executor_when_one_is_chosen(tmp_path: pathlib.Path) -> None:
+    spec = EngineSpec("m", EngineFlags(()), tmp_path, "key", journal=tmp_path, executor_ctas=4)
+    command = spec.command(port=1, incarnation=5, share=Share({}, ()))
+    told = json.loads(command[command.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
+    assert Settings.of(told).executor_ctas == 4

@@ -238,7 +238,7 @@ def test_door_stays_shut_quietly_when_saying_so_fails_too() -> None:
     assert not door.is_open
 
 
-@pytest.mark.parametrize("extra", [{"jornal": "x"}, {"replica": "1"}, {"replica": True}, {"layout": "rows"}, {"residency": "staying"}, {"prefix_restore": 1}])
+@pytest.mark.parametrize("extra", [{"jornal": "x"}, {"replica": "1"}, {"replica": True}, {"layout": "rows"}, {"residency": "staying"}, {"executor_ctas": 0}, {"executor_ctas": 9}, {"executor_ctas": "4"}, {"prefix_restore": 1}])
 def test_settings_are_refused_when_a_name_or_type_is_wrong(extra: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Settings.of(extra)

@@ -123,6 +123,12 @@ def cli() -> None:
     help="How long Concordia's kernel stays on a GPU (docs/residency.md).",
 )
 @_option(
+    "--executor-ctas",
+    type=click.IntRange(1, config.EXECUTOR_CTAS_MAX),
+    default=1,
+    help="How many multiprocessors it takes while it is there: more of them for a shorter time.",
+)
+@_option(
     "--recovery-timeout",
     type=click.FloatRange(min=1),
     default=config.RECOVERY_TIMEOUT_S,

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 # of a CTA: with 128 registers each all of a multiprocessor. Half of it, with twice the registers
 # saved and restored or half the loads under way, made scans half as fast.
 THREADS: Final = 512
-CTAS_MAX: Final = 8  # more of them resident make a neighbour's matrix product several times slower
 TURN_BYTES: Final = 128
 # a kernel that was told to leave is out within microseconds: poll this long, then sleep between
 # looks
@@ -64,8 +63,10 @@ class CudaExecutor:
         plan: ExecutorPlan,
         policy: Policy,
     ) -> None:
-        if not 1 <= plan.lanes <= CTAS_MAX:
-            raise UsageError(f"{plan.lanes} CTAs for the executor: use 1 to {CTAS_MAX}")
+        if not 1 <= plan.lanes <= config.EXECUTOR_CTAS_MAX:
+            raise UsageError(
+                f"{plan.lanes} CTAs for the executor: use 1 to {config.EXECUTOR_CTAS_MAX}"
+            )
         self._context, self._memory, self._library = context, memory, library
         self._ctas = plan.lanes
         self._launched_at = plan.ring + _OFFSETS["launched"]

@@ -217,7 +217,7 @@ class EngineFlags:
 
 
 def connector_config(
-    *, journal: str, replica: int, device: str, residency: str
+    *, journal: str, replica: int, device: str, residency: str, executor_ctas: int = 1
 ) -> dict[str, Any]:
     """What the connector of one replica is told."""
     return {
@@ -229,6 +229,7 @@ def connector_config(
             "replica": replica,
             "device": device,
             "residency": residency,
+            "executor_ctas": executor_ctas,
         },
     }
 

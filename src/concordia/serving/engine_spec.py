@@ -45,6 +45,7 @@ class EngineSpec:
     journal: pathlib.Path | None = None  # None: unprotected
     device: str = "auto"
     residency: str = DEFAULT
+    executor_ctas: int = 1
     served_names: tuple[str, ...] = ()
     processors: tuple[str, ...] = ()
     log_folder: pathlib.Path | None = None  # logs are kept there; else they go with the engine
@@ -80,6 +81,7 @@ class EngineSpec:
                 replica=incarnation,
                 device=self.device,
                 residency=self.residency,
+                executor_ctas=self.executor_ctas,
             )
         names = ["--served-model-name", *self.served_names] if self.served_names else []
         return [

@@ -62,6 +62,7 @@ class ServiceSettings:
     journal: pathlib.Path | None = None
     place: Place | None = None
     residency: str = DEFAULT
+    executor_ctas: int = 1
     commits_before_emit: bool = False
     restores: bool = True
     recovery_timeout_s: float = config.RECOVERY_TIMEOUT_S
@@ -130,6 +131,7 @@ class Service:
             api_key=secrets.token_urlsafe(24),
             journal=settings.journal,
             residency=settings.residency,
+            executor_ctas=settings.executor_ctas,
             served_names=settings.served_names,
             processors=(COUNTER_SAMPLER,) if self._sampler is Sampler.COUNTER else (),
             log_folder=settings.log_folder,

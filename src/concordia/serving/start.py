@@ -130,6 +130,7 @@ def _run(
         journal=_journal_path(options),
         place=place,
         residency=options["residency"],
+        executor_ctas=options["executor_ctas"],
         commits_before_emit=options["commit"] == "before-emit",
         restores=options["restore"],
         recovery_timeout_s=options["recovery_timeout"],

@@ -27,6 +27,8 @@ class Settings:
     device     "auto", "host" or "cuda:<index>"
     layout     "auto", or "blocks" to save whole blocks only
     residency  how long a worker's executor stays on its GPU (docs/residency.md)
+    executor_ctas  thread blocks of it: a prefill's appends are over sooner with more of them, each
+               of which takes a multiprocessor meanwhile
     is_prefix_restored  whether a prefix that the journal has is restored for any request that
                         replays it
     """
@@ -36,6 +38,7 @@ class Settings:
     device: str = "auto"
     layout: str = "auto"
     residency: str = DEFAULT
+    executor_ctas: int = 1
     is_prefix_restored: bool = True
 
     @staticmethod
@@ -59,6 +62,11 @@ class Settings:
         settings = Settings(journal=journal, **given)
         if settings.layout not in LAYOUTS:
             raise UsageError(f"kv_connector_extra_config.layout must be one of {LAYOUTS}")
+        if not 1 <= settings.executor_ctas <= config.EXECUTOR_CTAS_MAX:
+            raise UsageError(
+                "kv_connector_extra_config.executor_ctas must be 1 to "
+                f"{config.EXECUTOR_CTAS_MAX}, not {settings.executor_ctas}"
+            )
         if settings.residency != AUTO:
             policy_of(settings.residency)
         return settings

@@ -105,7 +105,10 @@ class WorkerSide:
         if not self._is_cuda:  # a GPU's driver maps what it registers
             self._mapped = MappedAhead(self._attachment.pool.mapping)
         self._checkpointer = Checkpointer.open(
-            device, self._attachment.target, lanes=1, residency=self._residency(device)
+            device,
+            self._attachment.target,
+            lanes=self._settings.executor_ctas if self._is_cuda else 1,
+            residency=self._residency(device),
         )
         self._region = self._checkpointer.register_kv(layout.geometry, layout.addresses)
         runtime = self._checkpointer.runtime
