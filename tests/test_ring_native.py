@@ -1,7 +1,8 @@
-"""The ring and the CPU executor under sanitizers: tests/native/ring_stress.cpp.
+"""The ring, the executor and the handlers under sanitizers: tests/native/ring_stress.cpp, lanes.cpp and cta.h.
 
 Invariants: each of the tasks handed in by four producers runs exactly once, with its own arguments, through laps, full rings, leaves at any
-step, parks and hot swaps; nobody sleeps while work waits; no data race, no memory error. CONCORDIA_STRESS_TASKS=10000000 (`make test-ring`) runs
+step, parks and hot swaps; nobody sleeps while work waits; no data race, no memory error. The GPU's own code, run by a thread for each lane
+of a CTA, has none either, where shuffles and votes order nothing. CONCORDIA_STRESS_TASKS=10000000 (`make test-ring`) runs
 the long version (about a minute per build on an idle pair of cores), CONCORDIA_STRESS_SEED repeats a run, CONCORDIA_STRESS_RESULTS names
 a file that is told what ran.
 """
@@ -111,46 +112,58 @@ GEOMETRY = KvGeometry(
 HANDLERS = ("kv_append", "kv_apply", "kv_hash", "bytes_append", "page_scan")
 
 
+LANES = SOURCE.with_name("lanes.cpp")
+RECORDS = {"records": 3 + 5 + 3 + 2 + 4}
+CTA = 64  # lanes: two warps
+
+
+def build_lanes(folder: Path, name: str, *, flags: list[str], before: list[str], sources: list[Path]) -> Path:
+    """lanes.cpp with every handler; `before` is put before each file of device code, of which `sources` are more."""
+    flags = [*NATIVE, "-O1", "-g", *BUILDS[name], *flags, *(f"-D{one}={value}" for one, value in GEOMETRY.constants().items())]
+    objects = []
+    for source in [*(KERNELS / f"{handler}.cu" for handler in HANDLERS), *sources]:
+        objects.append(str(folder / f"{source.stem}.o"))
+        # Every handler has these names; other ones let all of them into one program.
+        names = ("concordia_handler", "concordia_handler_abi", "concordia_handler_pointer")
+        renamed = [f"-D{one}={one.replace('concordia', source.stem)}" for one in names]
+        compile_with([*flags, *renamed, *before, "-x", "c++", "-c", str(source), "-o", objects[-1]], name)
+    binary = folder / "lanes"
+    compile_with([*flags, str(LANES), *objects, "-o", str(binary), "-pthread"], name)
+    return binary
+
+
+def run_lanes(binary: Path) -> subprocess.CompletedProcess[str]:
+    keep = {"ASAN_OPTIONS": "detect_leaks=0"}  # its memory lives as long as the program
+    return subprocess.run([str(binary)], capture_output=True, text=True, timeout=240, check=False, env=keep)
+
+
 @pytest.mark.parametrize("is_device", [0, 1], ids=["cpu-shape", "gpu-shape"])
 @pytest.mark.parametrize("name", ["thread", "address"])
 def test_lanes_do_not_race_when_four_run_a_handler(
     tmp_path: Path, name: str, is_device: int
 ) -> None:
-    flags = [
-        *NATIVE,
-        "-O1",
-        "-g",
-        *BUILDS[name],
-        f"-DCONCORDIA_DEVICE_SHAPE={is_device}",
-        "-DPAGE_BYTES=8192",
-    ]
-    flags += [f"-D{name}={value}" for name, value in GEOMETRY.constants().items()]
-    objects = []
-    for handler in HANDLERS:
-        objects.append(str(tmp_path / f"{handler}.o"))
-        # Every handler has these two names; other ones let all of them into one program.
-        renamed = [
-            f"-Dconcordia_handler={handler}_handler",
-            f"-Dconcordia_handler_abi={handler}_abi",
-        ]
-        compile_with(
-            [
-                *flags,
-                *renamed,
-                "-x",
-                "c++",
-                "-c",
-                str(KERNELS / f"{handler}.cu"),
-                "-o",
-                objects[-1],
-            ],
-            name,
-        )
-    binary = tmp_path / "lanes"
-    compile_with(
-        [*flags, str(SOURCE.with_name("lanes.cpp")), *objects, "-o", str(binary), "-pthread"], name
-    )
-    keep = {"ASAN_OPTIONS": "detect_leaks=0"}  # its memory lives as long as the program
-    done = subprocess.run([str(binary)], capture_output=True, text=True, timeout=120, check=False, env=keep)
+    shape = [f"-DCONCORDIA_DEVICE_SHAPE={is_device}", "-DPAGE_BYTES=8192"]
+    done = run_lanes(build_lanes(tmp_path, name, flags=shape, before=[], sources=[]))
     assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(done.stdout) == {"records": 3 + 5 + 3}
+    assert json.loads(done.stdout) == RECORDS
+
+
+def build_cta(folder: Path, name: str, *more: str) -> Path:
+    shape = ["-DCONCORDIA_DEVICE_SHAPE=1", f"-DCONCORDIA_CTA={CTA}", "-Wno-unused-function", "-Wno-unused-parameter", *more]
+    before = ["-include", str(SOURCE.with_name("cta.h"))]
+    return build_lanes(folder, name, flags=shape, before=before, sources=[KERNELS / "executor.cu", SOURCE.with_name("cta.cpp")])
+
+
+@pytest.mark.parametrize("page_bytes", [4096, 8192])
+@pytest.mark.parametrize("name", ["thread", "address"])
+def test_lanes_of_a_cta_do_not_race_when_only_barriers_order_memory(tmp_path: Path, name: str, page_bytes: int) -> None:
+    done = run_lanes(build_cta(tmp_path, name, f"-DPAGE_BYTES={page_bytes}"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads(done.stdout) == RECORDS
+
+
+def test_lanes_of_a_cta_race_when_a_warp_s_barrier_orders_nothing(tmp_path: Path) -> None:
+    done = run_lanes(build_cta(tmp_path, "thread", "-DPAGE_BYTES=8192", "-DCONCORDIA_CTA_LOOSE"))
+    assert done.returncode == 66, done.stderr[-4000:]  # ThreadSanitizer's own
+    for found in ("take_fetched", "fill_header", "put_commits"):
+        assert found in done.stderr

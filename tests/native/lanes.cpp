@@ -1,7 +1,8 @@
 // Every handler with four lanes, to be built with ThreadSanitizer or AddressSanitizer: a missing barrier is a race here, a wrong index
 // an access out of bounds. Checks that appended bytes come back through kv_apply, and that hashes agree; layouts are for test_handlers.py.
 //
-// The handlers are compiled as files of their own, with their symbols renamed to <name>_handler; KV_* and PAGE_BYTES as for them.
+// The handlers are compiled as files of their own, with their symbols renamed to <name>_handler; KV_* and PAGE_BYTES as for them. With
+// CONCORDIA_CTA they and the executor are the GPU's code, run by the lanes of cta.h; the host's part is the same.
 #include "host.cpp"
 #include "kv.h"
 
@@ -33,16 +34,53 @@ static T* zeroed(uint64_t bytes) {
 static RingHeader* ring;
 static Host* host;
 
-static Completion run(Task task, const std::vector<uint32_t>& ids, const void* payload_ptr, uint64_t payload_bytes) {
+#ifdef CONCORDIA_CTA
+extern "C" bool run_cta(Executor* executor, uint64_t launch);
+static Executor* executor;
+
+static Host* open_executor(const ExecutorPlan* plan) {
+  executor = zeroed<Executor>(sizeof(Executor));
+  concordia_executor_image(executor, plan, reinterpret_cast<uint64_t>(executor));
+  return nullptr;
+}
+static bool close_executor() { return true; }
+// Sends it in as often as work waits; it leaves when it finds none.
+static void send_in() {
+  for (int launches = 0; concordia_needs_launch(ring) && launches < 100; ++launches) {
+    store<kRelease, kSystem>(&ring->launched, ring->launched + 1);
+    if (!run_cta(executor, ring->launched)) fail("no threads", 0, 0);
+  }
+}
+constexpr uint64_t kLaneCount = CONCORDIA_CTA;
+#else
+static Host* open_executor(const ExecutorPlan* plan) {
+  Host* opened = concordia_open(plan);
+  if (opened == nullptr) fail("no executor", 0, 0);
+  return opened;
+}
+static bool close_executor() { return concordia_close(host, 60ull * 1000000000u); }
+static void send_in() {}
+constexpr uint64_t kLaneCount = 4;
+#endif
+
+static uint64_t hand_in(Task task, const std::vector<uint32_t>& ids, const void* payload_ptr, uint64_t payload_bytes) {
   uint64_t position;
-  if (concordia_submit(ring, host, &task, ids.data(), ids.size(), payload_ptr, payload_bytes, &position) != kSubmitted) fail("refused", task.opcode, 0);
+  const int said = concordia_submit(ring, host, &task, ids.data(), ids.size(), payload_ptr, payload_bytes, &position);
+  if (said != kSubmitted && !(host == nullptr && said == kSubmittedNeedsLaunch)) fail("refused", task.opcode, (uint64_t)said);
+  return position;
+}
+static Completion wait_for(uint64_t position) {
+  send_in();
   Completion found;
-  if (concordia_wait(ring, position, 60ull * 1000000000u, &found) != kDone) fail("never done", position, task.opcode);
+  if (concordia_wait(ring, position, 60ull * 1000000000u, &found) != kDone) fail("never done", position, 0);
   return found;
+}
+static Completion run(Task task, const std::vector<uint32_t>& ids, const void* payload_ptr, uint64_t payload_bytes) {
+  return wait_for(hand_in(task, ids, payload_ptr, payload_bytes));
 }
 
 // A reader beside the writer, as in another process: once the commit word is there, header and payload must be.
-constexpr uint64_t kRecords = 3 + 5 + 3, kSalt = 1000;
+constexpr uint64_t kRecords = 3 + 5 + 3 + 2 + 4, kSalt = 1000;
 struct Expected {
   uint8_t* header;
   uint64_t payload_bytes;
@@ -131,13 +169,12 @@ int main() {
   plan.ids = reinterpret_cast<uint64_t>(zeroed<uint8_t>(kStage / kLeafBytes * 64));
   plan.digest_bytes = kStage / kLeafBytes * 16 + kRootBytesMin + kScanned * kRootBytesMin;
   plan.digests = reinterpret_cast<uint64_t>(zeroed<uint8_t>(plan.digest_bytes));
-  plan.lanes = 4;
+  plan.lanes = kLaneCount;
   const uint8_t* pool = reinterpret_cast<const uint8_t*>(plan.pool);
   end_of_records = sizeof(SegmentHeader);
   pthread_t reader;
   pthread_create(&reader, nullptr, read_records, nullptr);
-  host = concordia_open(&plan);
-  if (host == nullptr) fail("no executor", 0, 0);
+  host = open_executor(&plan);
 
   struct { uint32_t kind, start, end; std::vector<uint32_t> ids; } ranges[] = {
       {kKindKvTail, 1, 2, {3}}, {kKindKvTail, kBlockTokens - 1, 2 * kBlockTokens + 1, {4, 0, 2}}, {kKindKvBlock, 0, 2 * kBlockTokens, {1, 3}},
@@ -186,8 +223,26 @@ int main() {
     const Completion scanned = run(task, {}, nullptr, 0);
     if (scanned.status != kStatusOk || scanned.result != (round == 0 ? kPages : 1)) fail("scan", scanned.status, scanned.result);
   }
+  Task each = {};  // a record for each block
+  each.kind = kTaskAppend, each.opcode = 1, each.record_kind = kKindKvBlock, each.token_end = 2 * kBlockTokens, each.arg = kAppendEach;
+  expect_record(pool, kLayers * kBlockBytes);
+  expect_record(pool, kLayers * kBlockBytes);
+  const Completion both = run(each, {2, 0}, nullptr, 0);
+  if (both.status != kStatusOk || both.result != 2) fail("each block", both.status, both.result);
+  std::vector<uint64_t> positions;  // a step's tokens, which a GPU appends together
+  for (uint32_t i = 0; i < 4; ++i) {
+    Task token = {};
+    token.kind = kTaskAppend, token.opcode = 1, token.record_kind = kKindKvTail, token.token_start = 3 + i, token.token_end = 4 + i;
+    expect_record(pool, kLayers * kTokenBytes);
+    positions.push_back(hand_in(token, {i}, nullptr, 0));
+  }
+  for (const uint64_t position : positions)
+    if (const Completion token = wait_for(position); token.status != kStatusOk || token.sequence != position - positions[0] + kRecords - 4) fail("token", token.status, token.sequence);
+  Task wrong = {};  // refused by its handler, once before all lanes have looked and once after
+  wrong.kind = kTaskRestore, wrong.opcode = 2, wrong.record_kind = kKindKvTail, wrong.token_start = 1, wrong.token_end = 2;
+  if (run(wrong, {3}, nullptr, 0).status != kStatusBadTask || run(wrong, {kBlocks}, nullptr, 0).status != kStatusBadTask) fail("a wrong task", 0, 0);
   pthread_join(reader, nullptr);
-  if (!concordia_close(host, 60ull * 1000000000u)) fail("the executor did not end", 0, 0);
+  if (!close_executor()) fail("the executor did not end", 0, 0);
   printf("{\"records\": %lu}\n", control->committed_count);
   return 0;  // what was allocated lives as long as the program
 }

@@ -61,7 +61,7 @@ FUNCTION void run_near(Executor* executor, Journal* journal, const uint64_t* tab
 // these launches, which are in stream order, ever runs the executor's tasks.
 extern "C" __global__ void __launch_bounds__(512)
     concordia_executor(Executor* executor, uint64_t launch, uint64_t* turn) {
-  __shared__ alignas(128) uint64_t state[kStateWords];
+  alignas(128) __shared__ uint64_t state[kStateWords];
   const uint64_t lane = (uint64_t)blockIdx.x * blockDim.x + threadIdx.x;
   // Other CTAs wait for the leading one at the first grid_sync; nobody else uses that barrier.
   if (lane == 0 && turn != nullptr) take_turn(turn);
@@ -79,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(512)
 //   bell[1]: up to where they were served
 extern "C" __global__ void __launch_bounds__(512)
     concordia_stream_tasks(Executor* tasks, Executor* executor, uint64_t* bell, uint64_t* turn) {
-  __shared__ alignas(128) uint64_t state[kStateWords];
+  alignas(128) __shared__ uint64_t state[kStateWords];
   __shared__ uint64_t launch;
   if (threadIdx.x == 0) {
     launch = load<kAcquire, kSystem>(bell);

@@ -106,6 +106,7 @@ FUNCTION void hash_words(uint32_t bytes, Load load, Sink sink, uint64_t* hash_pt
     // The last stripe comes after the last scrambling, wherever it lies.
     if (block + kStripesPerBlock <= last) sum = scramble(sum, place);
   }
+  team_sync();  // every lane has read the words: the hash may go over them
   finish_team(sum, bytes, hash_ptr);
 }
 

@@ -1,0 +1,54 @@
+// The lanes of cta.h: how they exchange values, out of the sanitizer's sight, and how a launch starts and ends, which the sanitizer takes
+// from the start and the end of their threads.
+#include "cta.h"
+#include "call.h"
+
+#include <pthread.h>
+
+__thread Dim threadIdx;
+Warp warps[kCtaLanes / kWarpLanes];
+Meeting cta_meeting;
+
+__attribute__((no_sanitize("thread"))) static void meet_hidden(Meeting* meeting, unsigned lanes) {
+  const unsigned phase = __atomic_load_n(&meeting->phase, __ATOMIC_ACQUIRE);
+  if (__atomic_add_fetch(&meeting->arrived, 1, __ATOMIC_ACQ_REL) == lanes) {
+    __atomic_store_n(&meeting->arrived, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&meeting->phase, phase + 1, __ATOMIC_RELEASE);
+  }
+  while (__atomic_load_n(&meeting->phase, __ATOMIC_ACQUIRE) == phase) sched_yield();
+}
+
+__attribute__((no_sanitize("thread"))) void exchange_hidden(Warp* warp, unsigned lane, uint64_t value, uint64_t* all) {
+  warp->said[lane] = value;
+  meet_hidden(&warp->hidden, kWarpLanes);
+  for (unsigned i = 0; i < kWarpLanes; ++i) all[i] = warp->said[i];
+  meet_hidden(&warp->hidden, kWarpLanes);
+}
+
+struct Executor;
+extern "C" void concordia_executor(Executor* executor, uint64_t launch, uint64_t* turn);
+
+struct Launched {
+  Executor* executor;
+  uint64_t launch;
+  unsigned lane;
+};
+
+static void* run_lane(void* argument) {
+  const Launched* mine = static_cast<Launched*>(argument);
+  threadIdx.x = mine->lane;
+  concordia_executor(mine->executor, mine->launch, nullptr);
+  return nullptr;
+}
+
+// One launch, from its start to its end; false when the system has no threads.
+extern "C" bool run_cta(Executor* executor, uint64_t launch) {
+  Launched lanes[kCtaLanes];
+  pthread_t threads[kCtaLanes];
+  for (unsigned i = 0; i < kCtaLanes; ++i) {
+    lanes[i] = {executor, launch, i};
+    if (pthread_create(&threads[i], nullptr, run_lane, &lanes[i]) != 0) return false;
+  }
+  for (unsigned i = 0; i < kCtaLanes; ++i) pthread_join(threads[i], nullptr);
+  return true;
+}
