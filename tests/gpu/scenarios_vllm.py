@@ -8,10 +8,18 @@ from typing import Any
 
 SETTINGS = {
     "dtype": "bfloat16", "max_model_len": 512, "max_num_seqs": 8, "block_size": 16, "kv_cache_memory_bytes": 64 << 20,
+    # an engine refuses to start where less of the GPU is free than this, whatever it takes: others may be on it
+    "gpu_memory_utilization": 0.05,
     "enable_prefix_caching": False, "disable_log_stats": True,
 }  # fmt: skip
 # without torch.compile an engine starts in seconds; with it the graphs are made in the same way
 QUICK = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+_STARTED = time.monotonic()
+
+
+def _say(words: str) -> None:
+    """How far it has come, for whoever reads why it ended."""
+    print(f"SCENARIO {time.monotonic() - _STARTED:.1f} s: {words}", flush=True)
 
 
 class _Counted:
@@ -48,6 +56,7 @@ def engine(
     from vllm.config import KVTransferConfig
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+    _say(f"vllm is imported; an engine with residency {residency} starts")
     extra = {"journal": journal, "replica": replica, "device": device, "residency": residency, "prefix_restore": False}
     llm = LLM(
         model=model,
@@ -60,6 +69,7 @@ def engine(
             kv_connector_extra_config=extra,
         ),
     )
+    _say("it has started")
     connector = get_kv_transfer_group()
     places = connector._worker._places
     answers, seconds = [], []
@@ -77,6 +87,7 @@ def engine(
             use_tqdm=False,
         )  # fmt: skip
         seconds.append(time.monotonic() - started)
+        _say(f"round {len(seconds)} of {len(rounds)} took {seconds[-1]:.1f} s; door: {connector._door.reason}")
         answers.append(
             [
                 {
@@ -95,6 +106,7 @@ def engine(
         found["residency"] = connector._worker._checkpointer.runtime.stats().residency
         found["pending"] = places._tasks.pending_count if places else 0
     llm.llm_engine.engine_core.shutdown()
+    _say("it has ended")
     return found
 
 
