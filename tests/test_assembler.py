@@ -47,6 +47,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 OPTIONS = Options(arch=90, entry=True, exit=True, marks=True)
 CONTROL = 0x7F12_3456_7800
 BOUND_S = 120.0
+TAG = "TORCH_COMPILE_CACHE_KEY_TAG"
 NAME = "ptxas-blackwell"  # the one that Triton takes for sm_90
 
 
@@ -167,7 +168,7 @@ def test_kernel_has_its_hooks_and_one_slot_when_triton_compiles_it(ground: Groun
         "print(repr(make_backend(GPUTarget('cuda', 90, 32)).hash()), found.asm['ptx'].count('concordia'))\n"
     )
     said = []
-    for index, environment in enumerate(({}, ground.stand_in.environment())):
+    for index, environment in enumerate(({}, ground.stand_in.environment({}))):
         done = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / str(index))], capture_output=True, text=True, timeout=BOUND_S, check=False,
             env=os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests' / 'gpu'}", "TRITON_CACHE_DIR": str(tmp_path / "triton")} | environment,
@@ -343,18 +344,21 @@ def test_users_assembler_is_the_real_one_when_a_run_is_inside_a_run(ground: Grou
     ground.place()
     inner = tmp_path / "inner"
     inner.mkdir(mode=0o700)
-    placed = place_stand_in(inner, OPTIONS, ground.stand_in.environment())
+    placed = place_stand_in(inner, OPTIONS, ground.stand_in.environment({}))
     assert placed.settings[f"real_{NAME}"] == theirs
     assert f"real_{'ptxas'}" not in placed.settings
 
 
 def test_triton_is_not_told_when_the_stand_in_does_not_start(ground: Ground) -> None:
     ground.place()
-    assert set(ground.stand_in.environment()) == set(VARIABLES.values())
+    told = ground.stand_in.environment({TAG: "mine"})
+    assert set(told) == {TAG, *VARIABLES.values()}
+    assert told[TAG].startswith("mine+concordia-")
+    assert StandIn().environment({TAG: "mine"}) == {}
     ground.stand_in.paths[NAME].chmod(0o600)
     if os.geteuid() == 0:
         ground.stand_in.paths[NAME].write_bytes(b"#!/no/such/interpreter\n")
-    assert ground.stand_in.environment() == {}
+    assert ground.stand_in.environment({}) == {}
 
 
 def test_nothing_is_placed_when_machine_code_cannot_be_read(tmp_path: pathlib.Path) -> None:
@@ -373,6 +377,50 @@ def test_all_are_marked_when_many_are_assembled_at_once(ground: Ground, text: st
     assert codes == [0] * 12
     assert ground.notes() == []
     assert all(map(is_marked, sources))
+
+
+def test_modules_are_marked_when_a_program_runs_triton_under_us(
+    shim_parts: tuple[pathlib.Path, pathlib.Path], built: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """All of it: the command line, Triton in a child, the fake driver that loads what came out."""
+    driver, user = shim_parts
+    cubin, folder = tmp_path / "out.cubin", tmp_path / "handed"
+    folder.mkdir()
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import subprocess, sys, triton_kernel\n"
+        f"open({str(cubin)!r}, 'wb').write(triton_kernel.compiled().asm['cubin'])\n"
+        f"sys.exit(subprocess.call([{str(user)!r}, 'begin', 'context', {f'load:{cubin}'!r}, 'launch:kernel', {f'dump:{folder}'!r}]))\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("CONCORDIA", "LD_", "FAKE", "TRITON"))}
+    with tempfile.TemporaryDirectory(prefix="cnc-", dir="/tmp") as base:
+        environment = clean | {
+            "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests' / 'gpu'}", "LD_LIBRARY_PATH": str(driver.parent), "CONCORDIA_CACHE": str(built),
+            "CONCORDIA_RUN_DIR": base, "TRITON_CACHE_DIR": str(tmp_path / "triton"),
+        }  # fmt: skip
+
+        def concordia(*words: str) -> str:
+            words = (sys.executable, "-m", "concordia.cli", *words)
+            done = subprocess.run(words, capture_output=True, text=True, timeout=BOUND_S, check=False, env=environment)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        def images() -> list[dict[str, object]]:
+            found = json.loads(concordia("modules", "--json"))
+            assert found["notes"] == []
+            listed: list[dict[str, object]] = found["images"]
+            return listed
+
+        concordia("run", "--hooks", "entry,marks", "--", sys.executable, str(program))
+        (image,) = images()
+        assert (image["outcome"], image["kind"]) == ("rewritten", "cubin")
+        assert [(kernel["name"], kernel["hooks"]) for kernel in image["kernels"]] == [("softmax_rows", ["entry", "marks"])]  # type: ignore[attr-defined]
+        marked = cubin.read_bytes()
+        concordia("run", "--hooks", "entry", "--", sys.executable, str(program))
+        (image,) = images()
+        assert [(kernel["name"], kernel["hooks"]) for kernel in image["kernels"]] == [("softmax_rows", ["entry"])]  # type: ignore[attr-defined]
+        assert assembled.read_assembled(cubin.read_bytes()) is None, "Triton kept both apart"
+        assert assembled.read_assembled(marked) is not None
 
 
 # --- what a cubin says

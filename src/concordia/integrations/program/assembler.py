@@ -32,6 +32,9 @@ VARIABLES: Final = {
     "ptxas": "TRITON_PTXAS_PATH",
     "ptxas-blackwell": "TRITON_PTXAS_BLACKWELL_PATH",
 }
+# torch.compile keeps finished kernels under keys of its own, to which this is added.
+_TORCH_TAG: Final = "TORCH_COMPILE_CACHE_KEY_TAG"
+_TORCH_TAG_DIGITS: Final = 16
 ARCHITECTURE_END: Final = 100  # from here on the driver finishes machine code, and no file is read
 _SHARED: Final = ("cache_file.c", "hash.c", "rewriter.c")
 _FLAGS: Final = ("-std=c11", "-O2", "-g1", "-fno-strict-aliasing", "-Wall", "-Wextra", "-pthread")
@@ -45,13 +48,17 @@ class StandIn:
 
     paths: Mapping[str, Path] = field(default_factory=dict)  # by the name of the assembler
     settings: Mapping[str, object] = field(default_factory=dict)
+    key: str = ""  # of the options
     why_not: str = ""
 
-    def environment(self) -> dict[str, str]:
-        """For the program, once the run's settings are written: nothing where it does not run."""
-        if all(map(_answers, self.paths.values())):
-            return {VARIABLES[name]: str(path) for name, path in self.paths.items()}
-        return {}
+    def environment(self, given: Mapping[str, str]) -> dict[str, str]:
+        """What is added to a program's, once the run's settings are written: nothing where the
+        stand-in does not run.
+        """
+        if not self.paths or not all(map(_answers, self.paths.values())):
+            return {}
+        tag = f"{given.get(_TORCH_TAG, '')}+concordia-{self.key[:_TORCH_TAG_DIGITS]}"
+        return {VARIABLES[name]: str(path) for name, path in self.paths.items()} | {_TORCH_TAG: tag}
 
 
 def place_stand_in(run: Path, options: Options, environment: Mapping[str, str]) -> StandIn:
@@ -79,7 +86,7 @@ def place_stand_in(run: Path, options: Options, environment: Mapping[str, str]) 
             settings[f"real_{name}"] = real
         if found := _bundled(name):
             settings[f"found_{name}"] = found
-    return StandIn(paths, settings)
+    return StandIn(paths, settings, wanted.key())
 
 
 def build(path: Path, *, flags: tuple[str, ...] = ()) -> None:

@@ -95,7 +95,7 @@ def launch(asked: Launch) -> int:
         if options.marks:
             stand_in = place_stand_in(run.path, options, environment)
         run.settle({**_settings(options, cache, is_looking=is_looking), **stand_in.settings})
-        environment |= stand_in.environment()
+        environment |= stand_in.environment(environment)
         if asked.policy is not None:
             (run.path / "policy").write_text(asked.policy.lines(), "utf-8")
             if asked.policy.protects:
