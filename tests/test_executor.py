@@ -8,6 +8,7 @@ executor sleeps and a waiting thread lets others run.
 import os
 import threading
 import time
+from contextlib import ExitStack, closing
 from functools import partial
 
 import numpy as np
@@ -32,7 +33,8 @@ from concordia.errors import (
     WaitTimeout,
 )
 from concordia.runtime.executor import Runtime
-from concordia.runtime.ring import Task, Ticket, when_room
+from concordia.runtime.executor_plan import plan_executor
+from concordia.runtime.ring import Ring, Task, Ticket, when_room
 from scratch_stream import ScratchStream, tree_hash
 from waiting import until
 
@@ -596,3 +598,21 @@ def test_step_words_are_there_when_announced() -> None:
     for name in ("step_started_ns", "step_done_ns", "heartbeat_ns"):
         assert before <= stream.word(name) <= after
     stream.close()
+
+
+@pytest.mark.parametrize("leaves", [1, 7, 1024])
+def test_ids_have_room_for_what_the_executor_takes_when_the_stage_is_small(leaves: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, taken = HostDevice(), dict[int, int]()
+    allocate = device.allocate
+
+    def noted(size: int) -> int:
+        address = allocate(size)
+        taken[address] = size
+        return address
+
+    monkeypatch.setattr(device, "stage_bytes", leaves * abi.LEAF_BYTES, raising=False)
+    monkeypatch.setattr(device, "allocate", noted)
+    with closing(Ring(device)) as ring, ExitStack() as undo:
+        plan = plan_executor(device, ring, None, 1, undo)
+        assert plan.stage_bytes == taken[plan.stage] == leaves * abi.LEAF_BYTES
+        assert taken[plan.ids] == 4 * leaves * abi.IDS_PER_LEAF

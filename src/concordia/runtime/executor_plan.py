@@ -41,7 +41,8 @@ def plan_executor(
         control=share(target.control_address, abi.STREAM_CONTROL.size) if target else 0,
         stage=allocate(stage),
         stage_bytes=stage,
-        ids=allocate(leaves * abi.IDS_PER_LEAF * 4),
+        # as many as the executor takes for its stage: kernels/host.cpp, id_capacity
+        ids=allocate(stage // abi.LEAF_BYTES * abi.IDS_PER_LEAF * 4),
         digests=allocate(digest_bytes),
         digest_bytes=digest_bytes,
         lanes=lanes,
