@@ -33,7 +33,7 @@ TOOLS: Final = ("memcheck", "racecheck", "synccheck")
 # the tool is bin/compute-sanitizer, a link, or compute-sanitizer/compute-sanitizer of these
 HOMES: Final = ("/usr/local/cuda", "/opt/cuda", "/usr/local/cuda-*", "/opt/nvidia/cuda*")
 PLANTED_S: Final = 30.0
-SECONDS: Final = 150.0
+SECONDS: Final = 300.0
 ENDING_S: Final = 30.0  # a process that the driver is in the middle of may end late
 LINES_MAX: Final = 40  # of what a tool said besides its findings, kept in the result
 PRINTED_MAX: Final = 20000  # of a tool's reports: each launch of a kernel has its own

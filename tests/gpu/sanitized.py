@@ -29,6 +29,9 @@ PROGRAMS: list[tuple[str, dict[str, Any]]] = [
     ("handlers", {"shape_name": "flash", "lanes": 2}),
     *(("pages", {"size": size, "lanes": lanes}) for size in (4096, 16384) for lanes in (1, 2)),
     *(("appended_bytes", {"lanes": lanes}) for lanes in (1, 2)),
+    *(("tokens", {"shape_name": "flash", "lanes": lanes}) for lanes in (1, 2)),
+    *(("grouped", {"shape_name": "odd", "lanes": lanes, "segment_bytes": 1 << 15}) for lanes in (1, 2)),
+    ("restored", {"shape_name": "odd", "count": 24}),
 ]
 PLANTED = {
     "memcheck": "call->result = *reinterpret_cast<volatile uint64_t*>(call->task.arg + 4096 + 8 * lane);",
