@@ -52,6 +52,7 @@ class Variant:
     copies: int = 1  # of the map
     is_tracked: bool = True
     is_assembled: bool = False
+    is_filled: bool = True  # with the control block's address
 
 
 VARIANTS: Final = {
@@ -61,6 +62,7 @@ VARIANTS: Final = {
     "spread": Variant(entry=False, marks=True, copies=MAP_COPIES),
     "all": Variant(entry=True, marks=True),
     "assembled_marks": Variant(entry=False, marks=True, is_assembled=True),
+    "assembled_empty": Variant(entry=True, marks=True, is_assembled=True, is_filled=False),
     "assembled_all": Variant(entry=True, marks=True, is_assembled=True),
 }
 GOALS_OF: Final = ("marks", "assembled_marks")
@@ -124,8 +126,11 @@ class Bench:
         control = self._control.data_ptr()
         if not variant.is_assembled:
             return fill(done.text.encode(), done.slots, control) + b"\0"
+        made = assembled(done.text, self.architecture)
+        if not variant.is_filled:
+            return made
         options = Options(arch=self.architecture, entry=variant.entry, marks=True)
-        taken = rewrite(assembled(done.text, self.architecture), options)
+        taken = rewrite(made, options)
         if not all(kernel.hooks & Hook.MARKS for kernel in taken.kernels):
             raise DeviceError(f"{compiled.name} has no marks: {taken.kernels}")
         return fill(taken.image, taken.slots, control)
@@ -218,8 +223,8 @@ def check(
     bench.out.zero_()
     bench.launch(loaded, compiled)
     variant = loaded.variant
-    wanted = STRIDE if variant.marks and variant.is_tracked else 0
-    ctas = bench.out.numel() // compiled.block if variant.entry else 0
+    wanted = STRIDE if variant.marks and variant.is_tracked and variant.is_filled else 0
+    ctas = bench.out.numel() // compiled.block if variant.entry and variant.is_filled else 0
     if not torch.equal(expected, bench.out):
         raise DeviceError(f"{compiled.name}, {name}: other bytes than without hooks")
     if bench.marked() != wanted or bench.entered() != ctas:

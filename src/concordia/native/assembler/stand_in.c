@@ -112,10 +112,10 @@ int main(int count, char **arguments) {
     fprintf(stderr, "%s of Concordia: no assembler to stand before; set TRITON_PTXAS_PATH\n", folder_name());
     return NOT_FOUND;
   }
+  arguments[0] = real;  // its messages begin with its own name
   uint64_t bound_ns = 1000000u * process_number("assembler_run_ms", 120000);
   if (is_active && asks_version(count, arguments)) return tell_version(real, arguments, bound_ns);
   if (is_active && is_assembled(real, count, arguments, bound_ns)) return 0;
-  arguments[0] = real;
   execv(real, arguments);
   fprintf(stderr, "%s: %s\n", real, strerror(errno));
   return NOT_FOUND;
