@@ -24,7 +24,8 @@ from concordia.integrations.vllm.appends import Append, Batch
 from concordia.integrations.vllm.identity import Identity, KeyChain
 from concordia.integrations.vllm.pump import AppendPump
 from concordia.integrations.vllm.step_writes import Scheduled, StepWrites
-from concordia.integrations.vllm.write_set import Track, WriteSet
+from concordia.integrations.vllm.track import Track
+from concordia.integrations.vllm.write_set import WriteSet
 from concordia.journal.key_changes import KeyNews
 from concordia.runtime.ring import Task, pack_task
 from concordia.testing.command import Parser, result_file, run_command

@@ -22,7 +22,8 @@ from concordia.errors import JournalFull
 from concordia.integrations.vllm.identity import Identity, KeyChain
 from concordia.integrations.vllm.retry import Retries
 from concordia.integrations.vllm.step_writes import Scheduled, StepWrites
-from concordia.integrations.vllm.write_set import Track, WriteSet
+from concordia.integrations.vllm.track import Track
+from concordia.integrations.vllm.write_set import WriteSet
 from concordia.journal.control import Identity as Writer
 from concordia.journal.folder import Folder
 from concordia.journal.owner import Owner

@@ -34,8 +34,9 @@ from concordia.integrations.vllm.metadata import StepMetadata
 from concordia.integrations.vllm.scribe import Scribe
 from concordia.integrations.vllm.settings import Settings
 from concordia.integrations.vllm.step_writes import Scheduled, Write
+from concordia.integrations.vllm.track import Track
 from concordia.integrations.vllm.worker_side import WorkerSide
-from concordia.integrations.vllm.write_set import Track, WriteSet
+from concordia.integrations.vllm.write_set import WriteSet
 from concordia.journal.client import JournalClient
 from concordia.journal.owner import spawn_owner
 from concordia.journal.record import request_key

@@ -19,7 +19,7 @@ from concordia.errors import JournalError
 from concordia.integrations.vllm.identity import CohortTicket, Identity, KeyChain
 from concordia.integrations.vllm.questions import Source
 from concordia.integrations.vllm.restorer import Restorer
-from concordia.integrations.vllm.write_set import Track
+from concordia.integrations.vllm.track import Track
 from concordia.journal import record
 from concordia.journal.coverage import Cut, Piece
 

@@ -23,7 +23,8 @@ pytest.importorskip("vllm", reason="vllm is not installed")
 import torch
 
 from concordia import config
-from concordia.integrations.vllm import compat, worker_side
+from concordia.integrations.vllm import compat
+from concordia.integrations.vllm import rank as rank_room
 from concordia.integrations.vllm.graph_places import Placed
 from concordia.integrations.vllm.identity import Identity, KeyChain
 from concordia.integrations.vllm.load import Load, PieceRef
@@ -31,8 +32,9 @@ from concordia.integrations.vllm.metadata import StepMetadata
 from concordia.integrations.vllm.scribe import Scribe
 from concordia.integrations.vllm.settings import Settings
 from concordia.integrations.vllm.step_writes import Scheduled
+from concordia.integrations.vllm.track import Track
 from concordia.integrations.vllm.worker_side import WorkerSide
-from concordia.integrations.vllm.write_set import Track, WriteSet
+from concordia.integrations.vllm.write_set import WriteSet
 from concordia.journal.client import JournalClient
 from concordia.journal.owner import spawn_owner
 from concordia.journal.record import request_key
@@ -260,7 +262,7 @@ def test_every_living_request_comes_back_byte_for_byte_when_its_engine_is_gone(
             graphs.append(Graphs(runtime, rng))
             return graphs[0]
 
-        monkeypatch.setattr(worker_side, "open_places", open_places)
+        monkeypatch.setattr(rank_room, "open_places", open_places)
     engine = Engine(journal, rng, replica=secrets.randbits(40), layout=layout)
     for turn in range(1000):
         if turn >= 120 and any(0 < asked.computed == asked.most for asked in engine.asked.values()):

@@ -23,7 +23,8 @@ from concordia.integrations.vllm.identity import (
 from concordia.integrations.vllm.named_blocks import NamedBlocks
 from concordia.integrations.vllm.retry import Retries
 from concordia.integrations.vllm.step_writes import Scheduled, StepWrites, runs_of
-from concordia.integrations.vllm.write_set import Track, WriteSet
+from concordia.integrations.vllm.track import Track
+from concordia.integrations.vllm.write_set import WriteSet
 
 SIZE = 4
 SEED = b"model"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from concordia.errors import Corruption
-from concordia.integrations.vllm.write_set import Track
+from concordia.integrations.vllm.track import Track
 from concordia.journal.client import JournalClient
 from concordia.recovery.restore import RestorePlan, plan_restore, verify
 

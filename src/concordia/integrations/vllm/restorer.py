@@ -23,8 +23,8 @@ from concordia.integrations.vllm.filled import Filled
 from concordia.integrations.vllm.load import Load, PieceRef
 from concordia.integrations.vllm.lookup import Lookups
 from concordia.integrations.vllm.questions import Source, cut_question, prefix_question
+from concordia.integrations.vllm.track import Track
 from concordia.integrations.vllm.waiting import Waiting, start_facts
-from concordia.integrations.vllm.write_set import Track
 
 
 @dataclass(slots=True)

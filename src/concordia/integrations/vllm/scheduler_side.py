@@ -28,15 +28,16 @@ from concordia.integrations.vllm.identity import (
     parse_identity,
     seed_bytes,
 )
+from concordia.integrations.vllm.losses import Losses
 from concordia.integrations.vllm.metadata import StepMetadata, WorkerReport
 from concordia.integrations.vllm.questions import Source
 from concordia.integrations.vllm.restorer import Restorer
-from concordia.integrations.vllm.retry import Retries
 from concordia.integrations.vllm.scribe import Scribe
 from concordia.integrations.vllm.settings import Settings
 from concordia.integrations.vllm.step_writes import StepWrites
+from concordia.integrations.vllm.track import Track
 from concordia.integrations.vllm.weights import Adapters
-from concordia.integrations.vllm.write_set import Track, WriteSet
+from concordia.integrations.vllm.write_set import WriteSet
 from concordia.journal import folder, segment
 from concordia.journal.client import JournalClient
 from concordia.journal.mapped_ahead import MappedAhead
@@ -74,13 +75,8 @@ class SchedulerSide:
             self._writes = WriteSet(block_tokens=self._block_tokens)
             self._restorer = Restorer(
                 Source(
-                    client,
-                    pool.view,
-                    pool.segment_bytes,
-                    layout_hash,
-                    self._world,
-                    self._block_tokens,
-                    lambda: mapped.is_done,
+                    client, pool.view, pool.segment_bytes, layout_hash, self._world,
+                    self._block_tokens, lambda: mapped.is_done,
                 ),
                 say=self._scribe.event,
                 is_known=self._writes.is_journaled,
@@ -92,8 +88,7 @@ class SchedulerSide:
         self._step = 0
         self._given: list[int] = []  # blocks handed out since the last step
         self._hits: dict[str, int] = {}
-        self._said: set[str] = set()  # requests whose loss of protection was said
-        self._retries = Retries()
+        self._losses = Losses(self._writes, self._scribe)
         self._adapters = Adapters()
         self._roll = Roll()
         self._learn_at_start()
@@ -138,7 +133,7 @@ class SchedulerSide:
         scheduled = list(output.num_scheduled_tokens)
         loads = self._restorer.take_step(scheduled)
         self._learn()
-        self._try_again()
+        self._losses.try_again()
         given, self._given = self._given + compat.overwritten_blocks(output), []
         result = self._writes.step(
             compat.scheduled_requests(output, hits=self._hits, loaded=loads.keys),
@@ -148,7 +143,8 @@ class SchedulerSide:
         for name in scheduled:
             self._hits.pop(name, None)
         for name in self._scribe.take_unnoted():
-            self._lose(name, "the keys of its blocks could not be written: the journal is full")
+            reason = "the keys of its blocks could not be written: the journal is full"
+            self._losses.lose(name, reason)
         self._write_notes(result)
         tokens = output.total_num_scheduled_tokens
         waiting = sum(not track.is_started for track in self._writes.tracks.values())
@@ -178,13 +174,13 @@ class SchedulerSide:
         for name, mismatches in report.loaded.items():
             self._restorer.confirm(name, mismatches, load_s=report.load_s.get(name, 0.0))
             if mismatches:
-                self._lose(name, f"{mismatches} restored pieces were not as committed")
+                self._losses.lose(name, f"{mismatches} restored pieces were not as committed")
         for name, reason in report.lost.items():
-            self._lose(name, reason)
+            self._losses.lose(name, reason)
         self._writes.disown(report.differing)
         self._writes.spread(report.has_rows)
         for name, (token, reason) in report.missed.items():
-            self._miss(name, token, reason)
+            self._losses.miss(name, token, reason)
         if report.append_ns:
             seconds = report.append_ns / 1e9
             facts = {"event": "appended", "seconds": seconds, "graph_steps": report.graph_steps}
@@ -201,8 +197,7 @@ class SchedulerSide:
         name = request.request_id
         self._restorer.leave(name)
         self._hits.pop(name, None)
-        self._said.discard(name)
-        self._retries.forget(name)
+        self._losses.forget(name)
         track = self._writes.tracks.get(name)
         self._write_notes(self._writes.finish(name, step=self._step))
         if track is not None and track.is_started and not track.identity.is_routed:
@@ -230,7 +225,7 @@ class SchedulerSide:
         self._scribe.rest()
         reason = f"protection is off: {reason}"
         for name, track in list(self._writes.tracks.items()):
-            self._unprotect(name, track.identity, reason)
+            self._losses.say(name, track.identity, reason)
         self._scribe.event({"event": "unprotected", "request": "*", "reason": reason})
 
     def close(self) -> None:
@@ -254,7 +249,7 @@ class SchedulerSide:
             identity, reason = nobody, str(error)
         except RecoveryError as error:
             identity, reason = replace(identity, is_disabled=True), str(error)
-        self._unprotect(request.request_id, identity, reason)
+        self._losses.say(request.request_id, identity, reason)
         return identity, {"only": own}
 
     def _own_name(self, request: str) -> str:
@@ -274,44 +269,7 @@ class SchedulerSide:
         for note in result.notes:
             self._scribe.note_keys(note, step=self._step)
         for name, reason in result.lost:
-            self._lose(name, reason)
-
-    def _miss(self, name: str, token: int, reason: str) -> None:
-        """From this token on it is not saved; nothing is lost of it yet, so it is appended again a
-        little later.
-        """
-        track = self._writes.tracks.get(name)
-        if track is None or not track.is_protected:
-            return
-        self._writes.rewind(name, token)
-        track.is_resting = True
-        self._retries.miss(name, now=time.monotonic())
-        self._unprotect(name, track.identity, reason)
-
-    def _try_again(self) -> None:
-        now = time.monotonic()
-        for name in self._retries.take_recovered(now=now):
-            self._said.discard(name)
-            identity = self._writes.tracks[name].identity
-            logger.info("Concordia: %s is protected again", identity.name)
-            self._scribe.event({"event": "protected", "request": identity.name})
-        for name in self._retries.take_due(now=now):
-            self._writes.tracks[name].is_resting = False
-
-    def _lose(self, name: str, reason: str) -> None:
-        track = self._writes.tracks.get(name)
-        if track is not None:
-            self._writes.lose(name)
-            self._retries.forget(name)
-            self._unprotect(name, track.identity, reason)
-
-    def _unprotect(self, name: str, identity: Identity, reason: str) -> None:
-        if name in self._said:
-            return
-        self._said.add(name)
-        logger.warning("Concordia: %s is unprotected: %s", identity.name, reason)
-        self._scribe.unprotected()
-        self._scribe.event({"event": "unprotected", "request": identity.name, "reason": reason})
+            self._losses.lose(name, reason)
 
 
 def _layout_hash(board: segment.Board, *, replica: int, world: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from concordia.integrations.vllm.write_set import Track
+from concordia.integrations.vllm.track import Track
 from concordia.recovery.restore import RestorePlan
 
 

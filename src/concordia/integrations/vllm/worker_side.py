@@ -1,6 +1,6 @@
 """The connector in a worker: one rank's KV out to the journal and back.
 
-Owns: this rank's stream, its Checkpointer, the KV region and what is known about its layout.
+Owns: the order of a step, this rank's appends and restores, and what is known of its layout.
 Promises: an entry point only enqueues, except where bytes must be in place before the engine goes
 on (a restore, a block about to be overwritten), and those waits are bounded; bytes that were
 promised to the engine and cannot be had are reported as failed loads, never left to chance;
@@ -10,7 +10,6 @@ nothing about requests.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -18,25 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from concordia import abi, config
+from concordia import config
 from concordia.checkpoint.checkpointer import Checkpointer
-from concordia.device.policy import AUTO, DEFAULT
-from concordia.errors import ConcordiaError, DeviceError, RecoveryError
+from concordia.errors import DeviceError, RecoveryError
 from concordia.integrations.vllm import compat
 from concordia.integrations.vllm.append_clock import AppendClock
 from concordia.integrations.vllm.appends import Append, Batch, Event
 from concordia.integrations.vllm.applier import Applier
 from concordia.integrations.vllm.audit import DIFFERS, Audit
-from concordia.integrations.vllm.door import logger
-from concordia.integrations.vllm.graph_places import GraphPlaces, RankTickets, open_places
-from concordia.integrations.vllm.layout import Layout, describe_kv, in_words
+from concordia.integrations.vllm.graph_places import GraphPlaces
+from concordia.integrations.vllm.layout import Layout, describe_kv
 from concordia.integrations.vllm.layout_proof import LayoutProof
 from concordia.integrations.vllm.metadata import StepMetadata, WorkerReport
 from concordia.integrations.vllm.pump import AppendPump
+from concordia.integrations.vllm.rank import Rank
 from concordia.integrations.vllm.step_appends import StepAppends
-from concordia.journal.client import JournalClient
-from concordia.journal.mapped_ahead import MappedAhead
-from concordia.journal.record import request_key
 
 if TYPE_CHECKING:
     from concordia.integrations.vllm.settings import Settings
@@ -50,12 +45,8 @@ class WorkerSide:
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._why_not = compat.why_unprotected(vllm_config, kv_cache_config)
-        self._rank = 0
-        self._client: JournalClient | None = None
-        self._attachment: Any = None
-        self._mapped: MappedAhead | None = None
+        self._rank: Rank | None = None
         self._checkpointer: Checkpointer | None = None
-        self._region: Any = None
         self._layout: Layout | None = None
         self._proof: LayoutProof | None = None
         self._pump: AppendPump | None = None
@@ -87,75 +78,26 @@ class WorkerSide:
             raise
 
     def _open(self, layout: Layout, layers: Iterable[str]) -> None:
-        self._rank = compat.worker_rank(self._vllm_config)
-        self._is_cuda = layout.rows[0].device.type == "cuda"
-        device = self._settings.device
-        if device == "auto":
-            device = f"cuda:{layout.rows[0].device.index or 0}" if self._is_cuda else "host"
-        self._client = JournalClient.connect(self._settings.journal)
-        self._attachment = self._client.open_stream(
-            writer_kind=abi.WRITER_RANK,
-            rank=self._rank,
-            world=compat.world_size(self._vllm_config),
-            replica=self._settings.replica,
-            layout_hash=layout.geometry.layout_hash(),
-            label=f"vllm rank {self._rank}",
-            node=compat.device_node(layout.rows[0].device),
-        )
-        if not self._is_cuda:  # a GPU's driver maps what it registers
-            self._mapped = MappedAhead(self._attachment.pool.mapping)
-        self._checkpointer = Checkpointer.open(
-            device,
-            self._attachment.target,
-            lanes=self._settings.executor_ctas if self._is_cuda else 1,
-            residency=self._residency(device),
-        )
-        self._region = self._checkpointer.register_kv(layout.geometry, layout.addresses)
-        runtime = self._checkpointer.runtime
-        self._places = open_places(runtime, self._vllm_config, layers=layers)
-        tickets = RankTickets(self._checkpointer, self._places)
-        self._clock = AppendClock(self._busy_ns)
-        control = self._attachment.board.control(self._attachment.slot)
+        rank = self._rank = Rank(self._settings, self._vllm_config, layout, layers=layers)
+        self._is_cuda, self._places = rank.is_cuda, rank.places
+        self._checkpointer = rank.checkpointer
+        self._clock = AppendClock(rank.busy_ns)
         self._pump = AppendPump(
-            tickets, is_threaded=self._is_cuda, committed=lambda: control.committed_count
+            rank.tickets, is_threaded=rank.is_cuda, committed=rank.committed_count
         )
         self._applier = Applier(
-            self._checkpointer,
-            self._region,
-            rank=self._rank,
-            pool_address=self._attachment.target.pool_address,
+            rank.checkpointer, rank.region, rank=rank.number, pool_address=rank.pool_address
         )
-        if not (self._is_cuda and compat.may_sleep(self._vllm_config)):
-            self._audit = Audit(tickets, self._region, rank=self._rank, say=self.event)
+        if not (rank.is_cuda and compat.may_sleep(self._vllm_config)):
+            self._audit = Audit(rank.tickets, rank.region, rank=rank.number, say=self.event)
         self._appends = StepAppends(
-            self._checkpointer, self._region, block_tokens=self._block_tokens, audit=self._audit
+            rank.checkpointer, rank.region, block_tokens=self._block_tokens, audit=self._audit
         )
         self._layout = layout
         is_given_up = self._settings.layout == "blocks"
         self._proof = LayoutProof(
-            layout, rank=self._rank, say=self.event, is_given_up=is_given_up
+            layout, rank=rank.number, say=self.event, is_given_up=is_given_up
         )
-        logger.info(
-            "Concordia protects rank %d: %s, %s, %s",
-            *(self._rank, device, self._checkpointer.runtime.stats().residency),
-            in_words(layout.geometry),
-        )
-
-    def _residency(self, device: str) -> str:
-        """What was asked for; on a CPU, which has one, that."""
-        wanted = self._settings.residency
-        if device == "host" and wanted not in (DEFAULT, AUTO):
-            logger.warning(
-                "Concordia: a CPU has no residency %s; rank %d goes on with %s",
-                *(wanted, self._rank, DEFAULT),
-            )
-            return DEFAULT
-        return wanted
-
-    def _busy_ns(self) -> int:
-        assert self._checkpointer is not None
-        placed = self._places.busy_ns if self._places is not None else 0
-        return self._checkpointer.runtime.busy_ns() + placed
 
     # --- while the engine captures its graphs
 
@@ -192,8 +134,8 @@ class WorkerSide:
             self._audit.step(
                 [*meta.reused, *(block for write in meta.writes for block in write.blocks)]
             )
-        if self._places is not None:
-            self._places.begin_step(self._rank)
+        if self._places is not None and self._rank is not None:
+            self._places.begin_step(self._rank.number)
             if pump.reads(meta.reused):
                 self._places.flush()  # nobody may wait for a place that does not come
         # whom it gave up for that is collected
@@ -314,17 +256,10 @@ class WorkerSide:
                         self._places.flush()  # the graph that it waits for is replayed no more
                 self._pump.drain(timeout_s=config.WAIT_TASK_S)
             self._pump.close()
-        if self._checkpointer is not None:
-            self._checkpointer.close()
-        if self._mapped is not None:
-            self._mapped.close()
-        if self._attachment is not None:
-            self._attachment.close()
-        if self._client is not None:
-            self._client.close()
+        if self._rank is not None:
+            self._rank.close()
         self._clock = self._audit = self._pump = self._applier = None
-        self._places = self._appends = self._mapped = None
-        self._checkpointer = self._attachment = self._client = None
+        self._places = self._appends = self._checkpointer = self._rank = None
 
     # --- leaves
 
@@ -349,19 +284,6 @@ class WorkerSide:
 
     def event(self, facts: dict[str, Any]) -> None:
         """Say something in this rank's stream."""
-        if self._checkpointer is None:
-            return
-        if self._pump is not None:
-            self._pump.count_other()
-        try:
-            self._checkpointer.append_bytes(
-                json.dumps(facts).encode(),
-                kind=abi.KIND_EVENT,
-                key=request_key(str(facts.get("request", ""))),
-                incarnation=0,
-            )
-        except ConcordiaError as error:
-            logger.warning("Concordia could not record %s: %s", facts, error)
-            if self._pump is not None:
-                self._pump.count_other(-1)
-
+        if self._rank is not None:
+            pump = self._pump
+            self._rank.say(facts, pump.count_other if pump is not None else lambda _: None)

@@ -10,52 +10,12 @@ Called by the scheduler side once per step. Knows no vLLM type and does no I/O.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
-from concordia.integrations.vllm.identity import (
-    INCARNATION_STRIDE,
-    Identity,
-    KeyChain,
-    private_key,
-)
+from concordia.integrations.vllm.identity import private_key
 from concordia.integrations.vllm.late_blocks import Late, LateBlocks
 from concordia.integrations.vllm.named_blocks import NamedBlocks
 from concordia.integrations.vllm.step_writes import KeyNote, Scheduled, StepWrites, Write
-
-
-@dataclass(slots=True)
-class Track:
-    """One request that the engine holds."""
-
-    identity: Identity
-    # None: its tokens alone do not determine its KV, so its blocks are nobody else's
-    chain: KeyChain | None
-    tokens: Sequence[int]  # the engine's own list: grows as ids become known
-    model_hash: int = 0  # what computes its KV, for its records and for whoever restores them
-    lives: int = 0
-    blocks: list[int] = field(default_factory=list)
-    covered: int = 0
-    named: int = 0  # blocks whose key has been noted
-    late: list[int] = field(default_factory=list)  # full blocks that go out whole later, in order
-    is_started: bool = False
-    is_protected: bool = True
-    is_resting: bool = False  # its appends failed a moment ago: try again a little later
-
-    @property
-    def incarnation(self) -> int:
-        return self.identity.incarnation * INCARNATION_STRIDE + min(
-            self.lives, INCARNATION_STRIDE - 1
-        )
-
-    def renew(self) -> None:
-        """From here the request's KV is computed anew; nothing written before may be mixed with
-        it.
-        """
-        self.lives += 1
-        self.covered = 0
-        self.named = 0
-        self.late.clear()
-        self.is_protected = self.is_protected and self.lives < INCARNATION_STRIDE
+from concordia.integrations.vllm.track import Track
 
 
 class WriteSet:
