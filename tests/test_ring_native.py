@@ -132,9 +132,9 @@ def build_lanes(folder: Path, name: str, *, flags: list[str], before: list[str],
     return binary
 
 
-def run_lanes(binary: Path) -> subprocess.CompletedProcess[str]:
+def run_lanes(binary: Path, *words: str) -> subprocess.CompletedProcess[str]:
     keep = {"ASAN_OPTIONS": "detect_leaks=0"}  # its memory lives as long as the program
-    return subprocess.run([str(binary)], capture_output=True, text=True, timeout=240, check=False, env=keep)
+    return subprocess.run([str(binary), *words], capture_output=True, text=True, timeout=240, check=False, env=keep)
 
 
 @pytest.mark.parametrize("is_device", [0, 1], ids=["cpu-shape", "gpu-shape"])
@@ -151,15 +151,17 @@ def test_lanes_do_not_race_when_four_run_a_handler(
 def build_cta(folder: Path, name: str, *more: str) -> Path:
     shape = ["-DCONCORDIA_DEVICE_SHAPE=1", f"-DCONCORDIA_CTA={CTA}", "-Wno-unused-function", "-Wno-unused-parameter", *more]
     before = ["-include", str(SOURCE.with_name("cta.h"))]
-    return build_lanes(folder, name, flags=shape, before=before, sources=[KERNELS / "executor.cu", SOURCE.with_name("cta.cpp")])
+    return build_lanes(folder, name, flags=shape, before=before, sources=[*(KERNELS / f"{kernel}.cu" for kernel in ("executor", "kv_restore")), SOURCE.with_name("cta.cpp")])
 
 
 @pytest.mark.parametrize("page_bytes", [4096, 8192])
 @pytest.mark.parametrize("name", ["thread", "address"])
 def test_lanes_of_a_cta_do_not_race_when_only_barriers_order_memory(tmp_path: Path, name: str, page_bytes: int) -> None:
-    done = run_lanes(build_cta(tmp_path, name, f"-DPAGE_BYTES={page_bytes}"))
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(done.stdout) == RECORDS
+    binary = build_cta(tmp_path, name, f"-DPAGE_BYTES={page_bytes}")
+    for words in ((), ("stream",)):  # a stay of its own, or work of a framework's stream
+        done = run_lanes(binary, *words)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert json.loads(done.stdout) == RECORDS
 
 
 def test_lanes_of_a_cta_race_when_a_warp_s_barrier_orders_nothing(tmp_path: Path) -> None:

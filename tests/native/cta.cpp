@@ -1,7 +1,6 @@
 // The lanes of cta.h: how they exchange values, out of the sanitizer's sight, and how a launch starts and ends, which the sanitizer takes
 // from the start and the end of their threads.
 #include "cta.h"
-#include "call.h"
 
 #include <pthread.h>
 
@@ -25,28 +24,25 @@ __attribute__((no_sanitize("thread"))) void exchange_hidden(Warp* warp, unsigned
   meet_hidden(&warp->hidden, kWarpLanes);
 }
 
-struct Executor;
-extern "C" void concordia_executor(Executor* executor, uint64_t launch, uint64_t* turn);
-
 struct Launched {
-  Executor* executor;
-  uint64_t launch;
+  void (*kernel)(void*);
+  void* arguments;
   unsigned lane;
 };
 
 static void* run_lane(void* argument) {
   const Launched* mine = static_cast<Launched*>(argument);
   threadIdx.x = mine->lane;
-  concordia_executor(mine->executor, mine->launch, nullptr);
+  mine->kernel(mine->arguments);
   return nullptr;
 }
 
 // One launch, from its start to its end; false when the system has no threads.
-extern "C" bool run_cta(Executor* executor, uint64_t launch) {
+extern "C" bool run_cta(void (*kernel)(void*), void* arguments) {
   Launched lanes[kCtaLanes];
   pthread_t threads[kCtaLanes];
   for (unsigned i = 0; i < kCtaLanes; ++i) {
-    lanes[i] = {executor, launch, i};
+    lanes[i] = {kernel, arguments, i};
     if (pthread_create(&threads[i], nullptr, run_lane, &lanes[i]) != 0) return false;
   }
   for (unsigned i = 0; i < kCtaLanes; ++i) pthread_join(threads[i], nullptr);

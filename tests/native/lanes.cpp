@@ -2,7 +2,8 @@
 // an access out of bounds. Checks that appended bytes come back through kv_apply, and that hashes agree; layouts are for test_handlers.py.
 //
 // The handlers are compiled as files of their own, with their symbols renamed to <name>_handler; KV_* and PAGE_BYTES as for them. With
-// CONCORDIA_CTA they and the executor are the GPU's code, run by the lanes of cta.h; the host's part is the same.
+// CONCORDIA_CTA they and the executor are the GPU's code, run by the lanes of cta.h, with any argument as work of a framework's stream; the
+// host's part is the same.
 #include "host.cpp"
 #include "kv.h"
 
@@ -35,31 +36,67 @@ static RingHeader* ring;
 static Host* host;
 
 #ifdef CONCORDIA_CTA
-extern "C" bool run_cta(Executor* executor, uint64_t launch);
-static Executor* executor;
+extern "C" {
+bool run_cta(void (*kernel)(void*), void* arguments);
+void concordia_executor(Executor* executor, uint64_t launch, uint64_t* turn);
+void concordia_stream_tasks(Executor* tasks, Executor* executor, uint64_t* bell, uint64_t* turn);
+void concordia_kv_restore(const Region* region, const Task* tasks, uint64_t count, uint64_t* answers, const uint8_t* arena, uint64_t arena_bytes,
+                          const uint8_t* pool_ptr, uint64_t pool_bytes, uint8_t* scratch_ptr, uint64_t digest_bytes, uint64_t id_capacity);
+}
+static Executor *executor, *journal_owner;  // the same, unless a framework's stream runs the tasks
+static uint64_t bell[2], turn;
 
-static Host* open_executor(const ExecutorPlan* plan) {
-  executor = zeroed<Executor>(sizeof(Executor));
-  concordia_executor_image(executor, plan, reinterpret_cast<uint64_t>(executor));
+static Executor* image_of(const ExecutorPlan* plan) {
+  Executor* made = zeroed<Executor>(sizeof(Executor));
+  concordia_executor_image(made, plan, reinterpret_cast<uint64_t>(made));
+  return made;
+}
+static Host* open_executor(const ExecutorPlan* plan, bool is_stream) {
+  journal_owner = executor = image_of(plan);
+  if (is_stream) executor = image_of(plan);
   return nullptr;
 }
 static bool close_executor() { return true; }
+static void run_kernel(void (*kernel)(void*), void* arguments) {
+  if (!run_cta(kernel, arguments)) fail("no threads", 0, 0);
+}
 // Sends it in as often as work waits; it leaves when it finds none.
 static void send_in() {
   for (int launches = 0; concordia_needs_launch(ring) && launches < 100; ++launches) {
     store<kRelease, kSystem>(&ring->launched, ring->launched + 1);
-    if (!run_cta(executor, ring->launched)) fail("no threads", 0, 0);
+    bell[0] = ring->launched;
+    if (executor == journal_owner) run_kernel([](void*) { concordia_executor(executor, ring->launched, nullptr); }, nullptr);
+    else run_kernel([](void*) { concordia_stream_tasks(executor, journal_owner, bell, &turn); }, nullptr);
   }
+}
+
+// Payloads back into the region, many at once, where no executor is; one of each kind is promised another hash.
+static void restore_many(const Region* region, const ExecutorPlan* plan, const std::vector<Task>& tasks) {
+  struct Arguments { const Region* region; const ExecutorPlan* plan; std::vector<Task> tasks; std::vector<uint64_t> answers; };
+  Arguments all = {region, plan, tasks, std::vector<uint64_t>(2 * tasks.size(), 99)};
+  for (Task task : tasks) {
+    task.key[1] ^= 1;
+    all.tasks.push_back(task);
+  }
+  run_kernel([](void* given) {
+    Arguments* mine = static_cast<Arguments*>(given);
+    const ExecutorPlan* of = mine->plan;
+    concordia_kv_restore(mine->region, mine->tasks.data(), mine->tasks.size(), mine->answers.data(), reinterpret_cast<const uint8_t*>(ring->arena), ring->arena_bytes,
+                         reinterpret_cast<const uint8_t*>(of->pool), of->pool_bytes, reinterpret_cast<uint8_t*>(of->stage), kStage / 2, kStage / 64);
+  }, &all);
+  for (uint64_t i = 0; i < all.tasks.size(); ++i)
+    if (all.answers[i] != (i < tasks.size() ? kStatusOk : kStatusHashMismatch)) fail("restore of many", i, all.answers[i]);
 }
 constexpr uint64_t kLaneCount = CONCORDIA_CTA;
 #else
-static Host* open_executor(const ExecutorPlan* plan) {
+static Host* open_executor(const ExecutorPlan* plan, bool) {
   Host* opened = concordia_open(plan);
   if (opened == nullptr) fail("no executor", 0, 0);
   return opened;
 }
 static bool close_executor() { return concordia_close(host, 60ull * 1000000000u); }
 static void send_in() {}
+static void restore_many(const Region*, const ExecutorPlan*, const std::vector<Task>&) {}  // a GPU's
 constexpr uint64_t kLaneCount = 4;
 #endif
 
@@ -116,7 +153,7 @@ static void* read_records(void*) {
   return nullptr;
 }
 
-int main() {
+int main(int count, char**) {
   ring = zeroed<RingHeader>(sizeof(RingHeader));
   ring->slot_count = kSlots;
   ring->completion_count = kSlots * 8;
@@ -174,11 +211,13 @@ int main() {
   end_of_records = sizeof(SegmentHeader);
   pthread_t reader;
   pthread_create(&reader, nullptr, read_records, nullptr);
-  host = open_executor(&plan);
+  host = open_executor(&plan, count > 1);
 
   struct { uint32_t kind, start, end; std::vector<uint32_t> ids; } ranges[] = {
       {kKindKvTail, 1, 2, {3}}, {kKindKvTail, kBlockTokens - 1, 2 * kBlockTokens + 1, {4, 0, 2}}, {kKindKvBlock, 0, 2 * kBlockTokens, {1, 3}},
   };
+  std::vector<Task> restores;
+  std::vector<std::vector<uint32_t>> restored_ids;
   for (auto& range : ranges) {
     Task task = {};
     task.kind = kTaskAppend;
@@ -199,6 +238,9 @@ int main() {
     task.source_bytes = bytes;
     memcpy(task.key, appended.payload_hash, 16);
     if (run(task, range.ids, nullptr, 0).status != kStatusOk) fail("apply", range.kind, bytes);
+    task.blocks = 512 * restores.size(), task.block_count = (uint32_t)range.ids.size();
+    restores.push_back(task);
+    restored_ids.push_back(range.ids);
     task.opcode = 3;
     if (memcmp(run(task, range.ids, nullptr, 0).payload_hash, appended.payload_hash, 16) != 0) fail("what was applied is not what was appended", bytes, 0);
     for (uint64_t layer = 0; layer < kLayers; ++layer)
@@ -241,6 +283,9 @@ int main() {
   Task wrong = {};  // refused by its handler, once before all lanes have looked and once after
   wrong.kind = kTaskRestore, wrong.opcode = 2, wrong.record_kind = kKindKvTail, wrong.token_start = 1, wrong.token_end = 2;
   if (run(wrong, {3}, nullptr, 0).status != kStatusBadTask || run(wrong, {kBlocks}, nullptr, 0).status != kStatusBadTask) fail("a wrong task", 0, 0);
+  for (uint64_t i = 0; i < restores.size(); ++i)
+    memcpy(reinterpret_cast<uint8_t*>(ring->arena) + restores[i].blocks, restored_ids[i].data(), 4 * restored_ids[i].size());
+  restore_many(&kv, &plan, restores);
   pthread_join(reader, nullptr);
   if (!close_executor()) fail("the executor did not end", 0, 0);
   printf("{\"records\": %lu}\n", control->committed_count);
