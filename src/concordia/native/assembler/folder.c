@@ -71,8 +71,8 @@ int folder_begin(void) {
 
 void folder_note(const char *what, const char *why) {
   char path[PROCESS_PATH_MAX + 48], line[NOTE_BYTES_MAX];
-  int length = snprintf(line, sizeof line, "{\"event\": \"note\", \"what\": \"%s\", \"why\": \"%s\"}\n",
-                        what, why);
+  static const char form[] = "{\"event\": \"note\", \"what\": \"%s\", \"why\": \"%s\"}\n";
+  int length = snprintf(line, sizeof line, form, what, why);
   snprintf(path, sizeof path, "%s/modules/%d.log", run_folder, (int)getpid());
   int file = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOFOLLOW, 0600);
   if (file < 0) return;

@@ -54,13 +54,15 @@ static int in_memory(const uint8_t *bytes, uint64_t size) {
 
 int marked_text(const char *path) {
   static const char *const whys[] = {
-      "no file though the rewriter said so", "the rewriter has none for it", "the rewriter is still at it",
-      "the rewriter was too slow", "no rewriter", "the rewriter was too slow"};
+      "no file though the rewriter said so", "the rewriter has none for it",
+      "the rewriter is still at it",         "the rewriter was too slow",
+      "no rewriter",                         "the rewriter was too slow"};
   char folder[PROCESS_PATH_MAX];
   uint64_t key[2];
   struct image image;
   struct replacement found;
-  if (!process_setting("assembler_cache", folder, sizeof folder) || !is_mapped(path, &image)) return -1;
+  if (!process_setting("assembler_cache", folder, sizeof folder) || !is_mapped(path, &image))
+    return -1;
   hash_image(image.bytes, image.size, key);
   enum cache_answer answer = cache_load(folder, key, 0, &found);
   enum rewriter_answer said = REWRITER_READY;

@@ -45,8 +45,7 @@ static int is_text(const char *path) {
   int is_read = file >= 0 && fstat(file, &about) == 0 && S_ISREG(about.st_mode) &&
                 pread(file, &first, 1, 0) == 1;
   if (file >= 0) close(file);
-  return is_read && (first == '.' || first == '/' || first == '\n' || first == ' ' || first == '\t' ||
-                     first == '\r');
+  return is_read && memchr("./ \t\r\n", first, 6) != NULL;
 }
 
 // The index of the only argument that is a text; 0: leave the call as it is.
@@ -109,7 +108,8 @@ int main(int count, char **arguments) {
   if (count < 1 || !real_find(folder_name(), real, sizeof real)) {
     // No version: Triton goes on to the assembler that it brings along.
     if (asks_version(count, arguments)) return 0;
-    fprintf(stderr, "%s of Concordia: no assembler to stand before; set TRITON_PTXAS_PATH\n", folder_name());
+    fprintf(stderr, "%s of Concordia: no assembler to stand before; set TRITON_PTXAS_PATH\n",
+            folder_name());
     return NOT_FOUND;
   }
   arguments[0] = real;  // its messages begin with its own name
