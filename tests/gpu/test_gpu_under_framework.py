@@ -57,9 +57,8 @@ def modules(cache: pathlib.Path) -> list[dict[str, Any]]:
         [sys.executable, "-m", "concordia.cli", "modules", "--json"], capture_output=True, text=True, env=environment(cache), timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    listed: list[dict[str, Any]] = found["modules"] if isinstance(found, dict) else found
-    return listed
+    images: list[dict[str, Any]] = json.loads(done.stdout)["images"]
+    return images
 
 
 @pytest.fixture(scope="module")
