@@ -183,13 +183,13 @@ class WorkerSide:
             raise RecoveryError(self._why_not or "the engine never registered its KV memory")
         if not meta.loads:
             return failed
+        started = time.monotonic()
         if self._is_cuda:
             # The executor has a stream of its own: what earlier steps still write into these blocks
             # must have landed before we do.
             torch.cuda.current_stream().synchronize()
         assert self._clock is not None
         self._refused.update(load.request for load in meta.loads)
-        started = time.monotonic()
         with self._clock.restoring():
             mismatches = self._applier.apply(meta.loads)
         spent_s = time.monotonic() - started
