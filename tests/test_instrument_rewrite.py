@@ -141,6 +141,22 @@ def test_only_what_was_done_to_all_is_said_when_a_kernel_is_there_twice() -> Non
     assert "far" in next(kernel.reason for kernel in done.kernels if kernel.name == "store")
 
 
+@pytest.mark.parametrize("kind", ["text", "code"])
+def test_no_kernel_is_said_to_be_marked_when_the_driver_may_take_a_part_that_cannot_be_read(kind: str) -> None:
+    if kind == "text":
+        good, bad = entry(TEXT, 90, TEXT_BYTES), entry(TEXT, 90, TEXT_BYTES + b"// caf\xe9", flags=EXACT)
+    else:
+        good, bad = entry(ELF, 90, gpu_images.cubin()), entry(ELF, 90, gpu_images.cubin()[:64], flags=EXACT)
+    assert rewrite(fatbin(good), Options(sass_marks=True)).is_changed
+    for image in (fatbin(good, bad), fatbin(bad, good)):
+        done = rewrite(image, Options(sass_marks=True))
+        assert unchanged(done, image)
+        reasons = {kernel.name: kernel.reason for kernel in done.kernels}
+        assert reasons.keys() == {"", "store", "nothing"}
+        assert reasons["store"].startswith("a part of the image cannot be read: "), reasons
+        encode(done)
+
+
 @pytest.mark.parametrize(
     ("image", "said"),
     [

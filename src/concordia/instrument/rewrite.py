@@ -71,6 +71,10 @@ def _rewrite(image: Image, options: Options) -> Rewritten:
     kernels = _merged([kernel for part in parts.values() for kernel in part.kernels])
     if any(options.is_opaque_kernel(kernel.name) for kernel in kernels):
         return Rewritten(image.data, (), tuple(map(_opaque, kernels)), is_changed=False)
+    hidden = [kernel for kernel in kernels if not kernel.name]
+    if hidden:  # the driver may take the part whose kernels nobody could name
+        reason = f"a part of the image cannot be read: {hidden[0].reason}"
+        return _whole_left_alone(image.data, kernels, reason)
     changed = {index: part for index, part in parts.items() if part.is_changed}
     if not changed:
         return Rewritten(image.data, (), kernels, is_changed=False)
