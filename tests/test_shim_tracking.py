@@ -23,7 +23,7 @@ from concordia.instrument.report import KernelReport, Rewritten, Slot, SlotKind
 from concordia.integrations.program.program_pages import MARK_BYTES, Board, Post
 from protected_ground import LIFE_S, ProtectedGround, build, policy_of, protected_folder
 
-DIRTY_BYTES = [8 << 18, 8 << 17, (1 << 20) + 12 * 4096 + 512]  # of the program's regions
+DIRTY_BYTES = [8 << 18, 8 << 17, (1 << 20) + 12 * 4096 + 512, 8 << 17]  # of the program's regions
 BY_SIZE = '[[region]]\nname = "big"\nsize = ["1MiB", "4MiB"]'
 
 

@@ -109,8 +109,8 @@ static int train(int steps, int kill_at) {
   return 0;
 }
 
-enum { REGIONS = 3 };
-static const size_t region_bytes[REGIONS] = {8 * WEIGHTS, 8 * MOMENTS, (1 << 20) + 12 * 4096 + 512};
+enum { REGIONS = 4, WRITTEN = 3 };  // the last one has tables of pointers, which nothing else writes
+static const size_t region_bytes[REGIONS] = {8 * WEIGHTS, 8 * MOMENTS, (1 << 20) + 12 * 4096 + 512, 8 * MOMENTS};
 
 struct end2 { size_t x, y; int type; void *host; P device; void *array; size_t pitch; };
 struct copy2 { struct end2 source, target; size_t width, height; };
@@ -127,24 +127,27 @@ static void snapshot(const P *region) {
 }
 
 static int dirty(int steps) {
-  P region[REGIONS], table, outside;
+  P region[REGIONS], tables[2], outside;
   H stream[3] = {NULL}, graph, executable = NULL, event;
   static unsigned char host[1 << 16];
   DO(cuStreamCreate(&stream[1], 1));
   DO(cuStreamCreate(&stream[2], 1));
   DO(cuEventCreate(&event, 2));
   for (int i = 0; i < REGIONS; i++) DO(cuMemAlloc_v2(&region[i], region_bytes[i]));
-  DO(cuMemAlloc_v2(&table, 4096));
+  DO(cuMemAlloc_v2(&tables[0], 4096));
+  tables[1] = region[WRITTEN] + 4096;
   DO(cuMemAlloc_v2(&outside, 1 << 16));
   for (int i = 0; i < REGIONS; i++) DO(cuMemsetD32_v2(region[i], 7, region_bytes[i] / 4));
   DO(cuMemsetD32_v2(outside, 9, 1 << 14));
+  for (int i = 0; i < 2; i++)
+    for (int k = 0; k < 16; k++) DO(cuMemcpyHtoD_v2(tables[i] + 8 * (P)k, &region[k % WRITTEN], 8));
   DO(cuCtxSynchronize());
   for (int step = 1; step <= steps; step++) {
     int count = (int)(next() % 6);
     for (int i = 0; i < count; i++) {
-      int which = (int)(next() % REGIONS);
+      int which = (int)(next() % WRITTEN);
       size_t room = region_bytes[which], bytes = 8 + next() % 30000, at = next() % (room - 60000) / 8 * 8;
-      P to = region[which] + at, from = region[next() % REGIONS] + next() % 500000 / 8 * 8;
+      P to = region[which] + at, from = region[next() % WRITTEN] + next() % 500000 / 8 * 8;
       H on = stream[next() % 3];
       for (int k = 0; k < 64; k++) host[next() % sizeof host] = (unsigned char)next();
       switch (next() % 18) {
@@ -159,8 +162,8 @@ static int dirty(int steps) {
         case 8: launch(fill, on, to, bytes / 8, next()); break;
         case 9: launch(scatter, on, region[which], room / 8, next()); break;
         case 10: {
-          P targets[16];
-          for (int k = 0; k < 16; k++) targets[k] = region[next() % REGIONS] + next() % 100000 * 8;
+          P targets[16], table = tables[next() % 2];
+          for (int k = 0; k < 16; k++) targets[k] = region[next() % WRITTEN] + next() % 100000 * 8;
           DO(cuMemcpyHtoDAsync_v2(table, targets, sizeof targets, on));
           launch(indirect, on, table, 16, 0);
           break;
@@ -184,7 +187,8 @@ static int dirty(int steps) {
         case 14: case 15: {
           H live = stream[1 + next() % 2];
           DO(cuStreamBeginCapture_v2(live, 0));
-          launch(scatter, live, region[which], room / 8, next());
+          if (next() % 3) launch(scatter, live, region[which], room / 8, next());
+          else launch(indirect, live, tables[next() % 2], 16, 0);
           if (next() % 2) DO(cuMemsetD8Async(to, (unsigned char)next(), bytes, live));
           if (next() % 2) DO(cuMemcpyDtoDAsync_v2(from, outside, bytes, live));
           DO(cuStreamEndCapture(live, &graph));

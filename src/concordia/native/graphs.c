@@ -32,7 +32,6 @@ struct note {
   uint64_t hash;
   int is_all, reads_host, count;
   int has_marking;  // kernels that mark their stores, inside the window
-  int is_direct, is_indirect;  // of the kernel at hand: what its arguments point to
   struct {
     uint64_t address, bytes;
   } reached[REACHED_MAX];
@@ -59,12 +58,8 @@ static void reach(struct note *note, uint64_t address, uint64_t bytes) {
 static void see(uint64_t word, void *context) {
   struct note *note = context;
   struct allocation found;
-  if (!allocation_of(word, &found)) return;
-  reach(note, found.address, found.bytes);  // regions may be named in it later
-  int is_region = 0;
-  for (int i = 0; i < region_count; i++)
-    is_region |= word - regions[i]->address < regions[i]->bytes;
-  *(is_region ? &note->is_direct : &note->is_indirect) = 1;
+  // All of it: regions may be named in it later.
+  if (allocation_of(word, &found)) reach(note, found.address, found.bytes);
 }
 
 static uint64_t mixed(uint64_t hash, uint64_t word) {
@@ -85,13 +80,12 @@ static void note_kernel(struct note *note, void *node) {
     note->has_marking = 1;
     return;
   }
-  note->is_direct = note->is_indirect = 0;
+  int is_known = 0;  // of others nobody knows where they write: marks.c says why
   protect_lock();
-  int is_known = kernel_words(kernel, found.parameters, found.extra, see, note);
+  if (kernel->is_trusted && !kernel->writes_unseen)
+    is_known = kernel_words(kernel, found.parameters, found.extra, see, note);
   protect_unlock();
-  if (!is_known || kernel->writes_unseen ||
-      (!kernel->is_trusted && (note->is_indirect || !note->is_direct)))
-    note->is_all = 1;
+  if (!is_known) note->is_all = 1;
 }
 
 static void note_copy(struct note *note, void *node) {

@@ -6,9 +6,9 @@
 // it; what is not understood marks everything. Work that is being captured marks when its graph is
 // launched. Called by copies.c, graphs.c and, as an observer, by launch.c.
 //
-// A launch of unmarked stores reaches the regions that its arguments point to. One that points to
-// other device memory, where more pointers may lie, or to none at all, reaches all of them, unless
-// the policy trusts the kernel to write through its arguments only.
+// A launch of unmarked stores reaches all regions: where an argument points to there may lie more
+// pointers, in a region as well as elsewhere (tables of batches, of caches, of groups). A kernel that
+// the policy trusts writes through its arguments only, and reaches the regions that they point to.
 #define _GNU_SOURCE
 #include "protect.h"
 
@@ -53,37 +53,23 @@ void marks_all(CUstream stream, int is_per_thread) {
   protect_unlock();
 }
 
-struct reach {
-  int regions, elsewhere;
-};
-
-static void see(uint64_t word, void *context) {
-  struct reach *reach = context;
-  struct allocation found;
-  int is_region = 0;
-  for (int i = 0; i < region_count; i++) {
-    if (word - regions[i]->address >= regions[i]->bytes) continue;
-    regions[i]->is_whole = 1;
-    is_region = 1;
-  }
-  reach->regions += is_region;
-  if (!is_region && allocation_of(word, &found)) reach->elsewhere++;
+static void see(uint64_t word, void *unused) {
+  (void)unused;
+  for (int i = 0; i < region_count; i++)
+    if (word - regions[i]->address < regions[i]->bytes) regions[i]->is_whole = 1;
 }
 
 // With the lock: what a kernel with these arguments may write.
 static void mark_kernel(const struct kernel *kernel, void **parameters, void **extra) {
-  struct reach reach = {0, 0};
   if (window_map && kernel->is_marking) {
     for (int i = 0; i < region_count; i++)
       if (regions[i]->is_outside) regions[i]->is_whole = 1;
     return;
   }
-  int is_all_whole = 1;
-  for (int i = 0; i < region_count; i++) is_all_whole &= regions[i]->is_whole;
-  if (is_all_whole) return;
-  int is_known = kernel_words(kernel, parameters, extra, see, &reach);
-  if (!is_known || kernel->writes_unseen ||
-      (!kernel->is_trusted && (reach.elsewhere || !reach.regions))) mark_all();
+  if (kernel->is_trusted && !kernel->writes_unseen &&
+      kernel_words(kernel, parameters, extra, see, NULL))
+    return;
+  mark_all();
 }
 
 static __thread const struct kernel *launched;  // between before and after
