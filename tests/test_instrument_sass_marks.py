@@ -29,7 +29,7 @@ from splice_kernels import compiled, new_cubin, old_cubin
 
 from concordia import abi
 from concordia.device.nvrtc import link_cubin
-from concordia.instrument import sass, sass_mark_code
+from concordia.instrument import sass, sass_calls, sass_mark_code
 from concordia.instrument.elf import TEXT, read_cubin
 from concordia.instrument.options import Options
 from concordia.instrument.proof import first_difference
@@ -381,6 +381,58 @@ def test_kernel_that_calls_the_driver_is_marked_when_it_is_known_what_it_writes(
 """
     (kernel,) = marked(linked(text)).kernels
     assert "it calls through a pointer" in kernel.reason
+
+
+def test_kernel_that_calls_the_driver_and_a_pointer_is_left_alone() -> None:
+    text = """.version 9.0
+.target sm_90
+.address_size 64
+.extern .func __assertfail(.param .b64 a, .param .b64 b, .param .b32 c, .param .b64 d, .param .b64 e) .noreturn;
+.visible .entry kernel(.param .u64 p, .param .u64 f) {
+ .reg .u64 %p1, %f; .reg .u32 %r; .reg .pred %q; ld.param.u64 %p1, [p]; ld.param.u64 %f, [f]; ld.global.u32 %r, [%p1];
+ setp.ne.u32 %q, %r, 77; @%q bra GOOD;
+ { .param .b64 a; .param .b64 b; .param .b32 c; .param .b64 d; .param .b64 e;
+ st.param.b64 [a], %p1; st.param.b64 [b], %p1; st.param.b32 [c], 1; st.param.b64 [d], %p1; st.param.b64 [e], 1; call.uni __assertfail, (a, b, c, d, e); }
+GOOD:
+ CALL
+ st.global.u32 [%p1], 5; ret; }
+"""
+    through = "{ .param .u64 a; st.param.u64 [a], %p1; kind: .callprototype _ (.param .u64 _); call %f, (a), kind; }"
+    (kernel,) = marked(linked(text.replace("CALL", ""))).kernels
+    assert Hook.MARKS in kernel.hooks, kernel
+    (kernel,) = marked(linked(text.replace("CALL", through))).kernels
+    assert "it calls through a pointer" in kernel.reason
+
+
+LOAD_PAIR = (0x0100000000027B82, 0x000E240000000A00)  # LDC.64 R2, c[0x4][R0]
+CALL_BY_PAIR = (0x0000000002007343, 0x000FEA0003C00000)
+ADD = 0x7210  # IADD3, but for its registers
+
+
+@pytest.mark.parametrize(
+    ("code", "is_unknown"),
+    [
+        ([LOAD_PAIR, CALL_BY_PAIR], False),
+        ([LOAD_PAIR, (ADD | 5 << 16, 0), (ADD | 1 << 16, 0), CALL_BY_PAIR], False),
+        ([LOAD_PAIR, (ADD | 2 << 16, 0), CALL_BY_PAIR], True),
+        ([LOAD_PAIR, (ADD | 3 << 16, 0), CALL_BY_PAIR], True),
+        ([LOAD_PAIR, (0x7381 | 0 << 16, 0xC00), CALL_BY_PAIR], True),  # LDG.128 R0
+        ([LOAD_PAIR, CALL_BY_PAIR, CALL_BY_PAIR], True),
+        ([LOAD_PAIR, (0x7944, 0), CALL_BY_PAIR], True),
+        ([LOAD_PAIR, (ADD | 9 << 16, 0), CALL_BY_PAIR, struct.unpack("<QQ", sass.branch(0x30, 0x10))], True),
+        ([LOAD_PAIR, struct.unpack("<QQ", sass.branch(0x10, 0x20)), CALL_BY_PAIR], True),
+        ([(LOAD_PAIR[0] ^ 0x7000, LOAD_PAIR[1]), CALL_BY_PAIR], True),
+        ([(LOAD_PAIR[0] ^ 1 << 56, LOAD_PAIR[1]), CALL_BY_PAIR], True),
+        ([(LOAD_PAIR[0], 0x800), CALL_BY_PAIR], True),
+        ([LOAD_PAIR, *[(ADD | 9 << 16, 0)] * 64, CALL_BY_PAIR], True),
+        ([CALL_BY_PAIR], True),
+        ([LOAD_PAIR, (CALL_BY_PAIR[0] & ~0xFFF | 0x344, 0)], True),
+        ([(0x7943, 0)], False),
+    ],
+)  # fmt: skip
+def test_call_by_register_is_the_driver_s_when_the_linker_s_constant_was_loaded_before(code: list[tuple[int, int]], is_unknown: bool) -> None:
+    words = sass.words(b"".join(struct.pack("<QQ", *one) for one in code))
+    assert sass_calls.leads_anywhere(words, sass.opcodes(words)) == is_unknown
 
 
 def test_operands_kept_for_a_store_are_forgotten_when_it_moves() -> None:

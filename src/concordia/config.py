@@ -77,7 +77,7 @@ MARK_PAGE_SHIFT: Final = 16  # pages of 64 KiB: a byte each, 2 MiB of map for al
 # a library of kernels as a whole is seldom larger; the original is loaded beyond it
 IMAGE_BYTES_MAX: Final = 1 << 30
 CUBIN_BYTES_MAX: Final = 256 << 20  # of one part, unpacked: ten times what any library has
-FATBIN_UNPACKED_BYTES_MAX: Final = 2 << 30  # of all parts as their headers say; looked at one by one
+FATBIN_UNPACKED_BYTES_MAX: Final = 2 << 30  # of all parts as their headers say, one by one
 FATBIN_ENTRIES_MAX: Final = 4096  # a part per architecture, and a handful of those in most
 IMAGE_SLOTS_MAX: Final = 1 << 20  # a handful per hooked kernel
 IMAGE_KERNELS_MAX: Final = 1 << 16  # all 40,396 kernels of five large libraries would fit
@@ -88,6 +88,7 @@ PTX_BYTES_MAX: Final = 64 << 20
 # of what marks add to one kernel: 40,000 stores, more than the largest known one has
 MARKED_BYTES_MAX: Final = 16 << 20
 MARKED_STORES_MAX: Final = 1 << 18  # of one file; each has two slots
+CALL_LOOK_BACK: Final = 64  # instructions before a call that its address is looked for in
 MARK_PIECES_MAX: Final = 4096  # kept: a kernel has some dozen, by its registers
 PTX_NESTING_MAX: Final = 64  # scopes within scopes; compilers write a handful
 # of a thread, for the address words of store marks to stay in registers; with fewer they are read
@@ -128,6 +129,8 @@ SCAN_RANGES_MAX: Final = 64
 PROGRAM_POLL_S: Final = 0.001  # of an agent that waits for a checkpoint; a step takes longer
 PROGRAM_COMMIT_S: Final = 30.0  # for one checkpoint; then protection goes off, the program goes on
 PROGRAM_END_S: Final = 10.0  # for an agent to commit what is staged once the program has ended
+# a start waits so long for another run of its series: its agent commits what is staged, and ends
+PROGRAM_LOCK_S: Final = 15.0
 # a load waits so long for the first rewrite of its image: longer than REWRITE_ANSWER_S
 RUN_IMAGE_WAIT_S: Final = 6.0
 RUN_WAIT_S: Final = 120.0  # all of a process's loads together: a cold start of vLLM takes as long

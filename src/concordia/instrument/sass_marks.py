@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from concordia import config
-from concordia.instrument import sass
+from concordia.instrument import sass, sass_calls
 from concordia.instrument.elf import SYMBOL_FUNCTION, TEXT, Attribute, Cubin, Section
 from concordia.instrument.sass_mark_code import ALIGNMENT
 from concordia.instrument.sass_stores import StoreSite, find_stores, may_wait_for_others
@@ -31,8 +31,6 @@ _LANES: Final = 32
 _PARTITIONS: Final = 4  # of a multiprocessor, with 16384 registers each
 _PARTITION_REGISTERS: Final = 16384
 _REGISTERS_FREE: Final = 32  # as many warps as there can be, 64, have so many: they cost nothing
-_CALL_RELATIVE: Final = 0x944
-_CALLS: Final = (0x143, 0x144)
 # Functions of the driver, which write to what no region is: messages, and the heap's own words
 _DRIVER_FUNCTIONS: Final = frozenset({"__assertfail", "vprintf", "malloc", "free"})
 _UNIFIED_TABLES: Final = (".nv.uft", ".nv.udt")
@@ -110,12 +108,14 @@ class MarkPlanner:
 
     def _refuse_calls(self, code: sass.Words, opcodes: NDArray[np.uint16], size: int) -> str | None:
         """What a call leads to is part of the kernel's section, or of the driver's own."""
-        calls = np.isin(opcodes & sass.BASE_MASK, _CALLS)
-        near = np.flatnonzero(opcodes == _CALL_RELATIVE)
-        targets = sass.near_targets(code, near)
-        if ((targets < 0) | (targets >= size)).any():
+        if not sass_calls.leads_within(code, opcodes, size):
             return "it calls a function outside its code"
-        return self._far_calls if int(calls.sum()) > len(near) else None
+        if not sass_calls.has_far_calls(opcodes):
+            return None
+        if self._far_calls:
+            return self._far_calls
+        is_unknown = sass_calls.leads_anywhere(code, opcodes)
+        return "it calls through a pointer" if is_unknown else None
 
     def _named(self, attributes: Sequence[Attribute]) -> set[int]:
         named: set[int] = set()
