@@ -1,9 +1,11 @@
 // A CUDA driver in plain C whose work is done later, for tests of what protects programs.
 //
 // Owns: device memory at addresses of its own, streams that one thread works off in an order that FAKE_SEED says, capture and graphs; no more than FAKE_BYTES of memory. Promises:
-// within a stream work is done in its order, between streams only as events say; the null stream waits for nobody (so that a missing tie shows).
+// within a stream work is done in its order, between streams only as events say; the null stream waits for nobody (so that a missing tie shows), but an
+// event in it comes after what threads gave to streams of their own. A destroyed stream's work goes on; then its handle is another's. What goes into the
+// null stream while one that is not non-blocking is captured ends that capture. FAKE_SLOW: recording an event, registering memory take a while.
 // Kernels by name, all parameters u64: "fill" (p, n, v), "axpy" (y, x, n), "scatter" (p, n, seed), "indirect" (table, n), "sum" (out, x, n), "mix"
-// (state, x, n); others do nothing.
+// (state, x, n), "tensor" (128 bytes that hide an address as a count of 512 bytes, y); others do nothing.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <pthread.h>
@@ -13,6 +15,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 
 #define API __attribute__((visibility("default")))
 #define ARENA 0x600000000000ull
@@ -24,9 +27,9 @@ enum { CONTEXT = 0x77 };
 
 struct event { uint64_t recorded, done; };
 struct op { int kind; uint64_t a[6]; char name[32]; void *owned; };
-struct stream { struct op *ops; uint64_t head, tail, room, finished; struct graph *capture; struct event marks; };
+struct stream { struct op *ops; uint64_t head, tail, room, finished; struct graph *capture; struct event marks; int is_blocking, is_own, is_gone; };
 struct node { int type; struct op op; void *parameters[6]; };
-struct graph { struct node **nodes; size_t count; };
+struct graph { struct node **nodes; size_t count; int is_broken; };
 struct function { char name[32]; int parameters; };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -38,7 +41,26 @@ static struct { uint64_t address, bytes; } freed[4096];
 static int freed_count;
 
 static uint64_t next(void) { seed = seed * 6364136223846793005ull + 1442695040888963407ull; return seed >> 33; }
-static struct stream *of(void *stream) { return (uintptr_t)stream <= 2 ? &legacy : stream; }
+static __thread struct stream *own;
+static struct stream *added(struct stream *stream) {
+  pthread_mutex_lock(&lock);
+  if (stream_count < 256) streams[stream_count++] = stream;
+  pthread_mutex_unlock(&lock);
+  return stream;
+}
+static struct stream *of(void *stream) {
+  if (stream == (void *)2 && !own) { own = added(calloc(1, sizeof *own)); own->is_blocking = own->is_own = 1; }
+  return stream == (void *)2 ? own : (uintptr_t)stream <= 1 ? &legacy : stream;
+}
+static void *mine(void *stream) { return stream ? stream : (void *)2; }
+static void slow(void) { if (getenv("FAKE_SLOW")) usleep(300); }
+// With the lock: whether a stream that the null stream waits for is captured; its capture ends in failure.
+static int breaks(int is_all) {
+  int found = 0;
+  for (int i = 0; i < stream_count; i++)
+    if (streams[i]->capture && (is_all || streams[i]->is_blocking)) found = streams[i]->capture->is_broken = 1;
+  return found;
+}
 
 // Kernels of a module whose image has the address of a control block in it mark what they store, afterwards.
 static uint64_t control;
@@ -57,6 +79,7 @@ static void run_kernel(const struct op *op) {
   if (!strcmp(op->name, "scatter")) scatter(p, n, op->a[2]);
   if (!strcmp(op->name, "indirect")) for (uint64_t i = 0; i < n; i++) { *(uint64_t *)p[i] += 7; mark((void *)p[i]); }
   if (!strcmp(op->name, "sum")) { uint64_t sum = 1; for (uint64_t i = 0; i < op->a[2]; i++) sum = sum * 31 + ((uint64_t *)op->a[1])[i]; *p = sum; mark(p); }
+  if (!strcmp(op->name, "tensor")) { *(uint64_t *)(ARENA + 512 * op->a[0]) += 5; *(uint64_t *)op->a[1] += 3; }
   if (!strcmp(op->name, "mix")) for (uint64_t i = 0; i < op->a[2]; i += 1 + i / 8) { p[i] ^= ((uint64_t *)op->a[1])[i] * 0x9e3779b97f4a7c15ull + i; mark(&p[i]); }
 }
 static void run(struct op *op) {
@@ -103,6 +126,7 @@ static R put(void *handle, struct op op, int type) {
   struct stream *stream = of(handle);
   pthread_once(&once, begin);
   pthread_mutex_lock(&lock);
+  if (stream == &legacy && breaks(0)) { pthread_mutex_unlock(&lock); return 906; }
   if (stream->capture) {
     struct graph *graph = stream->capture;
     struct node *node = calloc(1, sizeof *node);
@@ -139,10 +163,21 @@ API R cuCtxSetCurrent(void *context) { (void)context; return OK; }
 API R cuCtxGetCurrent(void **context) { *context = (void *)CONTEXT; return OK; }
 API R cuCtxPushCurrent_v2(void *context) { (void)context; return OK; }
 API R cuCtxPopCurrent_v2(void **context) { *context = (void *)CONTEXT; return OK; }
-API R cuCtxSynchronize(void) { return all_drained(); }
+API R cuCtxSynchronize(void) { pthread_mutex_lock(&lock); int is_broken = breaks(1); pthread_mutex_unlock(&lock); return is_broken ? 900 : all_drained(); }
 API R cuThreadExchangeStreamCaptureMode(int *mode) { *mode = 2 - *mode; return OK; }
 API R cuPointerGetAttribute(void *value, int attribute, uint64_t address) { *(unsigned *)value = address - ARENA < ARENA_BYTES ? 2 : 1; return attribute == 2 ? OK : INVALID; }
-API R cuMemHostRegister_v2(void *address, size_t bytes, unsigned flags) { (void)address; (void)bytes; (void)flags; return OK; }
+API R cuMemHostRegister_v2(void *address, size_t bytes, unsigned flags) {
+  static void *registered[16];
+  (void)bytes; (void)flags;
+  pthread_mutex_lock(&lock);
+  int at = 0;
+  while (at < 15 && registered[at] && registered[at] != address) at++;
+  R result = registered[at] ? 712 : OK;
+  registered[at] = address;
+  pthread_mutex_unlock(&lock);
+  slow();
+  return result;
+}
 API R cuMemHostUnregister(void *address) { (void)address; return all_drained(); }
 API R cuMemFreeHost(void *address) { free(address); return all_drained(); }
 API R cuMemHostGetDevicePointer_v2(uint64_t *address, void *host, unsigned flags) { (void)flags; *address = (uint64_t)host; return OK; }
@@ -223,28 +258,55 @@ FILLS(8, unsigned char) FILLS(16, unsigned short) FILLS(32, unsigned)
 API R cuStreamWriteValue64_v2(void *stream, uint64_t address, uint64_t value, unsigned flags) { (void)flags; struct op op = {WRITE, {address, value, 8}, "", NULL}; return put(stream, op, 12); }
 API R cuStreamWriteValue32_v2(void *stream, uint64_t address, uint32_t value, unsigned flags) { (void)flags; struct op op = {WRITE, {address, value, 4}, "", NULL}; return put(stream, op, 12); }
 API R cuStreamCreate(struct stream **stream, unsigned flags) {
-  (void)flags;
-  struct stream *made = calloc(1, sizeof *made);
+  struct stream *found = NULL;
   pthread_mutex_lock(&lock);
-  if (stream_count < 256) streams[stream_count++] = made;
+  for (int i = 0; i < stream_count && !found; i++) if (streams[i]->is_gone && streams[i]->head == streams[i]->tail) found = streams[i];
+  if (found) found->is_gone = 0;
   pthread_mutex_unlock(&lock);
-  *stream = made;
+  if (!found) found = added(calloc(1, sizeof *found));
+  found->is_blocking = !(flags & 1);
+  *stream = found;
   return OK;
 }
-API R cuStreamDestroy_v2(struct stream *stream) { drained(stream, stream->tail); return OK; }
+API R cuStreamDestroy_v2(struct stream *stream) { pthread_mutex_lock(&lock); stream->is_gone = 1; pthread_mutex_unlock(&lock); return OK; }
 API R cuStreamSynchronize(void *stream) { pthread_once(&once, begin); struct stream *found = of(stream); return found->capture ? 900 : drained(found, found->tail); }
+API R cuStreamSynchronize_ptsz(void *stream) { return cuStreamSynchronize(mine(stream)); }
 API R cuStreamQuery(void *stream) { return of(stream)->head == of(stream)->tail ? OK : NOT_READY; }
-API R cuStreamIsCapturing(void *stream, int *status) { *status = of(stream)->capture != NULL; return OK; }
+API R cuStreamIsCapturing(void *stream, int *status) {
+  int is_beside = 0;
+  *status = of(stream)->capture != NULL;
+  pthread_mutex_lock(&lock);
+  for (int i = 0; i < stream_count; i++) is_beside |= streams[i]->is_blocking && streams[i]->capture;
+  pthread_mutex_unlock(&lock);
+  return of(stream) == &legacy && is_beside ? 906 : OK;
+}
+API R cuStreamIsCapturing_ptsz(void *stream, int *status) { return cuStreamIsCapturing(mine(stream), status); }
 struct mark { struct stream *stream; uint64_t position; };
 API R cuEventCreate(struct mark **event, unsigned flags) { (void)flags; *event = calloc(1, sizeof **event); return OK; }
 API R cuEventDestroy_v2(struct mark *event) { (void)event; return OK; }
-API R cuEventRecord(struct mark *event, void *stream) { pthread_mutex_lock(&lock); event->stream = of(stream); event->position = event->stream->tail; pthread_mutex_unlock(&lock); return OK; }
+API R cuStreamWaitEvent(void *stream, struct mark *event, unsigned flags) { (void)flags; if (!event->stream || event->stream == of(stream)) return OK; struct op op = {WAIT, {(uint64_t)event->stream, event->position}, "", NULL}; return put(stream, op, 6); }
+API R cuStreamWaitEvent_ptsz(void *stream, struct mark *event, unsigned flags) { return cuStreamWaitEvent(mine(stream), event, flags); }
+API R cuEventRecord(struct mark *event, void *handle) {
+  struct stream *stream = of(handle);
+  slow();
+  for (int i = 0; stream == &legacy && i < stream_count; i++) {
+    struct op op = {WAIT, {(uint64_t)streams[i], streams[i]->tail}, "", NULL};
+    if (streams[i]->is_own) put(handle, op, 6);
+  }
+  pthread_mutex_lock(&lock);
+  int is_broken = stream == &legacy && breaks(0);
+  event->stream = stream;
+  event->position = stream->tail;
+  pthread_mutex_unlock(&lock);
+  return is_broken ? 906 : OK;
+}
+API R cuEventRecord_ptsz(struct mark *event, void *stream) { return cuEventRecord(event, mine(stream)); }
 API R cuEventQuery(struct mark *event) { return !event->stream || event->stream->head >= event->position ? OK : NOT_READY; }
 API R cuEventSynchronize(struct mark *event) { return event->stream ? drained(event->stream, event->position) : OK; }
-API R cuStreamWaitEvent(void *stream, struct mark *event, unsigned flags) { (void)flags; if (!event->stream || event->stream == of(stream)) return OK; struct op op = {WAIT, {(uint64_t)event->stream, event->position}, "", NULL}; return put(stream, op, 6); }
 
-static const struct { const char *name; int parameters; } known[] = {{"fill", 3}, {"axpy", 3}, {"scatter", 3}, {"indirect", 2}, {"sum", 3}, {"mix", 3}, {"update", 3}, {"nothing", 0}};
-static struct function functions[8];
+static const struct { const char *name; int parameters; } known[] = {{"fill", 3}, {"axpy", 3}, {"scatter", 3}, {"indirect", 2}, {"sum", 3}, {"mix", 3}, {"update", 3}, {"nothing", 0}, {"tensor", 2}};
+enum { KNOWN = sizeof known / sizeof *known };
+static struct function functions[KNOWN];
 API R cuModuleLoadData(void **module, const void *image) {
   const char *found = strstr(image, "hooked: 0x");
   control = found ? strtoull(found + 8, NULL, 16) : 0;
@@ -254,7 +316,7 @@ API R cuModuleLoadData(void **module, const void *image) {
 API R cuModuleUnload(void *module) { (void)module; return OK; }
 API R cuModuleGetFunction(struct function **function, void *module, const char *name) {
   (void)module;
-  for (int i = 0; i < 8; i++) {
+  for (int i = 0; i < KNOWN; i++) {
     if (strcmp(known[i].name, name)) continue;
     snprintf(functions[i].name, sizeof functions[i].name, "%s", name);
     functions[i].parameters = known[i].parameters;
@@ -265,7 +327,7 @@ API R cuModuleGetFunction(struct function **function, void *module, const char *
 }
 API R cuFuncGetModule(void **module, struct function *function) { (void)function; *module = (void *)0x55; return OK; }
 API R cuFuncGetName(const char **name, struct function *function) { *name = function->name; return OK; }
-API R cuFuncGetParamInfo(struct function *function, size_t index, size_t *offset, size_t *bytes) { *offset = 8 * index; *bytes = 8; return (int)index < function->parameters ? OK : INVALID; }
+API R cuFuncGetParamInfo(struct function *function, size_t index, size_t *offset, size_t *bytes) { int is_tensor = !strcmp(function->name, "tensor"); *offset = is_tensor ? 128 * index : 8 * index; *bytes = is_tensor && !index ? 128 : 8; return (int)index < function->parameters ? OK : INVALID; }
 static R launch(struct function *function, void *stream, void **parameters, void **extra) {
   struct op op = {.kind = KERNEL};
   snprintf(op.name, sizeof op.name, "%s", strcmp(function->name, "update") ? function->name : "axpy");
@@ -274,9 +336,10 @@ static R launch(struct function *function, void *stream, void **parameters, void
   return put(stream, op, 0);
 }
 API R cuLaunchKernel(struct function *function, unsigned a, unsigned b, unsigned c, unsigned d, unsigned e, unsigned f, unsigned g, void *stream, void **parameters, void **extra) { (void)a; (void)b; (void)c; (void)d; (void)e; (void)f; (void)g; return launch(function, stream, parameters, extra); }
+API R cuLaunchKernel_ptsz(struct function *function, unsigned a, unsigned b, unsigned c, unsigned d, unsigned e, unsigned f, unsigned g, void *stream, void **parameters, void **extra) { (void)a; (void)b; (void)c; (void)d; (void)e; (void)f; (void)g; return launch(function, mine(stream), parameters, extra); }
 
 API R cuStreamBeginCapture_v2(void *stream, int mode) { (void)mode; of(stream)->capture = calloc(1, sizeof(struct graph)); return OK; }
-API R cuStreamEndCapture(void *stream, struct graph **graph) { *graph = of(stream)->capture; of(stream)->capture = NULL; return OK; }
+API R cuStreamEndCapture(void *stream, struct graph **graph) { *graph = of(stream)->capture; of(stream)->capture = NULL; return (*graph)->is_broken ? 901 : OK; }
 API R cuGraphInstantiateWithFlags(struct graph **executable, struct graph *graph, unsigned long long flags) { (void)flags; *executable = calloc(1, sizeof **executable); **executable = *graph; return OK; }
 API R cuGraphExecUpdate_v2(struct graph *executable, struct graph *graph, void *information) { (void)information; *executable = *graph; return OK; }
 API R cuGraphExecDestroy(struct graph *executable) { free(executable); return OK; }

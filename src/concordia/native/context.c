@@ -6,7 +6,7 @@
 // program. What the block is, control.c says.
 #include <stdatomic.h>
 
-#include "shim.h"
+#include "protect.h"
 
 #define DEVICES_MAX 64
 
@@ -20,6 +20,7 @@ static void made(const CUcontext *context, CUdevice device) {
 }
 
 static void primary_gone(CUdevice device) {
+  kernels_unloaded();
   if (device >= 0 && device < DEVICES_MAX) streams_context_gone(atomic_load(&primary[device]));
 }
 
@@ -57,11 +58,13 @@ CUresult cuCtxCreate_v4(CUcontext *context, void *parameters, unsigned int flags
 }
 
 CUresult cuCtxDestroy(CUcontext context) {
+  kernels_unloaded();
   streams_context_gone(context);
   return REAL(cuCtxDestroy, context);
 }
 
 CUresult cuCtxDestroy_v2(CUcontext context) {
+  kernels_unloaded();
   streams_context_gone(context);
   return REAL(cuCtxDestroy_v2, context);
 }

@@ -1,9 +1,9 @@
 // What is known of a kernel: its name, its parameters, and what the policy says of it.
 //
-// Owns: a table by the driver's handle. Promises: entries are added, never moved; a handle that now
-// means another kernel (its module was unloaded) is seen by its name and gets a new entry; words of
-// arguments are read only inside the parameters that the driver describes. Called by whoever
-// watches launches.
+// Owns: a table by the driver's handle. Promises: an entry is what its handle means now: what was
+// learnt before code was last unloaded is learnt again before it is used; who holds an entry may
+// read it for good; words of arguments are read only inside the parameters that the driver
+// describes. Called by whoever watches launches.
 #define _GNU_SOURCE
 #include <fnmatch.h>
 #include <stdlib.h>
@@ -12,10 +12,13 @@
 #include "protect.h"
 
 enum { SLOTS = 1 << 16, PROBES = 64, PARAMETERS_MAX = 512 };
+enum { PARAMETER_MAP_BYTES = 128 };  // a tensor map, by which a kernel writes, is as large
+enum { END_OF_PARAMETERS = 1 };      // CUDA_ERROR_INVALID_VALUE: there is no such parameter
 enum { EXTRA_END = 0, EXTRA_BUFFER = 1, EXTRA_SIZE = 2 };
 enum { KERNEL_MARKS = 4, KERNEL_TENSOR_MAPS = 64 };  // flags of the cache file's table
 
 static struct kernel *_Atomic table[SLOTS];
+static _Atomic uint64_t unloads;  // of code, or of contexts with theirs
 static const struct kernel unknown = {.name = "", .count = -1};
 
 static uint64_t slot_of(const void *function) {
@@ -92,9 +95,12 @@ static void learn_flags(struct kernel *kernel, void *function) {
   if (origin != function && flags == KERNEL_UNKNOWN &&
       REAL(cuFuncGetModule, &home, function) == CUDA_SUCCESS)
     flags = loaded_kernel_flags(home, kernel->name);
-  if (flags == KERNEL_UNKNOWN) return;
+  if (flags == KERNEL_UNKNOWN) flags = 0;
   kernel->writes_unseen = (flags & KERNEL_TENSOR_MAPS) != 0;
   kernel->is_marking = (flags & KERNEL_MARKS) && !kernel->writes_unseen;
+  // Of code that nobody has read only the user can say that no parameter hides where it writes.
+  for (int i = 0; i < kernel->count && !kernel->is_marking && !kernel->is_trusted; i++)
+    kernel->writes_unseen |= kernel->parameters[i].bytes >= PARAMETER_MAP_BYTES;
 }
 
 static uint64_t hash_of(const char *name) {
@@ -113,10 +119,11 @@ static void learn_parameters(struct kernel *kernel, void *function) {
   size_t offset, bytes;
   int count = 0;
   kernel->count = -1;
-  if (!real.cuFuncGetParamInfo && !real.cuKernelGetParamInfo) return;
-  while (count < PARAMETERS_MAX && parameter(function, (size_t)count, &offset, &bytes) == 0)
+  CUresult result = CUDA_SUCCESS;
+  while (count < PARAMETERS_MAX &&
+         (result = parameter(function, (size_t)count, &offset, &bytes)) == CUDA_SUCCESS)
     count++;
-  if (count == PARAMETERS_MAX) return;
+  if (count == PARAMETERS_MAX || result != END_OF_PARAMETERS) return;
   kernel->parameters = calloc((size_t)count + 1, sizeof *kernel->parameters);
   if (!kernel->parameters) return;
   for (int i = 0; i < count; i++) {
@@ -135,10 +142,31 @@ static int is_same(const struct kernel *kernel, const char *name) {
                                          : sizeof kernel->start) == 0;
 }
 
+// Whether what was learnt before is what was learnt now.
+static int is_equal(const struct kernel *before, const struct kernel *now) {
+  return is_same(before, now->name) && before->hash == now->hash && before->count == now->count &&
+         before->is_marking == now->is_marking && before->writes_unseen == now->writes_unseen &&
+         (now->count <= 0 ||
+          memcmp(before->parameters, now->parameters,
+                 (size_t)now->count * sizeof *now->parameters) == 0);
+}
+
+static void drop(struct kernel *kernel) {
+  if (kernel) free(kernel->parameters);
+  free(kernel);
+}
+
+void kernels_unloaded(void) {
+  // sequentially consistent, as the look in kernel_of: who launches code of a handle that was given
+  // out again had it from the driver after this
+  atomic_fetch_add(&unloads, 1);
+}
+
 static struct kernel *learned(void *function, const char *name) {
   struct kernel *kernel = calloc(1, sizeof *kernel);
   if (!kernel) return NULL;
-  atomic_init(&kernel->function, function);
+  atomic_init(&kernel->unloads, atomic_load(&unloads));  // before anything is asked
+  kernel->function = function;
   kernel->name = name;
   kernel->hash = hash_of(name);
   kernel->length = strlen(name);
@@ -157,22 +185,39 @@ static struct kernel *learned(void *function, const char *name) {
   return kernel;
 }
 
+// The entry of a slot once it is of the code that is loaded now; NULL: there is no memory.
+static struct kernel *renewed(struct kernel *_Atomic *slot, struct kernel *kernel,
+                              const char *name) {
+  struct kernel *made = learned(kernel->function, name);
+  if (!made) return NULL;
+  if (is_equal(kernel, made)) {
+    atomic_store(&kernel->unloads, atomic_load(&made->unloads));
+    drop(made);
+    return kernel;
+  }
+  // Whoever has the old one may still read it: it stays, as large as one kernel of a module is.
+  if (atomic_compare_exchange_strong(slot, &kernel, made)) return made;
+  drop(made);  // another thread was faster: `kernel` is what it has learnt
+  return kernel;
+}
+
 const struct kernel *kernel_of(void *function) {
   const char *name = function ? name_of(function) : NULL;
   if (!name) return &unknown;
   uint64_t at = slot_of(function);
   for (int i = 0; i < PROBES; i++, at = (at + 1) % SLOTS) {
+    // pairs with the exchanges that put entries here
     struct kernel *kernel = atomic_load_explicit(&table[at], memory_order_acquire);
     if (!kernel) {
       struct kernel *made = learned(function, name);
       if (!made) return &unknown;
       if (atomic_compare_exchange_strong(&table[at], &kernel, made)) return made;
-      free(made->parameters);
-      free(made);
+      drop(made);
     }
-    if (atomic_load_explicit(&kernel->function, memory_order_relaxed) != function) continue;
-    if (is_same(kernel, name)) return kernel;
-    atomic_store_explicit(&kernel->function, NULL, memory_order_relaxed);  // that one is gone
+    if (kernel->function != function) continue;
+    if (atomic_load(&kernel->unloads) != atomic_load(&unloads) || !is_same(kernel, name))
+      kernel = renewed(&table[at], kernel, name);
+    return kernel ? kernel : &unknown;
   }
   return &unknown;
 }

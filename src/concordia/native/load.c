@@ -144,6 +144,8 @@ static int is_refused(struct loading *loading, CUresult result) {
 static void end(struct loading *loading, CUresult result, void *const *handle) {
   if (!loading->is_watched) return;
   if (loading->is_replaced && handle) loaded_add(*handle, &loading->replacement);
+  // its handle may have been that of an image of ours, which went with its context
+  else if (result == CUDA_SUCCESS && handle) loaded_drop(loaded_take(*handle));
   if (result != CUDA_SUCCESS) loading->why = "the driver refused the program's own image";
   struct coverage coverage = {.call = loading->call,
                               .library = loading->library,
@@ -254,10 +256,12 @@ static CUresult unloaded(CUresult result, struct loaded *taken) {
 
 CUresult cuModuleUnload(CUmodule module) {
   struct loaded *taken = loaded_take(module);
+  kernels_unloaded();
   return unloaded(PARKED(cuModuleUnload, module), taken);
 }
 
 CUresult cuLibraryUnload(CUlibrary library) {
   struct loaded *taken = loaded_take(library);
+  kernels_unloaded();
   return unloaded(PARKED(cuLibraryUnload, library), taken);
 }

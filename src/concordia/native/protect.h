@@ -88,7 +88,8 @@ int stage_reserve(uint64_t offset, uint64_t bytes);
 
 // --- kernels.c
 struct kernel {
-  _Atomic(void *) function;
+  void *function;
+  _Atomic uint64_t unloads;  // of code, when this was learnt
   const char *name;  // of the driver, while its module is loaded
   size_t length;
   char start[64];  // of the name; without an end where it is longer
@@ -103,6 +104,7 @@ struct kernel {
   } *parameters;
 };
 const struct kernel *kernel_of(void *function);
+void kernels_unloaded(void);  // before the driver does it: handles may mean other code from here on
 // Calls `see` with each word of a launch's arguments that may be an address; whether all of them
 // were seen.
 int kernel_words(const struct kernel *kernel, void **parameters, void **extra,

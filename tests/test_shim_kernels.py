@@ -1,0 +1,46 @@
+"""native/kernels.c, load.c: what is known of a kernel is of the code that its handle means now.
+
+Invariants: every page that a kernel writes is marked when its handle was another kernel's before, and when it hides where it writes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from protected_ground import ProtectedGround, build, policy_of, protected_folder
+from shim_ground import NATIVE, compile_c
+from test_shim_tracking import BY_SIZE, Answers, marking_run
+
+AUDITED = "[program]\naudit_every = 1\n"
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> ProtectedGround:
+    found = build(tmp_path_factory.mktemp("learning"))
+    found.program = found.program.with_name("learning")
+    compile_c([str(NATIVE / "learning_program.c"), f"-L{found.driver}", "-l:libcuda.so.1"], found.program)
+    return found
+
+
+def life(ground: ProtectedGround, folder: Path, mode: str, more: str = AUDITED, **environment: str) -> tuple[Answers, str]:
+    """One program to its end: its points, and what it said on stderr."""
+    answers = Answers(folder, protected_folder(folder, policy_of(BY_SIZE, more=more)))
+    said, errors = answers.until_end(program := ground.start(mode, CONCORDIA_PROTECT=str(folder), **environment))
+    assert (program.returncode, said) == (0, "done\n"), errors
+    return answers, errors
+
+
+def test_pages_are_marked_when_a_kernel_that_marks_was_unloaded_and_its_handle_is_anothers(ground: ProtectedGround, tmp_path: Path) -> None:
+    answers, errors = life(ground, tmp_path / "protect", "reload", **marking_run(tmp_path))
+    assert len(answers.posts) == 3
+    assert sum(one.pages_marked for one in answers.posts[1].regions) < 2 * 64, "nobody marked for the program"
+    assert (answers.board.word("missed_pages"), errors) == (0, "")
+
+
+def test_all_pages_are_marked_when_a_large_parameter_may_hide_where_a_kernel_writes(ground: ProtectedGround, tmp_path: Path) -> None:
+    trusted = AUDITED + '[images]\ntrust_arguments = ["fill", "update"]'
+    answers, errors = life(ground, tmp_path / "protect", "tensor", trusted)
+    assert len(answers.posts) == 3
+    assert (answers.board.word("missed_pages"), errors) == (0, "")
