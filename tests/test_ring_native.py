@@ -134,7 +134,7 @@ def build_lanes(folder: Path, name: str, *, flags: list[str], before: list[str],
 
 def run_lanes(binary: Path, *words: str) -> subprocess.CompletedProcess[str]:
     keep = {"ASAN_OPTIONS": "detect_leaks=0"}  # its memory lives as long as the program
-    return subprocess.run([str(binary), *words], capture_output=True, text=True, timeout=240, check=False, env=keep)
+    return subprocess.run([str(binary), *words], capture_output=True, text=True, timeout=120, check=False, env=keep)
 
 
 @pytest.mark.parametrize("is_device", [0, 1], ids=["cpu-shape", "gpu-shape"])

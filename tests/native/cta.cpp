@@ -8,14 +8,7 @@ __thread Dim threadIdx;
 Warp warps[kCtaLanes / kWarpLanes];
 Meeting cta_meeting;
 
-__attribute__((no_sanitize("thread"))) static void meet_hidden(Meeting* meeting, unsigned lanes) {
-  const unsigned phase = __atomic_load_n(&meeting->phase, __ATOMIC_ACQUIRE);
-  if (__atomic_add_fetch(&meeting->arrived, 1, __ATOMIC_ACQ_REL) == lanes) {
-    __atomic_store_n(&meeting->arrived, 0, __ATOMIC_RELAXED);
-    __atomic_store_n(&meeting->phase, phase + 1, __ATOMIC_RELEASE);
-  }
-  while (__atomic_load_n(&meeting->phase, __ATOMIC_ACQUIRE) == phase) sched_yield();
-}
+__attribute__((no_sanitize("thread"))) static void meet_hidden(Meeting* meeting, unsigned lanes) { MEET(meeting, lanes); }
 
 __attribute__((no_sanitize("thread"))) void exchange_hidden(Warp* warp, unsigned lane, uint64_t value, uint64_t* all) {
   warp->said[lane] = value;

@@ -5,10 +5,13 @@
 // is a race here, as it is for racecheck. Global memory is watched too. One CTA; no cluster, no exit of single lanes. CONCORDIA_CTA is its
 // size. With CONCORDIA_CTA_LOOSE __syncwarp orders nothing either: then there are races to be found.
 #pragma once
+#include <linux/futex.h>
 #include <sched.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #define __CUDACC__ 1
 #define __device__
@@ -22,7 +25,18 @@ struct Dim { unsigned x; };
 extern __thread Dim threadIdx;
 constexpr Dim blockIdx = {0}, blockDim = {kCtaLanes}, gridDim = {1};
 
+// Where lanes wait for each other; the last to arrive wakes the others.
 struct Meeting { unsigned arrived, phase; };
+#define MEET(meeting, lanes)                                                                           \
+  const unsigned phase = __atomic_load_n(&(meeting)->phase, __ATOMIC_ACQUIRE);                         \
+  if (__atomic_add_fetch(&(meeting)->arrived, 1, __ATOMIC_ACQ_REL) == (lanes)) {                       \
+    __atomic_store_n(&(meeting)->arrived, 0, __ATOMIC_RELAXED);                                        \
+    __atomic_store_n(&(meeting)->phase, phase + 1, __ATOMIC_RELEASE);                                  \
+    syscall(SYS_futex, &(meeting)->phase, FUTEX_WAKE_PRIVATE, (lanes), nullptr, nullptr, 0);           \
+  }                                                                                                    \
+  while (__atomic_load_n(&(meeting)->phase, __ATOMIC_ACQUIRE) == phase)                                \
+    syscall(SYS_futex, &(meeting)->phase, FUTEX_WAIT_PRIVATE, phase, nullptr, nullptr, 0)
+
 struct Warp {
   Meeting visible, hidden;
   uint64_t said[kWarpLanes];
@@ -30,14 +44,7 @@ struct Warp {
 extern Warp warps[kCtaLanes / kWarpLanes];
 extern Meeting cta_meeting;
 
-static inline void meet(Meeting* meeting, unsigned lanes) {
-  const unsigned phase = __atomic_load_n(&meeting->phase, __ATOMIC_ACQUIRE);
-  if (__atomic_add_fetch(&meeting->arrived, 1, __ATOMIC_ACQ_REL) == lanes) {
-    __atomic_store_n(&meeting->arrived, 0, __ATOMIC_RELAXED);
-    __atomic_store_n(&meeting->phase, phase + 1, __ATOMIC_RELEASE);
-  }
-  while (__atomic_load_n(&meeting->phase, __ATOMIC_ACQUIRE) == phase) sched_yield();
-}
+static inline void meet(Meeting* meeting, unsigned lanes) { MEET(meeting, lanes); }
 // In cta.cpp, which the sanitizer does not look into: each lane's value to all of its warp.
 void exchange_hidden(Warp* warp, unsigned lane, uint64_t value, uint64_t* all);
 
@@ -118,10 +125,12 @@ FUNCTION uint64_t exchange_device(uint64_t* word_ptr, uint64_t value) { return _
 // one fence and many plain words there; the sanitizer knows no fences, so each word is released here
 FUNCTION void settle() {}
 FUNCTION void store_settled(uint64_t* word_ptr, uint64_t value) { store<kRelease, kSystem>(word_ptr, value); }
+// Lanes are threads that wait for processors, so their clock is slow: bounds of microseconds are for a GPU.
+constexpr uint64_t kSlowness = 10000;
 FUNCTION uint64_t now_ns() {
   struct timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);
-  return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+  return ((uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec) / kSlowness;
 }
 FUNCTION uint32_t thread_anew() { return threadIdx.x; }
 FUNCTION void pause_lane() { sched_yield(); }

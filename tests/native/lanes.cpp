@@ -87,7 +87,7 @@ static void restore_many(const Region* region, const ExecutorPlan* plan, const s
   for (uint64_t i = 0; i < all.tasks.size(); ++i)
     if (all.answers[i] != (i < tasks.size() ? kStatusOk : kStatusHashMismatch)) fail("restore of many", i, all.answers[i]);
 }
-constexpr uint64_t kLaneCount = CONCORDIA_CTA;
+constexpr uint64_t kLaneCount = CONCORDIA_CTA, kIdleNs = 500;  // of a slow clock
 #else
 static Host* open_executor(const ExecutorPlan* plan, bool) {
   Host* opened = concordia_open(plan);
@@ -97,7 +97,7 @@ static Host* open_executor(const ExecutorPlan* plan, bool) {
 static bool close_executor() { return concordia_close(host, 60ull * 1000000000u); }
 static void send_in() {}
 static void restore_many(const Region*, const ExecutorPlan*, const std::vector<Task>&) {}  // a GPU's
-constexpr uint64_t kLaneCount = 4;
+constexpr uint64_t kLaneCount = 4, kIdleNs = 20000;
 #endif
 
 static uint64_t hand_in(Task task, const std::vector<uint32_t>& ids, const void* payload_ptr, uint64_t payload_bytes) {
@@ -162,7 +162,7 @@ int main(int count, char**) {
   ring->arena_bytes = kSlots * 2048;
   ring->arena = reinterpret_cast<uint64_t>(zeroed<uint8_t>(ring->arena_bytes));
   ring->lease_ns = 10000000;
-  ring->idle_ns = 20000;
+  ring->idle_ns = kIdleNs;
   uint64_t* table = zeroed<uint64_t>(kOperatorCapacity * 8);
   ring->operators = reinterpret_cast<uint64_t>(table);
 
