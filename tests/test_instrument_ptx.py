@@ -431,6 +431,11 @@ def test_calls_are_followed_when_they_are_indirect_and_listed() -> None:
     deep = ".func deep(.param .b64 deep_0) { .reg .b64 %rd1; ld.param.b64 %rd1, [deep_0]; st.u32 [%rd1], 1; ret; }\n"
     call = "mov.u64 %rd4, deep; targets: .calltargets deep; { .param .b64 a; st.param.b64 [a], %rd3; call %rd4, (a), targets; }"
     assert Hook.MARKS in only(rewrite(simple(call).replace(".visible", deep + ".visible"))).hooks
+    other = f"{{ {call} }} {{ targets: .callprototype _ (.param .b64 _); .param .b64 a; call %rd3, (a), targets; }}"
+    for text in (other, call + other, call.replace("targets;", "later;") + " later: .calltargets deep;"):
+        report = only(rewrite(simple(text).replace(".visible", deep + ".visible")))
+        assert Hook.MARKS not in report.hooks
+        assert "an indirect call" in report.reason
     asserting = "call __assertfail, (%rd1);"
     assert Hook.MARKS in only(rewrite(simple(asserting))).hooks
 

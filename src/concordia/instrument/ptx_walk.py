@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -76,6 +77,7 @@ class _Walker:
         self._found = Walk(function)
         self._targets, self._loops = _branches(module.text, function)  # names, places
         self._lists: dict[str, list[str]] = {}  # of functions, by label
+        self._twice = _labels_there_twice(function)  # in scopes: which is meant is not looked at
         self._label = ""
         self._is_pending = False
         self._groups: list[tuple[int, int]] = []  # place of a run's words: index of pieces, at
@@ -92,7 +94,7 @@ class _Walker:
             if statement.head in self._targets:
                 self._end_run(statement)
         elif statement.shape is Shape.DIRECTIVE:
-            if statement.head == ".calltargets":
+            if statement.head == ".calltargets" and self._label not in self._twice:
                 self._lists[self._label] = self._words(statement)
         elif statement.shape is Shape.INSTRUCTION:
             self._instruction(statement)
@@ -230,6 +232,11 @@ def _branches(text: str, function: Function) -> tuple[set[str], list[tuple[int, 
                     begin = min(begin, loops.pop()[0])
                 loops.append((begin, statement.end))
     return targets, loops
+
+
+def _labels_there_twice(function: Function) -> set[str]:
+    labels = Counter(s.head for s in function.statements if s.shape is Shape.LABEL)
+    return {label for label, count in labels.items() if count > 1}
 
 
 def _has_room(text: str, function: Function) -> bool:
