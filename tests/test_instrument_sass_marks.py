@@ -37,9 +37,10 @@ from concordia.instrument.report import Hook, KernelReport, fill
 from concordia.instrument.rewrite import rewrite
 from concordia.instrument.sass_mark_code import mark_code, renamed
 from concordia.instrument.sass_registers import FIELDS, LOADS, STORES, opcode_of, width_of
-from concordia.instrument.sass_stores import StoreSite, find_stores
+from concordia.instrument.sass_stores import StoreSite, find_stores, may_wait_for_others
 from concordia.instrument.sass_trampoline import leading, mark_registers, trampoline, trampolines
 from concordia.instrument.splice import Spliced, splice_cubin
+from ptx_assembler import assemble
 from ptx_forms import FILE, FORMS, GENERIC, GENERIC_RANGE, KERNEL, MARK, NOTHING, RANGE, WHOLE
 from ptx_generator import Program, module
 from sass_machine import Thread
@@ -346,6 +347,23 @@ def test_kernel_is_marked_or_left_alone_with_the_reason_when_of_this_form(body: 
     assert reason in kernel.reason
     if not reason:
         assert kernel.registers >= read_registers(original) + mark_registers()
+
+
+def test_kernel_may_wait_for_others_when_a_function_looks_and_its_caller_turns(tmp_path: pathlib.Path) -> None:
+    text = """.version 8.0
+.target sm_90
+.address_size 64
+.func (.param .b32 r) look(.param .b64 p) { .reg .b64 %q; .reg .b32 %v; ld.param.u64 %q, [p]; atom.global.add.u32 %v, [%q], 0; st.param.b32 [r], %v; ret; }
+.visible .entry kernel(.param .u64 a, .param .u32 n) {
+ .reg .b64 %q; .reg .b32 %v, %n; .reg .pred %p; ld.param.u64 %q, [a]; ld.param.u32 %n, [n];
+AGAIN: { .param .b64 p; .param .b32 r; st.param.b64 [p], %q; call (r), look, (p); ld.param.b32 %v, [r]; }
+ setp.lt.u32 %p, %v, %n; @%p bra AGAIN; ret; }
+"""
+    assert not assemble(text, "sm_90", tmp_path)
+    elf = read_cubin((tmp_path / "out").read_bytes())
+    (section,) = (s for s in elf.sections if s.name.startswith(TEXT))
+    code = sass.words(elf.bytes_of(section))
+    assert may_wait_for_others(code, sass.opcodes(code))
 
 
 def read_registers(cubin: bytes) -> int:

@@ -97,7 +97,7 @@ _HARMLESS: Final = (
 )
 _IS_KNOWN: Final = np.zeros(sass.BASE_MASK + 1, dtype=np.bool_)
 _IS_KNOWN[[*_HARMLESS, *_STORES, *_TENSOR, *_BULK]] = True
-_INDIRECT_BRANCH: Final = 0x149
+_ROUND_ABOUT: Final = (0x143, 0x144, 0x149)  # CALL (2) and BRX
 _SET_REGISTERS: Final = sass.SET_REGISTERS & sass.BASE_MASK
 
 
@@ -160,7 +160,8 @@ def find_stores(code: sass.Words, opcodes: NDArray[np.uint16]) -> Stores | str:
 
 def may_wait_for_others(code: sass.Words, opcodes: NDArray[np.uint16]) -> bool:
     """Whether the kernel may look at what other CTAs do until they did it: by loads that are
-    ordered among CTAs, or by atomics with a result within a loop.
+    ordered among CTAs, or by atomics with a result within a loop, which may lie in another function
+    than the atomic.
     """
     bases: NDArray[np.uint16] = opcodes & np.uint16(sass.BASE_MASK)
     order = code[:, 1] >> np.uint64(_ORDER_SHIFT) & np.uint64(_ORDER_MASK)
@@ -172,7 +173,7 @@ def may_wait_for_others(code: sass.Words, opcodes: NDArray[np.uint16]) -> bool:
     atomics = np.flatnonzero(np.isin(bases, ATOMICS) & has_result) * sass.INSTRUCTION_BYTES
     if not len(atomics):
         return False
-    if (bases == _INDIRECT_BRANCH).any():
+    if np.isin(bases, _ROUND_ABOUT).any():
         return True
     at = np.flatnonzero(np.isin(opcodes, sass.BRANCHES))
     targets = sass.branch_targets(code, at)
