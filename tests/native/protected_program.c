@@ -150,7 +150,7 @@ static int dirty(int steps) {
       P to = region[which] + at, from = region[next() % WRITTEN] + next() % 500000 / 8 * 8;
       H on = stream[next() % 3];
       for (int k = 0; k < 64; k++) host[next() % sizeof host] = (unsigned char)next();
-      switch (next() % 18) {
+      switch (next() % 19) {
         case 0: DO(cuMemcpyHtoD_v2(to, host, bytes)); break;
         case 1: DO(cuMemcpyHtoDAsync_v2(to, host, bytes, on)); break;
         case 2: DO(cuMemcpyDtoDAsync_v2(to, outside, bytes, on)); break;
@@ -209,11 +209,25 @@ static int dirty(int steps) {
           DO(cuLaunchKernel(fill, 1, 1, 1, 1, 1, 1, 0, on, NULL, extra));
           break;
         }
+        case 18: {  // its work goes on when it has gone
+          H brief;
+          DO(cuStreamCreate(&brief, 1));
+          for (int k = 0; k < 3; k++) launch(scatter, brief, region[which], room / 8, next());
+          DO(cuStreamDestroy_v2(brief));
+          break;
+        }
       }
     }
     // what the regions hold at the point: nothing more is in flight, and only this thread gives work
     H on = stream[next() % 3];
-    if (next() % 3 == 0) {
+    if (next() % 8 == 0) {  // beside a capture, of a stream whose work may be in flight
+      launch(scatter, stream[1], region[next() % WRITTEN], 1 << 17, next());
+      DO(cuStreamBeginCapture_v2(stream[1], 0));
+      launch(update, stream[2], outside, outside + 4096, 16);
+      DO(cuStreamEndCapture(stream[1], &graph));
+      DO(cuCtxSynchronize());
+      snapshot(region);
+    } else if (next() % 3 == 0) {
       DO(cuCtxSynchronize());
       snapshot(region);
       launch(update, on, outside, outside + 4096, 16);

@@ -151,13 +151,13 @@ CUresult cuMemFree_v2(CUdeviceptr address) {
 }
 
 CUresult cuMemFreeAsync(CUdeviceptr address, CUstream stream) {
-  if (IS_PROTECTED()) streams_before(stream, 0);
+  ENTERS(stream, 0);
   goes(address);
   return REAL(cuMemFreeAsync, address, stream);
 }
 
 CUresult cuMemFreeAsync_ptsz(CUdeviceptr address, CUstream stream) {
-  if (IS_PROTECTED()) streams_before(stream, 1);
+  ENTERS(stream, 1);
   goes(address);
   return REAL(cuMemFreeAsync_ptsz, address, stream);
 }

@@ -58,7 +58,7 @@ static inline uint64_t written_3d(const CUDA_MEMCPY3D *copy, uint64_t *bytes) {
 
 #define WROTE(address, bytes, stream, per_thread, call)                              \
   do {                                                                               \
-    if (IS_PROTECTED()) streams_before(stream, per_thread);                          \
+    ENTERS(stream, per_thread);                                                      \
     CUresult result = call;                                                          \
     if (IS_PROTECTED() && result == CUDA_SUCCESS)                                    \
       marks_wrote(address, bytes, stream, per_thread);                               \

@@ -35,7 +35,7 @@ CUresult cuMemcpy2D_v2(const void *given) {
   const CUDA_MEMCPY2D *copy = given;
   int reads = is_read_2d(copy);
   if (reads && IS_FORWARD() && answered_2d(copy)) return CUDA_SUCCESS;
-  if (IS_PROTECTED()) streams_before(none, 0);
+  ENTERS(none, 0);
   CUresult result = REAL(cuMemcpy2D_v2, copy);
   if (!IS_PROTECTED() || result != CUDA_SUCCESS) return result;
   for (size_t row = 0; reads && row < copy->height; row++)
@@ -48,7 +48,7 @@ CUresult cuMemcpy2D_v2_ptds(const void *given) {
   const CUDA_MEMCPY2D *copy = given;
   int reads = is_read_2d(copy);
   if (reads && IS_FORWARD() && answered_2d(copy)) return CUDA_SUCCESS;
-  if (IS_PROTECTED()) streams_before(none, 1);
+  ENTERS(none, 1);
   CUresult result = REAL(cuMemcpy2D_v2_ptds, copy);
   if (!IS_PROTECTED() || result != CUDA_SUCCESS) return result;
   for (size_t row = 0; reads && row < copy->height; row++)
@@ -61,7 +61,7 @@ CUresult cuMemcpy2DUnaligned_v2(const void *given) {
   const CUDA_MEMCPY2D *copy = given;
   int reads = is_read_2d(copy);
   if (reads && IS_FORWARD() && answered_2d(copy)) return CUDA_SUCCESS;
-  if (IS_PROTECTED()) streams_before(none, 0);
+  ENTERS(none, 0);
   CUresult result = REAL(cuMemcpy2DUnaligned_v2, copy);
   if (!IS_PROTECTED() || result != CUDA_SUCCESS) return result;
   for (size_t row = 0; reads && row < copy->height; row++)
@@ -74,7 +74,7 @@ CUresult cuMemcpy2DUnaligned_v2_ptds(const void *given) {
   const CUDA_MEMCPY2D *copy = given;
   int reads = is_read_2d(copy);
   if (reads && IS_FORWARD() && answered_2d(copy)) return CUDA_SUCCESS;
-  if (IS_PROTECTED()) streams_before(none, 1);
+  ENTERS(none, 1);
   CUresult result = REAL(cuMemcpy2DUnaligned_v2_ptds, copy);
   if (!IS_PROTECTED() || result != CUDA_SUCCESS) return result;
   for (size_t row = 0; reads && row < copy->height; row++)
@@ -87,7 +87,7 @@ CUresult cuMemcpy2DAsync_v2(const void *given, CUstream stream) {
   const CUDA_MEMCPY2D *copy = given;
   int reads = is_read_2d(copy) && !is_capturing(stream, 0);
   if (reads && IS_FORWARD() && answered_2d(copy)) return CUDA_SUCCESS;
-  if (IS_PROTECTED()) streams_before(stream, 0);
+  ENTERS(stream, 0);
   CUresult result = REAL(cuMemcpy2DAsync_v2, copy, stream);
   if (!IS_PROTECTED() || result != CUDA_SUCCESS) return result;
   if (reads && copy->source.type == MEMORY_ARRAY) UNSEEN("a copy of an array");
@@ -102,7 +102,7 @@ CUresult cuMemcpy2DAsync_v2_ptsz(const void *given, CUstream stream) {
   const CUDA_MEMCPY2D *copy = given;
   int reads = is_read_2d(copy) && !is_capturing(stream, 1);
   if (reads && IS_FORWARD() && answered_2d(copy)) return CUDA_SUCCESS;
-  if (IS_PROTECTED()) streams_before(stream, 1);
+  ENTERS(stream, 1);
   CUresult result = REAL(cuMemcpy2DAsync_v2_ptsz, copy, stream);
   if (!IS_PROTECTED() || result != CUDA_SUCCESS) return result;
   if (reads && copy->source.type == MEMORY_ARRAY) UNSEEN("a copy of an array");
@@ -127,7 +127,7 @@ static void wrote_3d(const CUDA_MEMCPY3D *copy, CUstream stream, int is_per_thre
 }
 #define WROTE_3D(copy, stream, per_thread, call)                                                \
   do {                                                                                          \
-    if (IS_PROTECTED()) streams_before(stream, per_thread);                                     \
+    ENTERS(stream, per_thread);                                                                 \
     CUresult result = call;                                                                     \
     if (IS_PROTECTED() && result == CUDA_SUCCESS) wrote_3d(copy, stream, per_thread);            \
     return result;                                                                              \
@@ -201,7 +201,7 @@ static int answered_batch(const CUdeviceptr *targets, const CUdeviceptr *sources
     if (is_ours && IS_FORWARD() &&                                                              \
         answered_batch(targets, sources, bytes, count, stream, per_thread))                     \
       return CUDA_SUCCESS;                                                                      \
-    if (IS_PROTECTED()) streams_before(stream, per_thread);                                     \
+    ENTERS(stream, per_thread);                                                                 \
     CUresult result = call;                                                                     \
     if (is_ours && result == CUDA_SUCCESS)                                                      \
       wrote_batch(targets, sources, bytes, count, stream, per_thread);                          \

@@ -11,7 +11,7 @@
 #include <string.h>
 #include <time.h>
 
-#include "shim.h"
+#include "protect.h"
 
 #define STREAMS_MAX 1024  // a framework has some dozens
 #define LOOK_NS 10000
@@ -153,8 +153,10 @@ int streams_drain(uint64_t deadline, struct gate_report *report) {
 
 // A capture does not begin between the look at a stream and the event on it: the event would be
 // part of it. Beginning one waits for nothing, so the lock is held for a moment.
+// Nor while a point is taken, for the same reason: it is a call inside.
 #define BEGUN(name, ...)                          \
   do {                                            \
+    ENTERS_ONLY();                                \
     if (!process_is_active()) return REAL(name, __VA_ARGS__); \
     pthread_mutex_lock(&lock);                    \
     CUresult result = REAL(name, __VA_ARGS__);    \

@@ -73,30 +73,40 @@ static void mark_kernel(const struct kernel *kernel, void **parameters, void **e
 }
 
 static __thread const struct kernel *launched;  // between before and after
+static __thread uint64_t entered;  // a bit for each launch under way: one call may be several
 
 void marks_before(const struct launch *launch) {
   launched = NULL;
+  entered <<= 1;
   if (!IS_PROTECTED()) return;
-  streams_before(launch->stream, launch->is_per_thread);
+  entered |= (uint64_t)streams_before(launch->stream, launch->is_per_thread);
   if (launch->kind == LAUNCH_GRAPH || launch->kind == LAUNCH_LEGACY) return;
   launched = kernel_of(launch->function);
   if (launched->rules) regions_launched(launched, launch);
 }
 
-void marks_after(const struct launch *launch, CUresult result) {
-  uint64_t hash = 0;
-  if (!IS_PROTECTED() || result != CUDA_SUCCESS) return;
-  if (is_capturing(launch->stream, launch->is_per_thread)) return;
+// Whether it may be a point.
+static int marked(const struct launch *launch, CUresult result, uint64_t *hash) {
+  if (!IS_PROTECTED() || result != CUDA_SUCCESS) return 0;
+  if (is_capturing(launch->stream, launch->is_per_thread)) return 0;
   if (launch->kind == LAUNCH_LEGACY) {
     marks_all(launch->stream, launch->is_per_thread);
-    return;
+    return 0;
   }
-  if (!launched && launch->kind != LAUNCH_GRAPH) return;  // protected only since the call began
+  if (!launched && launch->kind != LAUNCH_GRAPH) return 0;  // protected only since the call began
   streams_seen(launch->stream, launch->is_per_thread);
   protect_lock();
   if (launch->kind != LAUNCH_GRAPH)
     mark_kernel(launched, launch->parameters, launch->extra);
-  else if (!graph_marks(launch->function, &hash)) mark_all();
+  else if (!graph_marks(launch->function, hash)) mark_all();
   protect_unlock();
-  points_launched(launch, launched, hash);
+  return 1;
+}
+
+void marks_after(const struct launch *launch, CUresult result) {
+  uint64_t hash = 0;
+  int was_inside = entered & 1, is_point = marked(launch, result, &hash);
+  entered >>= 1;
+  streams_after(&was_inside);  // a point waits until nobody is
+  if (is_point) points_launched(launch, launched, hash);
 }

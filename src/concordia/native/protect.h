@@ -154,11 +154,26 @@ int is_capturing(CUstream stream, int is_per_thread);
 // --- graphs.c
 int graph_marks(void *graph, uint64_t *hash);  // of a launch; 0: it is not known
 
+// --- inside.c: calls that give work; between close and open there is none
+int inside_enter(void);  // 1
+void inside_leave(void);
+int inside_close(void);  // 0: somebody is inside, and stays; then it is open
+void inside_open(void);
+
 // --- streams.c
 void streams_seen(CUstream stream, int is_per_thread);
 int streams_join(CUstream stream, int is_per_thread);    // all work since the last one comes first
-void streams_release(CUstream stream, int is_per_thread);  // and what comes next comes after
-void streams_before(CUstream stream, int is_per_thread);   // which is seen to here, before it does
+int streams_release(CUstream stream, int is_per_thread);  // and what comes next comes after
+int streams_before(CUstream stream, int is_per_thread);   // enters; what is given now comes after
+void streams_after(const int *is_inside);                 // leaves, if it did
+// At the start of a hook of a call that gives work, to its end: between the driver and the marks
+// no point comes.
+#define ENTERS(stream, per_thread)                            \
+  __attribute__((cleanup(streams_after))) const int is_inside = \
+      IS_PROTECTED() && streams_before(stream, per_thread)
+// The same for one that gives no work, and must not be in the middle of a point.
+#define ENTERS_ONLY() \
+  __attribute__((cleanup(streams_after))) const int is_inside = IS_PROTECTED() && inside_enter()
 
 // --- reads.c
 enum { ENTRY_READ = 1, ENTRY_POINT = 2 };

@@ -10,17 +10,20 @@
 //   thread:  word? | marked pages of the copies -> stage | post | taken?
 #define _GNU_SOURCE
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "saver.h"
 
 enum { NON_BLOCKING = 1 };
+enum { MISSES_SAID = 100 };  // two seconds, at the interval of the example
 
 static _Atomic int is_busy;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t wanted = PTHREAD_COND_INITIALIZER;
-static int is_wanted, has_thread;  // under the lock
+static int is_wanted;            // under the lock
+static int has_thread, misses;   // of whoever has is_busy
 static struct region *graves[REGIONS_MAX];
 static int grave_count;
 struct point point;
@@ -106,6 +109,14 @@ static void take(void) {
   point.map_count = first <= last && point.map_copy ? last - first + 1 : 0;
 }
 
+// Not to be taken: the marks stay. When it happens always, somebody must be told.
+static void missed(void) {
+  atomic_fetch_add(&board->unjoined, 1);
+  if (++misses == MISSES_SAID)
+    fprintf(stderr, "concordia: %d points one after another found a capture, or calls of other "
+                    "threads under way: there are no checkpoints meanwhile\n", MISSES_SAID);
+}
+
 static int has_marks(const struct region *region) {
   return memchr(region->taken, 1, region->pages) != NULL;
 }
@@ -133,9 +144,28 @@ static CUresult copy_all(CUstream stream, int per_thread) {
   return result;
 }
 
+// With the door closed: what the point has, and its copies into the stream.
+static int fired(CUstream stream, int is_per_thread) {
+  // A capture may have begun before the door was closed.
+  if (is_capturing(stream, is_per_thread) || !streams_join(stream, is_per_thread)) {
+    missed();
+    return 0;
+  }
+  misses = 0;
+  uint64_t number = atomic_fetch_add(&board->fired, 1) + 1;
+  point.is_audited = policy.audit && number % policy.audit == 0;
+  protect_lock();
+  take();
+  protect_unlock();
+  if (bring_failed(copy_all(stream, is_per_thread), "copy the regions")) return 0;
+  if (streams_release(stream, is_per_thread)) return 1;
+  protect_lose("what comes after a point cannot be told to wait for its copies");
+  return 0;
+}
+
 void saver_fire(CUstream stream, int is_per_thread, uint64_t ordinal, uint64_t digest,
                 uint64_t reads_end) {
-  int nobody = 0, mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+  int nobody = 0, mode = CU_STREAM_CAPTURE_MODE_RELAXED, is_fired = 0;
   if (!region_count || is_capturing(stream, is_per_thread)) return;
   if (!atomic_compare_exchange_strong(&is_busy, &nobody, 1)) {
     atomic_fetch_add(&board->coalesced, 1);
@@ -144,25 +174,20 @@ void saver_fire(CUstream stream, int is_per_thread, uint64_t ordinal, uint64_t d
   REAL(cuThreadExchangeStreamCaptureMode, &mode);
   int is_ready = prepare();
   if (is_ready) {
-    regions_sweep();
+    regions_sweep();  // before the door is closed: it waits for the device
     bury();
-    is_ready = streams_join(stream, is_per_thread);
-    if (!is_ready) atomic_fetch_add(&board->unjoined, 1);
   }
-  if (is_ready) {
+  if (is_ready && inside_close()) {
     point.ordinal = ordinal;
     point.digest = digest;
     point.reads_end = reads_end;
-    uint64_t number = atomic_fetch_add(&board->fired, 1) + 1;
-    point.is_audited = policy.audit && number % policy.audit == 0;
-    protect_lock();
-    take();
-    protect_unlock();
-    is_ready = !bring_failed(copy_all(stream, is_per_thread), "copy the regions");
-    streams_release(stream, is_per_thread);
+    is_fired = fired(stream, is_per_thread);
+    inside_open();
+  } else if (is_ready) {
+    missed();
   }
   REAL(cuThreadExchangeStreamCaptureMode, &mode);
-  if (!is_ready) {
+  if (!is_fired) {
     atomic_store(&is_busy, 0);
     return;
   }

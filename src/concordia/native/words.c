@@ -56,7 +56,7 @@ CUresult cuStreamWriteValue64_v2_ptsz(CUstream stream, CUdeviceptr address, uint
 
 #define WROTE_ANYTHING(per_thread, call)                                           \
   do {                                                                             \
-    if (IS_PROTECTED()) streams_before(stream, per_thread);                        \
+    ENTERS(stream, per_thread);                                                    \
     CUresult result = call;                                                        \
     if (result == CUDA_SUCCESS) marks_all(stream, per_thread);                     \
     return result;                                                                 \
