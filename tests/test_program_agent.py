@@ -26,7 +26,7 @@ import psutil
 import pytest
 
 from concordia import config
-from concordia.errors import Corruption, LayoutMismatch, RecoveryError
+from concordia.errors import Corruption, LayoutMismatch, RecoveryError, UsageError
 from concordia.integrations.program.policy import Policy, parse_policy
 from concordia.integrations.program.program_pages import Board
 from concordia.integrations.program.protection import Protection, reads_path
@@ -212,6 +212,35 @@ def test_program_goes_on_when_its_agent_is_killed(ground: ProtectedGround, polic
     assert life.lines == plain_run(ground, 300)
 
 
+def test_next_start_goes_on_when_the_agent_was_killed_and_the_program_has_ended_well(
+    ground: ProtectedGround, policy: Policy, capfd: pytest.CaptureFixture[str]
+) -> None:
+    life = Life(ground, policy, "train", "300")
+    board = Board(life.protection.folder / "board", policy.stage_bytes)
+    until(lambda: board.word("taken") >= 2, LIFE_S)
+    board.close()
+    life.protection._agent.kill()
+    assert life.end() == 0
+    assert "the checkpoints of trained are still there" in capfd.readouterr().err
+    again = Life(ground, policy, "train", "300")
+    assert again.protection.resumed is not None
+    assert again.end() == 0, again.errors
+    assert again.lines == life.lines == plain_run(ground, 300)
+    assert not reads_path(policy).exists()
+
+
+def test_second_run_of_a_series_is_refused_when_the_first_is_there(ground: ProtectedGround, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "PROGRAM_LOCK_S", 0.2)
+    life = Life(ground, policy, "train", "30")
+    before = reads_path(policy).stat().st_ino
+    with pytest.raises(UsageError, match="another run has series trained"):
+        Protection.open(policy)
+    assert reads_path(policy).stat().st_ino == before
+    other = Life(ground, replace(policy, series="other"), "train", "30")
+    assert (life.end(), other.end()) == (0, 0)
+    assert life.lines == other.lines == plain_run(ground, 30)
+
+
 def test_program_says_why_it_is_unprotected_when_the_journal_is_full(ground: ProtectedGround, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "PROGRAM_COMMIT_S", 0.5)
     life = Life(ground, replace(policy, journal_bytes=8 << 20), "train", "1500")
@@ -301,6 +330,35 @@ def test_command_line_resumes_a_program_when_it_was_killed(ground: ProtectedGrou
     about = json.loads((newest / "about.json").read_text())
     assert about["protection"]["lost"] == ""
     assert not reads_path(policy).exists()
+
+
+@pytest.mark.parametrize("commits", [0, 3])
+def test_series_is_resumed_when_a_program_lives_on_whose_launcher_was_killed(
+    ground: ProtectedGround, policy: Policy, runs: Path, tmp_path: Path, commits: int
+) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(POLICY.format(place=policy.journal) + "[images]\nentry_hooks = false\nstore_marks = false\n")
+    launcher = command_line(ground, runs, path, "train", LONG)
+    assert launcher.stdout is not None
+    assert launcher.stdout.readline(), launcher.communicate(timeout=LIFE_S)
+    children = psutil.Process(launcher.pid).children()
+    (program,) = [child for child in children if child.cmdline()[0] == str(ground.program)]
+    (folder,) = [Path(child.cmdline()[-1]) for child in children if "agent" in child.cmdline()[2]]
+    board = Board(folder / "board", policy.stage_bytes)
+    deadline = time.monotonic() + LIFE_S
+    while board.word("taken") < commits:
+        assert time.monotonic() < deadline
+        assert launcher.stdout.readline()
+    launcher.kill()
+    launcher.wait(LIFE_S)
+    board.close()
+    life = Life(ground, parse_policy(path.read_text(), "test.toml"), "train", "40")
+    assert life.protection.resumed is not None or not commits
+    assert life.end() == 0, life.errors
+    assert life.lines == plain_run(ground, 40)
+    assert program.is_running(), "a program of before is ended by a later one"
+    assert program.status() != psutil.STATUS_ZOMBIE
+    program.kill()
 
 
 def test_command_line_says_one_line_when_the_policy_is_wrong(ground: ProtectedGround, runs: Path, tmp_path: Path) -> None:

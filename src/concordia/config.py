@@ -129,8 +129,8 @@ SCAN_RANGES_MAX: Final = 64
 PROGRAM_POLL_S: Final = 0.001  # of an agent that waits for a checkpoint; a step takes longer
 PROGRAM_COMMIT_S: Final = 30.0  # for one checkpoint; then protection goes off, the program goes on
 PROGRAM_END_S: Final = 10.0  # for an agent to commit what is staged once the program has ended
-# a start waits so long for another run of its series: its agent commits what is staged, and ends
-PROGRAM_LOCK_S: Final = 15.0
+# a start waits so long for another run of its series: longer than its agent commits
+PROGRAM_LOCK_S: Final = 40.0
 # a load waits so long for the first rewrite of its image: longer than REWRITE_ANSWER_S
 RUN_IMAGE_WAIT_S: Final = 6.0
 RUN_WAIT_S: Final = 120.0  # all of a process's loads together: a cold start of vLLM takes as long

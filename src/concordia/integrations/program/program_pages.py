@@ -176,10 +176,18 @@ def map_stage(path: Path, size: int) -> Mapping:
         return Mapping(mmap.mmap(file.fileno(), size), size)
 
 
-def create_reads(path: Path, size: int) -> None:
-    """An empty log."""
-    header = np.array([READS_MAGIC, READS_VERSION], "<u8")
-    _make(path, READS_HEADER_BYTES + size, header.tobytes())
+def create_reads(path: Path, size: int, *, of: Path | None = None, end: int = 0) -> None:
+    """A log of reads: empty, or with what another, which may be the one that lies there, has below
+    `end`. It is a new file in any case: a program of before may still write to its own.
+    """
+    start = np.array([READS_MAGIC, READS_VERSION], "<u8").tobytes()
+    if of is not None:
+        with open(of, "rb") as file:
+            start = file.read(end)
+    staged = path.with_name(f"{path.name}.new")
+    staged.unlink(missing_ok=True)
+    _make(staged, max(READS_HEADER_BYTES + size, end), start)
+    staged.replace(path)
 
 
 class Reads:

@@ -2,14 +2,16 @@
 
 Owns: everything that is there before the program starts and goes after it has ended. Promises: the
 files are private and lie in memory; a program that is killed leaves what resumes it, one that ends
-well leaves nothing; a failure to start is an error before the program is, one later costs the
-protection alone. Called by the launcher around the program: `open`, then `environment` for the
-program's, then `end` with its exit status. It does not start the program.
+well leaves nothing; a series has one run at a time; a failure to start is an error before the
+program is, one later costs the protection alone. Called by the launcher around the program: `open`,
+then `environment` for the program's, then `end` with its exit status. It does not start the
+program.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
@@ -18,13 +20,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import concordia
 from concordia import config
-from concordia.errors import WaitTimeout
+from concordia.errors import UsageError, WaitTimeout
 from concordia.integrations.program.agent import FINISH
 from concordia.integrations.program.policy import Policy
 from concordia.integrations.program.program_pages import Board, create_reads, create_stage
@@ -41,8 +44,8 @@ _ADDR_NO_RANDOMIZE = 0x0040000  # of personality(2); some containers refuse it
 class Protection:
     """One run of a program under a policy that protects something."""
 
-    def __init__(self, policy: Policy, folder: Path, resumed: Resumed | None) -> None:
-        self.policy, self.folder, self.resumed = policy, folder, resumed
+    def __init__(self, policy: Policy, folder: Path, resumed: Resumed | None, *, lock: int) -> None:
+        self.policy, self.folder, self.resumed, self._lock = policy, folder, resumed, lock
         self._stack = os.open(folder / _STACK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
         paths = [str(Path(concordia.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
@@ -53,6 +56,7 @@ class Protection:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
+            pass_fds=(lock,),  # until the agent ends, too: it still commits when this is killed
             start_new_session=True,  # a signal to the program's group is not meant for it
         )
         self._await_ready()
@@ -61,17 +65,17 @@ class Protection:
     def open(cls, policy: Policy) -> Self:
         """Everything up to the program's start: a journal, what it is resumed from, the agent."""
         spawn_owner(policy.journal, size_bytes=policy.journal_bytes, linger_s=policy.linger_s)
+        reads = reads_path(policy)
+        lock = _locked(reads, policy.series)
         folder = Path(tempfile.mkdtemp(prefix="concordia-program-", dir=_SHARED))
         try:
-            reads = reads_path(policy)
             digest = policy_digest(policy)
             with JournalClient.connect(policy.journal) as client:
                 resumed = write_restore(
                     client, series_key(policy.series), policy=digest, reads=reads, folder=folder
                 )
-            if resumed is None:
-                reads.parent.mkdir(mode=0o700, exist_ok=True)
-                create_reads(reads, policy.reads_bytes)
+            before = (reads, resumed.reads_bytes) if resumed else (None, 0)
+            create_reads(reads, policy.reads_bytes, of=before[0], end=before[1])
             (folder / "reads").symlink_to(reads)
             Board.create(folder / "board", policy.stage_bytes)
             create_stage(folder / "stage", policy.stage_bytes)
@@ -84,8 +88,9 @@ class Protection:
                 "commit_s": config.PROGRAM_COMMIT_S,
             }
             (folder / "facts").write_text(json.dumps(facts))
-            return cls(policy, folder, resumed)
+            return cls(policy, folder, resumed, lock=lock)
         except BaseException:
+            os.close(lock)
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -122,9 +127,16 @@ class Protection:
             self._agent.kill()
             self._agent.wait()
         report = self._report()
-        self.close()
-        if status == 0:
+        is_finished = status == 0 and self._agent.returncode == 0
+        if is_finished:
             reads_path(self.policy).unlink(missing_ok=True)
+        elif status == 0:  # what the journal still has cannot be resumed without the log
+            print(
+                f"concordia: the checkpoints of {self.policy.series} are still there, because the"
+                " agent did not finish: the next start goes on from them",
+                file=sys.stderr,
+            )
+        self.close()
         return report
 
     def close(self) -> None:
@@ -137,6 +149,7 @@ class Protection:
                 pipe.close()
         if self._stack >= 0:
             os.close(self._stack)
+            os.close(self._lock)
             self._stack = -1
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -155,6 +168,24 @@ class Protection:
             self._agent.kill()
             self._agent.wait()
             raise WaitTimeout(f"no agent after {config.OWNER_START_S} s")
+
+
+def _locked(reads: Path, series: str) -> int:
+    """A descriptor that holds the series; raises UsageError when another run does."""
+    reads.parent.mkdir(mode=0o700, exist_ok=True)
+    lock = os.open(reads.with_name(f"{series}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + config.PROGRAM_LOCK_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                os.close(lock)
+                raise UsageError(
+                    f"another run has series {series}: end it, or name another in the policy"
+                ) from None
+        time.sleep(config.OWNER_POLL_S)
 
 
 def reads_path(policy: Policy) -> Path:

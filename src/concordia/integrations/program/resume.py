@@ -27,6 +27,7 @@ class Resumed:
 
     ordinal: int
     bytes: int
+    reads_bytes: int  # of the log, verified
 
 
 def write_restore(
@@ -57,7 +58,7 @@ def write_restore(
     (folder / "pages").write_bytes(pages.data)
     # the shim looks for this one: it comes last
     (folder / "restore").write_text("".join(line + "\n" for line in lines))
-    return Resumed(state["ordinal"], len(pages))
+    return Resumed(state["ordinal"], len(pages), state["reads_bytes"])
 
 
 def _state(extra: bytes) -> dict[str, Any]:
