@@ -30,7 +30,7 @@ from concordia.device.cubin import read_facts
 from concordia.device.nvrtc import link_cubin
 from concordia.errors import ImageRefused
 from concordia.instrument import hook, sass
-from concordia.instrument.elf import TEXT, read_cubin
+from concordia.instrument.elf import TEXT, read_attributes, read_cubin
 from concordia.instrument.leaving import refuse_exit
 from concordia.instrument.proof import first_difference, proves_original
 from concordia.instrument.report import Hook, SlotKind, fill
@@ -398,6 +398,33 @@ def test_proof_refuses_what_is_no_copy_when_other_parts_differ() -> None:
     assert not proves_original(original, new_cubin("plain"))
     assert not proves_original(original, spliced[:-8])
     assert proves_original(original, original)
+
+
+STATEMENTS = ["exit offsets", "registers", "registers of a section", "type of a segment", "address of a segment", "alignment of a segment", "entry size"]
+
+
+@pytest.mark.parametrize("what", STATEMENTS)
+def test_proof_refuses_what_is_stated_of_a_kernel_when_it_is_not_what_its_hooks_need(what: str) -> None:
+    original = bytearray(new_cubin("one_thread"))
+    (section,) = (s for s in read_cubin(bytes(original)).sections if s.name == TEXT + "one_thread")
+    stated = read_facts(bytes(original)).registers["one_thread"]
+    struct.pack_into("<I", original, section.header_offset + 44, section.info | stated << 24)
+    spliced = splice_cubin(bytes(original), entry=True, exit=True)
+    elf, broken = read_cubin(spliced.cubin), bytearray(spliced.cubin)
+    assert first_difference(bytes(original), spliced.cubin) is None
+    if "offsets" in what or what == "registers":
+        wanted = 0x1C if "offsets" in what else 0x2F
+        found = [(s, a) for s in elf.sections if s.name.startswith(".nv.info") for a in read_attributes(elf, s) if a.code == wanted]
+        assert found
+        for info, attribute in found:
+            assert info.name == ".nv.info" + ".one_thread" * (wanted == 0x1C)
+            broken[attribute.offset + attribute.size - 4] ^= 1
+    elif "segment" in what:
+        at = {"type": 0, "address": 16, "alignment": 48}[what.split(maxsplit=1)[0]]
+        broken[elf.segments[1].header_offset + at] ^= 1
+    else:
+        broken[elf.sections[section.index].header_offset + (56 if "size" in what else 47)] ^= 1
+    assert first_difference(bytes(original), bytes(broken)) is not None
 
 
 def test_what_is_hooked_is_proven_when_the_file_was_damaged_before() -> None:

@@ -8,6 +8,7 @@ splice. It changes nothing; whether an exit hook is safe is leaving.py's.
 
 from __future__ import annotations
 
+import bisect
 import struct
 from collections.abc import Set
 from dataclasses import dataclass
@@ -223,10 +224,13 @@ def refuse_file(elf: Cubin) -> str | None:
         if section.end > section.offset and section.alignment > ALIGNMENT:
             return f"section {section.name[:40]} has an alignment of {section.alignment}"
     # Growing keeps a segment's ends where they are in its sections, so none may lie within code.
-    edges = {at for found in elf.segments for at in (found.offset, found.offset + found.file_bytes)}
+    edges = sorted(
+        {at for found in elf.segments for at in (found.offset, found.offset + found.file_bytes)}
+    )
     for section in elf.sections:
-        is_code = section.name.startswith(TEXT)
-        if is_code and any(section.offset < at < section.end for at in edges):
+        behind = bisect.bisect_right(edges, section.offset)
+        is_cut = behind < len(edges) and edges[behind] < section.end
+        if is_cut and section.name.startswith(TEXT):
             return f"a segment begins or ends within {section.name[:40]}"
     return None
 

@@ -3,14 +3,18 @@
 Owns: a comparison that trusts nothing of the splicing: it reads both files and takes the hooks from
 their own file. Promises: what it passes has every instruction of the original in its place, except
 a first one that is now a branch to an entry hook (which ends with that instruction and a branch
-back) and EXITs that are now branches for the same lanes to an exit hook; and every other byte of
-the original, except sizes, registers and exit offsets. Called by rewrite before anything is handed
+back) and EXITs that are now branches for the same lanes to an exit hook; every other byte of the
+original's sections and headers, except places and sizes; registers that are the hooks' where those
+need more, and exit offsets that are the exit hook's. Called by rewrite before anything is handed
 out, and by tests. It repairs nothing.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import struct
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
@@ -18,25 +22,31 @@ import numpy as np
 from concordia.errors import ImageRefused
 from concordia.instrument import sass
 from concordia.instrument.elf import (
-    ATTRIBUTE_EXIT_OFFSETS,
-    ATTRIBUTE_REGISTERS,
-    INFO,
     SECTION_NULL,
     SECTION_SYMBOLS,
     TEXT,
     Cubin,
     Section,
-    read_attributes,
+    Segment,
     read_cubin,
 )
-from concordia.instrument.hook import REGISTERS_MAX, HookCode, entry_hook, exit_hook
-from concordia.instrument.sass_proof import compare_marks, registers_with_marks
+from concordia.instrument.hook import HookCode, entry_hook, exit_hook
+from concordia.instrument.proof_statements import (
+    Hooked,
+    expected_statements,
+    moved_exits,
+    raised_info,
+    stated_registers,
+)
+from concordia.instrument.sass_proof import compare_marks
 
 _STEP: Final = sass.INSTRUCTION_BYTES
 _SYMBOL_BYTES: Final = 24
 _SYMBOL_SIZE_WORD: Final = 2  # of the three words of a symbol
-_SECTION_FIELDS: Final = ("name", "kind", "flags", "address", "link", "alignment")
-_REGISTERS_SHIFT: Final = 24
+# Bytes of a section's header without offset, size and info, of a segment's without offset and sizes
+_SECTION_FIXED: Final = ((0, 24), (40, 44), (48, 64))
+_SEGMENT_FIXED: Final = ((0, 8), (16, 32), (48, 56))
+_REGISTERS_MOST: Final = 255  # of a kernel that does not say
 
 
 def proves_original(original: bytes, spliced: bytes, marks: int | None = None) -> bool:
@@ -64,42 +74,50 @@ def _compare(before: Cubin, after: Cubin, marks: int | None) -> str | None:
     if before.data[48:64] != after.data[48:64]:
         return "the file's header differs"
     kernels = {symbol.section for symbol in before.symbols if symbol.is_kernel}
-    changed: set[int] = set()
+    stated = stated_registers(before)
+    hooked: dict[int, Hooked] = {}
     for old, new in zip(before.sections, after.sections, strict=True):
-        if any(getattr(old, field) != getattr(new, field) for field in _SECTION_FIELDS):
+        if not _is_same_header(before, old, after, new, _SECTION_FIXED):
             return f"section {old.name}: its header differs"
         is_code = old.name.startswith(TEXT) and old.index in kernels
-        if old.info != new.info and not (is_code and _is_raised(old.info, new.info, marks)):
-            return f"section {old.name}: its header differs"
         if not is_code and old.size != new.size:
             return f"section {old.name}: {new.size} bytes, {old.size} before"
         if is_code and before.bytes_of(old) != after.bytes_of(new):
-            if wrong := _compare_code(before, old, after, new, marks):
-                return f"section {old.name}: {wrong}"
-            changed.add(old.index)
+            code, ours = bytes(before.bytes_of(old)), bytes(after.bytes_of(new))
+            registers = stated.get(old.index, _REGISTERS_MOST)
+            found = _compare_code(code, ours, marks, registers)
+            if isinstance(found, str):
+                return f"section {old.name}: {found}"
+            if old.index not in stated:
+                return f"section {old.name}: it states no registers"
+            hooked[old.index] = found
+        if new.info != raised_info(old.info, hooked.get(old.index)):
+            return f"section {old.name}: its header differs"
     return (
-        _compare_symbols(before, after, changed)
-        or _compare_rest(before, after, marks)
+        _compare_symbols(before, after, hooked)
+        or _compare_rest(before, after, hooked)
         or _compare_segments(before, after)
     )
 
 
-def _compare_code(
-    before: Cubin, old: Section, after: Cubin, new: Section, marks: int | None
-) -> str | None:
-    ours = bytes(after.bytes_of(new))
-    was, now = sass.words(before.bytes_of(old)), sass.words(ours[: old.size])
+def _compare_code(code: bytes, ours: bytes, marks: int | None, registers: int) -> Hooked | str:
+    """The hooks of a kernel that stated so many registers, or what is wrong with them."""
+    size = len(code)
+    was, now = sass.words(code), sass.words(ours[:size])
     differing = np.flatnonzero((was != now).any(axis=1)).tolist()
-    marked = None if marks is None else compare_marks(before, old, after, new, marks)
+    marked = (
+        None if marks is None else compare_marks(code, ours, page_shift=marks, registers=registers)
+    )
     if isinstance(marked, str):
         return marked
+    needed, exit_at = marked.registers if marked else 0, None
     explained = marked.places if marked else frozenset()
     has_entry = bool(differing) and differing[0] == 0
     exits = [place for place in differing if place and place not in explained]
-    first = bytes(before.bytes_of(old)[:_STEP])
-    at, low, high = old.size, entry_hook(), exit_hook()
+    first = code[:_STEP]
+    at, low, high = size, entry_hook(), exit_hook()
     at += -at % sass.BOUNDARY_BYTES
-    if ours[old.size : at] != sass.NO_OPERATION * ((at - old.size) // _STEP):
+    if ours[size:at] != sass.NO_OPERATION * ((at - size) // _STEP):
         return "something else lies behind its code"
     if has_entry:
         if ours[:_STEP] != sass.branch(0, at):
@@ -107,6 +125,7 @@ def _compare_code(
         wanted = low.code + sass.waiting(first) + sass.branch(at + len(low.code) + _STEP, _STEP)
         if _blank(ours[at : at + len(wanted)], low) != wanted:
             return "the entry hook differs"
+        needed = max(needed, low.registers)
         at += len(wanted)
     if exits:
         wanted = sass.waiting(high.code[:_STEP]) + high.code[_STEP:]
@@ -117,6 +136,7 @@ def _compare_code(
                 return wrong
         if len(exits) != int((sass.opcodes(was) == sass.EXIT).sum()):
             return "an EXIT is left that does not lead to the hook"
+        needed, exit_at = max(needed, high.registers), at + high.exits[0]
         at += len(wanted)
     if marked:
         if marked.begin != at:
@@ -124,7 +144,9 @@ def _compare_code(
         at = marked.end
     end = sass.branch(at, at)
     end += sass.NO_OPERATION * (-(at + len(end)) % sass.BOUNDARY_BYTES // _STEP)
-    return None if ours[at:] == end else "something else lies behind the hooks"
+    if ours[at:] != end:
+        return "something else lies behind the hooks"
+    return Hooked(needed, exit_at)
 
 
 def _compare_exit(was: list[int], now: list[int], place: int, target: int) -> str | None:
@@ -143,14 +165,14 @@ def _blank(code: bytes, hook: HookCode) -> bytes:
     return bytes(blank)
 
 
-def _compare_symbols(before: Cubin, after: Cubin, changed: set[int]) -> str | None:
+def _compare_symbols(before: Cubin, after: Cubin, hooked: Mapping[int, Hooked]) -> str | None:
     for old, new in zip(before.sections, after.sections, strict=True):
         if old.kind != SECTION_SYMBOLS:
             continue
         was = np.frombuffer(before.bytes_of(old), "<u8").reshape(-1, _SYMBOL_BYTES // 8).copy()
         now = np.frombuffer(after.bytes_of(new), "<u8").reshape(-1, _SYMBOL_BYTES // 8)
         for symbol in before.symbols:
-            if symbol.is_kernel and symbol.section in changed:
+            if symbol.is_kernel and symbol.section in hooked:
                 size = after.sections[symbol.section].size
                 was[symbol.index, _SYMBOL_SIZE_WORD] = size
         if not np.array_equal(was, now):
@@ -158,65 +180,61 @@ def _compare_symbols(before: Cubin, after: Cubin, changed: set[int]) -> str | No
     return None
 
 
-def _compare_rest(before: Cubin, after: Cubin, marks: int | None) -> str | None:
+def _compare_rest(before: Cubin, after: Cubin, hooked: Mapping[int, Hooked]) -> str | None:
     """Sections that hold no kernel and no symbol."""
     kernels = {symbol.section for symbol in before.symbols if symbol.is_kernel}
+    exits = moved_exits(before, hooked)
     for old, new in zip(before.sections, after.sections, strict=True):
         if old.kind in (SECTION_NULL, SECTION_SYMBOLS) or old.index in kernels:
             continue
-        was, now = before.bytes_of(old), after.bytes_of(new)
-        if was != now and not (
-            old.name.startswith(INFO) and _is_same_info(before, old, after, new, marks)
-        ):
+        if expected_statements(before, old, hooked, exits) != after.bytes_of(new):
             return f"section {old.name} differs"
     return None
 
 
-def _is_same_info(
-    before: Cubin, old: Section, after: Cubin, new: Section, marks: int | None
-) -> bool:
-    """Whether only registers were raised and exit offsets were moved."""
-    expected = bytearray(before.bytes_of(old))
-    for attribute in read_attributes(before, old):
-        at = attribute.offset - old.offset
-        value = bytes(after.bytes_of(new)[at : at + attribute.size])
-        if attribute.code == ATTRIBUTE_REGISTERS and attribute.size == 8:
-            was, now = struct.unpack_from("<I", expected, at + 4)[0], value[4:]
-            if was <= int.from_bytes(now, "little") <= _registers_most(was, marks):
-                expected[at + 4 : at + 8] = now
-        elif attribute.code == ATTRIBUTE_EXIT_OFFSETS:
-            expected[at : at + attribute.size] = value
-    return bytes(after.bytes_of(new)) == expected
-
-
 def _compare_segments(before: Cubin, after: Cubin) -> str | None:
     """Each segment covers the same sections, and no byte more than it did beside them."""
+    order = sorted(
+        (section for section in before.sections if section.end > section.offset),
+        key=lambda section: section.offset,
+    )
+    moved = [after.sections[section.index] for section in order]
+    if any(low.offset > high.offset for low, high in itertools.pairwise(moved)):
+        return "sections have another order"
+    begins, ends = [found.offset for found in order], [found.end for found in order]
+    grown = [_rounded(new.size - old.size) for old, new in zip(order, moved, strict=True)]
+    sums = [0, *itertools.accumulate(grown)]
     for old, new in zip(before.segments, after.segments, strict=True):
-        added = 0
-        for was, now in zip(before.sections, after.sections, strict=True):
-            inside = was.end > was.offset and old.offset <= was.offset
-            inside = inside and was.end <= old.offset + old.file_bytes
-            if inside and not new.offset <= now.offset <= now.end <= new.offset + new.file_bytes:
-                return f"section {was.name} left its segment"
-            added += (now.end - was.end - (now.offset - was.offset)) if inside else 0
-        rounded = added + -added % sass.BOUNDARY_BYTES
+        if not _is_same_header(before, old, after, new, _SEGMENT_FIXED):
+            return "a segment's header differs"
+        # No two sections overlap, so those within a segment are neighbours.
+        first = bisect.bisect_left(begins, old.offset)
+        last = bisect.bisect_right(ends, old.offset + old.file_bytes)
+        added = sums[last] - sums[first] if first < last else 0
+        if first < last and not (
+            new.offset <= moved[first].offset and moved[last - 1].end <= new.offset + new.file_bytes
+        ):
+            return f"section {order[first].name} or one behind it left its segment"
         if new.memory_bytes - new.file_bytes != old.memory_bytes - old.file_bytes or not (
-            0 <= new.file_bytes - old.file_bytes <= rounded
+            0 <= new.file_bytes - old.file_bytes <= added
         ):
             return f"a segment has {new.file_bytes} bytes, {old.file_bytes} before"
     return None
 
 
-def _registers_most(was: int, marks: int | None) -> int:
-    """That a kernel may state."""
-    return max(was, REGISTERS_MAX, 0 if marks is None else registers_with_marks(was))
+def _is_same_header(
+    before: Cubin,
+    old: Section | Segment,
+    after: Cubin,
+    new: Section | Segment,
+    parts: tuple[tuple[int, int], ...],
+) -> bool:
+    was, now = old.header_offset, new.header_offset
+    return all(
+        before.data[was + begin : was + end] == after.data[now + begin : now + end]
+        for begin, end in parts
+    )
 
 
-def _is_raised(was: int, now: int, marks: int | None) -> bool:
-    """Registers in the high byte of a function's sh_info."""
-    low = (1 << _REGISTERS_SHIFT) - 1
-    most = REGISTERS_MAX
-    if marks is not None:
-        most = _registers_most(was >> _REGISTERS_SHIFT, marks)
-    raised = was >> _REGISTERS_SHIFT <= now >> _REGISTERS_SHIFT <= most
-    return was & low == now & low and bool(was >> _REGISTERS_SHIFT) and raised
+def _rounded(size: int) -> int:
+    return size + -size % sass.BOUNDARY_BYTES

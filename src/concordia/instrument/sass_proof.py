@@ -4,7 +4,8 @@ Owns: a comparison of a kernel's code before and after. Promises: what it passes
 all lanes instead of every store to global memory and of nothing else; behind each branch is that
 store under its guard, with the golden pieces around it on registers that the kernel did not have,
 and the way back; what comes before a store differs in operands that are kept, or not at all. Called
-by proof, which compares everything else. It repairs nothing.
+by proof, which compares everything else: also whether the kernel states the registers that are told
+here. It repairs nothing.
 """
 
 from __future__ import annotations
@@ -16,13 +17,6 @@ from typing import Final
 import numpy as np
 
 from concordia.instrument import sass
-from concordia.instrument.elf import (
-    ATTRIBUTE_REGISTERS,
-    INFO,
-    Cubin,
-    Section,
-    read_attributes,
-)
 from concordia.instrument.sass_mark_code import ALIGNMENT, mark_code
 from concordia.instrument.sass_stores import StoreSite, find_stores
 from concordia.instrument.sass_trampoline import leading, mark_registers, trampoline
@@ -33,46 +27,43 @@ _MOVES: Final = 3  # of a trampoline, before the sum: the last one says where th
 
 @dataclass(frozen=True, slots=True)
 class Marked:
-    """The instructions that marks explain, by index, and the bytes where the trampolines lie."""
+    """The instructions that marks explain, by index, the bytes where the trampolines lie, and the
+    registers that a thread needs for them.
+    """
 
     places: frozenset[int]
     begin: int
     end: int
-
-
-def registers_with_marks(registers: int) -> int:
-    """The most that a kernel of so many may state when it has marks."""
-    return registers + -registers % ALIGNMENT + mark_registers()
+    registers: int
 
 
 def compare_marks(
-    before: Cubin, old: Section, after: Cubin, new: Section, page_shift: int
+    code: bytes, ours: bytes, *, page_shift: int, registers: int
 ) -> Marked | str | None:
-    """What is explained; None when no store of the kernel was changed; what is wrong."""
-    code, ours = bytes(before.bytes_of(old)), bytes(after.bytes_of(new))
-    was, now = sass.words(code), sass.words(ours[: old.size])
+    """What is explained in a kernel of this code that stated so many registers; None when no store
+    of it was changed; what is wrong.
+    """
+    was, now = sass.words(code), sass.words(ours[: len(code)])
     changed = (was != now).any(axis=1)
     stores = find_stores(was, sass.opcodes(was))
     if isinstance(stores, str) or not any(changed[site.at // _STEP] for site in stores.sites):
         return None
     sites = stores.sites
     begin = _target(ours, sites[0].at)
-    at, places = begin, set()
-    registers = _registers(before, old)
-    if not old.size <= begin < len(ours):
+    at, places, needed = begin, set(), 0
+    if not len(code) <= begin < len(ours):
         return f"the store at {sites[0].at} leads to {begin}"
     for site in sites:
         body = _compare_site(site, ours, at, page_shift, registers)
         if isinstance(body, str):
             return f"store at {site.at}: {body}"
-        if _registers(after, new) < body.registers:
-            return f"store at {site.at}: a mark in registers that are not stated"
         at += body.size
+        needed = max(needed, body.registers)
         index = site.at // _STEP
         places.add(index)
         if index and _is_forgetting(was[index - 1].tolist(), now[index - 1].tolist()):
             places.add(index - 1)
-    return Marked(frozenset(places), begin, at)
+    return Marked(frozenset(places), begin, at, needed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +97,7 @@ def _compare_site(
     end = at + len(wanted)
     if ours[end : end + _STEP] != sass.branch(end, site.at + _STEP):
         return "no way back"
-    return _Body(len(wanted) + _STEP, registers_with_marks(base))
+    return _Body(len(wanted) + _STEP, base + mark_registers())
 
 
 def _target(code: bytes, at: int) -> int:
@@ -117,17 +108,3 @@ def _target(code: bytes, at: int) -> int:
 
 def _is_forgetting(was: list[int], now: list[int]) -> bool:
     return was != now and now == [was[0], was[1] & ~sass.KEPT_MASK]
-
-
-def _registers(cubin: Cubin, section: Section) -> int:
-    """That the kernel of this section states; as many as there are when it does not."""
-    kernels = {s.index for s in cubin.symbols if s.is_kernel and s.section == section.index}
-    for info in cubin.sections:
-        if info.name != INFO:
-            continue
-        for attribute in read_attributes(cubin, info):
-            if attribute.code == ATTRIBUTE_REGISTERS and attribute.size == 8:
-                symbol, count = struct.unpack_from("<II", cubin.data, attribute.offset)
-                if symbol in kernels:
-                    return int(count)
-    return 255
