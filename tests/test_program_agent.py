@@ -203,6 +203,16 @@ def test_resume_is_refused_when_the_program_or_its_log_is_another(ground: Protec
         Protection.open(policy)
 
 
+def test_resume_is_refused_when_an_asynchronous_read_of_the_first_points_is_another(ground: ProtectedGround, policy: Policy) -> None:
+    second = replace(policy, warm_points=2)  # the first step reads before its second point, and asynchronously
+    killed = Life(ground, second, "train", LONG)
+    killed.kill_after(20)
+    other = Life(ground, second, "train", "200", PROGRAM_FILL="other")
+    assert other.end() == 70
+    assert other.lines == []
+    assert "cannot resume: the program computes other bytes than it once did" in other.errors
+
+
 def test_program_goes_on_when_its_agent_is_killed(ground: ProtectedGround, policy: Policy) -> None:
     life = Life(ground, policy, "train", "300")
     assert life.process.stdout is not None

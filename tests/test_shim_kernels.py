@@ -44,3 +44,10 @@ def test_all_pages_are_marked_when_a_large_parameter_may_hide_where_a_kernel_wri
     answers, errors = life(ground, tmp_path / "protect", "tensor", trusted)
     assert len(answers.posts) == 3
     assert (answers.board.word("missed_pages"), errors) == (0, "")
+
+
+def test_protection_ends_when_a_graph_calls_the_host(ground: ProtectedGround, tmp_path: Path) -> None:
+    answers, errors = life(ground, tmp_path / "protect", "host")
+    assert errors.startswith("concordia: unprotected from here on: a graph calls the host")
+    assert errors.count("\n") == 1
+    assert answers.board.word("lost") == 1

@@ -338,6 +338,7 @@ static R launch(struct function *function, void *stream, void **parameters, void
 API R cuLaunchKernel(struct function *function, unsigned a, unsigned b, unsigned c, unsigned d, unsigned e, unsigned f, unsigned g, void *stream, void **parameters, void **extra) { (void)a; (void)b; (void)c; (void)d; (void)e; (void)f; (void)g; return launch(function, stream, parameters, extra); }
 API R cuLaunchKernel_ptsz(struct function *function, unsigned a, unsigned b, unsigned c, unsigned d, unsigned e, unsigned f, unsigned g, void *stream, void **parameters, void **extra) { (void)a; (void)b; (void)c; (void)d; (void)e; (void)f; (void)g; return launch(function, mine(stream), parameters, extra); }
 
+API R cuLaunchHostFunc(void *stream, void (*call)(void *), void *context) { (void)call; (void)context; return put(stream, (struct op){.kind = NODE_FREE}, 3); }  // in a graph: not called
 API R cuStreamBeginCapture_v2(void *stream, int mode) { (void)mode; of(stream)->capture = calloc(1, sizeof(struct graph)); return OK; }
 API R cuStreamEndCapture(void *stream, struct graph **graph) { *graph = of(stream)->capture; of(stream)->capture = NULL; return (*graph)->is_broken ? 901 : OK; }
 API R cuGraphInstantiateWithFlags(struct graph **executable, struct graph *graph, unsigned long long flags) { (void)flags; *executable = calloc(1, sizeof **executable); **executable = *graph; return OK; }

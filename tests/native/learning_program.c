@@ -2,6 +2,7 @@
 //
 //   reload   a module that marks what it stores is unloaded, and one that does not gets its handles
 //   tensor   a kernel is given where it writes inside a large parameter
+//   host     a graph calls a function of the program
 // Between two points it waits until what was fired is answered, so that each is one checkpoint.
 #include <fcntl.h>
 #include <sched.h>
@@ -26,6 +27,8 @@ R cuMemAlloc_v2(P *, size_t), cuStreamCreate(H *, unsigned), cuLaunchKernel(H, u
   } while (0)
 enum { PAGE = 1 << 16, REGION = 1 << 21, SETTLE_S = 20 };
 
+R cuStreamBeginCapture_v2(H, int), cuStreamEndCapture(H, H *), cuGraphInstantiateWithFlags(H *, H, unsigned long long), cuGraphLaunch(H, H), cuLaunchHostFunc(H, void (*)(void *), void *);
+
 static H module, fill, update, tensor, stream;
 static P first, second, outside;
 
@@ -39,6 +42,7 @@ static void launch(H function, P a, P b, P c) {
   void *parameters[] = {&a, &b, &c};
   DO(cuLaunchKernel(function, 4, 1, 1, 32, 1, 1, 0, stream, parameters, NULL));
 }
+static void nothing(void *unused) { (void)unused; }
 static void point(void) {  // words of the board: posted, taken at 16, 24; fired at 104
   static const volatile uint64_t *board;
   char path[4096];
@@ -82,7 +86,17 @@ int main(int count, char **words) {
     void *parameters[] = {map, &y};
     DO(cuLaunchKernel(tensor, 1, 1, 1, 1, 1, 1, 0, stream, parameters, NULL));
   }
-  point();
+  if (!strcmp(words[1], "host")) {
+    H graph, executable;
+    DO(cuStreamBeginCapture_v2(stream, 0));
+    launch(fill, first, 100, 5);
+    DO(cuLaunchHostFunc(stream, nothing, NULL));
+    DO(cuStreamEndCapture(stream, &graph));
+    DO(cuGraphInstantiateWithFlags(&executable, graph, 0));
+    DO(cuGraphLaunch(executable, stream));
+  } else {
+    point();
+  }
   printf("done\n");
   return 0;
 }

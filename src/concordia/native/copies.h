@@ -1,5 +1,9 @@
-// Copies as the driver's interface describes them, and what their hooks have in common. Included by
-// copies.c, copies_pitched.c, fills.c and graphs.c.
+// Copies as the driver's interface describes them, and what their hooks have in common.
+//
+// Owns: the structures of copies, and the order of what a hook does around the driver's call.
+// Promises: what is written is marked after the call; what is read is logged after it, or, in a
+// program that is brought forward, answered from the log once what came before it is done. Included
+// by copies.c, copies_pitched.c, fills.c and graphs.c. It holds nothing.
 #pragma once
 #include "protect.h"
 
@@ -65,10 +69,20 @@ static inline uint64_t written_3d(const CUDA_MEMCPY3D *copy, uint64_t *bytes) {
     return result;                                                                   \
   } while (0)
 
-// A copy to the host that is over when it returns.
+// A read of a program that is brought forward: after `before`, which sees to it that what the
+// program gave before is done (it may still read the target), it is answered, unless another thread
+// has come to the end of the log meanwhile.
+#define ANSWERED(before, answer)                                                     \
+  do {                                                                               \
+    if (!IS_FORWARD()) break;                                                        \
+    CUresult early = before;                                                         \
+    if (early != CUDA_SUCCESS || (answer)) return early;                             \
+  } while (0)
+
+// A copy to the host that is over when it returns. The driver knows best what comes before it.
 #define READ(target, bytes, call)                                                    \
   do {                                                                               \
-    if (IS_FORWARD() && reads_answer(target, bytes)) return CUDA_SUCCESS;            \
+    ANSWERED(call, reads_answer(target, bytes));                                     \
     CUresult result = call;                                                          \
     if (IS_PROTECTED() && result == CUDA_SUCCESS) reads_took(target, bytes);         \
     return result;                                                                   \
@@ -78,9 +92,10 @@ static inline uint64_t written_3d(const CUDA_MEMCPY3D *copy, uint64_t *bytes) {
 #define READ_LATER(target, source, bytes, stream, per_thread, call)                  \
   do {                                                                               \
     int is_ours = IS_PROTECTED() && !is_capturing(stream, per_thread);               \
-    if (is_ours && IS_FORWARD() && reads_answer(target, bytes)) return CUDA_SUCCESS; \
+    if (is_ours) ANSWERED(reads_settled(stream, per_thread), reads_answer(target, bytes)); \
     CUresult result = call;                                                          \
-    if (is_ours && result == CUDA_SUCCESS) reads_async(source, bytes, stream, per_thread); \
+    if (is_ours && result == CUDA_SUCCESS)                                           \
+      reads_async(target, source, bytes, stream, per_thread);                        \
     return result;                                                                   \
   } while (0)
 

@@ -34,7 +34,7 @@ static void wrote_2d(const CUDA_MEMCPY2D *copy, CUstream stream, int is_per_thre
 CUresult cuMemcpy2D_v2(const void *given) {
   const CUDA_MEMCPY2D *copy = given;
   int reads = is_read_2d(copy);
-  if (reads && IS_FORWARD() && answered_2d(copy)) return CUDA_SUCCESS;
+  if (reads) ANSWERED(REAL(cuMemcpy2D_v2, copy), answered_2d(copy));
   ENTERS(none, 0);
   CUresult result = REAL(cuMemcpy2D_v2, copy);
   if (!IS_PROTECTED() || result != CUDA_SUCCESS) return result;
@@ -47,7 +47,7 @@ CUresult cuMemcpy2D_v2(const void *given) {
 CUresult cuMemcpy2D_v2_ptds(const void *given) {
   const CUDA_MEMCPY2D *copy = given;
   int reads = is_read_2d(copy);
-  if (reads && IS_FORWARD() && answered_2d(copy)) return CUDA_SUCCESS;
+  if (reads) ANSWERED(REAL(cuMemcpy2D_v2_ptds, copy), answered_2d(copy));
   ENTERS(none, 1);
   CUresult result = REAL(cuMemcpy2D_v2_ptds, copy);
   if (!IS_PROTECTED() || result != CUDA_SUCCESS) return result;
@@ -60,7 +60,7 @@ CUresult cuMemcpy2D_v2_ptds(const void *given) {
 CUresult cuMemcpy2DUnaligned_v2(const void *given) {
   const CUDA_MEMCPY2D *copy = given;
   int reads = is_read_2d(copy);
-  if (reads && IS_FORWARD() && answered_2d(copy)) return CUDA_SUCCESS;
+  if (reads) ANSWERED(REAL(cuMemcpy2DUnaligned_v2, copy), answered_2d(copy));
   ENTERS(none, 0);
   CUresult result = REAL(cuMemcpy2DUnaligned_v2, copy);
   if (!IS_PROTECTED() || result != CUDA_SUCCESS) return result;
@@ -73,7 +73,7 @@ CUresult cuMemcpy2DUnaligned_v2(const void *given) {
 CUresult cuMemcpy2DUnaligned_v2_ptds(const void *given) {
   const CUDA_MEMCPY2D *copy = given;
   int reads = is_read_2d(copy);
-  if (reads && IS_FORWARD() && answered_2d(copy)) return CUDA_SUCCESS;
+  if (reads) ANSWERED(REAL(cuMemcpy2DUnaligned_v2_ptds, copy), answered_2d(copy));
   ENTERS(none, 1);
   CUresult result = REAL(cuMemcpy2DUnaligned_v2_ptds, copy);
   if (!IS_PROTECTED() || result != CUDA_SUCCESS) return result;
@@ -86,14 +86,14 @@ CUresult cuMemcpy2DUnaligned_v2_ptds(const void *given) {
 CUresult cuMemcpy2DAsync_v2(const void *given, CUstream stream) {
   const CUDA_MEMCPY2D *copy = given;
   int reads = is_read_2d(copy) && !is_capturing(stream, 0);
-  if (reads && IS_FORWARD() && answered_2d(copy)) return CUDA_SUCCESS;
+  if (reads) ANSWERED(reads_settled(stream, 0), answered_2d(copy));
   ENTERS(stream, 0);
   CUresult result = REAL(cuMemcpy2DAsync_v2, copy, stream);
   if (!IS_PROTECTED() || result != CUDA_SUCCESS) return result;
   if (reads && copy->source.type == MEMORY_ARRAY) UNSEEN("a copy of an array");
   for (size_t row = 0; reads && row < copy->height; row++)
-    reads_async(copy->source.device + (copy->source.y + row) * copy->source.pitch + copy->source.x,
-                copy->width, stream, 0);
+    reads_async(row_of(copy, row), copy->source.device +
+                (copy->source.y + row) * copy->source.pitch + copy->source.x, copy->width, stream, 0);
   if (!reads) wrote_2d(copy, stream, 0);
   return result;
 }
@@ -101,14 +101,14 @@ CUresult cuMemcpy2DAsync_v2(const void *given, CUstream stream) {
 CUresult cuMemcpy2DAsync_v2_ptsz(const void *given, CUstream stream) {
   const CUDA_MEMCPY2D *copy = given;
   int reads = is_read_2d(copy) && !is_capturing(stream, 1);
-  if (reads && IS_FORWARD() && answered_2d(copy)) return CUDA_SUCCESS;
+  if (reads) ANSWERED(reads_settled(stream, 1), answered_2d(copy));
   ENTERS(stream, 1);
   CUresult result = REAL(cuMemcpy2DAsync_v2_ptsz, copy, stream);
   if (!IS_PROTECTED() || result != CUDA_SUCCESS) return result;
   if (reads && copy->source.type == MEMORY_ARRAY) UNSEEN("a copy of an array");
   for (size_t row = 0; reads && row < copy->height; row++)
-    reads_async(copy->source.device + (copy->source.y + row) * copy->source.pitch + copy->source.x,
-                copy->width, stream, 1);
+    reads_async(row_of(copy, row), copy->source.device +
+                (copy->source.y + row) * copy->source.pitch + copy->source.x, copy->width, stream, 1);
   if (!reads) wrote_2d(copy, stream, 1);
   return result;
 }
@@ -176,7 +176,8 @@ CUresult cuMemcpy3DPeerAsync_ptsz(const void *given, CUstream stream) {
 static void wrote_batch(const CUdeviceptr *targets, const CUdeviceptr *sources, const size_t *bytes,
                         size_t count, CUstream stream, int is_per_thread) {
   for (size_t i = 0; i < count; i++) {
-    if (is_read(targets[i], sources[i])) reads_async(sources[i], bytes[i], stream, is_per_thread);
+    if (is_read(targets[i], sources[i]))
+      reads_async((void *)(uintptr_t)targets[i], sources[i], bytes[i], stream, is_per_thread);
     else marks_wrote(targets[i], bytes[i], stream, is_per_thread);
   }
 }
@@ -198,9 +199,9 @@ static int answered_batch(const CUdeviceptr *targets, const CUdeviceptr *sources
 #define BATCH(per_thread, call)                                                                 \
   do {                                                                                          \
     int is_ours = IS_PROTECTED() && !is_capturing(stream, per_thread);                          \
-    if (is_ours && IS_FORWARD() &&                                                              \
-        answered_batch(targets, sources, bytes, count, stream, per_thread))                     \
-      return CUDA_SUCCESS;                                                                      \
+    if (is_ours)                                                                                \
+      ANSWERED(reads_settled(stream, per_thread),                                               \
+               answered_batch(targets, sources, bytes, count, stream, per_thread));             \
     ENTERS(stream, per_thread);                                                                 \
     CUresult result = call;                                                                     \
     if (is_ours && result == CUDA_SUCCESS)                                                      \

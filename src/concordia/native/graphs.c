@@ -30,7 +30,7 @@ struct note {
   struct note *next;
   void *graph;
   uint64_t hash;
-  int is_all, reads_host, count;
+  int is_all, reads_host, calls_host, count;
   int has_marking;  // kernels that mark their stores, inside the window
   struct {
     uint64_t address, bytes;
@@ -134,6 +134,7 @@ static void note_graph(struct note *note, void *graph, int depth) {
     else if (type == NODE_GRAPH &&
              REAL(cuGraphChildGraphNodeGetGraph, nodes[i], &child) == CUDA_SUCCESS)
       note_graph(note, child, depth + 1);
+    else if (type == NODE_HOST) note->calls_host = 1;
     else if (type < NODE_HOST || type > NODE_RECORD || type == NODE_GRAPH) note->is_all = 1;
   }
   free(nodes);
@@ -178,6 +179,8 @@ int graph_marks(void *graph, uint64_t *hash) {
   while (note && note->graph != graph) note = note->next;
   if (!note) return 0;
   *hash = note->hash;
+  if (note->calls_host)
+    protect_lose("a graph calls the host: a resumed program, whose graphs are left out, would not");
   if (note->reads_host) protect_lose("a graph copies to the host: what it reads is not logged");
   for (int i = 0; i < note->count; i++) marks_range(note->reached[i].address,
                                                     note->reached[i].bytes);

@@ -179,11 +179,13 @@ void streams_after(const int *is_inside);                 // leaves, if it did
 enum { ENTRY_READ = 1, ENTRY_POINT = 2 };
 int reads_open(void);      // with forward_open() before
 int reads_register(void);  // for the device
-int reads_answer(void *target, uint64_t bytes);  // FORWARD only: whether it was answered
+int reads_answer(void *target, uint64_t bytes);  // whether it was: no longer behind FORWARD
+CUresult reads_settled(CUstream stream, int is_per_thread);  // its work is done, else all ends
 void reads_took(const void *target, uint64_t bytes);
 int reads_point(uint64_t ordinal, uint64_t digest, uint64_t *end);  // with the lock
 int reads_are_done(uint64_t end);
-void reads_async(CUdeviceptr source, uint64_t bytes, CUstream stream, int is_per_thread);
+void reads_async(void *target, CUdeviceptr source, uint64_t bytes, CUstream stream,
+                 int is_per_thread);
 
 // --- points.c
 void points_launched(const struct launch *launch, const struct kernel *kernel, uint64_t graph_hash);

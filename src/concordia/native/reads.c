@@ -12,11 +12,14 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "protect.h"
 
 enum { HEADER_BYTES = 4096, VERSION = 1 };
+#define WAIT_WORK_NS 60000000000ull  // kernels are left out, or few: copies alone take no minute
+#define LOOK_NS 20000
 #define MAGIC 0x5344414552434e43ull  // "CNCREADS"
 
 struct entry {
@@ -87,12 +90,38 @@ static struct entry *read_entry(uint64_t bytes, int *mode) {
 }
 
 int reads_answer(void *target, uint64_t bytes) {
-  int mode;
-  struct entry *entry = read_entry(bytes, &mode);
+  if (!board_claim()) return 0;
+  protect_lock();
+  // Under the lock: another thread may have restored the regions since it was looked at, and then
+  // this read is a real one.
+  int is_forward = IS_FORWARD();
+  struct entry *entry = is_forward ? next(ENTRY_READ, bytes) : NULL;
+  protect_unlock();
+  if (is_forward && !entry)
+    protect_lose("the program reads %lu bytes where it once read something else", bytes);
   if (!entry) return 0;
   memcpy(target, entry + 1, bytes);
   atomic_fetch_add(&board->answered, 1);
   return 1;
+}
+
+CUresult reads_settled(CUstream stream, int is_per_thread) {
+  const struct timespec pause = {0, LOOK_NS};
+  int mode = CU_STREAM_CAPTURE_MODE_RELAXED;  // another stream may be capturing
+  uint64_t end = now_ns() + WAIT_WORK_NS;
+  CUresult result, exchanged = REAL(cuThreadExchangeStreamCaptureMode, &mode);
+  while ((result = STREAM_CALL(is_per_thread, cuStreamQuery, stream)) == CUDA_ERROR_NOT_READY &&
+         now_ns() < end)
+    nanosleep(&pause, NULL);
+  if (exchanged == CUDA_SUCCESS) REAL(cuThreadExchangeStreamCaptureMode, &mode);
+  if (result != CUDA_SUCCESS)
+    protect_lose("the work before a read is not done in time, or not well: error %d", result);
+  return result;
+}
+
+static void compare(const struct entry *entry, const void *target) {
+  if (memcmp(entry + 1, target, entry->bytes) != 0)
+    protect_lose("the program computes other bytes than it once did: it cannot be repeated");
 }
 
 void reads_took(const void *target, uint64_t bytes) {
@@ -101,9 +130,10 @@ void reads_took(const void *target, uint64_t bytes) {
   if (!entry) return;
   if (mode == PROTECT_RECORD) {
     memcpy(entry + 1, target, bytes);
+    // pairs with the acquire in reads_are_done: the bytes are there
     atomic_store_explicit(&entry->done, 1, memory_order_release);
-  } else if (memcmp(entry + 1, target, bytes) != 0) {
-    protect_lose("the program computes other bytes than it once did: it cannot be repeated");
+  } else {
+    compare(entry, target);
   }
 }
 
@@ -117,10 +147,16 @@ int reads_register(void) {
   return result == CUDA_SUCCESS;
 }
 
-void reads_async(CUdeviceptr source, uint64_t bytes, CUstream stream, int is_per_thread) {
+void reads_async(void *target, CUdeviceptr source, uint64_t bytes, CUstream stream,
+                 int is_per_thread) {
   int mode;
   struct entry *entry = read_entry(bytes, &mode);
-  if (!entry || mode != PROTECT_RECORD || !reads_register()) return;
+  if (!entry) return;
+  if (mode != PROTECT_RECORD) {  // what is compared must be there: it waits, a few times in a life
+    if (reads_settled(stream, is_per_thread) == CUDA_SUCCESS) compare(entry, target);
+    return;
+  }
+  if (!reads_register()) return;
   CUdeviceptr done = device + (uint64_t)((uint8_t *)&entry->done - log_ptr);
   CUresult result = STREAM_CALL(is_per_thread, cuMemcpyDtoHAsync_v2, entry + 1, source, bytes,
                                 stream);
@@ -139,6 +175,7 @@ int reads_point(uint64_t ordinal, uint64_t digest, uint64_t *end) {
     }
     entry->ordinal = ordinal;
     entry->digest = digest;
+    // pairs with the acquire in reads_are_done, as that of a read
     atomic_store_explicit(&entry->done, 1, memory_order_release);
   } else {
     entry = next(ENTRY_POINT, 0);
@@ -155,6 +192,8 @@ int reads_point(uint64_t ordinal, uint64_t digest, uint64_t *end) {
 int reads_are_done(uint64_t end) {
   while (known_done < end) {
     const struct entry *entry = (const struct entry *)(const void *)(log_ptr + known_done);
+    // pairs with the release in reads_took and reads_point, and with the word that the driver
+    // writes behind the bytes of an asynchronous read
     if (!atomic_load_explicit(&entry->done, memory_order_acquire)) return 0;
     known_done += whole(entry->bytes);
   }
