@@ -15,6 +15,7 @@ import pathlib
 import random
 import struct
 import tempfile
+from importlib import metadata
 
 import pytest
 import xxhash
@@ -22,6 +23,7 @@ import xxhash
 from concordia import config
 from concordia.errors import EnvironmentRefused, ImageRefused, UsageError
 from concordia.instrument import cache as cache_room
+from concordia.instrument import options as options_room
 from concordia.instrument.cache import ImageCache, decode, encode, image_key
 from concordia.instrument.options import Options
 from concordia.instrument.report import Hook, KernelReport, Rewritten, Slot, SlotKind, fill
@@ -306,6 +308,28 @@ def test_key_differs_when_any_option_or_byte_of_the_rewriter_does(
     before = Options().key()
     monkeypatch.setattr("concordia.instrument.options._version", lambda: "another")
     assert Options().key() != before
+
+
+@pytest.mark.parametrize("what", ["assembler", "assembler_is_missing", "config.py", "control_layout.py", "nvrtc.py", "rewrite.py"])
+def test_key_is_another_when_something_else_decides_what_comes_out(what: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = options_room._version.__wrapped__()
+    version, sources = metadata.version, options_room._sources()
+
+    def changed(name: str) -> str:
+        if name != "nvidia-nvjitlink":
+            return version(name)
+        if what == "assembler":
+            return "another"
+        raise metadata.PackageNotFoundError(name)
+
+    if what.startswith("assembler"):
+        monkeypatch.setattr(metadata, "version", changed)
+    else:
+        other = tmp_path / what
+        (source,) = (path for path in sources if path.name == what)
+        other.write_bytes(source.read_bytes() + b"#")
+        monkeypatch.setattr(options_room, "_sources", lambda: [other if path == source else path for path in sources])
+    assert options_room._version.__wrapped__() != before
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """What is hooked, and in which libraries, floor 3.
 
 Owns: `Options` and the policy for libraries that are left as they are. Promises: two rewriters with
-the same key make the same file of the same image: the key covers the options and every byte of this
-package. Called by rewrite, cache, the rewriter and whoever starts it. It looks into no image.
+the same key make the same file of the same image: the key covers the options, every byte of this
+package, and what else decides. Called by rewrite, cache, the rewriter and whoever starts it. It
+looks into no image.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,6 +38,10 @@ OPAQUE: Final = (
 )
 ARCHITECTURES: Final = range(75, 130)  # as the drivers of CUDA 13 know them
 PAGE_SHIFTS: Final = range(12, 31)  # 4 KiB, a page of the system, to 1 GiB
+# Packages that assemble what was rewritten, as check, and that unpack images
+_TOOLS: Final = (
+    *("cuda-bindings", "nvidia-nvjitlink", "nvidia-nvjitlink-cu12", "zstandard", "lz4"),
+)
 _NESTED: Final = re.compile(r"_ZN?[KVr]*(?=\d)")
 _LENGTH: Final = re.compile(r"\d+")
 _LENGTH_DIGITS: Final = 5  # of a length in a mangled name: none is longer than 64 KiB
@@ -128,10 +134,26 @@ def _names(kernel: str) -> tuple[str, str]:
 
 @functools.cache
 def _version() -> str:
-    """Every byte of this package: a rewriter that was changed finds no file of the one before."""
+    """Every byte of this package and of what else decides: limits, the layout of the control block,
+    and which assembler judges what comes out, if any. A rewriter of which one of them was changed
+    finds no file of the one before.
+    """
     digest = hashlib.sha256(__version__.encode())
-    for path in sorted(Path(__file__).parent.rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts:
-            content = path.read_bytes()
-            digest.update(f"{path.name} {len(content)} ".encode() + content)
+    for path in _sources():
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)} ".encode() + content)
+    for name in _TOOLS:
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            version = ""
+        digest.update(f"{name} {version} ".encode())
     return digest.hexdigest()
+
+
+def _sources() -> list[Path]:
+    here = Path(__file__).parent
+    others = [Path(config.__file__), here.parent / "device" / "nvrtc.py"]
+    others += sorted((here.parent / "abi").glob("*.py"))
+    package = [path for path in sorted(here.rglob("*")) if "__pycache__" not in path.parts]
+    return [path for path in [*package, *others] if path.is_file()]
