@@ -91,6 +91,28 @@ def test_slots_are_listed_beside_the_file_when_they_are_kept(ptx: pathlib.Path, 
     assert fill(out.read_bytes(), slots, CONTROL) == fill(done.image, done.slots, CONTROL)
 
 
+def test_old_list_of_slots_goes_when_a_control_block_is_given(ptx: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "out.ptx"
+    assert run(ptx, "-o", out, "--keep-slots")[0] == run(ptx, "-o", out, "--control", CONTROL)[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.ptx", "out.ptx"]
+
+
+def test_reason_says_which_marks_there_are_when_the_other_kind_was_asked_for(ptx: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    assert "marks in PTX are marks, not sass-marks" in run(ptx, "--hooks", "sass-marks")[1]
+    source = tmp_path / "in.cubin"
+    source.write_bytes(gpu_images.cubin())
+    assert "marks in machine code are sass-marks" in run(source, "--hooks", "marks")[1]
+
+
+def test_name_of_a_kernel_moves_no_cursor_when_it_is_told(tmp_path: pathlib.Path) -> None:
+    source = tmp_path / "in.cubin"
+    source.write_bytes(gpu_images.cubin().replace(b"nothing\0", b"no\x1b[2J\n\0"))
+    code, said, _ = run(source)
+    assert code == 0
+    assert "\x1b" not in said
+    assert "no\\x1b[2J" in said
+
+
 def test_nothing_is_written_when_only_a_look_is_asked_for(ptx: pathlib.Path, tmp_path: pathlib.Path) -> None:
     code, said, _ = run(ptx)
     assert code == 0
@@ -156,6 +178,9 @@ WRONG_FILES = {
     "wrapper": b"\xb1\x43\x62\x46\x01" + bytes(19),
     "short-cubin": b"\x7fELF\x02\x01\x41\x08" + bytes(20),
     "binary-ptx": b".version 8.0\n\0.target sm_90\n",
+    "ptx": gpu_images.PTX.replace("ret;", "#foo").encode(),
+    "cut-cubin": b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\0\xbe\0" + bytes(80),
+    "fatbin-of-a-cut-cubin": gpu_images.fatbin(gpu_images.entry(gpu_images.ELF, 90, b"\x7fELF\x02\x01\x01" + bytes(60))),
 }
 
 
@@ -175,6 +200,8 @@ def test_wrong_file_is_one_line_and_exit_code_2_when_given(tmp_path: pathlib.Pat
         (["/nowhere/x"], "No such file"), (["{dir}"], "no regular file"), (["/dev/zero"], "no regular file"), (["{in}", "-o", "{out}"], "--control ADDRESS"),
         (["{in}", "-o", "{out}", "--control", "0"], "--control 0"), (["{in}", "-o", "{out}", "--control", "0x7f01"], "--control 0x7f01"),
         (["{in}", "-o", "{out}", "--control", "near"], "--control near"), (["{in}", "-o", "{out}", "--control", "-8"], "--control -8"),
+        (["{in}", "-o", "{out}", "--control", "0x7f0000000010"], "--control 0x7f0000000010"), (["{in}", "-o", "{out}", "--control", hex(1 << 47)], "--control 0x8"),
+        (["{in}", "-o", "{dir}/" + "x" * 260, "--keep-slots"], "name too long"), (["{in}", "-o", "{dir}/" + "x" * 250, "--keep-slots"], "name too long"),
         (["{in}", "-o", "{out}", "--control", hex(1 << 64)], "--control 0x1"), (["{in}", "-o", "{out}", "--control", "8", "--keep-slots"], "--control ADDRESS"),
         (["{in}", "--control", "8"], "with -o"), (["{in}", "--keep-slots"], "with -o"), (["{in}", "-o", "{in}", "--keep-slots"], "to be read"),
         (["{in}", "-o", "{dir}/no/out", "--keep-slots"], "no folder"), (["{in}", "-o", "{dir}", "--keep-slots"], "no file"),

@@ -17,7 +17,8 @@ from concordia.errors import UsageError
 
 _HOOKS: Final = ("entry", "exit", "marks", "sass-marks")
 _ARCHITECTURE: Final = re.compile(r"(?:sm_?)?(\d{2,3})[af]?", re.IGNORECASE)
-_ADDRESS_ALIGNMENT: Final = 8  # its words are
+_ADDRESS_ALIGNMENT: Final = 256  # as every allocation's; marks load its words by sixteen bytes
+_ADDRESS_END: Final = 1 << 47  # of device memory
 
 
 @click.command()
@@ -88,7 +89,7 @@ def _control(text: str | None, keep_slots: bool) -> int | None:
         address = int(text, 0)
     except ValueError:
         address = 0
-    if not 0 < address < 1 << 64 or address % _ADDRESS_ALIGNMENT:
+    if not 0 < address < _ADDRESS_END or address % _ADDRESS_ALIGNMENT:
         raise UsageError(
             f"--control {text}: give the address of device memory, such as 0x7f0000000000"
         )

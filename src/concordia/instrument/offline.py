@@ -23,7 +23,7 @@ from concordia.instrument.image import Image, ImageKind, read_image
 from concordia.instrument.library_file import FoundImage, images_in
 from concordia.instrument.options import Options
 from concordia.instrument.report import Hook, KernelReport, Rewritten, fill
-from concordia.instrument.rewrite import rewrite_of_library
+from concordia.instrument.rewrite import check_readable, rewrite_of_library
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +106,8 @@ def instrument(
     if chosen is not None:
         library = str(file) if is_library else ""
         done = rewrite_of_library(images[chosen].image.data, options, library)
+        if any(not kernel.name for kernel in done.kernels):
+            check_readable(images[chosen].image, options)
     if target is not None:
         assert done is not None
         _write(target, done)
@@ -146,12 +148,20 @@ def _choose(
 
 def _check_target(file: Path, target: Target) -> None:
     for path in (target.path, slots_path(target)):
-        if not path.parent.is_dir():
-            raise UsageError(f"{path}: there is no folder {path.parent}")
-        if path.exists() and not path.is_file():
-            raise UsageError(f"{path} is there and no file")
-        if path.exists() and file.exists() and path.samefile(file):
-            raise UsageError(f"{path} is the file to be read: name another for -o")
+        try:
+            _check_place(file, path)
+        except OSError as error:
+            raise UsageError(f"{path}: {error.strerror}") from None
+
+
+def _check_place(file: Path, path: Path) -> None:
+    """Raises UsageError, or OSError for a name that a system does not take."""
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {path.parent}")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is there and no file")
+    if path.exists() and file.exists() and path.samefile(file):
+        raise UsageError(f"{path} is the file to be read: name another for -o")
 
 
 def _write(target: Target, done: Rewritten) -> None:
@@ -168,6 +178,8 @@ def _write(target: Target, done: Rewritten) -> None:
             begun.append(_begin(path, content))
         for (path, _), temporary in zip(files, begun, strict=True):
             temporary.rename(path)
+        if len(files) == 1:  # those of an image that was there before
+            slots_path(target).unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"{target.path}: {error.strerror}") from None
     finally:
@@ -203,7 +215,12 @@ def _describe(image: Image) -> str:
 def _line(kernel: KernelReport) -> str:
     hooks = " ".join(_hook_names(kernel.hooks)) or "-"
     why = f": {kernel.reason}" if kernel.reason else ""
-    return f"{hooks:<24} {kernel.registers:>4}  {kernel.name or '(all)'}{why}"
+    return _printable(f"{hooks:<24} {kernel.registers:>4}  {kernel.name or '(all)'}{why}")
+
+
+def _printable(text: str) -> str:
+    """Names come out of files: none moves a terminal's cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _hook_names(hooks: Hook) -> list[str]:

@@ -15,12 +15,14 @@ from dataclasses import replace
 from concordia.errors import ImageRefused
 from concordia.instrument.assembled import Assembled, read_assembled
 from concordia.instrument.cache import check_bounds
+from concordia.instrument.elf import read_cubin
 from concordia.instrument.fatbin import Entry, EntryKind
 from concordia.instrument.image import Image, ImageKind, read_image
 from concordia.instrument.options import Options
 from concordia.instrument.proof import first_difference
 from concordia.instrument.ptx import PtxRewritten, read_text, rewrite_ptx
 from concordia.instrument.ptx_check import is_assembled
+from concordia.instrument.ptx_tree import parse
 from concordia.instrument.report import Hook, KernelReport, Rewritten, Slot, SlotKind
 from concordia.instrument.splice import Spliced, splice_cubin
 
@@ -43,6 +45,19 @@ def rewrite_of_library(image: bytes, options: Options, library: str) -> Rewritte
     except ImageRefused as error:
         return _unchanged(image, Hook.LEFT_ALONE, str(error))
     return done
+
+
+def check_readable(image: Image, options: Options) -> None:
+    """Raises ImageRefused when a part that the driver may take is malformed."""
+    if image.kind in (ImageKind.OTHER, ImageKind.RELOCATABLE):
+        return
+    is_alone = image.kind is not ImageKind.FATBIN
+    for entry in image.entries if is_alone else driver_takes(image.entries, options.arch):
+        payload = image.payload(entry.index)
+        if entry.kind is EntryKind.PTX:
+            parse(read_text(payload))
+        else:
+            read_cubin(payload)
 
 
 def driver_takes(entries: Sequence[Entry], arch: int) -> tuple[Entry, ...]:
@@ -136,7 +151,10 @@ def _spliced(payload: bytes, options: Options, skip: Mapping[str, str]) -> Rewri
     if denied:
         done = spliced({**skip, **denied})
     if not _is_hooked(done.kernels):
-        return Rewritten(payload, (), done.kernels, is_changed=False)
+        kernels = done.kernels
+        if options.marks and not (options.entry or options.exit or options.sass_marks):
+            kernels = _because(kernels, "marks in machine code are sass-marks")
+        return Rewritten(payload, (), kernels, is_changed=False)
     wrong = first_difference(payload, done.cubin, marks)
     if wrong is not None:
         return _whole_left_alone(payload, done.kernels, f"not proven to be the original: {wrong}")
@@ -162,7 +180,10 @@ def _rewrite_text(payload: bytes, entry: Entry, options: Options) -> Rewritten:
     if denied:
         done = rewritten(denied)
     if not _is_hooked(done.kernels):
-        return Rewritten(payload, (), done.kernels, is_changed=False)
+        kernels = done.kernels
+        if options.sass_marks and not (options.entry or options.exit or options.marks):
+            kernels = _because(kernels, "marks in PTX are marks, not sass-marks")
+        return Rewritten(payload, (), kernels, is_changed=False)
     changed = done.text.encode()
     if options.assembler:  # which says itself what it does not take
         return Rewritten(changed, done.slots, done.kernels, is_changed=True)
@@ -194,6 +215,10 @@ def _denied(kernels: Sequence[KernelReport], options: Options) -> dict[str, str]
 
 def _is_hooked(kernels: Sequence[KernelReport]) -> bool:
     return any(kernel.hooks.is_hooked for kernel in kernels)
+
+
+def _because(kernels: Sequence[KernelReport], reason: str) -> tuple[KernelReport, ...]:
+    return tuple(replace(kernel, reason=reason) for kernel in kernels)
 
 
 def _merged(kernels: Sequence[KernelReport]) -> tuple[KernelReport, ...]:
