@@ -234,6 +234,8 @@ def test_children_are_seen_when_a_program_forks_and_starts_others(command: Comma
         (("run", "--", "/nonexistent/program"), {}, "there is no program /nonexistent/program"),
         (("run", "--hooks", "entry,other", "--", "true"), {}, "--hooks entry,other: give some of entry, exit, marks"),
         (("run", "--hooks", "entry", "--", "true"), {"CUDA_FORCE_PTX_JIT": "1"}, "CUDA_FORCE_PTX_JIT=1 runs code that has no hooks"),
+        (("run", "--policy", "entry.toml", "--", "true"), {"CUDA_FORCE_PTX_JIT": "1"}, "CUDA_FORCE_PTX_JIT=1 runs code that has no hooks"),
+        (("run",), {}, "name a program behind --"),
         (("run", "--policy", "/nonexistent.toml", "--", "true"), {}, "/nonexistent.toml: No such file"),
         (("run", "--", "true"), {"LD_LIBRARY_PATH": ""}, "no NVIDIA driver"),
         (("run", "--", "true"), {"CONCORDIA_RUN_DIR": "/proc/none"}, "cannot use /proc/none"),
@@ -246,7 +248,8 @@ def test_children_are_seen_when_a_program_forks_and_starts_others(command: Comma
 def test_mistake_is_one_line_and_nothing_is_left_when_it_is_made(command: Command, words: tuple[str, ...], environment: dict[str, str], says: str) -> None:
     if says == "no NVIDIA driver" and Path("/lib/x86_64-linux-gnu/libcuda.so.1").exists():
         pytest.skip("a driver lies in the loader's default folder")
-    code, out, err = command.do(*words, **environment)
+    (command.folder / "entry.toml").write_text("[images]\nentry_hooks = true\n")
+    code, out, err = command.do(*(str(command.folder / word) if word == "entry.toml" else word for word in words), **environment)
     assert (code, out) == (2, "")
     assert says in err
     assert len(err.splitlines()) == 1

@@ -10,10 +10,13 @@ import json
 import os
 import pathlib
 import sys
+from typing import Final
 
 import click
 
 from concordia.errors import UsageError
+
+_FORCE_TEXT: Final = "CUDA_FORCE_PTX_JIT"
 
 _run_dir = click.option(
     "--run-dir",
@@ -26,7 +29,6 @@ _run_dir = click.option(
 
 @click.command(
     context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
-    no_args_is_help=True,
 )
 @click.option(
     "--policy",
@@ -37,7 +39,7 @@ _run_dir = click.option(
     "--hooks",
     default="",
     metavar="LIST",
-    help="Hooks for the program's kernels, with commas: entry, exit, marks.",
+    help="Hooks for the program's kernels, with commas: entry, exit, marks, sass-marks.",
 )
 @click.option("--verbose", is_flag=True, help="Say at the end what was hooked, in one line.")
 @_run_dir
@@ -74,13 +76,16 @@ def run(
     wanted = frozenset(part.strip() for part in hooks.split(",") if part.strip())
     if not wanted <= set(HOOKS):
         raise UsageError(f"--hooks {hooks}: give some of {', '.join(HOOKS)}, with commas")
-    if wanted and os.environ.get("CUDA_FORCE_PTX_JIT") == "1":
+    read = None if policy is None else read_policy(policy)
+    is_hooking = bool(wanted) or (read is not None and any(read.hooks.values()))
+    forced = os.environ.get(_FORCE_TEXT, "0")
+    if is_hooking and forced not in ("", "0"):
         # the driver would take an image's PTX, where hooks are in its machine code
-        raise UsageError("CUDA_FORCE_PTX_JIT=1 runs code that has no hooks: unset it, or --hooks")
+        raise UsageError(f"{_FORCE_TEXT}={forced} runs code that has no hooks: unset it, or hooks")
     asked = Launch(
         command=command,
         hooks=wanted,
-        policy=None if policy is None else read_policy(policy),
+        policy=read,
         run_dir=run_dir,
         is_verbose=verbose,
     )
