@@ -17,14 +17,15 @@ from figures import Figures, us
 from loops import Loops
 from peers import NOTHING, restart_us
 
-from concordia import abi
+from concordia import abi, config
 from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.device.compiler import HandlerSource
-from concordia.errors import DeviceError
+from concordia.errors import DeviceError, WaitTimeout
 from concordia.runtime.executor import Runtime
 from concordia.runtime.ring import Task
 
 APART_S: Final = 0.005  # between two swaps
+SEEN_TASKS: Final = 3  # of one version, that its answers are seen before the next one comes
 
 
 def hot_swap(bench: Bench) -> None:
@@ -71,17 +72,30 @@ def swap(checkpointer: Checkpointer, *, count: int = 11, loops: Loops | None = N
     spent = []
     try:
         for image in images[1:]:
+            _wait_for_tasks(runtime)
             time.sleep(APART_S)
             started = time.perf_counter()
             runtime.adopt("nothing", image)
             spent.append(time.perf_counter() - started)
-        time.sleep(APART_S)
+        _wait_for_tasks(runtime)
     finally:
         is_over.value = 1
         thread.join()
     if len(pauses) != count:
         raise DeviceError(f"{len(pauses)} of {count} swaps were seen by the tasks")
     return {"swap_pause_us": us(pauses), "swap_us": us(spent)}
+
+
+def _wait_for_tasks(runtime: Runtime) -> None:
+    """Until some more tasks are done: one is handed in at a time, so that the answers of those
+    before it were read.
+    """
+    wanted = runtime.stats().done + SEEN_TASKS
+    deadline = time.monotonic() + config.WAIT_TASK_S
+    while runtime.stats().done < wanted:
+        if time.monotonic() > deadline:
+            raise WaitTimeout(f"no {SEEN_TASKS} tasks were done within {config.WAIT_TASK_S} s")
+        time.sleep(0)
 
 
 def _flood(runtime: Runtime, task: Task, is_over: ctypes.c_uint64) -> list[float]:

@@ -571,12 +571,15 @@ def test_records_equal_their_hash_when_a_thread_writes_during_the_scan(shape: tu
         region = checkpointer.register_pages(memory.address, size=memory.size, page_bytes=4096)
         writer = threading.Thread(target=write)
         writer.start()
-        found = [checkpointer.wait(checkpointer.scan_pages(region)).result for _ in range(100)]
+        found = []
+        deadline = time.monotonic() + 60  # a busy machine lets the writer wait
+        while len(found) < 100 or (sum(found) <= pages and time.monotonic() < deadline):
+            found.append(checkpointer.wait(checkpointer.scan_pages(region), 60).result)
         stop.set()
         writer.join()
-        assert sum(found) > pages, "the writer changed pages between scans"
-        checkpointer.wait(checkpointer.scan_pages(region))
-        assert checkpointer.wait(checkpointer.scan_pages(region)).result == 0
+        assert sum(found) > pages, "the writer changed no page between two scans"
+        checkpointer.wait(checkpointer.scan_pages(region), 60)
+        assert checkpointer.wait(checkpointer.scan_pages(region), 60).result == 0
         latest: dict[int, bytes] = {}
         for record in stream.records():  # checks each payload against its hash
             numbers = np.frombuffer(record.payload, "<u4", int(record.header["token_end"]))
