@@ -3,7 +3,8 @@
 // Owns: device memory at addresses of its own, streams that one thread works off in an order that FAKE_SEED says, capture and graphs; no more than FAKE_BYTES of memory. Promises:
 // within a stream work is done in its order, between streams only as events say; the null stream waits for nobody (so that a missing tie shows), but an
 // event in it comes after what threads gave to streams of their own. A destroyed stream's work goes on; then its handle is another's. What goes into the
-// null stream while one that is not non-blocking is captured ends that capture. FAKE_SLOW: recording an event, registering memory take a while.
+// null stream while one that is not non-blocking is captured ends that capture. FAKE_SLOW: recording an event, registering memory take a while, and
+// "fill" and fills begin up to two milliseconds late.
 // Kernels by name, all parameters u64: "fill" (p, n, v), "axpy" (y, x, n), "scatter" (p, n, seed), "indirect" (table, n), "sum" (out, x, n), "mix"
 // (state, x, n), "tensor" (128 bytes that hide an address as a count of 512 bytes, y); others do nothing.
 #define _GNU_SOURCE
@@ -26,7 +27,7 @@ enum { COPY, FILL, WRITE, KERNEL, WAIT, NODE_FREE };
 enum { CONTEXT = 0x77 };
 
 struct event { uint64_t recorded, done; };
-struct op { int kind; uint64_t a[6]; char name[32]; void *owned; };
+struct op { int kind; uint64_t a[6]; char name[32]; void *owned; uint64_t due; };
 struct stream { struct op *ops; uint64_t head, tail, room, finished; struct graph *capture; struct event marks; int is_blocking, is_own, is_gone; };
 struct node { int type; struct op op; void *parameters[6]; };
 struct graph { struct node **nodes; size_t count; int is_broken; };
@@ -34,7 +35,7 @@ struct function { char name[32]; int parameters; };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
-static struct stream legacy, *streams[256] = {&legacy};
+static struct stream legacy, *streams[512] = {&legacy};
 static int stream_count = 1;
 static uint64_t seed, bump, live, most = UINT64_MAX;
 static struct { uint64_t address, bytes; } freed[4096];
@@ -44,7 +45,7 @@ static uint64_t next(void) { seed = seed * 6364136223846793005ull + 144269504088
 static __thread struct stream *own;
 static struct stream *added(struct stream *stream) {
   pthread_mutex_lock(&lock);
-  if (stream_count < 256) streams[stream_count++] = stream;
+  if (stream_count < 512) streams[stream_count++] = stream;
   pthread_mutex_unlock(&lock);
   return stream;
 }
@@ -53,7 +54,9 @@ static struct stream *of(void *stream) {
   return stream == (void *)2 ? own : (uintptr_t)stream <= 1 ? &legacy : stream;
 }
 static void *mine(void *stream) { return stream ? stream : (void *)2; }
-static void slow(void) { if (getenv("FAKE_SLOW")) usleep(300); }
+static int is_slow;
+static void slow(void) { if (is_slow) usleep(300); }
+static uint64_t now_ns(void) { struct timespec time; clock_gettime(CLOCK_REALTIME, &time); return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec; }
 // With the lock: whether a stream that the null stream waits for is captured; its capture ends in failure.
 static int breaks(int is_all) {
   int found = 0;
@@ -92,6 +95,7 @@ static void run(struct op *op) {
 static int is_ready(struct stream *stream) {
   if (stream->head == stream->tail) return 0;
   struct op *op = &stream->ops[stream->head % stream->room];
+  if (op->due > now_ns()) return 0;
   return op->kind != WAIT || ((struct stream *)op->a[0])->head >= op->a[1];
 }
 static void *work(void *unused) {
@@ -99,7 +103,14 @@ static void *work(void *unused) {
     pthread_mutex_lock(&lock);
     int first = (int)(next() % (uint64_t)stream_count), found = -1;
     for (int i = 0; i < stream_count && found < 0; i++) if (streams[(first + i) % stream_count] && is_ready(streams[(first + i) % stream_count])) found = (first + i) % stream_count;
-    if (found < 0) { pthread_cond_wait(&changed, &lock); pthread_mutex_unlock(&lock); continue; }
+    if (found < 0) {
+      uint64_t until = now_ns() + 200000;
+      struct timespec time = {(time_t)(until / 1000000000), (long)(until % 1000000000)};
+      if (is_slow) pthread_cond_timedwait(&changed, &lock, &time);
+      else pthread_cond_wait(&changed, &lock);
+      pthread_mutex_unlock(&lock);
+      continue;
+    }
     struct stream *stream = streams[found];
     struct op op = stream->ops[stream->head % stream->room];
     int burst = next() % 64 == 0;
@@ -117,6 +128,7 @@ static void begin(void) {
   pthread_t thread;
   const char *text = getenv("FAKE_SEED");
   seed = text ? strtoull(text, NULL, 10) : 1;
+  is_slow = getenv("FAKE_SLOW") != NULL;
   if (getenv("FAKE_BYTES")) most = strtoull(getenv("FAKE_BYTES"), NULL, 10);
   mmap((void *)ARENA, ARENA_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
   pthread_create(&thread, NULL, work, NULL);
@@ -126,6 +138,7 @@ static R put(void *handle, struct op op, int type) {
   struct stream *stream = of(handle);
   pthread_once(&once, begin);
   pthread_mutex_lock(&lock);
+  if (is_slow && (op.kind == FILL || !strcmp(op.name, "fill"))) op.due = now_ns() + next() % 2000000;
   if (stream == &legacy && breaks(0)) { pthread_mutex_unlock(&lock); return 906; }
   if (stream->capture) {
     struct graph *graph = stream->capture;
@@ -219,7 +232,7 @@ API R cuMemAllocAsync(uint64_t *address, size_t bytes, void *stream) { (void)str
 API R cuMemFreeAsync(uint64_t address, void *stream) { (void)stream; return cuMemFree_v2(address); }
 
 static R copy(uint64_t target, uint64_t source, size_t bytes, void *stream) {
-  struct op op = {COPY, {target, source, bytes, 1, 0, 0}, "", NULL};
+  struct op op = {COPY, {target, source, bytes, 1, 0, 0}, "", NULL, 0};
   if (source - ARENA >= ARENA_BYTES && target - ARENA < ARENA_BYTES && !of(stream)->capture) {  // pageable: taken at once
     op.owned = malloc(bytes + 1);
     memcpy(op.owned, (void *)source, bytes);
@@ -242,21 +255,22 @@ API R cuMemcpyBatchAsync_v2(uint64_t *targets, uint64_t *sources, size_t *bytes,
 struct end2 { size_t x, y; int type; void *host; uint64_t device; void *array; size_t pitch; };
 struct copy2 { struct end2 source, target; size_t width, height; };
 static uint64_t place2(const struct end2 *end) { return (end->type == 1 ? (uint64_t)end->host : end->device) + end->y * end->pitch + end->x; }
-API R cuMemcpy2DAsync_v2(const struct copy2 *c, void *stream) { struct op op = {COPY, {place2(&c->target), place2(&c->source), c->width, c->height, c->target.pitch, c->source.pitch}, "", NULL}; return put(stream, op, 1); }
+API R cuMemcpy2DAsync_v2(const struct copy2 *c, void *stream) { struct op op = {COPY, {place2(&c->target), place2(&c->source), c->width, c->height, c->target.pitch, c->source.pitch}, "", NULL, 0}; return put(stream, op, 1); }
 API R cuMemcpy2D_v2(const struct copy2 *c) { return now(cuMemcpy2DAsync_v2(c, NULL)); }
 struct end3 { size_t x, y, z, level; int type; void *host; uint64_t device; void *array, *context; size_t pitch, height; };
 struct copy3 { struct end3 source, target; size_t width, height, depth; };
 static uint64_t place3(const struct end3 *end, size_t z) { return (end->type == 1 ? (uint64_t)end->host : end->device) + ((end->z + z) * end->height + end->y) * end->pitch + end->x; }
-API R cuMemcpy3DAsync_v2(const struct copy3 *c, void *stream) { for (size_t z = 0; z < c->depth; z++) { struct op op = {COPY, {place3(&c->target, z), place3(&c->source, z), c->width, c->height, c->target.pitch, c->source.pitch}, "", NULL}; put(stream, op, 1); } return OK; }
+API R cuMemcpy3DAsync_v2(const struct copy3 *c, void *stream) { for (size_t z = 0; z < c->depth; z++) { struct op op = {COPY, {place3(&c->target, z), place3(&c->source, z), c->width, c->height, c->target.pitch, c->source.pitch}, "", NULL, 0}; put(stream, op, 1); } return OK; }
 #define FILLS(bits, type) \
-  API R cuMemsetD##bits##Async(uint64_t target, type value, size_t count, void *stream) { struct op op = {FILL, {target, value, count, 1, 0, bits / 8}, "", NULL}; return put(stream, op, 2); } \
+  API R cuMemsetD##bits##Async(uint64_t target, type value, size_t count, void *stream) { struct op op = {FILL, {target, value, count, 1, 0, bits / 8}, "", NULL, 0}; return put(stream, op, 2); } \
   API R cuMemsetD##bits##_v2(uint64_t target, type value, size_t count) { return cuMemsetD##bits##Async(target, value, count, NULL); } \
-  API R cuMemsetD2D##bits##Async(uint64_t target, size_t pitch, type value, size_t width, size_t height, void *stream) { struct op op = {FILL, {target, value, width, height, pitch, bits / 8}, "", NULL}; return put(stream, op, 2); } \
+  API R cuMemsetD2D##bits##Async(uint64_t target, size_t pitch, type value, size_t width, size_t height, void *stream) { struct op op = {FILL, {target, value, width, height, pitch, bits / 8}, "", NULL, 0}; return put(stream, op, 2); } \
   API R cuMemsetD2D##bits##_v2(uint64_t target, size_t pitch, type value, size_t width, size_t height) { return cuMemsetD2D##bits##Async(target, pitch, value, width, height, NULL); }
 FILLS(8, unsigned char) FILLS(16, unsigned short) FILLS(32, unsigned)
+API R cuMemsetD8Async_ptsz(uint64_t target, unsigned char value, size_t count, void *stream) { return cuMemsetD8Async(target, value, count, mine(stream)); }
 
-API R cuStreamWriteValue64_v2(void *stream, uint64_t address, uint64_t value, unsigned flags) { (void)flags; struct op op = {WRITE, {address, value, 8}, "", NULL}; return put(stream, op, 12); }
-API R cuStreamWriteValue32_v2(void *stream, uint64_t address, uint32_t value, unsigned flags) { (void)flags; struct op op = {WRITE, {address, value, 4}, "", NULL}; return put(stream, op, 12); }
+API R cuStreamWriteValue64_v2(void *stream, uint64_t address, uint64_t value, unsigned flags) { (void)flags; struct op op = {WRITE, {address, value, 8}, "", NULL, 0}; return put(stream, op, 12); }
+API R cuStreamWriteValue32_v2(void *stream, uint64_t address, uint32_t value, unsigned flags) { (void)flags; struct op op = {WRITE, {address, value, 4}, "", NULL, 0}; return put(stream, op, 12); }
 API R cuStreamCreate(struct stream **stream, unsigned flags) {
   struct stream *found = NULL;
   pthread_mutex_lock(&lock);
@@ -284,13 +298,13 @@ API R cuStreamIsCapturing_ptsz(void *stream, int *status) { return cuStreamIsCap
 struct mark { struct stream *stream; uint64_t position; };
 API R cuEventCreate(struct mark **event, unsigned flags) { (void)flags; *event = calloc(1, sizeof **event); return OK; }
 API R cuEventDestroy_v2(struct mark *event) { (void)event; return OK; }
-API R cuStreamWaitEvent(void *stream, struct mark *event, unsigned flags) { (void)flags; if (!event->stream || event->stream == of(stream)) return OK; struct op op = {WAIT, {(uint64_t)event->stream, event->position}, "", NULL}; return put(stream, op, 6); }
+API R cuStreamWaitEvent(void *stream, struct mark *event, unsigned flags) { (void)flags; if (!event->stream || event->stream == of(stream)) return OK; struct op op = {WAIT, {(uint64_t)event->stream, event->position}, "", NULL, 0}; return put(stream, op, 6); }
 API R cuStreamWaitEvent_ptsz(void *stream, struct mark *event, unsigned flags) { return cuStreamWaitEvent(mine(stream), event, flags); }
 API R cuEventRecord(struct mark *event, void *handle) {
   struct stream *stream = of(handle);
   slow();
   for (int i = 0; stream == &legacy && i < stream_count; i++) {
-    struct op op = {WAIT, {(uint64_t)streams[i], streams[i]->tail}, "", NULL};
+    struct op op = {WAIT, {(uint64_t)streams[i], streams[i]->tail}, "", NULL, 0};
     if (streams[i]->is_own) put(handle, op, 6);
   }
   pthread_mutex_lock(&lock);
@@ -298,6 +312,7 @@ API R cuEventRecord(struct mark *event, void *handle) {
   event->stream = stream;
   event->position = stream->tail;
   pthread_mutex_unlock(&lock);
+  slow();
   return is_broken ? 906 : OK;
 }
 API R cuEventRecord_ptsz(struct mark *event, void *stream) { return cuEventRecord(event, mine(stream)); }

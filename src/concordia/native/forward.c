@@ -17,6 +17,7 @@
 #include "protect.h"
 
 enum { LINE_BYTES = 256, COMPARE_BYTES = 1 << 20 };
+enum { WAIT_SWEEP_MS = 5000 };  // for a thread that frees what was of regions that are gone
 
 struct saved {
   char name[NAME_MAX_BYTES];
@@ -106,6 +107,7 @@ void forward_restore(void) {
   static struct region *here[REGIONS_MAX];
   uint8_t *buffer = malloc(COMPARE_BYTES);
   int moved = 0;
+  if (!saver_take(WAIT_SWEEP_MS)) protect_lose("regions are being freed at the point");
   protect_lock();
   int count = region_count;
   memcpy(here, regions, sizeof here);
@@ -117,6 +119,7 @@ void forward_restore(void) {
   if (count != saved_count)
     protect_lose("%d regions were saved at point %lu, here are %d", saved_count, forward_target,
                  count);
+  park_begin();  // for all of it: it waits for the whole GPU
   if (!buffer || REAL(cuCtxSynchronize) != CUDA_SUCCESS)
     protect_lose("what ran before does not end well");
   for (int i = 0; i < count; i++) {
@@ -125,6 +128,8 @@ void forward_restore(void) {
   }
   free(buffer);
   if (REAL(cuCtxSynchronize) != CUDA_SUCCESS) protect_lose("the regions cannot be written");
+  park_end();
+  saver_give();
   munmap((void *)(uintptr_t)pages, pages_bytes);
   fprintf(stderr, "concordia: resumed at point %lu: %d regions, %lu launches left out\n",
           forward_target, count, (unsigned long)atomic_load(&board->swallowed));

@@ -195,7 +195,9 @@ uint64_t points_digest(void);
 // --- saver.c
 void saver_fire(CUstream stream, int is_per_thread, uint64_t ordinal, uint64_t digest,
                 uint64_t reads_end);
-int saver_is_idle(void);
+int saver_take(int bound_ms);  // while it is taken no point is, and no copy is in use; 0: not had
+void saver_give(void);
+void saver_sweep(void);  // frees what was of regions that are gone, if it can be taken at once
 void saver_forget(struct region *region);  // frees it once nobody uses it
 
 // --- forward.c
@@ -210,7 +212,7 @@ void park_end(void);
 void park_forget_launches(void);
 
 // --- window.c: what kernels mark
-int window_open(uint64_t base, uint64_t bytes, CUdeviceptr map);
+int window_open(uint64_t base, uint64_t bytes, CUdeviceptr map, CUstream stream);
 
 // The plain call or that of a thread's own stream.
 #define STREAM_CALL(per_thread, name, ...) \

@@ -4,16 +4,18 @@
 // that find them. Promises: a region is an allocation that a rule of the policy names, or the part
 // of one that a kernel's argument names; names are by the order of the program's own allocations,
 // so a resumed program has the same; one that is freed is said, and no longer there; where one
-// cannot be had, nothing is protected. Called by allocations.c and launches.
+// cannot be had, nothing is protected; one thread at a time adds, in a stream of our own, so that a
+// capture beside it is not disturbed. Called by allocations.c and launches.
 #define _GNU_SOURCE
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "protect.h"
 
-#define WAIT_SAVER_MS 5000
+enum { NON_BLOCKING = 1 };
+#define WAIT_SAVER_MS 5000  // for copies to end that nobody wants any more
 
 struct region *regions[REGIONS_MAX];
 int region_count;
@@ -25,6 +27,8 @@ static _Atomic uint64_t done_rules;      // kernel rules that have their region
 static CUcontext context;
 static CUdeviceptr garbage[REGIONS_MAX];  // copies whose region is gone
 static int garbage_count;
+static pthread_mutex_t adding = PTHREAD_MUTEX_INITIALIZER;  // before protect_lock
+static CUstream filler;  // waits for nobody, and nobody for it; of whoever has `adding`
 
 CUcontext regions_context(void) { return context; }
 
@@ -45,15 +49,30 @@ static int find_place(uint64_t bytes, uint64_t *place) {
   return at + bytes <= policy.stage_bytes;
 }
 
+static CUresult filled(CUdeviceptr target, uint64_t bytes) {
+  CUresult result = REAL(cuMemsetD8Async, target, 0, bytes, filler);
+  return result == CUDA_SUCCESS ? REAL(cuStreamSynchronize, filler) : result;
+}
+
+// It waits for all work: who has a kernel that stays is told.
+static void free_ours(CUdeviceptr address) {
+  int mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+  REAL(cuThreadExchangeStreamCaptureMode, &mode);
+  park_begin();
+  REAL(cuMemFree_v2, address);
+  park_end();
+  REAL(cuThreadExchangeStreamCaptureMode, &mode);
+}
+
 // The window of what kernels mark: made once, around the first region.
 static void make_window(uint64_t address) {
   CUdeviceptr map = 0;
   if (window_map) return;
   uint64_t base = address & ~(WINDOW_BYTES / 2 - 1);
   if (REAL(cuMemAlloc_v2, &map, WINDOW_BYTES >> MARK_SHIFT) != CUDA_SUCCESS) return;
-  if (REAL(cuMemsetD8_v2, map, 0, WINDOW_BYTES >> MARK_SHIFT) != CUDA_SUCCESS ||
-      !window_open(base, WINDOW_BYTES, map)) {
-    REAL(cuMemFree_v2, map);
+  if (filled(map, WINDOW_BYTES >> MARK_SHIFT) != CUDA_SUCCESS ||
+      !window_open(base, WINDOW_BYTES, map, filler)) {
+    free_ours(map);
     return;
   }
   protect_lock();
@@ -63,6 +82,7 @@ static void make_window(uint64_t address) {
 }
 
 static void drop(struct region *region) {
+  if (region->copy) free_ours(region->copy);
   free(region->marks);
   free(region->taken);
   free(region);
@@ -76,51 +96,72 @@ static struct region *made(const char *name, uint64_t address, uint64_t bytes) {
   region->bytes = bytes;
   region->pages = (bytes + MARK_BYTES - 1) / MARK_BYTES;
   region->is_fresh = 1;
+  region->is_outside = address < window_base || address + bytes > window_base + WINDOW_BYTES;
   region->marks = calloc(1, region->pages);
   region->taken = calloc(1, region->pages);
   uint64_t room = region->pages * MARK_BYTES;
-  // The rest of the last page is brought, too. A whole number of pages needs no work on a stream.
+  // The rest of the last page is brought, too.
   if (region->marks && region->taken &&
       REAL(cuMemAlloc_v2, &region->copy, room) == CUDA_SUCCESS &&
-      (room == bytes || REAL(cuMemsetD8_v2, region->copy, 0, room) == CUDA_SUCCESS))
+      (room == bytes || filled(region->copy + bytes, room - bytes) == CUDA_SUCCESS))
     return region;
   drop(region);
   return NULL;
 }
 
-static void add(const char *name, uint64_t address, uint64_t bytes) {
+// A place that is found stays free until it is taken: only one thread adds.
+static int is_placed(struct region *region) {
+  uint64_t room = region->pages * MARK_BYTES;
+  protect_lock();
+  int is_full = region_count == REGIONS_MAX;
+  int has_place = find_place(room, &region->stage_offset);
+  protect_unlock();
+  if (is_full) protect_lose("more than %d regions", REGIONS_MAX);
+  else if (!has_place)
+    protect_lose("regions of more than %lu bytes: make limits.stage larger", policy.stage_bytes);
+  else if (!stage_reserve(region->stage_offset, room))
+    protect_lose("no room for the stage of region %s, %lu bytes", region->name, region->bytes);
+  else return 1;
+  return 0;
+}
+
+// With `adding`.
+static void add_alone(const char *name, uint64_t address, uint64_t bytes) {
   CUcontext current = NULL;
-  int mode = CU_STREAM_CAPTURE_MODE_RELAXED;
   REAL(cuCtxGetCurrent, &current);
   if (!context) context = current;
   if (current != context) {
     protect_lose("region %s is on another GPU, or in another context: one is protected", name);
     return;
   }
-  REAL(cuThreadExchangeStreamCaptureMode, &mode);  // another stream may be capturing
-  int is_ready = board_word() && reads_register();
-  if (is_ready) make_window(address);
-  struct region *region = is_ready ? made(name, address, bytes) : NULL;
-  REAL(cuThreadExchangeStreamCaptureMode, &mode);
+  if (!filler && REAL(cuStreamCreate, &filler, NON_BLOCKING) != CUDA_SUCCESS) {
+    protect_lose("no stream can be made");
+    return;
+  }
+  if (!board_word() || !reads_register()) return;
+  make_window(address);
+  struct region *region = made(name, address, bytes);
   if (!region) {
     protect_lose("no memory for the copy of region %s, %lu bytes", name, bytes);
     return;
   }
-  region->is_outside = address < window_base || address + bytes > window_base + WINDOW_BYTES;
-  protect_lock();
-  int is_full = region_count == REGIONS_MAX;
-  int has_place = find_place(region->pages * MARK_BYTES, &region->stage_offset);
-  if (!is_full && has_place) {
-    regions[region_count++] = region;
-    regions_generation++;
+  if (!is_placed(region)) {
+    drop(region);
+    return;
   }
+  protect_lock();
+  regions[region_count++] = region;
+  regions_generation++;
   protect_unlock();
-  if (!is_full && has_place &&
-      !stage_reserve(region->stage_offset, region->pages * MARK_BYTES))
-    protect_lose("no room for the stage of region %s, %lu bytes", name, bytes);
-  if (is_full) protect_lose("more than %d regions", REGIONS_MAX);
-  else if (!has_place)
-    protect_lose("regions of more than %lu bytes: make limits.stage larger", policy.stage_bytes);
+}
+
+static void add(const char *name, uint64_t address, uint64_t bytes) {
+  int mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+  REAL(cuThreadExchangeStreamCaptureMode, &mode);  // another stream may be capturing
+  pthread_mutex_lock(&adding);
+  if (IS_PROTECTED()) add_alone(name, address, bytes);
+  pthread_mutex_unlock(&adding);
+  REAL(cuThreadExchangeStreamCaptureMode, &mode);
 }
 
 void regions_allocated(uint64_t address, uint64_t bytes) {
@@ -174,18 +215,22 @@ void regions_freed(uint64_t address, uint64_t bytes) {
     for (int i = 0; i < region_count && !gone; i++) {
       if (regions[i]->address - address >= bytes) continue;
       gone = regions[i];
-      garbage[garbage_count % REGIONS_MAX] = gone->copy;
-      garbage_count += garbage_count < REGIONS_MAX;
+      // Where there is no room the copy stays: saver_forget() ends the protection.
+      if (garbage_count < REGIONS_MAX) garbage[garbage_count++] = gone->copy;
       memmove(&regions[i], &regions[i + 1], sizeof *regions * (size_t)(region_count - i - 1));
       region_count--;
       regions_generation++;
     }
+    int is_much = garbage_count >= REGIONS_MAX / 2;
     protect_unlock();
     if (!gone) return;
-    if (atomic_load(&protect_mode) == PROTECT_RECORD)
+    int is_recording = atomic_load(&protect_mode) == PROTECT_RECORD;
+    if (is_recording)
       fprintf(stderr, "concordia: region %s is freed: it is no part of later checkpoints\n",
               gone->name);
     saver_forget(gone);
+    // At points, otherwise; a resumed program has none yet.
+    if (!is_recording || is_much) saver_sweep();
   }
 }
 
@@ -196,25 +241,23 @@ void regions_sweep(void) {
   memcpy(found, garbage, sizeof *found * (size_t)count);
   garbage_count = 0;
   protect_unlock();
-  for (int i = 0; i < count; i++) REAL(cuMemFree_v2, found[i]);
+  for (int i = 0; i < count; i++) free_ours(found[i]);
 }
 
 int regions_drop_copies(void) {
-  const struct timespec pause = {0, 1000000};
   protect_lock();
   int has_some = region_count > 0 || garbage_count > 0;
   protect_unlock();
   if (!has_some) return 0;
   protect_lose("the program needs the memory that protection took");
   // What reads them ends soon: nobody waits for an answer any more. In the worst case they stay.
-  for (int waited_ms = 0; !saver_is_idle() && waited_ms < WAIT_SAVER_MS; waited_ms++)
-    nanosleep(&pause, NULL);
-  if (!saver_is_idle()) return 0;
+  if (!saver_take(WAIT_SAVER_MS)) return 0;
   protect_lock();
   int count = region_count;
   region_count = 0;
   protect_unlock();
-  for (int i = 0; i < count; i++) REAL(cuMemFree_v2, regions[i]->copy);
+  for (int i = 0; i < count; i++) free_ours(regions[i]->copy);
   regions_sweep();
+  saver_give();
   return 1;
 }

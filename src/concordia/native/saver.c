@@ -10,13 +10,16 @@
 //   thread:  word? | marked pages of the copies -> stage | post | taken?
 #define _GNU_SOURCE
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "saver.h"
 
 enum { NON_BLOCKING = 1 };
+enum { STACK_BYTES = 1 << 20 };  // calls of the driver, and a line to print
 enum { MISSES_SAID = 100 };  // two seconds, at the interval of the example
 
 static _Atomic int is_busy;
@@ -29,7 +32,17 @@ static int grave_count;
 struct point point;
 static CUdeviceptr word;
 
-int saver_is_idle(void) { return !atomic_load(&is_busy); }
+int saver_take(int bound_ms) {
+  const struct timespec pause = {0, 1000000};
+  for (int waited_ms = 0;; waited_ms++) {
+    int nobody = 0;
+    if (atomic_compare_exchange_strong(&is_busy, &nobody, 1)) return 1;
+    if (waited_ms >= bound_ms) return 0;
+    nanosleep(&pause, NULL);
+  }
+}
+
+void saver_give(void) { atomic_store(&is_busy, 0); }
 
 void saver_forget(struct region *region) {
   protect_lock();
@@ -50,6 +63,13 @@ static void bury(void) {
   protect_unlock();
 }
 
+void saver_sweep(void) {
+  if (!saver_take(0)) return;
+  regions_sweep();
+  bury();
+  saver_give();
+}
+
 static void *work(void *unused) {
   CUstream stream = NULL;
   int mode = CU_STREAM_CAPTURE_MODE_RELAXED;  // what we do disturbs no capture
@@ -62,14 +82,29 @@ static void *work(void *unused) {
     is_wanted = 0;
     pthread_mutex_unlock(&lock);
     is_good = bring_point(stream);
-    atomic_store(&is_busy, 0);
+    saver_give();
   }
   return unused;
 }
 
+// Signals are for the program's threads; the mask is inherited.
+static int has_started(void) {
+  pthread_t thread;
+  pthread_attr_t attributes;
+  sigset_t all, before;
+  if (pthread_attr_init(&attributes)) return 0;
+  pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+  pthread_attr_setstacksize(&attributes, STACK_BYTES);
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  int is_made = pthread_create(&thread, &attributes, work, NULL) == 0;
+  pthread_sigmask(SIG_SETMASK, &before, NULL);
+  pthread_attr_destroy(&attributes);
+  return is_made;
+}
+
 // Once, at the first point: what all points need.
 static int prepare(void) {
-  pthread_t thread;
   if (has_thread) return 1;
   word = board_word();
   point.map = malloc(MAP_BYTES);
@@ -78,13 +113,9 @@ static int prepare(void) {
   if (window_map &&
       bring_failed(REAL(cuMemAlloc_v2, &point.map_copy, MAP_BYTES), "allocate a copy of the marks"))
     return 0;
-  if (pthread_create(&thread, NULL, work, NULL) != 0) {
-    protect_lose("no thread can be made");
-    return 0;
-  }
-  pthread_detach(thread);
-  has_thread = 1;
-  return 1;
+  has_thread = has_started();
+  if (!has_thread) protect_lose("no thread can be made");
+  return has_thread;
 }
 
 // With protect_lock: the regions and marks of this point.
@@ -165,9 +196,9 @@ static int fired(CUstream stream, int is_per_thread) {
 
 void saver_fire(CUstream stream, int is_per_thread, uint64_t ordinal, uint64_t digest,
                 uint64_t reads_end) {
-  int nobody = 0, mode = CU_STREAM_CAPTURE_MODE_RELAXED, is_fired = 0;
+  int mode = CU_STREAM_CAPTURE_MODE_RELAXED, is_fired = 0;
   if (!region_count || is_capturing(stream, is_per_thread)) return;
-  if (!atomic_compare_exchange_strong(&is_busy, &nobody, 1)) {
+  if (!saver_take(0)) {
     atomic_fetch_add(&board->coalesced, 1);
     return;
   }
@@ -188,7 +219,7 @@ void saver_fire(CUstream stream, int is_per_thread, uint64_t ordinal, uint64_t d
   }
   REAL(cuThreadExchangeStreamCaptureMode, &mode);
   if (!is_fired) {
-    atomic_store(&is_busy, 0);
+    saver_give();
     return;
   }
   pthread_mutex_lock(&lock);
