@@ -242,6 +242,55 @@ def gone(program: Program) -> None:
     gate.resume()
 
 
+def opened(program: Program) -> None:
+    """A pause whose gate another thread opens has brought nothing to rest."""
+    program.driver.fake_hold(None)
+    program.launch()
+    said: list[str] = []
+    thread = program.in_thread(lambda: said.append(refusal(lambda: gate.pause(20), WaitTimeout)))
+    until(gate.is_paused)
+    gate.resume()
+    program.driver.fake_release(None)
+    thread.join(30)
+    assert "opened meanwhile" in said[0]
+
+
+def released(program: Program) -> None:
+    """A release that is not the last one leaves the streams of the context known."""
+    again = ctypes.c_void_p()
+    program.must("cuDevicePrimaryCtxRetain", ctypes.byref(again), 0)
+    stream = program.stream()
+    program.driver.fake_hold(stream)
+    program.launch(stream)
+    program.must("cuDevicePrimaryCtxRelease_v2", 0)
+    refusal(lambda: gate.pause(0.2), WaitTimeout)
+    program.driver.fake_release(stream)
+    assert gate.pause(5).streams == 1
+    gate.resume()
+    program.must("cuDevicePrimaryCtxRelease_v2", 0)
+    assert gate.pause(5).streams == 0
+    gate.resume()
+
+
+def unasked(program: Program) -> None:
+    """A stream that cannot be waited for is not said to be at rest."""
+    program.launch()
+    assert "says nothing of" in refusal(lambda: gate.pause(5), WaitTimeout)
+    assert not gate.is_paused()
+
+
+def many(program: Program) -> None:
+    """Once there were more streams than can be remembered, no end of one of them says that all are known."""
+    streams = [program.stream() for _ in range(1025)]
+    for stream in streams:
+        program.launch(stream)
+    program.driver.fake_hold(streams[-1])
+    program.launch(streams[-1])
+    program.must("cuStreamDestroy_v2", streams[0])
+    assert "than can be remembered" in refusal(lambda: gate.pause(2), WaitTimeout)
+    program.driver.fake_release(streams[-1])
+
+
 def storm(program: Program) -> None:
     """Eight threads launch while one pauses again and again: nothing is lost, and nothing runs while it is paused."""
     is_over = threading.Event()
@@ -305,4 +354,4 @@ def stuck(program: Program) -> None:
 
 
 if __name__ == "__main__":
-    {function.__name__: function for function in (held, legacy, captures, waits, bound, hold_bound, capture, gone, storm, misuse, outside, stuck)}[sys.argv[1]](Program())
+    {function.__name__: function for function in (held, legacy, captures, waits, bound, hold_bound, capture, gone, opened, released, unasked, many, storm, misuse, outside, stuck)}[sys.argv[1]](Program())

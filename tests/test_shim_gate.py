@@ -85,6 +85,15 @@ def test_streams_and_contexts_are_forgotten_when_they_end(ground: ShimGround) ->
     assert run(ground, "gone") == ""
 
 
+@pytest.mark.parametrize("scenario", ["opened", "released", "many"])
+def test_pause_is_late_when_it_cannot_know_that_all_is_at_rest(ground: ShimGround, scenario: str) -> None:
+    assert run(ground, scenario) == ""
+
+
+def test_pause_is_late_when_a_stream_cannot_be_waited_for(ground: ShimGround) -> None:
+    assert run(ground, "unasked", FAKE_NO_EVENTS="1") == ""
+
+
 def test_nothing_runs_and_nothing_is_lost_when_threads_launch_through_a_hundred_pauses(ground: ShimGround) -> None:
     assert run(ground, "storm") == ""
 

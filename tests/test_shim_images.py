@@ -360,6 +360,22 @@ def test_nothing_is_hooked_when_a_device_cannot_reach_the_control_block(ground: 
     assert notes == ([] if is_made else ["nothing is hooked in this process"])
 
 
+@pytest.mark.parametrize(("settings", "environment", "is_made"), [
+    ({"arch": 90}, {}, True),
+    ({"arch": 80}, {}, False),
+    ({"arch": 90}, {"CUDA_FORCE_PTX_JIT": "0"}, True),
+    ({"arch": 90}, {"CUDA_FORCE_PTX_JIT": "1"}, False),
+    ({}, {"CUDA_FORCE_JIT": "1"}, False),
+])  # fmt: skip
+def test_nothing_is_hooked_when_the_driver_takes_other_code_than_was_read(
+    ground: Ground, settings: dict[str, int], environment: dict[str, str], is_made: bool
+) -> None:
+    ground.start_rewriter()
+    ground.settle(**settings)
+    (handed,) = ground.handed("context", f"load:{ground.write(PTX)}", **environment)
+    assert is_hooked(handed, PTX) is is_made
+
+
 def test_driver_is_called_once_and_log_is_absent_when_switched_off(ground: Ground) -> None:
     path = ground.write(PTX)
     for environment in ({"CONCORDIA_DISABLE": "1"}, {"CONCORDIA_RUN": ""}, {"CONCORDIA_RUN": "/nonexistent"}):

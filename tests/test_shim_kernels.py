@@ -1,6 +1,7 @@
 """native/kernels.c, load.c: what is known of a kernel is of the code that its handle means now.
 
-Invariants: every page that a kernel writes is marked when its handle was another kernel's before, and when it hides where it writes.
+Invariants: every page that a kernel writes is marked when its handle was another kernel's before, and when it hides where it writes; a file
+descriptor that is the program's is not used, though it has the number of one of ours.
 """
 
 from __future__ import annotations
@@ -51,3 +52,15 @@ def test_protection_ends_when_a_graph_calls_the_host(ground: ProtectedGround, tm
     assert errors.startswith("concordia: unprotected from here on: a graph calls the host")
     assert errors.count("\n") == 1
     assert answers.board.word("lost") == 1
+
+
+def test_files_of_the_program_are_left_alone_when_it_has_closed_ours(ground: ProtectedGround, tmp_path: Path) -> None:
+    stack = "[[region]]\nname = \"none\"\nstack = \"no_such_function\"\n"
+    mine = tmp_path / "mine"
+    mine.write_text("what a user wrote")
+    trace = tmp_path / "trace"
+    trace.touch()
+    stale = {"CONCORDIA_STACK_SIGNAL": "10", "CONCORDIA_STACK_FILE": "5", "CONCORDIA_STACK_PATH": str(trace)}
+    answers, errors = life(ground, tmp_path / "protect", "closed", AUDITED + stack, PROGRAM_FILE=str(mine), PROGRAM_SIGNAL="10", **stale)
+    assert mine.read_text() == "what a user wrote"
+    assert (len(answers.posts), errors) == (3, "")

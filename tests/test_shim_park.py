@@ -46,6 +46,7 @@ def test_each_call_that_waits_is_told_of_once_when_two_have_registered(ground: P
         "dropped 1",
         "unload 0 1 0",
         "first launch of new code 0 1 0",
+        "several at once 0 1 0",
         "dropped 1 0",
         "many 200 0",
     ]

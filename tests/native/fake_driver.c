@@ -65,6 +65,7 @@ API CUresult cuDevicePrimaryCtxRetain(struct context **context, int device) {
   *context = &primary[device];
   return OK;
 }
+API CUresult cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = primary[device].uses > 0; return OK; }
 API CUresult cuDevicePrimaryCtxRelease_v2(int device) { CALLED; primary[device].uses--; return OK; }
 API CUresult cuDevicePrimaryCtxReset_v2(int device) { CALLED; primary[device].uses = 0; return OK; }
 API CUresult cuCtxCreate(struct context **context, unsigned flags, int device) { CALLED; (void)flags; return created(context, device); }

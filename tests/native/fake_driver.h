@@ -3,7 +3,7 @@
 // Owns: nothing. "Device" memory is host memory. A stream is a queue: it runs each launch at once, or,
 // while it is held by fake_hold, when it is released. A kernel is known by its name: "store" writes its
 // second argument (u64) to the address in its first, "add" adds it; any other does nothing.
-// FAKE_SLOW_EVENTS: making an event takes a while. FAKE_DEVICES: number of devices (1).
+// FAKE_SLOW_EVENTS: making an event takes a while. FAKE_NO_EVENTS: none can be made. FAKE_DEVICES: number of devices (1).
 // FAKE_PEER=0: no device sees another's memory. FAKE_VMM=0: there is no virtual memory.
 #pragma once
 #define _GNU_SOURCE

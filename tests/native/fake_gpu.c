@@ -219,7 +219,7 @@ API R cuMemFree_v2(uint64_t address) {
   pthread_mutex_unlock(&lock);
   return OK;
 }
-API R cuDeviceGetAttribute(int *value, int attribute, int device) { (void)device; *value = attribute == 102; return OK; }
+API R cuDeviceGetAttribute(int *value, int attribute, int device) { (void)device; *value = attribute == 102 ? 1 : attribute == 75 ? 9 : 0; return OK; }
 API R cuMemGetAllocationGranularity(size_t *bytes, const void *property, int option) { (void)property; (void)option; *bytes = 2 << 20; return OK; }
 API R cuMemCreate(uint64_t *handle, size_t bytes, const void *property, unsigned long long flags) { (void)property; (void)flags; *handle = bytes; return OK; }
 API R cuMemRelease(uint64_t handle) { (void)handle; return OK; }
@@ -354,6 +354,8 @@ API R cuLaunchKernel(struct function *function, unsigned a, unsigned b, unsigned
 API R cuLaunchKernel_ptsz(struct function *function, unsigned a, unsigned b, unsigned c, unsigned d, unsigned e, unsigned f, unsigned g, void *stream, void **parameters, void **extra) { (void)a; (void)b; (void)c; (void)d; (void)e; (void)f; (void)g; return launch(function, mine(stream), parameters, extra); }
 
 API R cuLaunchHostFunc(void *stream, void (*call)(void *), void *context) { (void)call; (void)context; return put(stream, (struct op){.kind = NODE_FREE}, 3); }  // in a graph: not called
+struct listed { struct function *function; unsigned sizes[7]; void *stream; void **parameters; };
+API R cuLaunchCooperativeKernelMultiDevice(const struct listed *list, unsigned devices, unsigned flags) { (void)flags; for (unsigned i = 0; i < devices; i++) launch(list[i].function, list[i].stream, list[i].parameters, NULL); return OK; }
 API R cuStreamBeginCapture_v2(void *stream, int mode) { (void)mode; of(stream)->capture = calloc(1, sizeof(struct graph)); return OK; }
 API R cuStreamEndCapture(void *stream, struct graph **graph) { *graph = of(stream)->capture; of(stream)->capture = NULL; return (*graph)->is_broken ? 901 : OK; }
 API R cuGraphInstantiateWithFlags(struct graph **executable, struct graph *graph, unsigned long long flags) { (void)flags; *executable = calloc(1, sizeof **executable); **executable = *graph; return OK; }

@@ -116,7 +116,7 @@ API CUresult cuGraphExecDestroy(void *executable) { (void)executable; return OK;
 API CUresult cuGraphDestroy(void *graph) { free(graph); return OK; }
 
 // --- events
-API CUresult cuEventCreate(struct event **event, unsigned flags) { CALLED; (void)flags; if (getenv("FAKE_SLOW_EVENTS")) usleep(300); *event = calloc(1, sizeof **event); return *event ? OK : OUT_OF_MEMORY; }
+API CUresult cuEventCreate(struct event **event, unsigned flags) { CALLED; (void)flags; if (getenv("FAKE_NO_EVENTS")) return OUT_OF_MEMORY; if (getenv("FAKE_SLOW_EVENTS")) usleep(300); *event = calloc(1, sizeof **event); return *event ? OK : OUT_OF_MEMORY; }
 static CUresult record(struct event *event, struct stream *stream) {
   pthread_mutex_lock(&fake_lock);
   event->is_captured = stream->is_capturing;

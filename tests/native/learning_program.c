@@ -2,10 +2,13 @@
 //
 //   reload   a module that marks what it stores is unloaded, and one that does not gets its handles
 //   tensor   a kernel is given where it writes inside a large parameter
+//   closed   the program closes what it does not know, and opens files of its own, named by PROGRAM_FILE
+//   closed   the program closes what it does not know, and opens a file of its own, PROGRAM_FILE
 //   host     a graph calls a function of the program
 // Between two points it waits until what was fired is answered, so that each is one checkpoint.
 #include <fcntl.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -42,6 +45,7 @@ static void launch(H function, P a, P b, P c) {
   void *parameters[] = {&a, &b, &c};
   DO(cuLaunchKernel(function, 4, 1, 1, 32, 1, 1, 0, stream, parameters, NULL));
 }
+static void handled(int number) { (void)number; }
 static void nothing(void *unused) { (void)unused; }
 static void point(void) {  // words of the board: posted, taken at 16, 24; fired at 104
   static const volatile uint64_t *board;
@@ -63,12 +67,17 @@ static void point(void) {  // words of the board: posted, taken at 16, 24; fired
 int main(int count, char **words) {
   H context;
   if (count < 2) return 2;
+  if (getenv("PROGRAM_SIGNAL")) signal(atoi(getenv("PROGRAM_SIGNAL")), handled);
   DO(cuInit(0));
   DO(cuDevicePrimaryCtxRetain(&context, 0));
   DO(cuCtxSetCurrent(context));
   DO(cuStreamCreate(&stream, 1));
   load(".version 8.0");
   DO(cuMemAlloc_v2(&first, REGION));
+  if (!strcmp(words[1], "closed")) {
+    for (int i = 3; i < 64; i++) close(i);
+    for (int i = 0; i < 60; i++) if (open(getenv("PROGRAM_FILE"), O_RDWR) < 0) return 4;
+  }
   DO(cuMemAlloc_v2(&second, REGION));
   DO(cuMemAlloc_v2(&outside, PAGE));
   launch(fill, first, REGION / 8, 1);

@@ -11,6 +11,7 @@ typedef int R;
 R cuInit(unsigned), cuDevicePrimaryCtxRetain(void **, int), cuCtxSynchronize(void), cuModuleLoadData(void **, const void *), cuModuleUnload(void *), cuModuleGetFunction(void **, void *, const char *);
 R cuMemAlloc_v2(uint64_t *, size_t), cuMemFree_v2(uint64_t), cuMemFreeHost(void *), cuMemHostUnregister(void *), cuMemsetD8_v2(uint64_t, unsigned char, size_t);
 R cuLaunchKernel(void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *, void **, void **);
+R cuLaunchCooperativeKernelMultiDevice(const void *, unsigned, unsigned);
 
 static int is_parked[2], parks[2], wrong;
 static void park(void *context) { int i = (int)(intptr_t)context; is_parked[i]++; parks[i]++; }
@@ -69,6 +70,14 @@ int main(void) {
   parks[1] = 0;
   cuLaunchKernel(function, 1, 1, 1, 1, 1, 1, 0, NULL, NULL, NULL);
   say("first launch of new code");
+  struct { void *function; unsigned sizes[7]; void *stream, *parameters; } list[2] = {{.function = NULL}};
+  cuModuleGetFunction(&list[0].function, module, "update");  // new, and one that was launched before
+  list[1].function = function;
+  uint64_t words[3] = {0, 0, 0};
+  void *parameters[3] = {&words[0], &words[1], &words[2]};
+  list[0].parameters = parameters;
+  cuLaunchCooperativeKernelMultiDevice(list, 2, 0);
+  say("several at once");
   int once = drop(second), twice = drop(second);
   printf("dropped %d %d\n", once, twice);
   int third = add(enter, leave, NULL);

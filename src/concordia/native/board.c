@@ -4,6 +4,7 @@
 // the first that allocates device memory is protected, and only that one; what is written in stream
 // order lands in the board. Called by allocations.c before anything else of the protection.
 #define _GNU_SOURCE
+#include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -23,31 +24,45 @@ uint8_t *stage;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static int is_ours;
 static CUdeviceptr word;
-static int stage_file = -1;
+static struct stat stage_file;
 
-// Room in the stage's file for a region: a full file system is an error here, and not a signal that
-// ends the program when a page is written.
-int stage_reserve(uint64_t offset, uint64_t bytes) {
-  return posix_fallocate(stage_file, (off_t)offset, (off_t)bytes) == 0;
-}
-
-static void *mapped(const char *name, uint64_t bytes, int *kept) {
+static int opened(const char *name, struct stat *found) {
   char path[4096];
-  struct stat found;
   snprintf(path, sizeof path, "%s/%s", protect_folder, name);
   int file = open(path, O_RDWR | O_CLOEXEC);
+  if (file < 0 || fstat(file, found) == 0) return file;
+  close(file);
+  return -1;
+}
+
+// Room in the stage's file for a region: a full file system is an error here, and not a signal that
+// ends the program when a page is written. No descriptor is kept: programs close those that they do
+// not know, and the number may be that of a file of theirs.
+int stage_reserve(uint64_t offset, uint64_t bytes) {
+  struct stat found;
+  int error = EINTR, file = opened("stage", &found);
+  if (file < 0) return 0;
+  if (found.st_dev != stage_file.st_dev || found.st_ino != stage_file.st_ino) error = ENOENT;
+  // A program's timer may interrupt it; what has room by then keeps it, so it comes to an end.
+  while (error == EINTR) error = posix_fallocate(file, (off_t)offset, (off_t)bytes);
+  close(file);
+  return error == 0;
+}
+
+static void *mapped(const char *name, uint64_t bytes, struct stat *found) {
+  int file = opened(name, found);
   if (file < 0) return NULL;
   void *made = MAP_FAILED;
-  if (fstat(file, &found) == 0 && (uint64_t)found.st_size >= bytes)
+  if ((uint64_t)found->st_size >= bytes)
     made = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-  if (kept) *kept = file;
-  else close(file);
+  close(file);
   return made == MAP_FAILED ? NULL : made;
 }
 
 static void claim(void) {
   uint64_t marks = (policy.stage_bytes + MARK_BYTES - 1) / MARK_BYTES;
-  struct board *found = mapped("board", BOARD_MARKS_AT + marks, NULL);
+  struct stat file;
+  struct board *found = mapped("board", BOARD_MARKS_AT + marks, &file);
   uint32_t nobody = 0;
   if (!found || found->magic != MAGIC || found->version != BOARD_VERSION) {
     protect_lose("%s/board is not what was made", protect_folder);

@@ -69,15 +69,32 @@ CUresult cuCtxDestroy_v2(CUcontext context) {
   return REAL(cuCtxDestroy_v2, context);
 }
 
-// It may be the last use: what is launched later is noted again.
+// It may be the last use; where it is not, its streams stay known.
+static CUcontext primary_leaves(CUdevice device) {
+  if (device < 0 || device >= DEVICES_MAX) return NULL;
+  kernels_unloaded();
+  CUcontext context = atomic_load(&primary[device]);
+  streams_context_leaves(context);
+  return context;
+}
+
+static CUresult primary_left(CUdevice device, CUcontext context, CUresult result) {
+  unsigned int flags;
+  int is_active = 0;
+  if (!context) return result;
+  if (REAL(cuDevicePrimaryCtxGetState, device, &flags, &is_active) != CUDA_SUCCESS) is_active = 0;
+  streams_context_left(context, is_active);
+  return result;
+}
+
 CUresult cuDevicePrimaryCtxRelease(CUdevice device) {
-  primary_gone(device);
-  return REAL(cuDevicePrimaryCtxRelease, device);
+  CUcontext context = primary_leaves(device);
+  return primary_left(device, context, REAL(cuDevicePrimaryCtxRelease, device));
 }
 
 CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
-  primary_gone(device);
-  return REAL(cuDevicePrimaryCtxRelease_v2, device);
+  CUcontext context = primary_leaves(device);
+  return primary_left(device, context, REAL(cuDevicePrimaryCtxRelease_v2, device));
 }
 
 CUresult cuDevicePrimaryCtxReset(CUdevice device) {

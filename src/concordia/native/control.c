@@ -8,6 +8,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "control.h"
@@ -98,8 +99,30 @@ static int is_filled(CUdeviceptr at) {
   return 1;
 }
 
+// Hooks were made, and kernels read, for one architecture: the code that the driver takes for
+// another one, or makes from PTX because it was told to, is not what the table of an image says.
+static int is_as_hooked(CUdevice device) {
+  static const char *const forced[] = {"CUDA_FORCE_PTX_JIT", "CUDA_FORCE_JIT"};
+  uint64_t wanted = process_number("arch", 0);
+  int major = 0, minor = 0;
+  for (int i = 0; i < 2; i++) {
+    const char *value = getenv(forced[i]);
+    if (value && *value && strcmp(value, "0") != 0)
+      return refuse("the driver was told to take code that has no hooks", 0);
+  }
+  if (!wanted) return 1;
+  CUresult result =
+      REAL(cuDeviceGetAttribute, &major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device);
+  if (!result)
+    result =
+        REAL(cuDeviceGetAttribute, &minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device);
+  if (!result && (uint64_t)(10 * major + minor) == wanted) return 1;
+  return refuse("the GPU is of another architecture than the hooks", result);
+}
+
 static int is_made(CUdevice device, CUdeviceptr *made) {
   int count = 0, is_virtual = 0;
+  if (!is_as_hooked(device)) return 0;
   CUresult result = REAL(cuDeviceGetCount, &count);
   if (result || count < 1 || count > DEVICES_MAX) return refuse("no count of devices", result);
   if (!are_all_peers(count, device)) return 0;

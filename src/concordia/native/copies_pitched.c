@@ -12,6 +12,10 @@ static uint8_t *row_of(const CUDA_MEMCPY2D *copy, size_t row) {
   return (uint8_t *)(uintptr_t)(start + (copy->target.y + row) * pitch + copy->target.x);
 }
 
+static CUdeviceptr source_of(const CUDA_MEMCPY2D *copy, size_t row) {
+  return copy->source.device + (copy->source.y + row) * copy->source.pitch + copy->source.x;
+}
+
 static int is_read_2d(const CUDA_MEMCPY2D *copy) {
   if (!copy || !IS_PROTECTED()) return 0;
   int is_host = copy->target.type == MEMORY_HOST ||
@@ -92,8 +96,7 @@ CUresult cuMemcpy2DAsync_v2(const void *given, CUstream stream) {
   if (!IS_PROTECTED() || result != CUDA_SUCCESS) return result;
   if (reads && copy->source.type == MEMORY_ARRAY) UNSEEN("a copy of an array");
   for (size_t row = 0; reads && row < copy->height; row++)
-    reads_async(row_of(copy, row), copy->source.device +
-                (copy->source.y + row) * copy->source.pitch + copy->source.x, copy->width, stream, 0);
+    reads_async(row_of(copy, row), source_of(copy, row), copy->width, stream, 0);
   if (!reads) wrote_2d(copy, stream, 0);
   return result;
 }
@@ -107,8 +110,7 @@ CUresult cuMemcpy2DAsync_v2_ptsz(const void *given, CUstream stream) {
   if (!IS_PROTECTED() || result != CUDA_SUCCESS) return result;
   if (reads && copy->source.type == MEMORY_ARRAY) UNSEEN("a copy of an array");
   for (size_t row = 0; reads && row < copy->height; row++)
-    reads_async(row_of(copy, row), copy->source.device +
-                (copy->source.y + row) * copy->source.pitch + copy->source.x, copy->width, stream, 1);
+    reads_async(row_of(copy, row), source_of(copy, row), copy->width, stream, 1);
   if (!reads) wrote_2d(copy, stream, 1);
   return result;
 }

@@ -132,6 +132,10 @@ static int pause_locked(uint64_t began, uint64_t deadline, struct gate_report *r
     return given_up(GATE_LATE);
   }
   int code = streams_drain(deadline, report);
+  if (code == GATE_DONE && atomic_load(&gate) != CLOSED) {  // a resume, or a launch held too long
+    snprintf(report->waited_for, sizeof report->waited_for, "a gate that was opened meanwhile");
+    code = GATE_LATE;
+  }
   if (code != GATE_DONE) return given_up(code);
   report->latency_ns = now_ns() - began;
   return GATE_DONE;

@@ -19,6 +19,7 @@
 struct seen {
   CUcontext context;
   CUstream stream;  // CU_STREAM_LEGACY for what a null stream or a thread's own means
+  int is_leaving;   // its context is being released: perhaps for the last time
 };
 
 struct wait {
@@ -47,7 +48,8 @@ static int is_null(CUstream stream) {
 
 void streams_note(CUstream stream, int is_per_thread) {
   (void)is_per_thread;  // either way the legacy stream comes after it
-  struct seen wanted = {NULL, is_null(stream) ? CU_STREAM_LEGACY : stream};
+  struct seen wanted = {NULL, is_null(stream) ? CU_STREAM_LEGACY : stream, 0};
+  // pairs with the release in forget: who sees the new life asks for the context anew
   uint64_t now = atomic_load_explicit(&life, memory_order_acquire);
   // The context of a stream does not change; a null stream is of the current one.
   if (remembered_life == now && remembered.stream == wanted.stream && wanted.stream != CU_STREAM_LEGACY)
@@ -70,7 +72,8 @@ static void forget(CUcontext context, CUstream stream) {
   pthread_mutex_lock(&lock);
   for (int at = 0; at < count; at++)
     if (context ? seen[at].context == context : seen[at].stream == stream) seen[at--] = seen[--count];
-  is_over = is_over && count == STREAMS_MAX;
+  // is_over stays: nobody knows whether one of those that had no place was meant
+  // pairs with the acquire in streams_note
   atomic_fetch_add_explicit(&life, 1, memory_order_release);
   pthread_mutex_unlock(&lock);
 }
@@ -83,20 +86,43 @@ void streams_context_gone(CUcontext context) {
   if (process_is_active() && context) forget(context, NULL);
 }
 
-// An event behind all work of a stream; 0 when the stream is being captured, or its context is.
-static int is_marked(const struct seen *of, struct wait *wait) {
-  int status = CU_STREAM_CAPTURE_STATUS_NONE, is_marked = 0;
-  if (REAL(cuCtxPushCurrent_v2, of->context) != CUDA_SUCCESS) return 0;
+void streams_context_leaves(CUcontext context) {
+  if (!process_is_active() || !context) return;
+  pthread_mutex_lock(&lock);
+  for (int at = 0; at < count; at++) seen[at].is_leaving |= seen[at].context == context;
+  pthread_mutex_unlock(&lock);
+}
+
+void streams_context_left(CUcontext context, int is_alive) {
+  if (!is_alive) {
+    streams_context_gone(context);
+    return;
+  }
+  pthread_mutex_lock(&lock);
+  for (int at = 0; at < count; at++)
+    if (seen[at].context == context) seen[at].is_leaving = 0;
+  pthread_mutex_unlock(&lock);
+}
+
+enum marking { MARKED, CAPTURED, UNKNOWN };
+
+// An event behind all work of a stream.
+static enum marking marked(const struct seen *of, struct wait *wait) {
+  int status = CU_STREAM_CAPTURE_STATUS_NONE;
+  enum marking found = UNKNOWN;
+  if (of->is_leaving || REAL(cuCtxPushCurrent_v2, of->context) != CUDA_SUCCESS) return UNKNOWN;
   *wait = (struct wait){.context = of->context, .stream = of->stream};
   CUresult result = REAL(cuStreamIsCapturing, of->stream, &status);
-  if (result == CUDA_SUCCESS && status == CU_STREAM_CAPTURE_STATUS_NONE &&
-      REAL(cuEventCreate, &wait->event, CU_EVENT_DISABLE_TIMING) == CUDA_SUCCESS) {
-    is_marked = REAL(cuEventRecord, wait->event, of->stream) == CUDA_SUCCESS;
-    if (!is_marked) REAL(cuEventDestroy_v2, wait->event);
+  if (result == CUDA_SUCCESS && status != CU_STREAM_CAPTURE_STATUS_NONE) {
+    found = CAPTURED;
+  } else if (result == CUDA_SUCCESS &&
+             REAL(cuEventCreate, &wait->event, CU_EVENT_DISABLE_TIMING) == CUDA_SUCCESS) {
+    if (REAL(cuEventRecord, wait->event, of->stream) == CUDA_SUCCESS) found = MARKED;
+    else REAL(cuEventDestroy_v2, wait->event);
   }
   CUcontext popped;
   REAL(cuCtxPopCurrent_v2, &popped);
-  return is_marked;
+  return found;
 }
 
 static int is_done(const struct wait *wait) {
@@ -139,15 +165,24 @@ int streams_drain(uint64_t deadline, struct gate_report *report) {
   // Queries are forbidden to a thread beside a capture, unless it says that it knows.
   CUresult exchanged = REAL(cuThreadExchangeStreamCaptureMode, &mode);
   pthread_mutex_lock(&lock);  // a stream cannot be destroyed while it is marked
-  int is_complete = !is_over;
-  for (int at = 0; at < count; at++) left += is_marked(&seen[at], &waits[left]);
+  int is_complete = !is_over, captured = 0, unknown = 0;
+  for (int at = 0; at < count; at++) {
+    enum marking found = marked(&seen[at], &waits[left]);
+    left += found == MARKED;
+    captured += found == CAPTURED;
+    unknown += found == UNKNOWN;
+  }
   report->streams = (uint32_t)left;
-  report->captured = (uint32_t)(count - left);
+  report->captured = (uint32_t)captured;
   pthread_mutex_unlock(&lock);
   int code = polled(waits, left, deadline, report);
   if (exchanged == CUDA_SUCCESS) REAL(cuThreadExchangeStreamCaptureMode, &mode);
-  if (code != GATE_DONE || is_complete) return code;
-  snprintf(report->waited_for, sizeof report->waited_for, "more streams than can be remembered");
+  if (code != GATE_DONE || (is_complete && !unknown)) return code;
+  if (unknown)
+    snprintf(report->waited_for, sizeof report->waited_for,
+             "%d streams that the driver says nothing of", unknown);
+  else
+    snprintf(report->waited_for, sizeof report->waited_for, "more streams than can be remembered");
   return GATE_LATE;
 }
 

@@ -125,22 +125,22 @@ void park_forget_launches(void) {
   for (int i = 0; i < SEEN_SLOTS; i++) atomic_store_explicit(&seen[i], NULL, memory_order_relaxed);
 }
 
-static __thread int has_parked;
+static __thread uint64_t has_parked;  // a bit for each launch of this call, the last one lowest
 
 void park_before(const struct launch *launch) {
-  has_parked = 0;
+  has_parked <<= 1;
   if (!atomic_load_explicit(&count, memory_order_relaxed)) return;
   if (launch->kind != LAUNCH_COOPERATIVE && !is_first(launch->function)) return;
   if (is_exempt(launch->function)) return;
-  has_parked = 1;
+  has_parked |= 1;
   park_begin();
 }
 
 void park_after(const struct launch *launch, CUresult result) {
   (void)launch;
   (void)result;
-  if (has_parked) park_end();
-  has_parked = 0;
+  if (has_parked & 1) park_end();
+  has_parked >>= 1;
 }
 
 #define PARKED(call)       \

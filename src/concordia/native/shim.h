@@ -175,5 +175,7 @@ EXPORTED void concordia_pause_report(struct gate_report *report);
 void streams_note(CUstream stream, int is_per_thread);
 void streams_gone(CUstream stream);            // before the driver destroys it
 void streams_context_gone(CUcontext context);  // likewise
+void streams_context_leaves(CUcontext context);  // before a release that may be the last
+void streams_context_left(CUcontext context, int is_alive);  // and after it
 int streams_drain(uint64_t deadline, struct gate_report *report);
 void gate_page_watch(void);

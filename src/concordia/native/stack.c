@@ -17,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "protect.h"
@@ -26,6 +27,15 @@ enum { FRAMES_MAX = 128, TEXT_BYTES = 16384 };
 static int is_like(const char *pattern, const char *name) {
   const char *base = name ? strrchr(name, '/') : NULL;
   return name && (fnmatch(pattern, name, 0) == 0 || (base && fnmatch(pattern, base + 1, 0) == 0));
+}
+
+// Whether a descriptor still is what the bootstrap opened: the program may have closed it, and have
+// a file of its own by that number, or be a child that was not given it.
+static int is_ours(int descriptor) {
+  struct stat here, there;
+  const char *path = getenv("CONCORDIA_STACK_PATH");
+  return path && fstat(descriptor, &here) == 0 && stat(path, &there) == 0 &&
+         here.st_dev == there.st_dev && here.st_ino == there.st_ino;
 }
 
 // A traceback's lines:   File "train.py", line 12 in step
@@ -39,7 +49,8 @@ static int python_matches(const char *pattern) {
   // Without a handler the signal would end the program.
   if (sigaction(atoi(number), NULL, &action) != 0 || action.sa_handler == SIG_DFL) return 0;
   pthread_mutex_lock(&lock);
-  if (ftruncate(descriptor, 0) == 0 && lseek(descriptor, 0, SEEK_SET) == 0) {
+  if (is_ours(descriptor) && ftruncate(descriptor, 0) == 0 &&
+      lseek(descriptor, 0, SEEK_SET) == 0) {
     pthread_kill(pthread_self(), atoi(number));  // handled before this returns
     ssize_t bytes = pread(descriptor, text, sizeof text - 1, 0);
     text[bytes > 0 ? bytes : 0] = 0;

@@ -129,6 +129,7 @@ def _settings(options: Options, cache: ImageCache, *, is_looking: bool) -> dict[
     return {
         "mode": "look" if is_looking else "rewrite",
         "cache": cache.folder,
+        "arch": options.arch,
         "page_shift": options.page_shift,
         "image_wait_ms": int(1000 * config.RUN_IMAGE_WAIT_S),
         "process_wait_ms": int(1000 * config.RUN_WAIT_S),

@@ -13,6 +13,8 @@ def _arrange() -> None:
     import signal
 
     path = os.environ.get("CONCORDIA_STACK_PATH")
+    for name in ("CONCORDIA_STACK_SIGNAL", "CONCORDIA_STACK_FILE"):
+        os.environ.pop(name, None)  # of a parent: its descriptors are not ours
     number = int(signal.SIGRTMIN) + 11
     if not path or signal.getsignal(number) != signal.SIG_DFL:
         return
