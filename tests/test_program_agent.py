@@ -135,6 +135,16 @@ def test_resumed_program_says_what_an_unfailed_one_says_when_it_was_killed_in_a_
     third.end()
 
 
+def test_resumed_program_has_its_memory_when_it_frees_and_allocates_on_its_way(ground: ProtectedGround, policy: Policy) -> None:
+    killed = Life(ground, policy, "train", LONG)
+    killed.kill_after(300)
+    steps = len(killed.lines) + 10
+    resumed = Life(ground, policy, "train", str(steps), FAKE_BYTES=str(40 << 20))  # twice what it has at a time; it frees three times that
+    assert resumed.end() == 0, resumed.errors
+    assert resumed.lines == plain_run(ground, steps)
+    assert resumed_at(resumed)[1] > 0
+
+
 def test_resumed_program_says_the_same_when_it_is_killed_again_and_again(ground: ProtectedGround, policy: Policy) -> None:
     seed = int(os.environ.get("AGENT_SEED", random.randrange(1 << 30)))
     print(f"AGENT_SEED={seed}")
