@@ -334,6 +334,29 @@ def test_kernel_stays_as_it_is_when_it_is_skipped_or_has_short_addresses() -> No
     assert short.slots == ()
 
 
+def test_function_stays_as_it_is_when_a_kernel_of_it_does() -> None:
+    function = ".func f(.reg .b64 p) { st.global.u32 [p], 1; exit; ret; }\n"
+    deep = ".func deep(.reg .b64 p) { call f, (p); ret; }\n"
+    pure = ".func pure(.reg .b64 p) { ret; }\n"
+    kernels = [kernel(f"call {callee}, (%rd1);", name) for name, callee in (("a", "f"), ("b", "deep"), ("c", "pure"))]
+    text = simple("", "d").replace(".visible", function + deep + pure + ".visible", 1) + "".join(kernels)
+    done = rewrite_ptx(text, entry=True, exit=True, marks=True, skip={"a": "denied by name"})
+    all_of_them = Hook.ENTRY | Hook.EXIT | Hook.MARKS | Hook.PTX
+    assert {k.name: k.hooks for k in done.kernels} == {"d": all_of_them, "a": Hook.LEFT_ALONE | Hook.PTX, "b": Hook.ENTRY | Hook.PTX, "c": all_of_them}
+    assert function in done.text
+    assert kernels[0] in done.text
+    both = kernel("call f, (%rd1); call g, (%rd1);", "both") + kernel("call g, (%rd1);", "other")
+    chained = rewrite_ptx(text.replace(".visible", function.replace(" f(", " g(") + ".visible", 1) + both, entry=False, exit=True, marks=True, skip={"a": "denied by name"})
+    found = {k.name: k.hooks for k in chained.kernels}
+    assert (found["both"], found["other"]) == (Hook.PTX, Hook.MARKS | Hook.PTX)
+    unseen = rewrite_ptx(text + kernel("call f, (%rd1); call unseen;", "e"), entry=True, exit=True, marks=True)
+    found = {k.name: k.hooks for k in unseen.kernels}
+    assert all(Hook.EXIT not in found[name] for name in "abe"), "their exits in f would be counted alone"
+    assert [Hook.MARKS in found[name] for name in "abcde"] == [True, True, True, True, False]
+    assert Hook.EXIT in found["c"]
+    assert next(k.reason for k in unseen.kernels if k.name == "b").startswith("exits are not counted: a function of it")
+
+
 def test_slots_are_the_digits_when_the_text_is_not_ascii() -> None:
     done = rewrite("// für Ähnliches\n" + simple("// größer\n st.global.u32 [%rd2], 1;"), entry=True, exit=True)
     image = done.text.encode()

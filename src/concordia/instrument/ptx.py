@@ -10,8 +10,8 @@ is for the caller to find out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
 from typing import Final
 
 from concordia import config
@@ -86,8 +86,11 @@ def rewrite_ptx(
         for name, found in walks.items()
         if found.function.is_entry
     )
+    reports = _apart(reports, calls, skip or {})
     if is_for_assembler:
-        reports = tuple(map(_marked_or_left, reports))
+        reports = _without_exits(tuple(map(_marked_or_left, reports)), calls, wanted)
+    else:
+        reports = _without_exits(reports, calls, wanted)
     hooked = {report.name: report.hooks for report in reports if report.hooks.is_hooked}
     pieces = sorted(
         (
@@ -121,6 +124,52 @@ def _judge(
     if Hook.MARKS in hooks and calls.is_whole(name):
         hooks |= Hook.WHOLE_REGION
     return KernelReport(name, hooks, reason=". ".join(reasons)[:_REASON_CHARACTERS_MAX])
+
+
+def _apart(
+    reports: tuple[KernelReport, ...], calls: Calls, skip: Mapping[str, str]
+) -> tuple[KernelReport, ...]:
+    """No function of a kernel that stays as it is gets marks for another one."""
+    left = [report.name for report in reports if report.name in skip]
+    sharers = calls.sharers(left, _is_marked, is_chained=False) if left else set()
+    reason = "stores are not marked: a function of it is also of a kernel that stays as it is"
+    hooks = Hook.MARKS | Hook.WHOLE_REGION
+    return _without(reports, sharers.difference(left), hooks, reason)
+
+
+def _without_exits(
+    reports: tuple[KernelReport, ...], calls: Calls, wanted: Hook
+) -> tuple[KernelReport, ...]:
+    """A function that ends threads counts them for all kernels that get to it, or for none."""
+    if Hook.EXIT not in wanted:
+        return reports
+    left = [report.name for report in reports if Hook.EXIT not in report.hooks]
+    sharers = calls.sharers(left, _ends_threads, is_chained=True) if left else set()
+    reason = "exits are not counted: a function of it ends threads of a kernel whose are not"
+    return _without(reports, sharers.difference(left), Hook.EXIT, reason)
+
+
+def _without(
+    reports: tuple[KernelReport, ...], names: Set[str], hooks: Hook, reason: str
+) -> tuple[KernelReport, ...]:
+    return tuple(
+        replace(
+            report,
+            hooks=report.hooks & ~hooks,
+            reason=". ".join(filter(None, (report.reason, reason)))[:_REASON_CHARACTERS_MAX],
+        )
+        if report.name in names and report.hooks & hooks
+        else report
+        for report in reports
+    )
+
+
+def _is_marked(found: Walk) -> bool:
+    return bool(found.pieces)
+
+
+def _ends_threads(found: Walk) -> bool:
+    return any(leaving.root != "ret" for leaving in found.exits)
 
 
 def _marked_or_left(report: KernelReport) -> KernelReport:

@@ -8,7 +8,7 @@ looks at no instruction: ptx_walk did.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 
 from concordia.instrument.ptx_walk import REASONS_KEPT, Walk
@@ -27,7 +27,7 @@ class Calls:
         self.reasons: dict[str, list[str]] = {}  # why not every store is marked, with callees
         self._whole: set[str] = set()
         self._unknown: set[str] = set()  # that get to code which is not here
-        callers: dict[str, list[str]] = {}
+        self._callers: dict[str, list[str]] = {}
         for name, walk in walks.items():
             called = list(dict.fromkeys(aliases.get(callee, callee) for callee in walk.callees))
             foreign = [c for c in called if c not in walks and c not in _SYSTEM_CALLS]
@@ -35,12 +35,12 @@ class Calls:
             self.reasons[name] = [*walk.reasons, *hidden][:REASONS_KEPT]
             self._callees[name] = [callee for callee in called if callee in walks]
             for callee in self._callees[name]:
-                callers.setdefault(callee, []).append(name)
+                self._callers.setdefault(callee, []).append(name)
             if walk.is_whole:
                 self._whole.add(name)
             if walk.is_calling_unknown or foreign:
                 self._unknown.add(name)
-        self._pass_up(callers)
+        self._pass_up()
 
     def is_whole(self, name: str) -> bool:
         """Whether it stores through tensor maps or multicast addresses."""
@@ -66,14 +66,34 @@ class Calls:
                     ahead.append(callee)
         return ((self._walks[name], hooks) for name, hooks in wanted.items())
 
-    def _pass_up(self, callers: Mapping[str, Iterable[str]]) -> None:
+    def sharers(
+        self, kernels: Iterable[str], is_edited: Callable[[Walk], bool], *, is_chained: bool
+    ) -> set[str]:
+        """These, and all functions that get to one which they get to and which is edited: what is
+        done to it for one is done to all. Chained: and those that share one with those, and so on.
+        """
+        found = set(kernels)
+        ahead, below, above = list(found), set[str](), set[str]()
+        while ahead:
+            shared = [
+                callee
+                for callee in _reached(ahead, self._callees, below)
+                if is_edited(self._walks[callee])
+            ]
+            ahead = [name for name in _reached(shared, self._callers, above) if name not in found]
+            found.update(ahead)
+            if not is_chained:
+                break
+        return found
+
+    def _pass_up(self) -> None:
         """A function is looked at again only when a callee had something new, which is seldom more
         often than there are reasons to keep.
         """
         ahead = [name for name in self._walks if self.reasons[name] or name in self._whole]
         while ahead:
             name = ahead.pop()
-            for caller in callers.get(name, ()):
+            for caller in self._callers.get(name, ()):
                 own = self.reasons[caller]
                 new = [reason for reason in self.reasons[name] if reason not in own]
                 new = new[: REASONS_KEPT - len(own)]
@@ -85,3 +105,16 @@ class Calls:
                         is_new = True
                 if is_new:
                     ahead.append(caller)
+
+
+def _reached(
+    names: Iterable[str], ways: Mapping[str, Iterable[str]], seen: set[str]
+) -> Iterator[str]:
+    """All that these get to and that was not seen."""
+    ahead = list(names)
+    while ahead:
+        for name in ways.get(ahead.pop(), ()):
+            if name not in seen:
+                seen.add(name)
+                ahead.append(name)
+                yield name
