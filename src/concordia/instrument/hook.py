@@ -4,8 +4,8 @@ Owns: `hooks_sm90.json`, machine code that the pinned compiler made of hook_entr
 hook_exit.ptx, and its making (`python -m concordia.instrument.hook`). Promises: nothing in it was
 written by hand; the address of the control block is zeros at places that are known; an entry hook
 leaves no barrier open, and each of its memory operations has a scoreboard to wait for; an exit hook
-writes nothing that lanes of a warp share. Called by splice and proof. A test compiles afresh and
-compares.
+writes nothing that lanes of a warp share. It counts when the first thread of a CTA leaves, whatever
+the others do. Called by splice and proof. A test compiles afresh and compares.
 """
 
 from __future__ import annotations

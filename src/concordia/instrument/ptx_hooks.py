@@ -1,8 +1,9 @@
 """The text of entry and exit hooks, floor 3.
 
-Owns: how a block counts itself in and out. Promises: one thread of a block adds one to a word that
-its multiprocessor chooses; at an exit its own writes are visible first; registers and names are in
-a scope of their own. Called by ptx. It waits for nothing.
+Owns: how a block counts itself in and out. Promises: the first thread of a block adds one to a word
+that its multiprocessor chooses; at an exit its own writes are visible first; registers and names
+are in a scope of their own. Called by ptx. It waits for nothing: other threads of the block may run
+on when it counts out.
 """
 
 from __future__ import annotations
