@@ -1,7 +1,7 @@
 """native/park.c: who has a kernel that stays is told before each call that waits for the whole GPU, and after it.
 
 Invariants: told once around each such call, of as many as registered, and of no other call; nobody is inside what was unregistered; calls of many
-threads nest.
+threads nest; a child of fork tells nobody.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pytest
 
 from protected_ground import ProtectedGround, build
 from shim_ground import NATIVE, compile_c
+from test_shim_tracking import marking_run
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +25,15 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> ProtectedGround:
     return made
 
 
-def lines(ground: ProtectedGround, *, shimmed: bool = True) -> list[str]:
-    program = ground.start(shimmed=shimmed)
+def lines(ground: ProtectedGround, *, shimmed: bool = True, **environment: str) -> list[str]:
+    program = ground.start(shimmed=shimmed, **environment)
     said, errors = program.communicate(timeout=60)
     assert (program.returncode, errors) == (0, "")
     return said.splitlines()
 
 
-def test_each_call_that_waits_is_told_of_once_when_two_have_registered(ground: ProtectedGround) -> None:
-    assert lines(ground) == [
+def test_each_call_that_waits_is_told_of_once_when_two_have_registered(ground: ProtectedGround, tmp_path: Path) -> None:
+    assert lines(ground, **marking_run(tmp_path)) == [
         "nobody 0 0 0",
         "load 1 1 0",
         "function 0 0 0",
@@ -47,6 +48,7 @@ def test_each_call_that_waits_is_told_of_once_when_two_have_registered(ground: P
         "unload 0 1 0",
         "first launch of new code 0 1 0",
         "several at once 0 1 0",
+        "told in a child 0",
         "dropped 1 0",
         "many 200 0",
     ]

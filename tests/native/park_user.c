@@ -6,6 +6,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 typedef int R;
 R cuInit(unsigned), cuDevicePrimaryCtxRetain(void **, int), cuCtxSynchronize(void), cuModuleLoadData(void **, const void *), cuModuleUnload(void *), cuModuleGetFunction(void **, void *, const char *);
@@ -78,6 +80,12 @@ int main(void) {
   list[0].parameters = parameters;
   cuLaunchCooperativeKernelMultiDevice(list, 2, 0);
   say("several at once");
+  fflush(stdout);
+  int status = 0;
+  pid_t child = fork();
+  if (child == 0) { parks[1] = 0; cuCtxSynchronize(); _exit(parks[0] + parks[1]); }
+  waitpid(child, &status, 0);
+  printf("told in a child %d\n", WEXITSTATUS(status));
   int once = drop(second), twice = drop(second);
   printf("dropped %d %d\n", once, twice);
   int third = add(enter, leave, NULL);

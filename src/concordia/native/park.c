@@ -4,8 +4,9 @@
 // stays (HARDWARE: module loads and unloads, frees, host unregistration, context synchronisation,
 // the first launch of a kernel, cooperative launches). Promises: whoever registered is told before
 // such a call and after it, by a plain function: no interpreter takes part; calls nest; nobody is
-// told anything while the list is empty, and a launch then costs one load more. Whether parking has
-// worked is for the one who parks to see to, within a bound of its own. Called by the program.
+// told anything while the list is empty, and a launch then costs one load more; a child of fork has
+// an empty list. Whether parking has worked is for the one who parks to see to, within a bound of
+// its own. Called by the program, and by what of ours waits for the GPU in its hooks.
 #define _GNU_SOURCE
 #include <sched.h>
 #include <string.h>
@@ -14,7 +15,7 @@
 #include "protect.h"
 
 enum { PARKED_MAX = 16, SEEN_SLOTS = 1 << 16, SEEN_PROBES = 16 };
-#define WAIT_UNREGISTER_NS 2000000000ull
+#define WAIT_UNREGISTER_NS 2000000000ull  // a call that takes longer waits for more than kernels
 
 struct parked {
   _Atomic int is_used;  // 0: free, 1: being filled or emptied, 2: told
@@ -39,7 +40,7 @@ EXPORTED int concordia_park_register(void (*park)(void *), void (*unpark)(void *
     list[i].park = park;
     list[i].unpark = unpark;
     list[i].context = context;
-    atomic_store_explicit(&list[i].is_used, 2, memory_order_release);  // pairs with park_begin
+    atomic_store(&list[i].is_used, 2);  // what is above is seen by who reads 2: park_begin
     atomic_fetch_add(&count, 1);
     return i;
   }
@@ -70,12 +71,16 @@ EXPORTED int concordia_park_unregister(int handle) {
   return 1;
 }
 
+// The count is read late, at worst, by a call that began before the registration was over.
 void park_begin(void) {
-  if (!atomic_load_explicit(&count, memory_order_relaxed) || depth++) return;
+  if (!depth && !atomic_load_explicit(&count, memory_order_relaxed)) return;
+  if (depth++) return;
   told = 0;
   for (int i = 0; i < PARKED_MAX; i++) {
-    atomic_fetch_add(&list[i].inside, 1);  // before the look: who unregisters sees one of the two
-    if (atomic_load_explicit(&list[i].is_used, memory_order_acquire) != 2) {
+    // Announces itself, then looks; concordia_park_unregister empties, then counts. All four are
+    // sequentially consistent, so one of the two sees the other.
+    atomic_fetch_add(&list[i].inside, 1);
+    if (atomic_load(&list[i].is_used) != 2) {
       atomic_fetch_sub(&list[i].inside, 1);
       continue;
     }
@@ -102,6 +107,7 @@ EXPORTED void concordia_park_exempt(void *function) {
   }
 }
 
+// Relaxed, here and below: a pointer says all there is to say, nothing is read through it.
 static int is_exempt(void *function) {
   for (int i = 0; i < PARKED_MAX; i++)
     if (atomic_load_explicit(&exempt[i], memory_order_relaxed) == function) return 1;
@@ -141,6 +147,19 @@ void park_after(const struct launch *launch, CUresult result) {
   (void)result;
   if (has_parked & 1) park_end();
   has_parked >>= 1;
+}
+
+// Who has registered, and its kernel, are the parent's.
+void park_forked(void) {
+  for (int i = 0; i < PARKED_MAX; i++) {
+    atomic_store(&list[i].is_used, 0);
+    atomic_store(&list[i].inside, 0);
+    atomic_store(&exempt[i], NULL);
+  }
+  atomic_store(&count, 0);
+  depth = 0;
+  told = 0;
+  has_parked = 0;
 }
 
 #define PARKED(call)       \
