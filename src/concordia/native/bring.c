@@ -11,11 +11,10 @@
 
 #include "saver.h"
 
-enum { DEINITIALIZED = 4 };
-#define WAIT_WORK_S 600   // for the program's own work before a point
-#define WAIT_AGENT_S 60   // longer than the agent takes for a checkpoint (PROGRAM_COMMIT_S)
-#define POLL_NS 50000
-#define POLL_NS_MAX 2000000
+#define WAIT_WORK_S 600      // for the program's own work before a point, however long its kernels
+#define WAIT_AGENT_S 60      // longer than the agent takes for a checkpoint (PROGRAM_COMMIT_S)
+#define POLL_NS 50000        // a point takes some hundred microseconds
+#define POLL_NS_MAX 2000000  // and where it takes longer, two milliseconds more hurt nobody
 
 static int waited(uint64_t (*is_over)(void), int bound_s) {
   struct timespec start, now, pause = {0, POLL_NS};
@@ -29,11 +28,15 @@ static int waited(uint64_t (*is_over)(void), int bound_s) {
   return 1;
 }
 
+// Acquire: what the stream did before it wrote the word is there. Its partner is the write of
+// copy_all(), which the driver orders behind the copies.
 static uint64_t is_written(void) {
   return atomic_load_explicit(&board->word, memory_order_acquire) == point.ordinal ||
          !IS_PROTECTED();
 }
-static uint64_t is_read(void) { return (uint64_t)reads_are_done(point.reads_end); }
+static uint64_t is_read(void) { return reads_are_done(point.reads_end) || !IS_PROTECTED(); }
+// Acquire: the agent is done with the stage. Its partner is the store of `taken` in
+// program_pages.py answer(), which comes last. `posted` is of this thread alone.
 static uint64_t is_taken(void) {
   return atomic_load_explicit(&board->taken, memory_order_acquire) ==
              atomic_load_explicit(&board->posted, memory_order_relaxed) ||
@@ -43,7 +46,7 @@ static uint64_t is_taken(void) {
 // A driver that is being taken down with the program is no failure of protection.
 int bring_failed(CUresult result, const char *doing) {
   if (result == CUDA_SUCCESS) return 0;
-  if (result != DEINITIALIZED && result != CUDA_ERROR_NOT_INITIALIZED)
+  if (result != CUDA_ERROR_DEINITIALIZED && result != CUDA_ERROR_NOT_INITIALIZED)
     protect_lose("error %d of the driver: %s", result, doing);
   return 1;
 }
@@ -126,6 +129,8 @@ static void post(void) {
   board->generation = point.generation;
   board->is_audited = point.is_audited;
   if (point.is_audited) atomic_fetch_add(&board->audits, 1);
+  // Release: what is above and the stage come first. Its partner is the load of `posted` in
+  // program_pages.py post().
   atomic_fetch_add_explicit(&board->posted, 1, memory_order_release);
 }
 
@@ -147,6 +152,7 @@ int bring_point(CUstream stream) {
                  WAIT_WORK_S);
     return 0;
   }
+  if (!IS_PROTECTED()) return 0;
   post();
   if (!waited(is_taken, WAIT_AGENT_S)) {
     protect_lose("the agent has not answered for %d s", WAIT_AGENT_S);

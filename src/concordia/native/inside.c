@@ -13,7 +13,7 @@
 enum { SHARDS = 16 };             // threads that call at the same time share no line, mostly
 #define LOOK_NS 20000             // a point takes about as long
 #define WAIT_INSIDE_NS 2000000    // for calls under way: a launch takes microseconds
-#define HOLD_NS_MAX 2000000000ull // of a call: copies are only enqueued meanwhile
+#define HOLD_NS_MAX 10000000000ull  // of a call: copies are only enqueued, but a queue may be full
 
 static struct {
   _Alignas(64) _Atomic int inside;

@@ -7,8 +7,9 @@
 // launched. Called by copies.c, graphs.c and, as an observer, by launch.c.
 //
 // A launch of unmarked stores reaches all regions: where an argument points to there may lie more
-// pointers, in a region as well as elsewhere (tables of batches, of caches, of groups). A kernel that
-// the policy trusts writes through its arguments only, and reaches the regions that they point to.
+// pointers, in a region as well as elsewhere (tables of batches, of caches, of groups). A kernel
+// that the policy trusts writes through its arguments only: it reaches the regions that they point
+// to.
 #define _GNU_SOURCE
 #include "protect.h"
 

@@ -144,8 +144,9 @@ static void take(void) {
 static void missed(void) {
   atomic_fetch_add(&board->unjoined, 1);
   if (++misses == MISSES_SAID)
-    fprintf(stderr, "concordia: %d points one after another found a capture, or calls of other "
-                    "threads under way: there are no checkpoints meanwhile\n", MISSES_SAID);
+    fprintf(stderr, "concordia: %d points one after another found a capture, calls of other "
+                    "threads under way, or a stream that cannot be waited for: there are no "
+                    "checkpoints meanwhile\n", MISSES_SAID);
 }
 
 static int has_marks(const struct region *region) {

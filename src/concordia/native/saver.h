@@ -1,4 +1,8 @@
 // What a point at hand is, for the two files that bring it to the agent.
+//
+// Owns: the layout of `point`. Promises: one thread at a time has it, by saver_take(): the one that
+// comes to the point until its copies are in the stream, then the saver's until the agent has
+// answered. Included by saver.c and bring.c alone.
 #pragma once
 #include "protect.h"
 

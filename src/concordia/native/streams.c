@@ -115,7 +115,10 @@ int streams_before(CUstream given, int is_per_thread) {
   protect_unlock();
   if (!is_tied) {
     CUresult result = REAL(cuStreamWaitEvent, stream, copies_event, 0);
-    if (result == CUDA_ERROR_INVALID_HANDLE) return 1;  // the program's call fails, too
+    // The program's own call fails, too, for the same reason.
+    if (result == CUDA_ERROR_INVALID_HANDLE || result == CUDA_ERROR_INVALID_CONTEXT ||
+        result == CUDA_ERROR_NOT_INITIALIZED || result == CUDA_ERROR_DEINITIALIZED)
+      return 1;
     if (result != CUDA_SUCCESS) protect_lose("error %d of the driver: wait for copies", result);
     tie(stream, fire);  // not before: another thread would not wait
   }
@@ -141,7 +144,8 @@ static CUresult inherit(CUstream stream) {
   int mode = CU_STREAM_CAPTURE_MODE_RELAXED;
   CUcontext popped = NULL, context = regions_context();
   CUevent event = NULL;
-  if (context && REAL(cuCtxPushCurrent_v2, context) != CUDA_SUCCESS) return CUDA_ERROR_INVALID_CONTEXT;
+  if (context && REAL(cuCtxPushCurrent_v2, context) != CUDA_SUCCESS)
+    return CUDA_ERROR_INVALID_CONTEXT;
   REAL(cuThreadExchangeStreamCaptureMode, &mode);
   // While it is captured the event would be a node of that graph.
   CUstream to = is_capturing(stream, 0) ? NULL : heir_made();
