@@ -292,6 +292,17 @@ def test_missing_unpacker_is_an_error_and_no_answer_when_it_is_needed(
         rewrite(image, Options())
 
 
+def test_lack_of_memory_is_no_answer_when_an_image_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = fatbin(packed_entry(TEXT, 90, TEXT_BYTES))
+
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("zstandard.ZstdDecompressor", lambda **_: type("Full", (), {"stream_reader": full})())
+    with pytest.raises(MemoryError):
+        rewrite(image, Options())
+
+
 @pytest.mark.parametrize(("bound", "most", "said"), [("IMAGE_BYTES_MAX", 1000, "bytes"), ("IMAGE_SLOTS_MAX", 1, "slots"), ("IMAGE_KERNELS_MAX", 1, "kernels")])
 def test_image_stays_as_it_is_when_the_result_would_be_beyond_a_bound(monkeypatch: pytest.MonkeyPatch, bound: str, most: int, said: str) -> None:
     assert len(TEXT_BYTES) < 1000 < len(rewrite(TEXT_BYTES, Options()).image)

@@ -223,7 +223,7 @@ def _unpack_lz4(packed: bytes, entry: Entry) -> bytes:
         raise _missing(error) from error
     try:
         return bytes(lz4.block.decompress(packed, uncompressed_size=entry.unpacked_bytes))
-    except (lz4.block.LZ4BlockError, ValueError, MemoryError) as error:
+    except (lz4.block.LZ4BlockError, ValueError) as error:
         raise ImageRefused(f"fatbin entry {entry.index}: LZ4: {error}") from error
 
 
@@ -239,7 +239,7 @@ def _unpack_zstd(packed: bytes, entry: Entry) -> bytes:
             found = bytearray()
             while part := reader.read(entry.unpacked_bytes + 1 - len(found)):
                 found += part
-    except (zstandard.ZstdError, ValueError, MemoryError) as error:
+    except (zstandard.ZstdError, ValueError) as error:
         raise ImageRefused(f"fatbin entry {entry.index}: zstd: {error}") from error
     return bytes(found)
 

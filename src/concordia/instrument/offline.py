@@ -93,6 +93,15 @@ def instrument(
     """Rewrite the image in a file, or list the images of a library. Raises UsageError."""
     if target is not None:
         _check_target(file, target)
+    try:
+        return _instrument(file, options, image=image, target=target)
+    except MemoryError:
+        raise UsageError(f"{file}: not enough memory") from None
+
+
+def _instrument(
+    file: Path, options: Options, *, image: int | None, target: Target | None
+) -> Outcome:
     data = _read(file)
     found = read_image(data)
     is_library = found.kind is ImageKind.OTHER
