@@ -1,6 +1,6 @@
 """A rewriter whose rewrite does what the image says: the desk and its children are the real ones.
 
-Images: b"upper..." comes back changed, b"crash" ends in a segmentation fault, b"loop" never ends, b"raise" raises, b"eat" takes all memory,
+Images: b"upper..." comes back changed, b"crash" ends in a segmentation fault, b"loop" never ends, b"raise" and b"mistake" raise, b"eat" takes all memory,
 b"wait PATH" waits for that file.
 """
 
@@ -30,6 +30,8 @@ def rewrite(image: bytes, options: Options, library: str) -> Rewritten:
         pass
     if word == b"raise":
         raise ValueError("as asked")
+    if word == b"mistake":
+        raise TypeError("as asked")
     if word == b"die":
         raise SystemExit(0)
     if word == b"eat":

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import json
 import os
 import pathlib
 import random
+import resource
 import signal
 import socket
 import struct
@@ -29,6 +31,7 @@ from concordia.instrument.cache import ImageCache, image_key
 from concordia.instrument.options import Options
 from concordia.instrument.report import Hook
 from concordia.instrument.request import Request, Status, ask, parse_reply, sealed_memory
+from concordia.instrument.rewrite_desk import RewriteDesk
 from waiting import until
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -99,13 +102,80 @@ def test_image_lies_in_the_cache_when_the_rewriter_says_ready(tmp_path: pathlib.
         assert one.rewrites("upper") == 2, "a damaged file is made again"
 
 
-@pytest.mark.parametrize("word", ["crash", "raise", "die", "eat"])
+@pytest.mark.parametrize("word", ["crash", "raise", "mistake", "die", "eat"])
 def test_next_image_is_rewritten_when_one_ends_its_process(tmp_path: pathlib.Path, word: str) -> None:
     with served(tmp_path) as one:
         assert one.ask(word.encode()) is Status.REFUSED
         assert one.ask(word.encode()) is Status.REFUSED
         assert one.rewrites(word) == 1, "it is not tried again in this run"
         assert one.ask(b"upper x") is Status.READY
+
+
+@pytest.mark.parametrize("word", ["raise", "mistake"])
+def test_error_is_told_in_one_line_when_it_ends_a_rewrite(tmp_path: pathlib.Path, word: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with served(tmp_path) as one:
+        assert one.ask(word.encode()) is Status.REFUSED
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "as asked" in line]
+    assert line.startswith(f"rewriter: {image_key(word.encode())}: {'Type' if word == 'mistake' else 'Value'}Error: as asked")
+    assert ("rewriter_child.py:" in line) == (word == "mistake")
+
+
+def test_image_is_rewritten_when_somebody_claimed_its_key_for_another(tmp_path: pathlib.Path) -> None:
+    image = b"upper mine"
+    with served(tmp_path) as one:
+        for _ in range(2):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer, sealed_memory(b"x" * len(image)) as memory:
+                peer.settimeout(30)
+                peer.connect(str(one.socket))
+                socket.send_fds(peer, [Request(len(image), image_key(image), "").pack()], [memory])
+                assert parse_reply(peer.recv(64)) is Status.LATER
+        assert one.ask(image) is Status.READY
+        assert one.rewrites("upper") == 1
+
+
+class _Exhausted:
+    """A listener of a process that has no descriptors left; stops the desk at the third try."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener, self.tries, self.desk = listener, 0, None
+
+    def fileno(self) -> int:
+        return self._listener.fileno()
+
+    def accept(self) -> None:
+        self.tries += 1
+        if self.tries == 3:
+            assert self.desk
+            self.desk.stop()
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def test_rewriter_waits_when_it_has_no_descriptor_for_a_client(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    desk = RewriteDesk(run, ImageCache(tmp_path / "images", Options().key()), Options())
+    exhausted = _Exhausted(desk._listener)
+    exhausted.desk, desk._listener = desk, exhausted
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        client.connect(str(desk.path))
+        begin = time.monotonic()
+        desk.serve()
+        assert exhausted.tries == 3
+        assert time.monotonic() - begin >= 2 * config.REWRITE_ACCEPT_PAUSE_S
+    desk.close()
+
+
+def test_rewriter_takes_the_descriptors_that_it_may_when_its_launcher_has_few(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    process = subprocess.Popen(_command(run, tmp_path / "images"), env=ENVIRONMENT, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard)))
+    try:
+        until((run / "rewriter.sock").exists, 30)
+        most = config.REWRITE_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, config.REWRITE_DESCRIPTORS)
+        assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE)[0] == most > 256
+    finally:
+        process.kill()
+        process.wait(timeout=30)
 
 
 def test_endless_rewrite_is_killed_and_refused_when_its_bound_is_over(tmp_path: pathlib.Path) -> None:
@@ -186,7 +256,7 @@ def test_only_its_own_connection_ends_when_a_request_is_malformed(tmp_path: path
         longer = Request(len(image) + 1, image_key(image), "").pack()
         assert parse_reply(_send(one, longer, [memory])) is Status.REFUSED
         another = Request(len(image), image_key(b"another"), "").pack()
-        assert parse_reply(_send(one, another, [memory])) is Status.REFUSED
+        assert parse_reply(_send(one, another, [memory])) is Status.LATER
         assert one.cache.load(image_key(b"another")) is None, "a file is only ever of the image that names it"
         assert parse_reply(_send(one, good, [memory])) is Status.READY
         until(lambda: len(os.listdir(f"/proc/{one.process.pid}/fd")) == open_before, 20)

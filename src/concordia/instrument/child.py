@@ -7,10 +7,13 @@ processes of one thread: so a fork is safe. It does not know the work.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
 import signal
+import sys
+import traceback
 from collections.abc import Callable
 from typing import Final
 
@@ -25,6 +28,19 @@ def die_with_parent(parent: int) -> None:
         os._exit(FAILED)  # it died before that was set
 
 
+def tell_unfinished(what: str) -> None:
+    """On the way out of a process that ends here: the kind and place of an error that nobody
+    expected, in one line.
+    """
+    kind, error, trace = sys.exc_info()
+    if kind is None:
+        return
+    place = traceback.extract_tb(trace)[-1]
+    told = " ".join(f"{kind.__name__}: {error}".split())
+    with contextlib.suppress(OSError, ValueError):
+        print(f"{what}: {told} ({place.filename}:{place.lineno})", file=sys.stderr, flush=True)
+
+
 def exit_code_of(work: Callable[[], int], bound_s: float) -> int | None:
     """What the work returns, FAILED when it raised, the negative number of the signal that ended
     it, or None when it was not done in time.
@@ -37,6 +53,7 @@ def exit_code_of(work: Callable[[], int], bound_s: float) -> int | None:
             die_with_parent(parent)
             code = work()
         finally:
+            tell_unfinished("work in a child")
             os._exit(code)  # nothing of the parent's is run on the way out
     ended = os.pidfd_open(pid)
     try:

@@ -10,6 +10,7 @@ rewrite: a child does (rewrite_job).
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import selectors
 import socket
@@ -40,6 +41,7 @@ SOCKET: Final = "rewriter.sock"
 _PEER: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _DESCRIPTORS_MAX: Final = 4  # of a message, so that one too many is seen and closed
 _CUT: Final = socket.MSG_TRUNC | socket.MSG_CTRUNC
+_EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _LOOK_S: Final = 2.0  # how often the run folder is looked for
 
 
@@ -76,6 +78,7 @@ class RewriteDesk:
         self._is_stopped = False
         self._is_trim_due = True  # something was stored, or nobody has looked yet
         self._listener = _listen(self.path)
+        self._accepts_at: float | None = None  # while nobody is accepted: until when
         self._watch(self._listener.fileno(), self._accept)
 
     def stop(self) -> None:
@@ -93,6 +96,9 @@ class RewriteDesk:
             for key, _ in self._selector.select(self._pause_s()):
                 key.data()
             now = time.monotonic()
+            if self._accepts_at is not None and self._accepts_at <= now:
+                self._accepts_at = None
+                self._watch(self._listener.fileno(), self._accept)
             self._expire(now)
             self._start_jobs()
             if now - looked_at > _LOOK_S:
@@ -123,13 +129,17 @@ class RewriteDesk:
         """Until the next bound that somebody waits for."""
         bounds = [bound for _, bound in self._waiters.values()]
         bounds += [job.ends_at for job in self._jobs.values() if job.is_running]
+        bounds += [self._accepts_at] if self._accepts_at is not None else []
         return min(_LOOK_S, max(0.0, min(bounds, default=_LOOK_S) - time.monotonic()))
 
     def _accept(self) -> None:
         try:
             peer, _ = self._listener.accept()
-        except OSError:
-            return  # it has gone again, or we are out of descriptors for a moment
+        except OSError as error:
+            if error.errno in _EXHAUSTED:  # it stays readable: look again when some may be free
+                self._selector.unregister(self._listener.fileno())
+                self._accepts_at = time.monotonic() + config.REWRITE_ACCEPT_PAUSE_S
+            return  # else it has gone again
         raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
         _, uid, _ = _PEER.unpack(raw)
         if uid != os.getuid() or len(self._peers) >= config.REWRITE_CLIENTS_MAX:
@@ -203,11 +213,11 @@ class RewriteDesk:
     def _finish(self, job: RewriteJob) -> None:
         """Its process has ended."""
         self._selector.unregister(job.pidfd)
-        is_ready = job.finish()
+        status = job.finish()
         self._is_trim_due = True
-        if not is_ready:
+        if status is Status.REFUSED and len(self._refused) < config.REWRITE_REFUSED_MAX:
             self._refused.add(_work(job.request))
-        self._end(job, Status.READY if is_ready else Status.REFUSED)
+        self._end(job, status)
 
     def _trim(self) -> None:
         if self._is_trim_due:

@@ -22,14 +22,15 @@ from typing import Final
 from concordia import config
 from concordia.errors import ConcordiaError, ImageRefused
 from concordia.instrument.cache import ImageCache, image_key
-from concordia.instrument.child import die_with_parent
+from concordia.instrument.child import die_with_parent, tell_unfinished
 from concordia.instrument.options import Options
 from concordia.instrument.report import Rewritten
-from concordia.instrument.request import Request
+from concordia.instrument.request import Request, Status
 
 Rewrite = Callable[[bytes, Options, str], Rewritten]  # image, options, file of the library
 _DONE: Final = 0
 _FAILED: Final = 1
+_FALSE: Final = 2  # the image is not the one of its key
 
 
 @dataclass(slots=True)
@@ -63,13 +64,16 @@ class RewriteJob:
         """End its process, which it does within milliseconds; `finish` says that it has."""
         os.kill(self.pid, signal.SIGKILL)  # not waited for yet: the pid is still its own
 
-    def finish(self) -> bool:
-        """Wait for the end of its process, which has come or is about to; whether the file of the
-        image is in the cache.
+    def finish(self) -> Status:
+        """Wait for the end of its process, which has come or is about to; what is known then of the
+        image that the key names.
         """
         _, status = os.waitpid(self.pid, 0)
         self.close()
-        return os.waitstatus_to_exitcode(status) == _DONE
+        code = os.waitstatus_to_exitcode(status)
+        if code == _FALSE:  # somebody else may still come with the image
+            return Status.LATER
+        return Status.READY if code == _DONE else Status.REFUSED
 
     def close(self) -> None:
         """Give back what it holds."""
@@ -88,6 +92,9 @@ def _run_child(
         _limit(parent)
         if cache.load(job.request.key) is None:
             image = _read(job)
+            if image_key(image) != job.request.key:
+                code = _FALSE
+                raise ImageRefused(f"the image has the key {image_key(image)}")
             cache.store(job.request.key, rewrite(image, options, job.request.library))
         code = _DONE
     except (
@@ -102,6 +109,7 @@ def _run_child(
         with contextlib.suppress(OSError, ValueError):
             print(f"rewriter: {job.request.key}: {told}", file=sys.stderr, flush=True)
     finally:
+        tell_unfinished(f"rewriter: {job.request.key}")
         os._exit(code)
 
 
@@ -124,7 +132,4 @@ def _limit(parent: int) -> None:
 
 def _read(job: RewriteJob) -> bytes:
     with mmap.mmap(job.memory, job.request.image_bytes, prot=mmap.PROT_READ) as mapping:
-        image = mapping[:]
-    if image_key(image) != job.request.key:
-        raise ImageRefused(f"the image has the key {image_key(image)}")
-    return image
+        return mapping[:]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import signal
 import socket
 import stat
@@ -29,6 +30,7 @@ def main(arguments: list[str]) -> int:
     asked = _parser().parse_args(arguments)
     options = Options.parse(asked.options)
     _check_run(asked.run)
+    _raise_descriptors()
     desk = RewriteDesk(
         asked.run, ImageCache(asked.cache, options.key()), options, workers=asked.workers
     )
@@ -91,6 +93,15 @@ def _parser() -> argparse.ArgumentParser:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; --help says more\n")
+
+
+def _raise_descriptors() -> None:
+    """Room for every client and every image that waits, where the system grants it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = config.REWRITE_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
+    wanted = min(wanted, config.REWRITE_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _check_run(run: Path) -> None:
