@@ -64,3 +64,10 @@ def test_files_of_the_program_are_left_alone_when_it_has_closed_ours(ground: Pro
     answers, errors = life(ground, tmp_path / "protect", "closed", AUDITED + stack, PROGRAM_FILE=str(mine), PROGRAM_SIGNAL="10", **stale)
     assert mine.read_text() == "what a user wrote"
     assert (len(answers.posts), errors) == (3, "")
+
+
+def test_region_is_there_from_its_access_until_its_copies_are_made_when_memory_is_mapped(ground: ProtectedGround, tmp_path: Path) -> None:
+    answers, errors = life(ground, tmp_path / "protect", "virtual")
+    assert [len(post.regions) for post in answers.posts] == [2, 2, 2, 3, 3]
+    assert errors == "concordia: region big.2 is freed: it is no part of later checkpoints\n"
+    assert answers.content[answers.posts[4].ordinal][2][:24] == b"".join(value.to_bytes(8, "little") for value in (6, 7, 8))

@@ -226,7 +226,7 @@ API R cuMemRelease(uint64_t handle) { (void)handle; return OK; }
 API R cuMemAddressReserve(uint64_t *address, size_t bytes, size_t alignment, uint64_t hint, unsigned long long flags) { (void)alignment; (void)hint; (void)flags; return cuMemAlloc_v2(address, bytes); }
 API R cuMemAddressFree(uint64_t address, size_t bytes) { (void)bytes; return cuMemFree_v2(address); }
 API R cuMemMap(uint64_t address, size_t bytes, size_t offset, uint64_t handle, unsigned long long flags) { (void)address; (void)bytes; (void)offset; (void)handle; (void)flags; return OK; }
-API R cuMemUnmap(uint64_t address, size_t bytes) { (void)address; (void)bytes; return OK; }
+API R cuMemUnmap(uint64_t address, size_t bytes) { memset((void *)address, 0xEE, bytes); return OK; }  // at once, whoever uses it
 API R cuMemSetAccess(uint64_t address, size_t bytes, const void *access, size_t count) { (void)address; (void)bytes; (void)access; (void)count; return OK; }
 API R cuMemAllocAsync(uint64_t *address, size_t bytes, void *stream) { (void)stream; return cuMemAlloc_v2(address, bytes); }
 API R cuMemFreeAsync(uint64_t address, void *stream) { (void)stream; return cuMemFree_v2(address); }

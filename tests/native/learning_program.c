@@ -2,7 +2,9 @@
 //
 //   reload   a module that marks what it stores is unloaded, and one that does not gets its handles
 //   tensor   a kernel is given where it writes inside a large parameter
+//   virtual  memory is mapped before it may be accessed, and unmapped right behind a point
 //   closed   the program closes what it does not know, and opens files of its own, named by PROGRAM_FILE
+//   virtual  memory is mapped before it may be accessed, and unmapped right behind a point
 //   closed   the program closes what it does not know, and opens a file of its own, PROGRAM_FILE
 //   host     a graph calls a function of the program
 // Between two points it waits until what was fired is answered, so that each is one checkpoint.
@@ -30,6 +32,7 @@ R cuMemAlloc_v2(P *, size_t), cuStreamCreate(H *, unsigned), cuLaunchKernel(H, u
   } while (0)
 enum { PAGE = 1 << 16, REGION = 1 << 21, SETTLE_S = 20 };
 
+R cuMemAddressReserve(P *, size_t, size_t, P, unsigned long long), cuMemMap(P, size_t, size_t, uint64_t, unsigned long long), cuMemUnmap(P, size_t), cuMemSetAccess(P, size_t, const void *, size_t);
 R cuStreamBeginCapture_v2(H, int), cuStreamEndCapture(H, H *), cuGraphInstantiateWithFlags(H *, H, unsigned long long), cuGraphLaunch(H, H), cuLaunchHostFunc(H, void (*)(void *), void *);
 
 static H module, fill, update, tensor, stream;
@@ -47,8 +50,13 @@ static void launch(H function, P a, P b, P c) {
 }
 static void handled(int number) { (void)number; }
 static void nothing(void *unused) { (void)unused; }
-static void point(void) {  // words of the board: posted, taken at 16, 24; fired at 104
-  static const volatile uint64_t *board;
+static const volatile uint64_t *board;  // words of it: posted, taken at 16, 24; fired at 104
+static void settle(time_t end) {
+  while (board[3] != board[13])
+    if (time(NULL) > end) { fprintf(stderr, "point: %lu of %lu\n", board[3], board[13]); exit(3); }
+    else sched_yield();
+}
+static void point(void) {
   char path[4096];
   snprintf(path, sizeof path, "%s/board", getenv("CONCORDIA_PROTECT"));
   int file = board ? -1 : open(path, O_RDONLY);
@@ -59,9 +67,7 @@ static void point(void) {  // words of the board: posted, taken at 16, 24; fired
     launch(update, outside, outside + 4096, 16);
     DO(cuCtxSynchronize());
   } while (board[13] == fired && time(NULL) < end);
-  while (board[3] != board[13])
-    if (time(NULL) > end) { fprintf(stderr, "point: %lu of %lu\n", board[3], board[13]); exit(3); }
-    else sched_yield();
+  settle(end);
 }
 
 int main(int count, char **words) {
@@ -95,7 +101,22 @@ int main(int count, char **words) {
     void *parameters[] = {map, &y};
     DO(cuLaunchKernel(tensor, 1, 1, 1, 1, 1, 1, 0, stream, parameters, NULL));
   }
-  if (!strcmp(words[1], "host")) {
+  if (!strcmp(words[1], "virtual")) {
+    struct { int type, id, flags; } access = {1, 0, 3};
+    P mapped;
+    DO(cuMemAddressReserve(&mapped, REGION, 0, 0, 0));
+    DO(cuMemMap(mapped, REGION, 0, 0, 0));
+    point();
+    DO(cuMemSetAccess(mapped, REGION, &access, 1));
+    point();
+    launch(fill, mapped, REGION / 8, 6);
+    DO(cuCtxSynchronize());
+    for (int i = 0; i < 200; i++) launch(fill, second, REGION / 8, 5);
+    uint64_t fired = board[13];
+    while (board[13] == fired) launch(update, outside, outside + 4096, 16);  // its copies wait behind all that
+    DO(cuMemUnmap(mapped, REGION));
+    settle(time(NULL) + SETTLE_S);
+  } else if (!strcmp(words[1], "host")) {
     H graph, executable;
     DO(cuStreamBeginCapture_v2(stream, 0));
     launch(fill, first, 100, 5);

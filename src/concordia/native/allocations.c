@@ -6,13 +6,19 @@
 // program. Which allocation is a region says regions.c.
 #define _GNU_SOURCE
 #include <string.h>
+#include <time.h>
 
 #include "protect.h"
 
 enum { ALLOCATIONS_MAX = 1 << 16, POINTER_MEMORY_TYPE = 2, MEMORY_TYPE_DEVICE = 2 };
+enum { MAPPINGS_MAX = 1 << 12 };  // that nobody may access yet: a program has one at a time
+#define WAIT_COPIES_NS 60000000000ull  // behind the program's own work, which uses other memory
+#define LOOK_NS 20000
 
 static struct allocation table[ALLOCATIONS_MAX];  // by address
 static int count;
+static struct allocation mappings[MAPPINGS_MAX];  // without access
+static int mapping_count;
 
 // The first whose address is above; with the lock.
 static int above(uint64_t address) {
@@ -122,23 +128,75 @@ CUresult cuMemAllocManaged(CUdeviceptr *address, size_t bytes, unsigned int flag
   return result;
 }
 
+// Takes a mapping without access out of the list; address 0: there is none in this range.
+static struct allocation mapping_taken(uint64_t address, uint64_t bytes) {
+  struct allocation found = {0, 0};
+  protect_lock();
+  for (int i = 0; i < mapping_count && !found.address; i++) {
+    if (mappings[i].address - address >= bytes) continue;
+    found = mappings[i];
+    mappings[i] = mappings[--mapping_count];
+  }
+  protect_unlock();
+  return found;
+}
+
+// It is no region before it may be read: a copy at a point would end the context.
 CUresult cuMemMap(CUdeviceptr address, size_t bytes, size_t offset,
                   CUmemGenericAllocationHandle handle, unsigned long long flags) {
   CUresult result = REAL(cuMemMap, address, bytes, offset, handle, flags);
-  if (result == CUDA_SUCCESS) came(address, bytes);
+  if (result != CUDA_SUCCESS || !IS_PROTECTED()) return result;
+  protect_lock();
+  int is_full = mapping_count == MAPPINGS_MAX;
+  if (!is_full) mappings[mapping_count++] = (struct allocation){address, bytes};
+  protect_unlock();
+  if (is_full) protect_lose("more than %d mappings without access", MAPPINGS_MAX);
   return result;
 }
 
+CUresult cuMemSetAccess(CUdeviceptr address, size_t bytes, const CUmemAccessDesc *access,
+                        size_t count_of_access) {
+  int is_given = 0;
+  CUresult result = REAL(cuMemSetAccess, address, bytes, access, count_of_access);
+  if (result != CUDA_SUCCESS || !IS_PROTECTED()) return result;
+  for (size_t i = 0; i < count_of_access; i++) is_given |= access[i].flags != 0;
+  for (struct allocation found; is_given && (found = mapping_taken(address, bytes)).address;)
+    came(found.address, found.bytes);
+  return result;
+}
+
+// The lowest allocation in a range; with the lock.
+static int is_within(uint64_t address, uint64_t bytes, struct allocation *found) {
+  if (allocation_of(address, found)) return 1;
+  int at = above(address);
+  if (at == count || table[at].address - address >= bytes) return 0;
+  *found = table[at];
+  return 1;
+}
+
+// The driver waits for nobody here, and a copy of a region that is not there ends the context.
+static void await_copies(void) {
+  const struct timespec pause = {0, LOOK_NS};
+  uint64_t end = now_ns() + WAIT_COPIES_NS;
+  while (IS_PROTECTED() && saver_is_copying()) {
+    if (now_ns() >= end) protect_lose("the copies of memory that goes are not done in time");
+    nanosleep(&pause, NULL);
+  }
+}
+
 CUresult cuMemUnmap(CUdeviceptr address, size_t bytes) {
-  for (uint64_t at = address; IS_PROTECTED() && at < address + bytes;) {
+  int has_gone = 0;
+  while (IS_PROTECTED() && mapping_taken(address, bytes).address) continue;
+  while (IS_PROTECTED()) {
     struct allocation found = {0, 0};
     protect_lock();
-    int is_there = allocation_of(at, &found);
+    int is_there = is_within(address, bytes, &found);
     protect_unlock();
-    if (!is_there || !found.bytes) break;
+    if (!is_there) break;
     goes(found.address);
-    at = found.address + found.bytes;
+    has_gone = 1;
   }
+  if (has_gone) await_copies();
   return REAL(cuMemUnmap, address, bytes);
 }
 

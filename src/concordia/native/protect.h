@@ -197,6 +197,7 @@ void saver_fire(CUstream stream, int is_per_thread, uint64_t ordinal, uint64_t d
                 uint64_t reads_end);
 int saver_take(int bound_ms);  // while it is taken no point is, and no copy is in use; 0: not had
 void saver_give(void);
+int saver_is_copying(void);  // of what was a region when this is asked; or a moment longer
 void saver_sweep(void);  // frees what was of regions that are gone, if it can be taken at once
 void saver_forget(struct region *region);  // frees it once nobody uses it
 

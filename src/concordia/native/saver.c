@@ -44,6 +44,11 @@ int saver_take(int bound_ms) {
 
 void saver_give(void) { atomic_store(&is_busy, 0); }
 
+int saver_is_copying(void) {
+  return atomic_load(&is_busy) && board &&
+         atomic_load(&board->word) != atomic_load(&point.ordinal);
+}
+
 void saver_forget(struct region *region) {
   protect_lock();
   int is_full = grave_count == REGIONS_MAX;
