@@ -110,7 +110,9 @@ def check_trampoline(after: dict[int, tuple[str, int, int]], code: sass.Words, a
     assert len(stores) == 2
     assert "STG.E.U8" in stores[1]
     guard = words.split(maxsplit=1)[0] if words.startswith("@") else ""
-    assert [found.split(maxsplit=1)[0] for found in block[:end] if found.startswith("@")] == [guard] * 3 * bool(guard)
+    # the sum, the store, and the mark's loads and store; but where the store may write its own guard
+    ours = 2 + 1 + 3 * (not re.search(r"ATOMG?\.\S+ P\d", words))
+    assert [found.split(maxsplit=1)[0] for found in block[:end] if found.startswith("@")] == [guard] * ours * bool(guard)
 
 
 @pytest.fixture(scope="module")
@@ -202,9 +204,12 @@ def test_marked_byte_is_that_of_the_page_when_addresses_are_anywhere(descriptor:
         stores = rng.random() < 0.8
         guard = rng.choice([0, 3, 9]) if not stores else rng.choice([7, 0, 9])
         found = run(site(10, offset, guard=guard, descriptor=descriptor), register, first, size, stores=stores)
-        if stores and first <= address < first + size:
+        if not stores:
+            assert found is None, "no descriptor is used where no lane stores"
+        elif first <= address < first + size:
             assert found == MAP + (address - first >> SHIFT)
         else:
+            assert found is not None
             assert CONTROL + abi.CONTROL_SPARE_OFFSET <= found < CONTROL + abi.CONTROL_ALLOCATED_BYTES
 
 
@@ -216,8 +221,8 @@ def test_marked_byte_is_that_of_the_page_when_pages_have_another_size(shift: int
         assert (found == MAP + page) == (0 <= page < pages)
 
 
-def run(store: StoreSite, register: int, first: int, size: int, *, stores: bool = True, shift: int = SHIFT) -> int:
-    """Where a mark's byte goes."""
+def run(store: StoreSite, register: int, first: int, size: int, *, stores: bool = True, shift: int = SHIFT) -> int | None:
+    """Where a mark's byte goes, if anywhere."""
     code, control = trampoline(store, BASE, shift)
     filled = bytearray(code)
     filled[control + 4 : control + 8] = (CONTROL & 0xFFFFFFFF).to_bytes(4, "little")
@@ -225,16 +230,29 @@ def run(store: StoreSite, register: int, first: int, size: int, *, stores: bool 
     offsets = abi.CONTROL.offsets()
     words = {"window_base": first, "window_bytes": size, "map": MAP if size else 0}
     thread = Thread(
-        registers={10: register & 0xFFFFFFFF, 11: register >> 32},
+        registers={10: register & 0xFFFFFFFF, 11: register >> 32} | dict.fromkeys(range(BASE, BASE + mark_registers()), 0xDEADBEEF),
         memory={CONTROL + offsets[name]: value for name, value in words.items()},
         predicate=stores,
     )
     thread.run(bytes(filled), skip=control - 16)
-    ((address, value),) = thread.stored
-    assert value == 1
+    assert [value for _, value in thread.stored] == [1] * stores
     assert (thread.registers[10], thread.registers[11]) == (register & 0xFFFFFFFF, register >> 32)
     assert all(number in (10, 11) or BASE <= number < BASE + mark_registers() for number in thread.registers)
-    return address
+    return thread.stored[0][0] if stores else None
+
+
+def test_mark_needs_neither_guard_nor_descriptor_when_its_atomic_may_write_its_guard() -> None:
+    plain = StoreSite(0x100, 0x9A8 | 3 << 12 | 10 << 24, 0x0C1EE904 | 1 << 27, 4)
+    telling = replace(plain, high=plain.high & ~(7 << 17) | 3 << 17)
+    assert (plain.writes_predicate, telling.writes_predicate) == (False, True)
+    marks = []
+    for store in (plain, telling):
+        code, control = trampoline(store, BASE, SHIFT)
+        marks.append([struct.unpack_from("<QQ", code, at) for at in range(control + 32, len(code), 16)])
+    guards = [{low >> 12 & 0xF for low, high in found if opcode_of(low, high) in (*LOADS, *STORES)} for found in marks]
+    assert guards == [{3}, {7}]
+    described = [[opcode_of(low, high) >> 12 for low, high in found if opcode_of(low, high) in (*LOADS, *STORES)] for found in marks]
+    assert (set(described[0]), set(described[1])) == ({1}, {0})
 
 
 @pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.name.partition(".")[0])
@@ -265,7 +283,7 @@ def test_random_kernels_keep_their_instructions_when_their_stores_are_marked(tmp
     print("seed", seed)
     original = linked(module([Program.random(f"kernel_{n}", seed + n) for n in range(30)], "sm_90"))
     spliced = marked(original)
-    assert check_disassembly(original, spliced, tmp_path / "a.cubin").total() >= 100
+    assert check_disassembly(original, spliced, tmp_path / "a.cubin").total() >= 50
     left = [kernel.reason for kernel in spliced.kernels if Hook.MARKS not in kernel.hooks]
     known = "it may wait for other CTAs", "it may call functions of their own", "a store of a form that is not known"
     assert all(reason.removeprefix("marks: ").startswith(known) for reason in left), left

@@ -118,6 +118,12 @@ class StoreSite:
         return self.low & sass.GUARD_MASK
 
     @property
+    def writes_predicate(self) -> bool:
+        """Whether it is an atomic that tells by a predicate what it did."""
+        base = self.low & sass.BASE_MASK
+        return base in ATOMICS and self.high >> _PREDICATE_SHIFT & sass.ALWAYS != sass.ALWAYS
+
+    @property
     def register(self) -> int:
         return self.low >> 24 & 0xFF
 

@@ -7,9 +7,11 @@ needs to be known of what is live. Called by splice and sass_proof. Which kernel
 sass_marks's.
 
 A mark comes after its store, like those in PTX. The address is taken before, because an atomic may
-overwrite its register. Lanes that do not store get the address of the offset alone, below 16 MiB or
-above 2^63, where no window is. No test of the address space is needed: local and shared memory lie
-in windows of their own in the generic space, where no allocation is.
+overwrite its register. The mark's loads and its store have the store's guard: where no lane stores,
+the descriptor of the store may never have been loaded. An atomic that writes a predicate may write
+its guard: its mark goes without both. Lanes that do not store have the address of the offset alone
+there, below 16 MiB or above 2^63, where no window is. No test of the address space is needed: local
+and shared memory lie in windows of their own in the generic space, where no allocation is.
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ from concordia.instrument.sass_mark_code import (
     settled,
     shifted,
 )
-from concordia.instrument.sass_registers import renamed
+from concordia.instrument.sass_registers import LOADS, STORES, opcode_of, renamed
 from concordia.instrument.sass_stores import NO_REGISTER, StoreSite
 
 _STEP: Final = sass.INSTRUCTION_BYTES
+_MEMORY: Final = frozenset((*LOADS, *STORES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,10 @@ def trampoline(site: StoreSite, base: int, page_shift: int) -> tuple[bytes, int]
     store = _forgetting(struct.pack("<QQ", site.low, site.high))
     begin = b"".join((low, high, moves[2], head, store))
     control = len(begin)
-    return b"".join((begin, *moves[3:], _mark(base, page_shift, site.descriptor))), control
+    guard, descriptor = site.guard, site.descriptor
+    if site.writes_predicate:
+        guard, descriptor = sass.ALWAYS << 12, None
+    return b"".join((begin, *moves[3:], _mark(base, page_shift, descriptor, guard))), control
 
 
 @functools.cache
@@ -162,7 +168,12 @@ def _head(guard_and_register: int, base: int) -> bytes:
 
 
 @functools.lru_cache(maxsize=config.MARK_PIECES_MAX)
-def _mark(base: int, page_shift: int, descriptor: int | None) -> bytes:
+def _mark(base: int, page_shift: int, descriptor: int | None, guard: int) -> bytes:
     piece = mark_code().mark(descriptor)
     moved = {number: base + number for number in range(piece.registers)}
-    return shifted(renamed(piece.code, moved, descriptor or 0), page_shift)
+    code = bytearray(shifted(renamed(piece.code, moved, descriptor or 0), page_shift))
+    for at in range(0, len(code), _STEP):
+        low, high = struct.unpack_from("<QQ", code, at)
+        if opcode_of(low, high) in _MEMORY:
+            struct.pack_into("<Q", code, at, low & ~sass.GUARD_MASK | guard)
+    return bytes(code)
