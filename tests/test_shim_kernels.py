@@ -71,3 +71,13 @@ def test_region_is_there_from_its_access_until_its_copies_are_made_when_memory_i
     assert [len(post.regions) for post in answers.posts] == [2, 2, 2, 3, 3]
     assert errors == "concordia: region big.2 is freed: it is no part of later checkpoints\n"
     assert answers.content[answers.posts[4].ordinal][2][:24] == b"".join(value.to_bytes(8, "little") for value in (6, 7, 8))
+
+
+@pytest.mark.parametrize(("newer", "is_lost"), [("cuMemsetD8", True), ("cuInit", False), ("", False)])
+def test_protection_ends_when_a_function_that_writes_is_of_a_version_without_a_hook(
+    ground: ProtectedGround, tmp_path: Path, newer: str, is_lost: bool
+) -> None:
+    names = {"FAKE_NEWER": newer, "PROGRAM_NAMES": "cuInit cuMemsetD8 cuMemFree cuMemcpyHtoD cuLaunchKernel cuStreamCreate"}
+    _, errors = life(ground, tmp_path / "protect", "newer", **names)
+    wanted = "concordia: unprotected from here on: the driver has a version of cuMemsetD8 that is not watched\n"
+    assert errors == (wanted if is_lost else "")

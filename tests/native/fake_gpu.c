@@ -385,6 +385,7 @@ API R cuGraphMemcpyNodeGetParams(struct node *node, struct copy3 *found) {
 struct fill_node { uint64_t target; size_t pitch; unsigned value, element; size_t width, height; };
 API R cuGraphMemsetNodeGetParams(struct node *node, struct fill_node *found) { *found = (struct fill_node){node->op.a[0], node->op.a[4], (unsigned)node->op.a[1], (unsigned)node->op.a[5], node->op.a[2], node->op.a[3]}; return OK; }
 
+static R newer(uint64_t target, unsigned char value, size_t count) { memset((void *)target, value, count); return OK; }
 API R cuGetProcAddress_v2(const char *symbol, void **function, int version, uint64_t flags, int *status) {
   char name[128];
   Dl_info info;
@@ -394,6 +395,7 @@ API R cuGetProcAddress_v2(const char *symbol, void **function, int version, uint
   snprintf(name, sizeof name, "%s_v2", symbol);
   *function = dlsym(self, name);
   if (!*function) *function = dlsym(self, symbol);
+  if (getenv("FAKE_NEWER") && !strcmp(symbol, getenv("FAKE_NEWER"))) *function = (void *)newer;  // which no shim knows
   if (status) *status = *function ? 0 : 1;
   return *function ? OK : NOT_FOUND;
 }

@@ -3,8 +3,10 @@
 //   reload   a module that marks what it stores is unloaded, and one that does not gets its handles
 //   tensor   a kernel is given where it writes inside a large parameter
 //   virtual  memory is mapped before it may be accessed, and unmapped right behind a point
+//   newer    functions are asked for by their names: PROGRAM_NAMES, with blanks between them
 //   closed   the program closes what it does not know, and opens files of its own, named by PROGRAM_FILE
 //   virtual  memory is mapped before it may be accessed, and unmapped right behind a point
+//   newer    functions are asked for by their names: PROGRAM_NAMES, with blanks between them
 //   closed   the program closes what it does not know, and opens a file of its own, PROGRAM_FILE
 //   host     a graph calls a function of the program
 // Between two points it waits until what was fired is answered, so that each is one checkpoint.
@@ -32,6 +34,7 @@ R cuMemAlloc_v2(P *, size_t), cuStreamCreate(H *, unsigned), cuLaunchKernel(H, u
   } while (0)
 enum { PAGE = 1 << 16, REGION = 1 << 21, SETTLE_S = 20 };
 
+R cuGetProcAddress_v2(const char *, void **, int, uint64_t, int *);
 R cuMemAddressReserve(P *, size_t, size_t, P, unsigned long long), cuMemMap(P, size_t, size_t, uint64_t, unsigned long long), cuMemUnmap(P, size_t), cuMemSetAccess(P, size_t, const void *, size_t);
 R cuStreamBeginCapture_v2(H, int), cuStreamEndCapture(H, H *), cuGraphInstantiateWithFlags(H *, H, unsigned long long), cuGraphLaunch(H, H), cuLaunchHostFunc(H, void (*)(void *), void *);
 
@@ -101,7 +104,12 @@ int main(int count, char **words) {
     void *parameters[] = {map, &y};
     DO(cuLaunchKernel(tensor, 1, 1, 1, 1, 1, 1, 0, stream, parameters, NULL));
   }
-  if (!strcmp(words[1], "virtual")) {
+  if (!strcmp(words[1], "newer")) {
+    char *names = strdup(getenv("PROGRAM_NAMES"));
+    void *found;
+    for (char *name = strtok(names, " "); name; name = strtok(NULL, " "))
+      if (cuGetProcAddress_v2(name, &found, 13000, 0, NULL) || !found) return 5;
+  } else if (!strcmp(words[1], "virtual")) {
     struct { int type, id, flags; } access = {1, 0, 3};
     P mapped;
     DO(cuMemAddressReserve(&mapped, REGION, 0, 0, 0));

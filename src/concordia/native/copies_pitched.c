@@ -243,6 +243,25 @@ CUresult cuMemcpyBatchAsync_v2_ptsz(CUdeviceptr *targets, CUdeviceptr *sources, 
              attribute_count, stream));
 }
 
+// What is unpacked on the GPU: where to is not looked at.
+#define DECOMPRESSED(per_thread, call)                                                 \
+  do {                                                                                 \
+    ENTERS(stream, per_thread);                                                        \
+    CUresult result = call;                                                            \
+    if (IS_PROTECTED() && result == CUDA_SUCCESS) marks_all(stream, per_thread);       \
+    return result;                                                                     \
+  } while (0)
+
+CUresult cuMemBatchDecompressAsync(void *operations, size_t count, unsigned int flags,
+                                   size_t *failed, CUstream stream) {
+  DECOMPRESSED(0, REAL(cuMemBatchDecompressAsync, operations, count, flags, failed, stream));
+}
+
+CUresult cuMemBatchDecompressAsync_ptsz(void *operations, size_t count, unsigned int flags,
+                                        size_t *failed, CUstream stream) {
+  DECOMPRESSED(1, REAL(cuMemBatchDecompressAsync_ptsz, operations, count, flags, failed, stream));
+}
+
 CUresult cuMemcpy3DBatchAsync(size_t count, void *operations, size_t *failed,
                               unsigned long long flags, CUstream stream) {
   if (IS_PROTECTED()) UNSEEN("a batch of copies of three dimensions");

@@ -72,6 +72,16 @@ CUresult cuLibraryGetKernel(void **kernel, CUlibrary library, const char *name) 
   return result;
 }
 
+CUresult cuLibraryEnumerateKernels(void **kernels, unsigned int count, CUlibrary library) {
+  CUresult result = REAL(cuLibraryEnumerateKernels, kernels, count, library);
+  unsigned int there = 0;
+  if (result != CUDA_SUCCESS || !IS_PROTECTED() ||
+      REAL(cuLibraryGetKernelCount, &there, library) != CUDA_SUCCESS)
+    return result;
+  for (unsigned int i = 0; i < count && i < there; i++) note_origin(kernels[i], kernels[i]);
+  return result;
+}
+
 CUresult cuKernelGetFunction(CUfunction *function, void *kernel) {
   CUresult result = REAL(cuKernelGetFunction, function, kernel);
   if (result == CUDA_SUCCESS && IS_PROTECTED() && *function != kernel)

@@ -2,13 +2,14 @@
 //
 // Owns: `real`, and the hooks of cuGetProcAddress. Promises: the driver answers first, by its own
 // rules for versions and streams; only a pointer that is one of a hooked export is swapped, for the
-// hook of exactly that export. So there is no table of versions that could be wrong. What the
-// driver hands out by other ways (export tables) is left alone. Called by the loader, once.
+// hook of exactly that export. So there is no table of versions that could be wrong; a version that
+// has no hook is handed out, and where it may write or launch, protection ends. What the driver
+// hands out by other ways (export tables) is left alone. Called by the loader, once.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <string.h>
 
-#include "shim.h"
+#include "protect.h"
 
 struct real real;
 
@@ -28,6 +29,12 @@ static const struct hook calls[] = {
 #include "calls.def"
 #undef CALL
 };
+static const char *const seen_to[] = {  // what must not pass unseen while a program is protected
+    "cuLaunchKernel", "cuLaunchKernelEx", "cuLaunchCooperativeKernel", "cuGraphLaunch",
+#define HOOK(name, parameters) #name,
+#include "protect_hooks.def"
+#undef HOOK
+};
 #define COUNT(array) (sizeof(array) / sizeof(*(array)))
 
 // Runs before any code of a library that needs us: dependencies are initialised first.
@@ -39,19 +46,43 @@ __attribute__((constructor(101))) static void resolve(void) {
   for (size_t i = 0; i < COUNT(calls); i++) *calls[i].slot = dlsym(RTLD_NEXT, calls[i].name);
 }
 
+// Of a name without its version and the mark of threads' own streams.
+static size_t base_of(const char *name) {
+  size_t length = strlen(name);
+  if (length > 5 && (!strcmp(name + length - 5, "_ptsz") || !strcmp(name + length - 5, "_ptds")))
+    length -= 5;
+  if (length > 3 && name[length - 3] == '_' && name[length - 2] == 'v') length -= 3;
+  return length;
+}
+
+// A function with a hook that came as something else, perhaps a version newer than this shim.
+static void *unhooked(const char *symbol, void *answer) {
+  static _Atomic int is_said;
+  size_t length = base_of(symbol);
+  for (size_t i = 0; i < COUNT(seen_to); i++) {
+    if (base_of(seen_to[i]) != length || strncmp(seen_to[i], symbol, length) != 0) continue;
+    if (!atomic_exchange(&is_said, 1))
+      coverage_note("a function of the driver is not hooked", symbol);
+    protect_lose("the driver has a version of %.64s that is not watched", symbol);
+    break;
+  }
+  return answer;
+}
+
 // The hook for what the driver answered. Two exports may share one address; then the one whose name
 // was asked for is meant, and where that does not tell, the answer stays the driver's.
 static void *swapped(const char *symbol, void *answer) {
   const struct hook *only = NULL, *named = NULL;
   int matches = 0;
   for (size_t i = 0; i < COUNT(hooks); i++) {
+    if (hooks[i].ours == answer) return answer;  // a driver that looks for its names as others do
     if (*hooks[i].slot != answer) continue;
     matches++;
     only = &hooks[i];
     if (strcmp(hooks[i].name, symbol) == 0) named = &hooks[i];
   }
   if (matches == 1) return only->ours;
-  return named ? named->ours : answer;
+  return named ? named->ours : unhooked(symbol, answer);
 }
 
 CUresult cuGetProcAddress(const char *symbol, void **function, int version, uint64_t flags) {
