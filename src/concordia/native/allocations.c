@@ -178,8 +178,11 @@ static int is_within(uint64_t address, uint64_t bytes, struct allocation *found)
 static void await_copies(void) {
   const struct timespec pause = {0, LOOK_NS};
   uint64_t end = now_ns() + WAIT_COPIES_NS;
-  while (IS_PROTECTED() && saver_is_copying()) {
-    if (now_ns() >= end) protect_lose("the copies of memory that goes are not done in time");
+  while (saver_is_copying()) {
+    if (now_ns() >= end) {
+      protect_lose("the copies of memory that goes are not done in time");
+      return;
+    }
     nanosleep(&pause, NULL);
   }
 }
@@ -196,7 +199,8 @@ CUresult cuMemUnmap(CUdeviceptr address, size_t bytes) {
     goes(found.address);
     has_gone = 1;
   }
-  if (has_gone) await_copies();
+  // Also where protection has ended since they began.
+  if (has_gone || !IS_PROTECTED()) await_copies();
   return REAL(cuMemUnmap, address, bytes);
 }
 

@@ -8,6 +8,7 @@
 // file:  header, 4096 bytes | entry | entry | ...      entry:  32 bytes | its bytes, padded to 32
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -137,13 +138,25 @@ void reads_took(const void *target, uint64_t bytes) {
   }
 }
 
-int reads_register(void) {
-  if (device) return 1;
+// A read and a first region may come in two threads at the same moment.
+static CUresult registered(void) {
+  static pthread_mutex_t registering = PTHREAD_MUTEX_INITIALIZER;
   CUdeviceptr found = 0;
-  CUresult result = REAL(cuMemHostRegister_v2, log_ptr, log_bytes, 3);  // portable, mapped
-  if (result == CUDA_SUCCESS) result = REAL(cuMemHostGetDevicePointer_v2, &found, log_ptr, 0);
-  if (result == CUDA_SUCCESS) device = found;
-  else protect_lose("the log of reads cannot be registered: error %d of the driver", result);
+  CUresult result = CUDA_SUCCESS;
+  pthread_mutex_lock(&registering);
+  if (!device) {
+    result = REAL(cuMemHostRegister_v2, log_ptr, log_bytes, 3);  // portable, mapped
+    if (result == CUDA_SUCCESS) result = REAL(cuMemHostGetDevicePointer_v2, &found, log_ptr, 0);
+    if (result == CUDA_SUCCESS) device = found;
+  }
+  pthread_mutex_unlock(&registering);
+  return result;
+}
+
+int reads_register(void) {
+  CUresult result = registered();
+  if (result != CUDA_SUCCESS)
+    protect_lose("the log of reads cannot be registered: error %d of the driver", result);
   return result == CUDA_SUCCESS;
 }
 

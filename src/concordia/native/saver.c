@@ -26,6 +26,7 @@ static _Atomic int is_busy;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t wanted = PTHREAD_COND_INITIALIZER;
 static int is_wanted;            // under the lock
+static _Atomic uint64_t copied;  // the last point whose copies are in a stream; 0: there was none
 static int has_thread, misses;   // of whoever has is_busy
 static struct region *graves[REGIONS_MAX];
 static int grave_count;
@@ -44,9 +45,10 @@ int saver_take(int bound_ms) {
 
 void saver_give(void) { atomic_store(&is_busy, 0); }
 
+// Also when protection has ended meanwhile: what is in a stream is done all the same.
 int saver_is_copying(void) {
-  return atomic_load(&is_busy) && board &&
-         atomic_load(&board->word) != atomic_load(&point.ordinal);
+  uint64_t ordinal = atomic_load(&copied);
+  return ordinal && atomic_load(&board->word) != ordinal;
 }
 
 void saver_forget(struct region *region) {
@@ -191,10 +193,14 @@ static int fired(CUstream stream, int is_per_thread) {
   misses = 0;
   uint64_t number = atomic_fetch_add(&board->fired, 1) + 1;
   point.is_audited = policy.audit && number % policy.audit == 0;
+  atomic_store(&copied, point.ordinal);  // before: whoever sees a region taken sees this
   protect_lock();
   take();
   protect_unlock();
-  if (bring_failed(copy_all(stream, is_per_thread), "copy the regions")) return 0;
+  if (bring_failed(copy_all(stream, is_per_thread), "copy the regions")) {
+    atomic_store(&copied, 0);  // the word never comes
+    return 0;
+  }
   if (streams_release(stream, is_per_thread)) return 1;
   protect_lose("what comes after a point cannot be told to wait for its copies");
   return 0;

@@ -2,16 +2,14 @@
 //
 // Owns: the layout of `point`. Promises: one thread at a time has it, by saver_take(): the one that
 // comes to the point until its copies are in the stream, then the saver's until the agent has
-// answered; `ordinal` is set before the regions are taken, so whoever has seen them taken sees it.
-// Included by saver.c and bring.c alone.
+// answered. Included by saver.c and bring.c alone.
 #pragma once
 #include "protect.h"
 
 enum { MAP_BYTES = WINDOW_BYTES >> MARK_SHIFT };
 
 struct point {
-  _Atomic uint64_t ordinal;
-  uint64_t digest, reads_end, generation;
+  uint64_t ordinal, digest, reads_end, generation;
   uint64_t map_first, map_count;  // bytes of the map that lie beside regions
   uint64_t is_audited;
   struct region *held[REGIONS_MAX];
