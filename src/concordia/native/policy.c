@@ -34,6 +34,7 @@ void protect_lose(const char *format, ...) {
   va_end(values);
   if (board) {
     memcpy(board->reason, reason, sizeof reason);
+    // pairs with the looks at it in bring.c, and of the agent: the reason is there
     atomic_store_explicit(&board->lost, 1, memory_order_release);
   }
   if (before == PROTECT_RECORD) {

@@ -1,9 +1,10 @@
 // Who is asking: names of the functions and libraries in the stack of a call.
 //
 // Owns: one walk of the native stack, and the Python frames where the bootstrap has arranged for
-// them. Promises: takes no lock of the interpreter and never waits for it: an allocator calls us
-// with locks of its own held; at most FRAMES_MAX frames are looked at. Called by regions.c, once
-// for each allocation and only where the policy has a rule that needs it.
+// them. Promises: takes no lock of the interpreter and loads no library: an allocator calls us with
+// locks of its own held; at most FRAMES_MAX frames are looked at. Names of functions come from the
+// loader, under its lock: a library that allocates while it is being loaded may wait for us there.
+// Called by regions.c, once for each allocation and only where the policy has a rule that needs it.
 //
 // Python frames: the bootstrap lets faulthandler write the traceback of the thread that gets
 // CONCORDIA_STACK_SIGNAL into the file CONCORDIA_STACK_FILE. It needs no interpreter lock for that,
@@ -23,6 +24,14 @@
 #include "protect.h"
 
 enum { FRAMES_MAX = 128, TEXT_BYTES = 16384 };
+
+// The first walk of a process loads the library that walks, which must not happen in an allocator.
+// After policy.c, which reads the rules.
+__attribute__((constructor(103))) static void prepare(void) {
+  void *frames[1];
+  for (int i = 0; IS_PROTECTED() && i < policy.rule_count; i++)
+    if (policy.rules[i].stack[0] && backtrace(frames, 1)) return;
+}
 
 static int is_like(const char *pattern, const char *name) {
   const char *base = name ? strrchr(name, '/') : NULL;
