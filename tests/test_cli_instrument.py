@@ -13,6 +13,7 @@ import os
 import pathlib
 import random
 import re
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -158,6 +159,15 @@ def test_images_are_listed_and_one_is_taken_out_when_the_file_is_a_library(tmp_p
     assert "2 of 2 kernels hooked" in said
     done = rewrite(first, Options())
     assert (tmp_path / "out").read_bytes() == fill(done.image, done.slots, CONTROL)
+
+
+def test_time_grows_with_the_file_when_all_of_it_looks_like_images() -> None:
+    """Beginnings of images that reach to its end; copies of them would be gigabytes."""
+    count = 100_000
+    data = b"".join(b"\x50\xed\x55\xba\x01\0\x10\0" + ((count - n - 1) * 24 + 8).to_bytes(8, "little") + bytes(8) for n in range(count))
+    started = time.monotonic()
+    assert images_in(data) == ()
+    assert time.monotonic() - started < 2
 
 
 def test_library_is_left_alone_when_its_licence_wants_it(tmp_path: pathlib.Path) -> None:

@@ -20,12 +20,14 @@ pytest.importorskip(
 import splice_kernels
 import zstandard
 
+from concordia import config
 from concordia.device.cubin import read_facts
 from concordia.errors import ImageRefused
 from concordia.instrument.elf import (
     ATTRIBUTE_REGISTERS,
     INFO,
     SECTION_NULL,
+    SECTION_SYMBOLS,
     TEXT,
     Cubin,
     Generation,
@@ -178,3 +180,19 @@ def test_overlapping_parts_are_refused_when_two_sections_share_bytes() -> None:
     struct.pack_into("<Q", data, other.header_offset + 24, code.offset + 32)
     with pytest.raises(ImageRefused, match="begins at"):
         read_cubin(bytes(data))
+
+
+def test_names_are_refused_when_all_of_them_are_more_than_a_file_can_have() -> None:
+    """Each symbol has the end of one long name: a file of half a megabyte, half a gigabyte of names."""
+    cubin = read_cubin(splice_kernels.new_cubin("plain"))
+    (table,) = (s for s in cubin.sections if s.kind == SECTION_SYMBOLS)
+    data = bytearray(cubin.data)
+    names, symbols = len(data), len(data) + 65_000 + 8
+    count = 16_000
+    data += b"A" * 65_000 + bytes(8) + b"".join(struct.pack("<IIQQ", n, 0, 0, 0) for n in range(count))
+    struct.pack_into("<QQ", data, cubin.sections[table.link].header_offset + 24, names, 65_001)
+    struct.pack_into("<QQ", data, table.header_offset + 24, symbols, 24 * count)
+    with pytest.raises(ImageRefused, match=f"names of more than {config.CUBIN_NAMES_BYTES_MAX} bytes"):
+        read_cubin(bytes(data))
+    struct.pack_into("<QQ", data, table.header_offset + 24, symbols, 24 * 100)
+    assert len(read_cubin(bytes(data)).symbols) == 100

@@ -389,6 +389,7 @@ def test_time_grows_with_the_text_when_it_is_long() -> None:
         simple("// " + "/*" * count + "\n" + "{ .reg .b32 %x<9>; }" * count),
         simple("") + "".join(f".func f{n}() {{ call f{n + 1}; }}\n" for n in range(count)) + "".join(kernel("call f0;", f"k{n}") for n in range(count // 10)),
     ]
+    texts.append(simple(f"st.global.u32 [%rd2], 1; ld.global.u32 %r1, [%rd{'2' * 1_000_000}]; st.global.u32 [%rd{'2' * 1_000_000}], 1;"))
     for text in texts:
         started = time.monotonic()
         rewrite(text, entry=True, exit=True)

@@ -77,6 +77,7 @@ MARK_PAGE_SHIFT: Final = 16  # pages of 64 KiB: a byte each, 2 MiB of map for al
 # a library of kernels as a whole is seldom larger; the original is loaded beyond it
 IMAGE_BYTES_MAX: Final = 1 << 30
 CUBIN_BYTES_MAX: Final = 256 << 20  # of one part, unpacked: ten times what any library has
+CUBIN_NAMES_BYTES_MAX: Final = 64 << 20  # of all names together: they may share their bytes
 FATBIN_UNPACKED_BYTES_MAX: Final = 2 << 30  # of all parts as their headers say, one by one
 FATBIN_ENTRIES_MAX: Final = 4096  # a part per architecture, and a handful of those in most
 IMAGE_SLOTS_MAX: Final = 1 << 20  # a handful per hooked kernel

@@ -18,6 +18,7 @@ from typing import Final
 
 from concordia import config
 from concordia.errors import ImageRefused
+from concordia.instrument.elf_names import NameTable
 
 _PLACE_MAX: Final = 1 << 48  # of what takes no bytes in the file: more than any device addresses
 HEADER_BYTES: Final = 64
@@ -232,7 +233,8 @@ def _read_sections(data: bytes, header: tuple[int, ...]) -> tuple[Section, ...]:
             raise ImageRefused(
                 f"section {index}: {fields[5]} bytes at {fields[4]} in {len(data)} bytes"
             )
-    names = _Names(data, raw[names_index][4], raw[names_index][5], raw[names_index][1])
+    _check_names(raw[names_index][1])
+    names = NameTable(data, raw[names_index][4], raw[names_index][5])
     return tuple(
         Section(
             index=index,
@@ -275,27 +277,17 @@ def _read_symbols(data: bytes, sections: tuple[Section, ...]) -> Iterator[Symbol
     if table.size % _SYMBOL.size or not table.link < len(sections):
         raise ImageRefused(f"{table.name}: {table.size} bytes, names in section {table.link}")
     home = sections[table.link]
-    names = _Names(data, home.offset, home.size, home.kind)
+    _check_names(home.kind)
+    names = NameTable(data, home.offset, home.size)
     raw = _SYMBOL.iter_unpack(memoryview(data)[table.offset : table.end])
     for index, (name, info, other, section, value, size) in enumerate(raw):
         offset = table.offset + index * _SYMBOL.size
         yield Symbol(index, names[name], info & 0xF, other, section, value, size, offset)
 
 
-class _Names:
-    """A string table."""
-
-    def __init__(self, data: bytes, offset: int, size: int, kind: int) -> None:
-        if kind == SECTION_NULL or kind in SECTIONS_NO_BITS:
-            raise ImageRefused("names in a section without bytes")
-        self._data, self._begin, self._end = data, offset, offset + size
-
-    def __getitem__(self, at: int) -> str:
-        begin = self._begin + at
-        end = self._data.find(b"\0", begin, min(self._end, begin + config.KERNEL_NAME_BYTES_MAX))
-        if begin >= self._end or end < 0:
-            raise ImageRefused(f"a name at {at} of {self._end - self._begin} bytes of names")
-        return self._data[begin:end].decode(errors="replace")
+def _check_names(kind: int) -> None:
+    if kind == SECTION_NULL or kind in SECTIONS_NO_BITS:
+        raise ImageRefused("names in a section without bytes")
 
 
 def _check_apart(cubin: Cubin) -> None:

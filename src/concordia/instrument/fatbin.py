@@ -100,7 +100,7 @@ def read_wrapper(data: bytes) -> Wrapper:
     return Wrapper(version, container, name)
 
 
-def read_entries(data: bytes) -> tuple[Entry, ...]:
+def read_entries(data: bytes | memoryview) -> tuple[Entry, ...]:
     """The entries of the container at the beginning of these bytes; what follows it is nobody's."""
     if len(data) < _CONTAINER.size:
         raise ImageRefused(f"fatbin of {len(data)} bytes: its header has {_CONTAINER.size}")
@@ -175,7 +175,7 @@ def rebuild(
     return b"".join(parts), offsets
 
 
-def _read_entry(data: bytes, index: int, at: int, end: int) -> Entry:
+def _read_entry(data: bytes | memoryview, index: int, at: int, end: int) -> Entry:
     where = f"fatbin entry {index} at {at}"
     if end - at < _ENTRY.size:
         raise ImageRefused(f"{where}: {end - at} bytes are left, a header has {_ENTRY.size}")

@@ -13,7 +13,7 @@ from typing import Final
 
 from concordia import config
 from concordia.errors import ImageRefused
-from concordia.instrument.fatbin import CONTAINER_MAGIC
+from concordia.instrument.fatbin import CONTAINER_MAGIC, read_entries
 from concordia.instrument.image import Image, read_image
 
 _MAGIC: Final = CONTAINER_MAGIC.to_bytes(4, "little")
@@ -40,12 +40,13 @@ def images_in(data: bytes) -> tuple[FoundImage, ...]:
 
 
 def _search(data: bytes) -> Iterator[FoundImage]:
-    at = data.find(_MAGIC)
+    at, view = data.find(_MAGIC), memoryview(data)
     while at >= 0:
         end = at + _HEADER_BYTES + int.from_bytes(data[at + 8 : at + 16], "little")
         following = at + len(_MAGIC)
         if at % _ALIGNMENT == 0 and end <= len(data):
             try:
+                read_entries(view[at:end])  # before anything is copied
                 yield FoundImage(at, read_image(data[at:end]))
                 following = end
             except ImageRefused:

@@ -15,6 +15,7 @@ from concordia.instrument.ptx_tokens import Kind, Token, number, tokens
 from concordia.instrument.ptx_tree import Function, Module, Shape, Statement
 
 _REGISTER: Final = ".reg"
+_DIGITS_MAX: Final = 10  # of a register's number: no compiler counts further
 _WIDTHS: Final = frozenset({"8", "16", "32", "64", "128"})
 _SPACES: Final = frozenset({_REGISTER, ".local", ".shared", ".param", ".global", ".const", ".tex"})
 
@@ -102,10 +103,12 @@ class Names:
 def _numbered(scope: _Scope, name: str) -> Named | None:
     """`%r7` where `%r<10>` was declared."""
     stem = name.rstrip("0123456789")
+    if len(name) - len(stem) > _DIGITS_MAX:
+        stem = name[:-_DIGITS_MAX]
     for length in range(len(stem), len(name)):
         family = scope.numbered.get(name[:length])
         digits = name[length:]
-        if family and (digits == "0" or digits[0] != "0") and int(digits[:10]) < family[0]:
+        if family and (digits == "0" or digits[0] != "0") and int(digits) < family[0]:
             return family[1]
     return None
 
