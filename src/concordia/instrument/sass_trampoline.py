@@ -5,13 +5,6 @@ itself, the mark, a branch back. Promises: the store is the same instruction und
 nothing else is written but registers from a base on, which the kernel does not have: so nothing
 needs to be known of what is live. Called by splice and sass_proof. Which kernels have marks is
 sass_marks's.
-
-A mark comes after its store, like those in PTX. The address is taken before, because an atomic may
-overwrite its register. The mark's loads and its store have the store's guard: where no lane stores,
-the descriptor of the store may never have been loaded. An atomic that writes a predicate may write
-its guard: its mark goes without both. Lanes that do not store have the address of the offset alone
-there, below 16 MiB or above 2^63, where no window is. No test of the address space is needed: local
-and shared memory lie in windows of their own in the generic space, where no allocation is.
 """
 
 from __future__ import annotations
@@ -33,6 +26,13 @@ from concordia.instrument.sass_mark_code import (
 from concordia.instrument.sass_registers import LOADS, STORES, opcode_of, renamed
 from concordia.instrument.sass_stores import NO_REGISTER, StoreSite
 
+# A mark comes after its store, like those in PTX. The address is taken before, because an atomic
+# may overwrite its register. The mark's loads and its store have the store's guard: where no lane
+# stores, the descriptor of the store may never have been loaded. An atomic that writes a predicate
+# may write its guard: its mark goes without both. Lanes that do not store have the address of the
+# offset alone there, below 16 MiB or above 2^63, where no window is. No test of the address space
+# is needed: local and shared memory lie in windows of their own in the generic space, where no
+# allocation is.
 _STEP: Final = sass.INSTRUCTION_BYTES
 _MEMORY: Final = frozenset((*LOADS, *STORES))
 
