@@ -72,6 +72,13 @@ def test_stage_is_what_the_regions_are_when_another_thread_writes_them_at_points
     assert quiet_points(answers, (tmp_path / "snapshots").read_bytes()) > 12
 
 
+def test_points_are_left_out_and_nothing_is_lost_when_another_thread_is_in_a_long_call(ground: ProtectedGround, tmp_path: Path, seed: int) -> None:
+    answers, errors = life(ground, tmp_path, "long", seed=seed, more=TRUSTED, FAKE_SLOW="1")
+    assert "unprotected" not in errors
+    assert answers.board.word("unjoined") > 0
+    assert quiet_points(answers, (tmp_path / "snapshots").read_bytes()) > 1
+
+
 def test_all_regions_are_there_when_threads_make_the_first_ones_at_once(ground: ProtectedGround, tmp_path: Path, seed: int) -> None:
     for round_seed in range(seed, seed + 4):
         folder = tmp_path / str(round_seed)

@@ -4,7 +4,7 @@
 // within a stream work is done in its order, between streams only as events say; the null stream waits for nobody (so that a missing tie shows), but an
 // event in it comes after what threads gave to streams of their own. A destroyed stream's work goes on; then its handle is another's. What goes into the
 // null stream while one that is not non-blocking is captured ends that capture. FAKE_SLOW: recording an event, registering memory take a while, and
-// "fill" and fills begin up to two milliseconds late.
+// "fill" and fills begin up to two milliseconds late; a copy from the host that is waited for takes twenty.
 // Kernels by name, all parameters u64: "fill" (p, n, v), "axpy" (y, x, n), "scatter" (p, n, seed), "indirect" (table, n), "sum" (out, x, n), "mix"
 // (state, x, n), "tensor" (128 bytes that hide an address as a count of 512 bytes, y); others do nothing.
 #define _GNU_SOURCE
@@ -241,7 +241,7 @@ static R copy(uint64_t target, uint64_t source, size_t bytes, void *stream) {
   return put(stream, op, 1);
 }
 static R now(R result) { return result == OK ? drained(&legacy, legacy.tail) : result; }
-API R cuMemcpyHtoD_v2(uint64_t target, const void *source, size_t bytes) { return now(copy(target, (uint64_t)source, bytes, NULL)); }
+API R cuMemcpyHtoD_v2(uint64_t target, const void *source, size_t bytes) { if (is_slow) usleep(20000); return now(copy(target, (uint64_t)source, bytes, NULL)); }
 API R cuMemcpyDtoH_v2(void *target, uint64_t source, size_t bytes) { return now(copy((uint64_t)target, source, bytes, NULL)); }
 API R cuMemcpyDtoD_v2(uint64_t target, uint64_t source, size_t bytes) { return copy(target, source, bytes, NULL); }
 API R cuMemcpy(uint64_t target, uint64_t source, size_t bytes) { return now(copy(target, source, bytes, NULL)); }

@@ -2,6 +2,7 @@
 //
 //   race PHASES own|made kernel|fill   a thread writes each page of a region once, in a stream of its own or one that it made, while the main thread comes to points;
 //                          then, with nothing in flight, the region and the points that find it so are written to PROGRAM_SNAPSHOTS
+//   long                a thread is in a call that lasts a while, again and again, when the main thread comes to points; likewise
 //   together THREADS       threads make the first regions at the same moment, and fill them; likewise
 //   capture                the first region comes while a stream that waits for the null stream is captured
 //   many STREAMS           so many streams work between two points
@@ -16,7 +17,7 @@ typedef int R;
 typedef uint64_t P;
 typedef void *H;
 R cuInit(unsigned), cuDevicePrimaryCtxRetain(H *, int), cuCtxSetCurrent(H), cuCtxSynchronize(void), cuModuleLoadData(H *, const void *), cuModuleGetFunction(H *, H, const char *);
-R cuMemAlloc_v2(P *, size_t), cuMemFree_v2(P), cuMemsetD8Async(P, unsigned char, size_t, H), cuMemsetD8Async_ptsz(P, unsigned char, size_t, H), cuMemcpyDtoHAsync_v2(void *, P, size_t, H);
+R cuMemAlloc_v2(P *, size_t), cuMemFree_v2(P), cuMemsetD8Async(P, unsigned char, size_t, H), cuMemsetD8Async_ptsz(P, unsigned char, size_t, H), cuMemcpyDtoHAsync_v2(void *, P, size_t, H), cuMemcpyHtoD_v2(P, const void *, size_t);
 R cuStreamCreate(H *, unsigned), cuStreamDestroy_v2(H), cuStreamSynchronize(H), cuStreamSynchronize_ptsz(H), cuStreamBeginCapture_v2(H, int), cuStreamEndCapture(H, H *);
 R cuLaunchKernel(H, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, H, void **, void **), cuLaunchKernel_ptsz(H, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, H, void **, void **);
 
@@ -93,6 +94,31 @@ static int race(int phases) {
   return 0;
 }
 
+static void *copy_slowly(void *unused) {
+  static unsigned char host[PAGE];
+  DO(cuCtxSetCurrent(context));
+  for (int i = 0; i < 8; i++) {
+    for (int k = 0; k < PAGE; k++) host[k] = (unsigned char)(i + k);
+    DO(cuMemcpyHtoD_v2(regions[0] + PAGE * (P)i + 512, host, PAGE));
+  }
+  is_writing = 0;
+  return unused;
+}
+static int be_long(void) {
+  H stream;
+  pthread_t thread;
+  DO(cuStreamCreate(&stream, 1));
+  DO(cuMemAlloc_v2(&regions[region_count++], BYTES));
+  DO(cuMemsetD8Async(regions[0], 0, BYTES, stream));
+  quiet(stream);
+  is_writing = 1;
+  pthread_create(&thread, NULL, copy_slowly, NULL);
+  while (is_writing) { come_to_point(stream); usleep(100); }
+  pthread_join(thread, NULL);
+  quiet(stream);
+  return 0;
+}
+
 static pthread_barrier_t barrier;
 static void *make_region(void *which) {
   P *region = which;
@@ -163,6 +189,7 @@ int main(int count, char **words) {
   DO(cuMemAlloc_v2(&outside, 1 << 16));
   if (count > 2 && !strcmp(words[1], "race")) result = race(number);
   if (count > 2 && !strcmp(words[1], "together")) result = together(number);
+  if (count > 1 && !strcmp(words[1], "long")) result = be_long();
   if (count > 1 && !strcmp(words[1], "capture")) result = capture();
   if (count > 2 && !strcmp(words[1], "many")) result = many(number);
   return result;

@@ -35,6 +35,7 @@ void protect_lose(const char *format, ...) {
   if (board) {
     memcpy(board->reason, reason, sizeof reason);
     // pairs with the looks at it in bring.c, and of the agent: the reason is there
+    // Release: the reason comes first. Its partner is the load of `lost` in program_pages.py.
     atomic_store_explicit(&board->lost, 1, memory_order_release);
   }
   if (before == PROTECT_RECORD) {
