@@ -79,6 +79,11 @@ static inline uint64_t written_3d(const CUDA_MEMCPY3D *copy, uint64_t *bytes) {
     if (early != CUDA_SUCCESS || (answer)) return early;                             \
   } while (0)
 
+// The driver's own copy is made and waited for: it knows what comes before it, in any stream.
+static inline CUresult settled(CUresult result, CUstream stream, int is_per_thread) {
+  return result == CUDA_SUCCESS ? reads_settled(stream, is_per_thread) : result;
+}
+
 // A copy to the host that is over when it returns. The driver knows best what comes before it.
 #define READ(target, bytes, call)                                                    \
   do {                                                                               \
@@ -92,7 +97,8 @@ static inline uint64_t written_3d(const CUDA_MEMCPY3D *copy, uint64_t *bytes) {
 #define READ_LATER(target, source, bytes, stream, per_thread, call)                  \
   do {                                                                               \
     int is_ours = IS_PROTECTED() && !is_capturing(stream, per_thread);               \
-    if (is_ours) ANSWERED(reads_settled(stream, per_thread), reads_answer(target, bytes)); \
+    if (is_ours)                                                                     \
+      ANSWERED(settled(call, stream, per_thread), reads_answer(target, bytes));      \
     CUresult result = call;                                                          \
     if (is_ours && result == CUDA_SUCCESS)                                           \
       reads_async(target, source, bytes, stream, per_thread);                        \

@@ -90,7 +90,8 @@ CUresult cuMemcpy2DUnaligned_v2_ptds(const void *given) {
 CUresult cuMemcpy2DAsync_v2(const void *given, CUstream stream) {
   const CUDA_MEMCPY2D *copy = given;
   int reads = is_read_2d(copy) && !is_capturing(stream, 0);
-  if (reads) ANSWERED(reads_settled(stream, 0), answered_2d(copy));
+  if (reads)
+    ANSWERED(settled(REAL(cuMemcpy2DAsync_v2, copy, stream), stream, 0), answered_2d(copy));
   ENTERS(stream, 0);
   CUresult result = REAL(cuMemcpy2DAsync_v2, copy, stream);
   if (!IS_PROTECTED() || result != CUDA_SUCCESS) return result;
@@ -104,7 +105,8 @@ CUresult cuMemcpy2DAsync_v2(const void *given, CUstream stream) {
 CUresult cuMemcpy2DAsync_v2_ptsz(const void *given, CUstream stream) {
   const CUDA_MEMCPY2D *copy = given;
   int reads = is_read_2d(copy) && !is_capturing(stream, 1);
-  if (reads) ANSWERED(reads_settled(stream, 1), answered_2d(copy));
+  if (reads)
+    ANSWERED(settled(REAL(cuMemcpy2DAsync_v2_ptsz, copy, stream), stream, 1), answered_2d(copy));
   ENTERS(stream, 1);
   CUresult result = REAL(cuMemcpy2DAsync_v2_ptsz, copy, stream);
   if (!IS_PROTECTED() || result != CUDA_SUCCESS) return result;
@@ -184,26 +186,20 @@ static void wrote_batch(const CUdeviceptr *targets, const CUdeviceptr *sources, 
   }
 }
 
-// The copies of a batch to the device are made, those to the host answered.
 static int answered_batch(const CUdeviceptr *targets, const CUdeviceptr *sources,
-                          const size_t *bytes, size_t count, CUstream stream, int is_per_thread) {
-  for (size_t i = 0; i < count; i++) {
-    if (is_read(targets[i], sources[i])) {
-      if (!reads_answer((void *)(uintptr_t)targets[i], bytes[i])) return 0;
-    } else if (STREAM_CALL(is_per_thread, cuMemcpyAsync, targets[i], sources[i], bytes[i],
-                           stream) !=
-               CUDA_SUCCESS) {
+                          const size_t *bytes, size_t count) {
+  for (size_t i = 0; i < count; i++)
+    if (is_read(targets[i], sources[i]) &&
+        !reads_answer((void *)(uintptr_t)targets[i], bytes[i]))
       return 0;
-    }
-  }
   return 1;
 }
 #define BATCH(per_thread, call)                                                                 \
   do {                                                                                          \
     int is_ours = IS_PROTECTED() && !is_capturing(stream, per_thread);                          \
     if (is_ours)                                                                                \
-      ANSWERED(reads_settled(stream, per_thread),                                               \
-               answered_batch(targets, sources, bytes, count, stream, per_thread));             \
+      ANSWERED(settled(call, stream, per_thread),                                               \
+               answered_batch(targets, sources, bytes, count));                                 \
     ENTERS(stream, per_thread);                                                                 \
     CUresult result = call;                                                                     \
     if (is_ours && result == CUDA_SUCCESS)                                                      \
