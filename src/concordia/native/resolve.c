@@ -46,21 +46,28 @@ __attribute__((constructor(101))) static void resolve(void) {
   for (size_t i = 0; i < COUNT(calls); i++) *calls[i].slot = dlsym(RTLD_NEXT, calls[i].name);
 }
 
+static int is_of_threads(const char *name) {
+  size_t length = strlen(name);
+  return length > 5 && (!strcmp(name + length - 5, "_ptsz") || !strcmp(name + length - 5, "_ptds"));
+}
+
 // Of a name without its version and the mark of threads' own streams.
 static size_t base_of(const char *name) {
   size_t length = strlen(name);
-  if (length > 5 && (!strcmp(name + length - 5, "_ptsz") || !strcmp(name + length - 5, "_ptds")))
-    length -= 5;
+  if (is_of_threads(name)) length -= 5;
   if (length > 3 && name[length - 3] == '_' && name[length - 2] == 'v') length -= 3;
   return length;
+}
+
+static int is_version_of(const char *name, const char *symbol) {
+  return base_of(name) == base_of(symbol) && strncmp(name, symbol, base_of(name)) == 0;
 }
 
 // A function with a hook that came as something else, perhaps a version newer than this shim.
 static void *unhooked(const char *symbol, void *answer) {
   static _Atomic int is_said;
-  size_t length = base_of(symbol);
   for (size_t i = 0; i < COUNT(seen_to); i++) {
-    if (base_of(seen_to[i]) != length || strncmp(seen_to[i], symbol, length) != 0) continue;
+    if (!is_version_of(seen_to[i], symbol)) continue;
     if (!atomic_exchange(&is_said, 1))
       coverage_note("a function of the driver is not hooked", symbol);
     protect_lose("the driver has a version of %.64s that is not watched", symbol);
@@ -69,26 +76,29 @@ static void *unhooked(const char *symbol, void *answer) {
   return answer;
 }
 
-// The hook for what the driver answered. Two exports may share one address; then the one whose name
-// was asked for is meant, and where that does not tell, the answer stays the driver's.
-static void *swapped(const char *symbol, void *answer) {
-  const struct hook *only = NULL, *named = NULL;
-  int matches = 0;
+// The hook for what the driver answered. Several exports may share one address; then the one whose
+// name was asked for is meant, else the version of it for the streams that were asked for.
+static void *swapped(const char *symbol, uint64_t flags, void *answer) {
+  const struct hook *only = NULL, *named = NULL, *version = NULL;
+  int matches = 0, wants_threads = (flags & CU_GET_PROC_ADDRESS_PER_THREAD_DEFAULT_STREAM) != 0;
   for (size_t i = 0; i < COUNT(hooks); i++) {
     if (hooks[i].ours == answer) return answer;  // a driver that looks for its names as others do
     if (*hooks[i].slot != answer) continue;
     matches++;
     only = &hooks[i];
     if (strcmp(hooks[i].name, symbol) == 0) named = &hooks[i];
+    if (is_version_of(hooks[i].name, symbol) && is_of_threads(hooks[i].name) == wants_threads)
+      version = &hooks[i];
   }
   if (matches == 1) return only->ours;
-  return named ? named->ours : unhooked(symbol, answer);
+  if (named) return named->ours;
+  return version ? version->ours : unhooked(symbol, answer);
 }
 
 CUresult cuGetProcAddress(const char *symbol, void **function, int version, uint64_t flags) {
   CUresult result = REAL(cuGetProcAddress, symbol, function, version, flags);
   if (result == CUDA_SUCCESS && symbol && function && *function)
-    *function = swapped(symbol, *function);
+    *function = swapped(symbol, flags, *function);
   return result;
 }
 
@@ -96,6 +106,6 @@ CUresult cuGetProcAddress_v2(const char *symbol, void **function, int version, u
                              int *status) {
   CUresult result = REAL(cuGetProcAddress_v2, symbol, function, version, flags, status);
   if (result == CUDA_SUCCESS && symbol && function && *function)
-    *function = swapped(symbol, *function);
+    *function = swapped(symbol, flags, *function);
   return result;
 }
