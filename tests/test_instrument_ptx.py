@@ -379,6 +379,21 @@ def test_rewriting_is_the_same_when_it_is_done_twice() -> None:
         assert rewrite(path.read_text(), entry=True, exit=True) == rewrite(path.read_text(), entry=True, exit=True)
 
 
+def test_values_are_passed_by_when_there_are_megabytes_of_them() -> None:
+    values = "{" + ", ".join(["0x12, -7, other+8"] * 200_000) + "}"
+    text = simple("st.global.u32 [late], 1;")
+    for declared in (f".global .b8 early[9] = {values}, more[2] = {{{{1}}, {{2}}}}, last[] = {{/* }} */ 1}};\n.global .b32 late;\n", f".global .b32 early[9] = {values}, late;\n"):
+        started = time.monotonic()
+        module = parse(text.replace(".visible", declared + ".visible"))
+        assert [found.head for found in module.directives[-1:]] == [".global"]
+        done = rewrite(module.text)
+        assert time.monotonic() - started < 2
+        assert Hook.MARKS in only(done).hooks
+        assert done.slots, "the name behind the values is known"
+    with pytest.raises(ImageRefused):
+        parse(text.replace(".visible", ".global .b8 early[9] = {1, 2 .visible"))
+
+
 def test_time_grows_with_the_text_when_it_is_long() -> None:
     """Of shapes that invite a second look at what was seen before; a quadratic pass would take minutes."""
     count = 10_000

@@ -7,11 +7,11 @@ store; whoever walks a function tells it of every statement on the way.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from concordia.instrument.ptx_tokens import Kind, Token, number, tokens
+from concordia.instrument.ptx_tokens import Kind, Token, data_end, number, token_at, tokens
 from concordia.instrument.ptx_tree import Function, Module, Shape, Statement
 
 _REGISTER: Final = ".reg"
@@ -46,7 +46,7 @@ class Names:
         self._scopes = [_Scope()]
         for statement in module.directives:
             if statement.head in _SPACES:
-                self._declare(tokens(module.text, statement.start, statement.end))
+                self._declare(_declared(module.text, statement))
         self._text = module.text
 
     def enter(self, function: Function) -> None:
@@ -70,7 +70,7 @@ class Names:
         elif statement.shape is Shape.CLOSE:
             self._scopes.pop()
         elif statement.shape is Shape.DIRECTIVE and statement.head in _SPACES:
-            self._declare(tokens(self._text, statement.start, statement.end))
+            self._declare(_declared(self._text, statement))
 
     def find(self, name: str) -> Named | None:
         """What the name stands for here."""
@@ -98,6 +98,16 @@ class Names:
                 self._scopes[-1].exact.pop(last, None)
                 count = number(token.text) or 0
                 self._scopes[-1].numbered[last] = (count, Named(space, bits))
+
+
+def _declared(text: str, statement: Statement) -> Iterator[Token]:
+    """The tokens of a declaration, without plain values."""
+    last, at = "", statement.start
+    while (token := token_at(text, at, statement.end)).kind is not Kind.END:
+        values = data_end(text, last, token, statement.end)
+        if values is None:
+            yield token
+        last, at = token.text, values or token.end
 
 
 def _numbered(scope: _Scope, name: str) -> Named | None:

@@ -12,7 +12,7 @@ from typing import Final
 
 from concordia import config
 from concordia.errors import ImageRefused
-from concordia.instrument.ptx_tokens import Kind, Token, refused, token_at
+from concordia.instrument.ptx_tokens import Kind, Token, data_end, refused, token_at
 
 _OPEN: Final = {"{": "}", "[": "]", "(": ")"}
 _CLOSE: Final = frozenset(_OPEN.values())
@@ -83,10 +83,10 @@ class Reader:
         return self.take()
 
     def declaration(self) -> tuple[list[Token], bool]:
-        """A declaration's tokens, and whether a body follows."""
+        """A declaration's tokens without plain values, and whether a body follows."""
         taken: list[Token] = []
         open_: list[str] = []
-        is_function = False
+        is_function, last = False, ""
         pragma = False  # one between a kernel's head and its body has a semicolon of its own
         while True:
             text, kind = self.token.text, self.token.kind
@@ -101,4 +101,10 @@ class Reader:
                 is_function = True
             if kind is Kind.DOT and text == ".pragma":
                 pragma = True
-            taken.append(self._bracketed(open_))
+            values = None if open_ else data_end(self.text, last, self.token, self._stop)
+            if values is not None:
+                self.end = values
+                self.token = token_at(self.text, self.end, self._stop)
+            else:
+                taken.append(self._bracketed(open_))
+            last = text

@@ -54,6 +54,8 @@ _PIECE: Final = re.compile(
     """,
     re.VERBOSE | re.ASCII,
 )
+# Without whatever could hide its end: comments, strings, braces
+_VALUES: Final = re.compile(r"\{[A-Za-z0-9_$%.,+\-\s]*+\}", re.ASCII)
 _KINDS: Final = {
     "word": Kind.WORD,
     "dot": Kind.DOT,
@@ -93,6 +95,16 @@ def token_at(text: str, at: int, stop: int) -> Token:
             assert name is not None
             return Token(_KINDS[name], found[0], at)
     return Token(Kind.END, "", stop)
+
+
+def data_end(text: str, last: str, token: Token, stop: int) -> int | None:
+    """Where the values end that this token begins, when they are plain ones behind a "=": there may
+    be megabytes, and nobody wants to know them.
+    """
+    if last != "=" or token.text != "{":
+        return None
+    found = _VALUES.match(text, token.start, stop)
+    return found.end() if found else None
 
 
 def number(text: str) -> int | None:
