@@ -164,6 +164,8 @@ class Coverage:
         return end
 
     def _add_block(self, span: Span) -> list[Held]:
+        if self._is_written_over(span):
+            return [span.held]
         dropped = []
         old = self.blocks.get(span.start)
         if old is not None:
@@ -179,30 +181,64 @@ class Coverage:
         del self._tails[first:last], self._starts[first:last]
         return dropped
 
+    def _is_written_over(self, block: Span) -> bool:
+        """Whether a record of a later step has some of its tokens: then it came late."""
+        step = block.held.record.step
+        old = self.blocks.get(block.start)
+        if old is not None and old.held.record.step > step:
+            return True
+        at = max(0, bisect_left(self._starts, block.start) - 1)
+        while at < len(self._tails) and self._tails[at].start < block.end:
+            tail = self._tails[at]
+            if tail.end > block.start and tail.held.record.step > step:
+                return True
+            at += 1
+        return False
+
     def _add_tail(self, span: Span) -> list[Held]:
-        dropped = []
-        while self._tails and self._starts[-1] >= span.start:
-            self._starts.pop()
-            dropped.append(self._tails.pop().held)
-        if self._tails and self._tails[-1].end > span.start:
-            self._tails[-1].end = span.start  # written over from here on
+        """Tokens that are written again are of a later step, and make all beyond them stale. A
+        record of an earlier step than its neighbours only came late: appends of one step may run in
+        the engine's graph and those of the next outside of it.
+        """
+        step = span.held.record.step
+        first = bisect_left(self._starts, span.start)
+        beyond = self._tails[first:]
+        newer = [tail for tail in beyond if tail.held.record.step > step]
+        dropped = [tail.held for tail in reversed(beyond) if tail.held.record.step <= step]
+        del self._tails[first:], self._starts[first:]
+        if newer:
+            span.end = min(span.end, newer[0].start)
+        if first and self._tails[-1].end > span.start:
+            if self._tails[-1].held.record.step > step:
+                span.end = span.start  # bytes that were written over are never applied
+            else:
+                self._tails[-1].end = span.start  # written over from here on
         if span.start < self._blocks_end:
-            dropped += self._rewind_blocks(span.start)
-        self._tails.append(span)
-        self._starts.append(span.start)
+            dropped += self._rewind_blocks(span)
+        if span.start < span.end:
+            newer = [span, *newer]
+        else:
+            dropped.append(span.held)
+        self._tails += newer
+        self._starts += [tail.start for tail in newer]
         return dropped
 
-    def _rewind_blocks(self, at: int) -> list[Held]:
-        """Tokens from `at` on were written again: blocks beyond it are stale, one may be cut
-        short.
+    def _rewind_blocks(self, span: Span) -> list[Held]:
+        """Tokens from the start of `span` on were written again: blocks beyond it are stale, one
+        may be cut short. Blocks of later steps stay, and cut `span` short instead.
         """
         dropped = []
-        for start in [start for start, block in self.blocks.items() if block.end > at]:
-            if start >= at:
+        at = span.start
+        for start, block in list(self.blocks.items()):
+            if block.end <= at:
+                continue
+            if block.held.record.step > span.held.record.step:
+                span.end = min(span.end, max(at, start))
+            elif start >= at:
                 dropped.append(self.blocks.pop(start).held)
             else:
-                self.blocks[start].end = at
-        self._blocks_end = at
+                block.end = at
+        self._blocks_end = max((block.end for block in self.blocks.values()), default=0)
         self._reached = 0
         return dropped
 
