@@ -1,8 +1,9 @@
 """Work in a process of its own, floor 3.
 
 Owns: the fork, the bound, and that a child never outlives who started it. Promises: whatever the
-work does (a crash, an endless loop) ends the child alone. Called by ptx_check and rewrite_job, in
-processes of one thread: so a fork is safe. It does not know the work.
+work does (a crash, an endless loop) ends the child alone. Called by ptx_check and rewrite_job. The
+rewriter has one thread, so a fork is safe there; the offline command may have idle threads of its
+libraries, and a child that waits for one ends at the bound. It does not know the work.
 """
 
 from __future__ import annotations
