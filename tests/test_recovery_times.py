@@ -14,6 +14,7 @@ import pytest
 
 from concordia.serving.recovery_times import PHASES, RecoveryTimes, in_words
 
+
 class Told:
     """What was told, and when."""
 

@@ -52,7 +52,7 @@ COMPLETION = Struct(
     "Completion",
     64,
     (
-        Field("publish", "u64", note="position + 1 once the other words are valid (ring.h: or none is)"),
+        Field("publish", "u64", note="position + 1 once the others are valid (ring.h: or none is)"),
         Field("status", "u32"),
         Field("generation", "u32", note="of the operator table entry that ran"),
         Field("sequence", "u64", note="of the record that was committed"),

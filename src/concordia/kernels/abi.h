@@ -306,7 +306,7 @@ static_assert(__builtin_offsetof(Task, model_hash) == 120, "model_hash");
 #endif
 
 struct Completion {
-  uint64_t publish;  // position + 1 once the other words are valid (ring.h: or none is)
+  uint64_t publish;  // position + 1 once the others are valid (ring.h: or none is)
   uint32_t status;
   uint32_t generation;  // of the operator table entry that ran
   uint64_t sequence;  // of the record that was committed

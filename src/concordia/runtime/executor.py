@@ -364,8 +364,8 @@ class Runtime:
 
     def retire(self) -> None:
         """Stop for good and keep all memory and code: nodes of it lie in graphs that the framework
-        goes on replaying. What they were handed in and is not running yet is never run; a node looks
-        once and ends.
+        goes on replaying. What they were handed in and is not running yet is never run; a node
+        looks once and ends.
         """
         with self._lock:
             if not self._is_open:
