@@ -190,11 +190,11 @@ def die_between_scans(pages: TorchPages) -> None:
     """Before the second region is scanned, once the first one's pages are committed."""
     scan, scanned = pages.writer.scan, []
 
-    def fatal_scan(name: str) -> Any:
+    def fatal_scan(name: str, part: range | None = None) -> Any:
         if scanned:
             pages.checkpointer.wait(scanned[0])
             die()
-        scanned.append(scan(name))
+        scanned.append(scan(name, part))
         return scanned[0]
 
     pages.writer.scan = fatal_scan  # type: ignore[method-assign]
