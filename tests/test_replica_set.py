@@ -243,10 +243,10 @@ def test_engine_is_watched_struck_and_ended_when_its_processes_cannot_be_listed_
     wait_for(lambda: replicas.standbys, "a standby")
     failed, standby = replicas.active[0], replicas.standbys[0]
     core = member(failed, "VLLM::EngineCor")
-    refused: list[int] = []
+    refused: list[threading.Thread] = []  # kept, so that no later thread is taken for an earlier one
 
     def refuse() -> list[Any]:
-        refused.append(threading.get_ident())
+        refused.append(threading.current_thread())
         raise OSError(errno.EMFILE, "too many open files")
 
     with monkeypatch.context() as patch:

@@ -53,6 +53,7 @@ COUNTERS: Final = (
     *("swallowed", "answered"),
 )
 FINISH: Final = b"finish\n"  # the program has ended well: nothing is kept
+LEAVE: Final = b"leave\n"  # it has ended otherwise; without a word the launcher was killed
 
 
 class Life:
@@ -103,8 +104,10 @@ class Agent:
         self._life: Life | None = None
         self.changed: dict[str, int] = {}  # pages of MARK_BYTES by region, in all posts
 
-    def serve(self, stdin: int) -> None:
-        """Until `stdin` ends; then what waits is committed, or the series is finished."""
+    def serve(self, stdin: int) -> bool:
+        """Until `stdin` ends; then what waits is committed, or the series is finished. False when
+        the launcher left no word: it was killed.
+        """
         said = b""
         while True:
             ready, _, _ = select.select([stdin], [], [], config.PROGRAM_POLL_S)
@@ -117,7 +120,7 @@ class Agent:
             else:
                 self.look()
             if is_over:
-                return
+                return said in (FINISH, LEAVE)
 
     def look(self) -> bool:
         """Commit what is posted; whether there was something. Failures go to the board."""
@@ -218,17 +221,18 @@ def marked_pages(board: Board, post: Post) -> list[range]:
 
 def main() -> None:
     """The folder, and what protection.py wrote about the journal."""
-    folder, launcher = Path(sys.argv[1]), os.getppid()
+    folder = Path(sys.argv[1])
     facts = json.loads((folder / "facts").read_text())
     logging.basicConfig(stream=sys.stderr, format="concordia: %(message)s")
     agent = Agent(folder, facts)
+    is_launcher_there = True  # an agent that fails leaves what it said
     try:
         sys.stdout.write("ready\n")
         sys.stdout.flush()
-        agent.serve(0)
+        is_launcher_there = agent.serve(0)
     finally:
         agent.close()
-        if os.getppid() != launcher:  # it was killed: nobody else removes what is in memory
+        if not is_launcher_there:  # nobody else removes what is in memory
             shutil.rmtree(folder, ignore_errors=True)
 
 

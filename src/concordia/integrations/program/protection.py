@@ -28,7 +28,7 @@ from typing import Any, Self
 import concordia
 from concordia import config
 from concordia.errors import UsageError, WaitTimeout
-from concordia.integrations.program.agent import FINISH
+from concordia.integrations.program.agent import FINISH, LEAVE
 from concordia.integrations.program.policy import Policy
 from concordia.integrations.program.program_pages import Board, create_reads, create_stage
 from concordia.integrations.program.resume import Resumed, write_restore
@@ -119,8 +119,7 @@ class Protection:
         """
         assert self._agent.stdin is not None
         try:
-            if status == 0:
-                self._agent.stdin.write(FINISH)
+            self._agent.stdin.write(FINISH if status == 0 else LEAVE)
             self._agent.stdin.close()
             self._agent.wait(config.PROGRAM_END_S)
         except (BrokenPipeError, subprocess.TimeoutExpired):
