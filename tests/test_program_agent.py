@@ -335,9 +335,9 @@ def test_command_line_resumes_a_program_when_it_was_killed(ground: ProtectedGrou
     assert lines[-1], launcher.communicate(timeout=LIFE_S)
     (program,) = [child for child in psutil.Process(launcher.pid).children() if child.cmdline()[0] == str(ground.program)]
     program.kill()
-    said, errors = launcher.communicate(timeout=LIFE_S)
+    lines += launcher.stdout.read().splitlines()  # what was read ahead of the last line, too
+    _, errors = launcher.communicate(timeout=LIFE_S)
     assert launcher.returncode == -signal.SIGKILL, errors
-    lines += said.splitlines()
     steps = len(lines) + 30
     resumed = command_line(ground, runs, path, "train", str(steps))
     said, errors = resumed.communicate(timeout=LIFE_S)

@@ -72,6 +72,7 @@ class Command:
             stderr=subprocess.PIPE,
             stdin=subprocess.PIPE,
             text=True,
+            preexec_fn=_hears_interrupts,
         )
 
     def do(self, *words: str, said: str | None = None, **environment: str) -> tuple[int, str, str]:
@@ -91,6 +92,11 @@ class Command:
             if "concordia.instrument.rewriter" in words and str(self.base) in " ".join(words):
                 found.append(process)
         return found
+
+
+def _hears_interrupts() -> None:
+    """Whoever runs the tests in the background ignores SIGINT, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
