@@ -76,7 +76,7 @@ def find_control(base: pathlib.Path, port: int | None) -> pathlib.Path:
     living = {
         int(path.name): path / _CONTROL
         for path in (base.iterdir() if base.is_dir() else ())
-        if path.name.isdecimal() and _is_locked(path / _LOCK)
+        if path.name.isdecimal() and is_locked(path / _LOCK)
     }
     if port is not None:
         if port not in living:
@@ -126,7 +126,8 @@ def _lock(path: pathlib.Path) -> int | None:
     return None
 
 
-def _is_locked(path: pathlib.Path) -> bool:
+def is_locked(path: pathlib.Path) -> bool:
+    """Whether a process that lives holds this lock file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from concordia import config
 from concordia.errors import UsageError
-from concordia.serving.run_folder import default_base
+from concordia.serving.run_folder import default_base, is_locked
 
 VARIABLE: Final = "CONCORDIA_RUN"
 _RUNS: Final = "runs"
@@ -136,17 +136,7 @@ def remove_old(runs: Path) -> None:
 
 def is_alive(path: Path) -> bool:
     """Whether the launcher of this run lives."""
-    try:
-        descriptor = os.open(path / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+    return is_locked(path / _LOCK)
 
 
 def processes(run: ProgramRun) -> Iterator[tuple[int, Path]]:
