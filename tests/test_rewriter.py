@@ -166,6 +166,22 @@ def test_rewriter_waits_when_it_has_no_descriptor_for_a_client(run: pathlib.Path
     desk.close()
 
 
+def test_rewriter_rests_when_nobody_asks(run: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = RewriteDesk(run, ImageCache(tmp_path / "images", Options().key()), Options())
+    pauses: list[float] = []
+
+    def select(pause: float) -> list[None]:
+        pauses.append(pause)
+        if len(pauses) == 3:
+            desk.stop()
+        return []
+
+    monkeypatch.setattr(desk._selector, "select", select)
+    desk.serve()
+    assert all(pause > 1 for pause in pauses), pauses
+    desk.close()
+
+
 def test_rewriter_takes_the_descriptors_that_it_may_when_its_launcher_has_few(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     process = subprocess.Popen(_command(run, tmp_path / "images"), env=ENVIRONMENT, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard)))

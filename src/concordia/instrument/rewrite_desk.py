@@ -127,10 +127,11 @@ class RewriteDesk:
 
     def _pause_s(self) -> float:
         """Until the next bound that somebody waits for."""
-        bounds = [bound for _, bound in self._waiters.values()]
+        now = time.monotonic()
+        bounds = [now + _LOOK_S, *(bound for _, bound in self._waiters.values())]
         bounds += [job.ends_at for job in self._jobs.values() if job.is_running]
         bounds += [self._accepts_at] if self._accepts_at is not None else []
-        return min(_LOOK_S, max(0.0, min(bounds, default=_LOOK_S) - time.monotonic()))
+        return max(0.0, min(bounds) - now)
 
     def _accept(self) -> None:
         try:
