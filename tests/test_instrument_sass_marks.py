@@ -1,10 +1,10 @@
 """Store marks in machine code, without a GPU.
 
 Invariants: the shipped pieces are what the pinned compiler makes, and write no predicate, no uniform register and no register of the
-kernel's; the marked byte is that of the store's page for every address inside the window, and a spare byte of the control block for
-every other; the stores that are marked are those that the vendor's disassembler shows; each instruction of the kernel is kept, at its
-place or in a trampoline, which leads back; a kernel whose stores cannot all be followed, or that has no room, is left alone with the
-reason; the proof refuses whatever else differs.
+kernel's, nor one of those that the hardware keeps; the marked byte is that of the store's page for every address inside the window,
+and a spare byte of the control block for every other; the stores that are marked are those that the vendor's disassembler shows; each
+instruction of the kernel is kept, at its place or in a trampoline, which leads back; a kernel whose stores cannot all be followed, or
+that has no room, is left alone with the reason; the proof refuses whatever else differs.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from splice_kernels import compiled, new_cubin, old_cubin
 from concordia import abi
 from concordia.device.nvrtc import link_cubin
 from concordia.instrument import sass, sass_calls, sass_mark_code
-from concordia.instrument.elf import TEXT, read_cubin
+from concordia.instrument.elf import ATTRIBUTE_REGISTERS, INFO, TEXT, read_attributes, read_cubin
 from concordia.instrument.options import Options
 from concordia.instrument.proof import first_difference
+from concordia.instrument.proof_statements import stated_registers
 from concordia.instrument.report import Hook, KernelReport, fill
 from concordia.instrument.rewrite import rewrite
 from concordia.instrument.sass_mark_code import mark_code, renamed
@@ -81,11 +82,14 @@ def check_disassembly(original: bytes, spliced: Spliced, path: pathlib.Path) -> 
     before, after = disassembled(original, path), disassembled(fill(spliced.cubin, spliced.slots, ADDRESS), path)
     hooks = {kernel.name: kernel.hooks for kernel in spliced.kernels}
     elf = read_cubin(fill(spliced.cubin, spliced.slots, ADDRESS))
+    stated = stated_registers(elf)
     count: Counter[str] = Counter()
     for name, instructions in before.items():
         (section,) = (s for s in elf.sections if s.name == TEXT + name)
         code = sass.words(elf.bytes_of(section))
         has_marks = Hook.MARKS in hooks.get(name, Hook(0))
+        if has_marks:
+            assert highest_register(after[name]) < stated[section.index] - sass.REGISTERS_KEPT, name
         for at, (words, low, high) in instructions.items():
             now = after[name][at]
             if has_marks and STORE.match(words):
@@ -97,6 +101,11 @@ def check_disassembly(original: bytes, spliced: Spliced, path: pathlib.Path) -> 
                 assert STORE.match(instructions[at + 16][0])
                 assert now[0] == words.replace(".reuse", ""), (name, at)
     return count
+
+
+def highest_register(instructions: dict[int, tuple[str, int, int]]) -> int:
+    """Of a pair or four, the first one."""
+    return max(int(number) for words, _, _ in instructions.values() for number in REGISTER.findall(words))
 
 
 def check_trampoline(after: dict[int, tuple[str, int, int]], code: sass.Words, at: int, words: str) -> None:
@@ -341,8 +350,8 @@ SPIN_BY_ATOMICS = "for (;;) if (atomicAdd(p, 0) >= n) break; p[threadIdx.x] = 1;
 @pytest.mark.parametrize(
     ("body", "settings", "reason"),
     [
-        (MANY, {"registers": 255}, "registers of 1024 threads: a mark needs 14 more"),
-        (MANY, {"registers": 64}, "64 registers of 64: a mark needs 14 more"),
+        (MANY, {"registers": 255}, "registers of 1024 threads: a mark needs 18 more"),
+        (MANY, {"registers": 64}, "64 registers of 64: a mark needs 16 more"),
         (MANY, FEW, ""),
         (SPIN, {}, ""),
         (SPIN + MANY, FEW, "it may wait for other CTAs"),
@@ -364,7 +373,7 @@ def test_kernel_is_marked_or_left_alone_with_the_reason_when_of_this_form(body: 
     assert (Hook.MARKS in kernel.hooks) == (not reason), kernel
     assert reason in kernel.reason
     if not reason:
-        assert kernel.registers >= read_registers(original) + mark_registers()
+        assert kernel.registers >= read_registers(original) + mark_registers() + sass.REGISTERS_KEPT
 
 
 def test_kernel_may_wait_for_others_when_a_function_looks_and_its_caller_turns(tmp_path: pathlib.Path) -> None:
@@ -512,6 +521,29 @@ def test_proof_refuses_when_a_byte_of_a_mark_or_of_a_branch_to_it_differs() -> N
         assert first_difference(original, bytes(broken), SHIFT) is not None, at
     assert first_difference(original, spliced.cubin) is not None, "marks that nobody asked for"
     assert first_difference(original, spliced.cubin, SHIFT + 1) is not None, "pages of another size"
+
+
+@pytest.mark.parametrize("lacking", [1, sass.REGISTERS_KEPT])
+def test_proof_refuses_when_a_mark_is_in_registers_that_the_hardware_keeps(lacking: int) -> None:
+    original = cuda("if (n) p[threadIdx.x] = 1;")
+    spliced = marked(original)
+    (kernel,) = spliced.kernels
+    broken = bytearray(spliced.cubin)
+    (info,) = (s for s in read_cubin(spliced.cubin).sections if s.name == INFO)
+    (at,) = (found.offset for found in read_attributes(read_cubin(spliced.cubin), info) if found.code == ATTRIBUTE_REGISTERS)
+    assert struct.unpack_from("<I", broken, at + 4) == (kernel.registers,)
+    struct.pack_into("<I", broken, at + 4, kernel.registers - lacking)
+    assert first_difference(original, bytes(broken), SHIFT) == f"section {INFO} differs"
+
+
+@pytest.mark.parametrize("most", [24, 64, 255])
+def test_compiler_states_registers_that_the_hardware_keeps_when_there_are_few_or_many(most: int, tmp_path: pathlib.Path) -> None:
+    """What REGISTERS_KEPT says, from who must know: it spills rather than name one of them."""
+    original = cuda(MANY.replace("40", "60").replace("39", "59").replace("for", "\n#pragma unroll\nfor"), registers=most)
+    (found,) = disassembled(original, tmp_path / "a.cubin").values()
+    (stated,) = stated_registers(read_cubin(original)).values()
+    assert most - 80 < stated <= most
+    assert highest_register(found) == stated - 1 - sass.REGISTERS_KEPT
 
 
 def test_rewrite_marks_machine_code_when_it_is_asked_to() -> None:

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 
 INSTRUCTION_BYTES: Final = 16
 BOUNDARY_BYTES: Final = 128  # functions begin and end at such offsets, as the compiler's do
+# Of the registers that a kernel states, the hardware keeps the last ones for itself: the compiler
+# states three more than the number of its highest, and naming one of the last two ends the context.
+REGISTERS_KEPT: Final = 2
 ALWAYS: Final = 7  # a guard or predicate that is always true
 
 # An instruction is two little-endian words. Low: opcode 0..11, guard 12..14 and its negation 15.

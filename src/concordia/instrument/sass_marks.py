@@ -21,7 +21,7 @@ from concordia.instrument import sass, sass_calls
 from concordia.instrument.elf import SYMBOL_FUNCTION, TEXT, Attribute, Cubin, Section
 from concordia.instrument.sass_mark_code import ALIGNMENT
 from concordia.instrument.sass_stores import StoreSite, find_stores, may_wait_for_others
-from concordia.instrument.sass_trampoline import mark_registers, trampoline_bytes
+from concordia.instrument.sass_trampoline import stated_for_marks, trampoline_bytes
 
 REGISTERS_MOST: Final = 255
 THREADS_MOST: Final = 1024  # of a CTA, where a kernel does not say
@@ -56,7 +56,7 @@ class MarkPlan:
     @property
     def registers(self) -> int:
         """That a thread needs with the marks; 0 when there is nothing to mark."""
-        return self.base + mark_registers() if self.sites else 0
+        return stated_for_marks(self.base) if self.sites else 0
 
 
 class MarkPlanner:
@@ -135,19 +135,19 @@ class MarkPlanner:
     ) -> str | None:
         """Whether a CTA still fits, and as many beside it as may be needed."""
         wanted = plan.registers
+        more = f"a mark needs {wanted - registers} more"
         if wanted > REGISTERS_MOST:
-            return f"{registers} registers: a mark needs {mark_registers()} more"
+            return f"{registers} registers: {more}"
         allowed = self._number(attributes, _REGISTERS_ALLOWED)
         if allowed is not None and wanted > allowed:
-            return f"{registers} registers of {allowed}: a mark needs {mark_registers()} more"
+            return f"{registers} registers of {allowed}: {more}"
         if _granted(wanted) <= max(_granted(registers), _REGISTERS_FREE):
             return None
         threads = self._threads(attributes)
         warps = -(-threads // _LANES)
         used = -(-warps // _PARTITIONS) * _granted(wanted) * _LANES
         if used > _PARTITION_REGISTERS:
-            needed = mark_registers()
-            return f"{registers} registers of {threads} threads: a mark needs {needed} more"
+            return f"{registers} registers of {threads} threads: {more}"
         if may_wait_for_others(code, opcodes):
             return "it may wait for other CTAs, of which fewer run at a time with more registers"
         return None

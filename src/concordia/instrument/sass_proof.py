@@ -10,16 +10,19 @@ here. It repairs nothing.
 
 from __future__ import annotations
 
+import functools
 import struct
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
+from concordia import config
 from concordia.instrument import sass
 from concordia.instrument.sass_mark_code import ALIGNMENT, mark_code
+from concordia.instrument.sass_registers import registers_of
 from concordia.instrument.sass_stores import StoreSite, find_stores
-from concordia.instrument.sass_trampoline import leading, mark_registers, trampoline
+from concordia.instrument.sass_trampoline import leading, trampoline
 
 _STEP: Final = sass.INSTRUCTION_BYTES
 _MOVES: Final = 3  # of a trampoline, before the sum: the last one says where the registers begin
@@ -97,7 +100,13 @@ def _compare_site(
     end = at + len(wanted)
     if ours[end : end + _STEP] != sass.branch(end, site.at + _STEP):
         return "no way back"
-    return _Body(len(wanted) + _STEP, base + mark_registers())
+    return _Body(len(wanted) + _STEP, _stated(wanted[control:]))
+
+
+@functools.lru_cache(maxsize=config.MARK_PIECES_MAX)
+def _stated(mark: bytes) -> int:
+    """What a kernel must state for this mark: worked out of its code, whatever planned it."""
+    return registers_of(mark) + sass.REGISTERS_KEPT
 
 
 def _target(code: bytes, at: int) -> int:

@@ -115,9 +115,14 @@ def trampoline_bytes() -> int:
 
 @functools.cache
 def mark_registers() -> int:
-    """That a mark needs, from its base on."""
+    """That a mark names, from its base on."""
     codes = mark_code()
     return max(codes.described.registers, codes.bare.registers)
+
+
+def stated_for_marks(base: int) -> int:
+    """That a kernel must state whose marks are in registers from `base` on."""
+    return base + mark_registers() + sass.REGISTERS_KEPT
 
 
 def _forgetting(instruction: bytes) -> bytes:
