@@ -176,10 +176,12 @@ static int is_within(uint64_t address, uint64_t bytes, struct allocation *found)
 
 // The driver waits for nobody here, and a copy of a region that is not there ends the context.
 static void await_copies(void) {
+  static _Atomic int is_over;  // waited for once in a life: what goes later would wait for the same
   const struct timespec pause = {0, LOOK_NS};
   uint64_t end = now_ns() + WAIT_COPIES_NS;
-  while (saver_is_copying()) {
+  while (saver_is_copying() && !atomic_load(&is_over)) {
     if (now_ns() >= end) {
+      atomic_store(&is_over, 1);
       protect_lose("the copies of memory that goes are not done in time");
       return;
     }

@@ -245,13 +245,17 @@ void regions_sweep(void) {
 }
 
 int regions_drop_copies(void) {
+  static _Atomic int is_stuck;  // then each further call only looks
   protect_lock();
   int has_some = region_count > 0 || garbage_count > 0;
   protect_unlock();
   if (!has_some) return 0;
   protect_lose("the program needs the memory that protection took");
   // What reads them ends soon: nobody waits for an answer any more. In the worst case they stay.
-  if (!saver_take(WAIT_SAVER_MS)) return 0;
+  if (!saver_take(atomic_load(&is_stuck) ? 0 : WAIT_SAVER_MS)) {
+    atomic_store(&is_stuck, 1);
+    return 0;
+  }
   protect_lock();
   int count = region_count;
   region_count = 0;

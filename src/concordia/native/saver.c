@@ -214,6 +214,10 @@ void saver_fire(CUstream stream, int is_per_thread, uint64_t ordinal, uint64_t d
     atomic_fetch_add(&board->coalesced, 1);
     return;
   }
+  if (!IS_PROTECTED()) {  // since this was called: the thread may have gone, and nobody would give
+    saver_give();
+    return;
+  }
   REAL(cuThreadExchangeStreamCaptureMode, &mode);
   int is_ready = prepare();
   if (is_ready) {
