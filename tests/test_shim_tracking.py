@@ -7,9 +7,11 @@ without protection; whatever is not understood ends protection, in one line, and
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import random
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -167,6 +169,53 @@ def test_program_does_the_same_when_it_is_protected(ground: ProtectedGround, tmp
     names = [[one.name for one in post.regions] for post in answers.posts]
     assert all(found[:1] == ["big.0"] for found in names)
     assert any(found[1:2] == ["big.1"] for found in names)
+
+
+def test_freed_regions_are_named_so_often_and_no_more_when_a_program_frees_one_in_each_step(ground: ProtectedGround, tmp_path: Path) -> None:
+    folder = tmp_path / "protect"
+    answers = Answers(folder, protected_folder(folder, policy_of(BY_SIZE)))
+    _, errors = answers.until_end(ground.start("train", "600", CONCORDIA_PROTECT=str(folder)))
+    lines = [line for line in errors.splitlines() if "freed" in line]
+    assert len(lines) == 101
+    assert lines[-1] == "concordia: more than 100 regions were freed: no more of them are named"
+
+
+def stderr_that_takes_nothing(kind: str) -> tuple[int, list[int]]:
+    """One for a program, and what is to be closed after it."""
+    if kind == "socket":
+        ours, theirs = (end.detach() for end in socket.socketpair())
+    else:
+        ours, theirs = os.pipe()
+    if kind == "pipe without a reader":
+        os.close(ours)
+        return theirs, [theirs]
+    os.set_blocking(theirs, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(theirs, b"x")
+    os.set_blocking(theirs, True)
+    return theirs, [ours, theirs]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "pipe without a reader"])
+def test_program_goes_on_when_its_stderr_takes_nothing(ground: ProtectedGround, tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "protect"
+    answers = Answers(folder, protected_folder(folder, policy_of(BY_SIZE)))
+    run = marking_run(tmp_path)
+    environment = ground.environment(CONCORDIA_PROTECT=str(folder), **run)
+    stderr, ends = stderr_that_takes_nothing(kind)
+    program = subprocess.Popen([str(ground.program), "train", "20"], env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    try:
+        said, _ = answers.until_end(program)
+    finally:
+        program.kill()
+        program.wait()
+        for end in ends:
+            os.close(end)
+    assert program.returncode == 0
+    assert len(said.splitlines()) == 20
+    (log,) = Path(run["CONCORDIA_RUN"], "modules").iterdir()
+    assert log.read_text().count('"what":"not said on stderr","why":"concordia: region big.') == 3, "what is not said is noted"
 
 
 def test_points_are_where_the_policy_says_when_there_are_several_triggers(ground: ProtectedGround, tmp_path: Path) -> None:

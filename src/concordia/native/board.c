@@ -70,8 +70,8 @@ static void claim(void) {
   }
   if (!atomic_compare_exchange_strong(&found->owner, &nobody, (uint32_t)getpid())) {
     atomic_store(&protect_mode, PROTECT_OFF);
-    fprintf(stderr, "concordia: process %d is unprotected: process %u of this run is\n",
-            (int)getpid(), nobody);
+    notice("concordia: process %d is unprotected: process %u of this run is", (int)getpid(),
+           nobody);
     return;
   }
   board = found;

@@ -5,7 +5,6 @@
 // is logged; what was posted stays as it is until the agent has answered; every wait is bounded,
 // and at its bound protection ends. Called by the thread of saver.c.
 #define _GNU_SOURCE
-#include <stdio.h>
 #include <string.h>
 #include <time.h>
 
@@ -81,7 +80,7 @@ static CUresult audit(struct region *region, CUstream stream) {
         memcmp(point.page_copy, stage + region->stage_offset + page * MARK_BYTES,
                MARK_BYTES) != 0) {
       if (atomic_fetch_add(&board->missed_pages, 1) == 0)
-        fprintf(stderr, "concordia: page %lu of region %s changed unseen\n", page, region->name);
+        notice("concordia: page %lu of region %s changed unseen", page, region->name);
       region->taken[page] = 1;
     }
   }

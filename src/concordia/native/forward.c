@@ -131,11 +131,10 @@ void forward_restore(void) {
   park_end();
   saver_give();
   munmap((void *)(uintptr_t)pages, pages_bytes);
-  fprintf(stderr, "concordia: resumed at point %lu: %d regions, %lu launches left out\n",
-          forward_target, count, (unsigned long)atomic_load(&board->swallowed));
+  notice("concordia: resumed at point %lu: %d regions, %lu launches left out", forward_target,
+         count, (unsigned long)atomic_load(&board->swallowed));
   if (moved)
-    fprintf(stderr,
-            "concordia: %d regions have other addresses than they had: addresses that lie in "
-                    "them, if any, are wrong\n", moved);
+    notice("concordia: %d regions have other addresses than they had: addresses that lie in them, "
+           "if any, are wrong", moved);
   atomic_store(&protect_mode, PROTECT_RECORD);
 }

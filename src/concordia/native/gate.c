@@ -70,8 +70,8 @@ static void wait_for_opening(void) {
   while (atomic_load(&gate) == CLOSED) {
     uint64_t waited = now_ns() - began;
     if (waited >= bound_ns) {
-      dprintf(2, "concordia: a launch was held for %llu ms; the program goes on, unpaused\n",
-              (unsigned long long)(waited / 1000000u));
+      notice("concordia: a launch was held for %llu ms; the program goes on, unpaused",
+             (unsigned long long)(waited / 1000000u));
       coverage_note("a pause was ended", "a launch was held for as long as one may be");
       open_gate();
       return;

@@ -39,12 +39,11 @@ void protect_lose(const char *format, ...) {
     atomic_store_explicit(&board->lost, 1, memory_order_release);
   }
   if (before == PROTECT_RECORD) {
-    fprintf(stderr, "concordia: unprotected from here on: %s\n", reason);
+    notice("concordia: unprotected from here on: %s", reason);
     return;
   }
   // What this program would do next would rest on bytes that are not there.
-  fprintf(stderr, "concordia: cannot resume: %s\n", reason);
-  fflush(stderr);
+  notice("concordia: cannot resume: %s", reason);
   _exit(EXIT_LOST);
 }
 
@@ -114,7 +113,7 @@ __attribute__((constructor(102))) static void open_protection(void) {
   strcpy(protect_folder, folder);
   snprintf(path, sizeof path, "%s/policy", folder);
   if (!read_policy(path)) {
-    fprintf(stderr, "concordia: unprotected: %s cannot be read\n", path);
+    notice("concordia: unprotected: %s cannot be read", path);
     return;
   }
   pthread_atfork(NULL, NULL, leave_child_alone);

@@ -14,7 +14,7 @@
 
 #include "protect.h"
 
-enum { NON_BLOCKING = 1 };
+enum { NON_BLOCKING = 1, FREED_SAID = 100 };
 #define WAIT_SAVER_MS 5000  // for copies to end that nobody wants any more
 
 struct region *regions[REGIONS_MAX];
@@ -208,6 +208,16 @@ void regions_launched(const struct kernel *kernel, const struct launch *launch) 
   }
 }
 
+// A program may free one in each of its steps, for days.
+static void say_freed(const struct region *region) {
+  static _Atomic uint64_t freed;
+  uint64_t before = atomic_fetch_add_explicit(&freed, 1, memory_order_relaxed);
+  if (before < FREED_SAID)
+    notice("concordia: region %s is freed: it is no part of later checkpoints", region->name);
+  else if (before == FREED_SAID)
+    notice("concordia: more than %d regions were freed: no more of them are named", FREED_SAID);
+}
+
 void regions_freed(uint64_t address, uint64_t bytes) {
   for (;;) {
     struct region *gone = NULL;
@@ -225,9 +235,7 @@ void regions_freed(uint64_t address, uint64_t bytes) {
     protect_unlock();
     if (!gone) return;
     int is_recording = atomic_load(&protect_mode) == PROTECT_RECORD;
-    if (is_recording)
-      fprintf(stderr, "concordia: region %s is freed: it is no part of later checkpoints\n",
-              gone->name);
+    if (is_recording) say_freed(gone);
     saver_forget(gone);
     // At points, otherwise; a resumed program has none yet.
     if (!is_recording || is_much) saver_sweep();

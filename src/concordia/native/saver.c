@@ -11,7 +11,6 @@
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <signal.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -151,9 +150,9 @@ static void take(void) {
 static void missed(void) {
   atomic_fetch_add(&board->unjoined, 1);
   if (++misses == MISSES_SAID)
-    fprintf(stderr, "concordia: %d points one after another found a capture, calls of other "
-                    "threads under way, or a stream that cannot be waited for: there are no "
-                    "checkpoints meanwhile\n", MISSES_SAID);
+    notice("concordia: %d points one after another found a capture, calls of other threads under "
+           "way, or a stream that cannot be waited for: there are no checkpoints meanwhile",
+           MISSES_SAID);
 }
 
 static int has_marks(const struct region *region) {

@@ -157,6 +157,9 @@ void coverage_image(const struct coverage *coverage);
 void coverage_note(const char *what, const char *why);
 void coverage_count(const char *name, uint64_t value);  // one line at the end of the process
 
+// --- notice.c: a line on stderr, for which nobody waits; without its line break
+void notice(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
 // --- gate.c, gate_streams.c, gate_page.c: launches that wait
 enum { GATE_DONE, GATE_LATE, GATE_ALREADY, GATE_NOT_ACTIVE };
 
