@@ -26,7 +26,13 @@ import psutil
 import pytest
 
 from concordia import config
-from concordia.errors import Corruption, LayoutMismatch, RecoveryError, UsageError
+from concordia.errors import (
+    Corruption,
+    EnvironmentRefused,
+    LayoutMismatch,
+    RecoveryError,
+    UsageError,
+)
 from concordia.integrations.program.policy import Policy, parse_policy
 from concordia.integrations.program.program_pages import Board
 from concordia.integrations.program.protection import Protection, reads_path
@@ -270,6 +276,31 @@ def test_program_says_why_it_is_unprotected_when_the_journal_is_full(ground: Pro
     assert "concordia: unprotected from here on: " in life.errors
 
 
+def test_nothing_is_compiled_beside_a_program_when_the_cache_was_empty(
+    ground: ProtectedGround, policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONCORDIA_CACHE", str(tmp_path))
+    Protection.open(policy).end(1)
+    compiled = {path.name for path in tmp_path.rglob("*.so")}
+    assert compiled
+    Life(ground, policy, "train", LONG).kill_after(20)
+    assert {path.name for path in tmp_path.rglob("*.so")} == compiled
+
+
+def test_program_is_not_started_when_its_agent_finds_no_compiler(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CONCORDIA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(EnvironmentRefused, match="no agent"):
+        Protection.open(policy)
+    errors = capfd.readouterr().err
+    assert errors.startswith("concordia: ")
+    assert errors.count("\n") == 1
+    assert "compiler" in errors
+
+
 def test_report_says_what_was_marked_and_what_had_changed(ground: ProtectedGround, policy: Policy) -> None:
     life = Life(ground, policy, "train", LONG)
     life.kill_after(20, commits=4)
@@ -352,7 +383,7 @@ def test_command_line_resumes_a_program_when_it_was_killed(ground: ProtectedGrou
     assert not reads_path(policy).exists()
 
 
-@pytest.mark.parametrize("commits", [0, 1])
+@pytest.mark.parametrize("commits", [0, 3])
 def test_series_is_resumed_when_a_program_lives_on_whose_launcher_was_killed(
     ground: ProtectedGround, policy: Policy, runs: Path, tmp_path: Path, commits: int
 ) -> None:

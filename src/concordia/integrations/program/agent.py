@@ -19,7 +19,7 @@ import select
 import shutil
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Final
 
@@ -99,6 +99,7 @@ class Agent:
         self._reads = Reads(folder / "reads")
         self._report = folder / "report"
         self._client = JournalClient.connect(Path(facts["journal"]))
+        _compile(self._stage)
         # asked once: what an answer names stays in the journal for a while
         self._newest = self._client.checkpoint(series_key(facts["series"])).newest
         self._life: Life | None = None
@@ -205,6 +206,14 @@ class Agent:
         self.board.close()
 
 
+def _compile(stage: Mapping) -> None:
+    """What lives need, into the cache. Where nothing is there it takes seconds, in which a program
+    that ran already would have no checkpoint.
+    """
+    with closing(Checkpointer.open("host", None)) as checkpointer:
+        checkpointer.register_pages(stage.address, size=MARK_BYTES, page_bytes=PAGE_BYTES)
+
+
 def marked_pages(board: Board, post: Post) -> list[range]:
     """Pages of PAGE_BYTES of the stage that may have changed, as runs."""
     found: list[range] = []
@@ -224,7 +233,11 @@ def main() -> None:
     folder = Path(sys.argv[1])
     facts = json.loads((folder / "facts").read_text())
     logging.basicConfig(stream=sys.stderr, format="concordia: %(message)s")
-    agent = Agent(folder, facts)
+    try:
+        agent = Agent(folder, facts)
+    except ConcordiaError as error:
+        logger.error("%s", error)
+        sys.exit(error.exit_code)
     is_launcher_there = True  # an agent that fails leaves what it said
     try:
         sys.stdout.write("ready\n")

@@ -27,7 +27,7 @@ from typing import Any, Self
 
 import concordia
 from concordia import config
-from concordia.errors import UsageError, WaitTimeout
+from concordia.errors import EnvironmentRefused, UsageError, WaitTimeout
 from concordia.integrations.program.agent import FINISH, LEAVE
 from concordia.integrations.program.policy import Policy
 from concordia.integrations.program.program_pages import Board, create_reads, create_stage
@@ -163,10 +163,14 @@ class Protection:
     def _await_ready(self) -> None:
         assert self._agent.stdout is not None
         ready, _, _ = select.select([self._agent.stdout], [], [], config.OWNER_START_S)
-        if not ready or self._agent.stdout.readline() != b"ready\n":
-            self._agent.kill()
-            self._agent.wait()
-            raise WaitTimeout(f"no agent after {config.OWNER_START_S} s")
+        said = self._agent.stdout.readline() if ready else b""
+        if said == b"ready\n":
+            return
+        self._agent.kill()
+        self._agent.wait()
+        if ready:
+            raise EnvironmentRefused("the program has no agent: what it said is above")
+        raise WaitTimeout(f"no agent after {config.OWNER_START_S} s")
 
 
 def _locked(reads: Path, series: str) -> int:
