@@ -13,10 +13,10 @@ import fcntl
 import os
 import pathlib
 import shutil
-import stat
 from dataclasses import dataclass
 
 from concordia.errors import UsageError
+from concordia.private_folder import make_private
 from concordia.serving.shared_names import SharedNames, living_pids
 
 NAMES_FILE = "names"  # in an engine's folder: the shared memory that it used
@@ -40,7 +40,7 @@ class RunFolder:
         """The folder of the server on this port; raises UsageError when another lives or the base
         is not ours alone.
         """
-        _make_private(base)
+        make_private(base, "name another --run-dir")
         _bury_dead(base)
         path = base / str(port)
         path.mkdir(mode=0o700, exist_ok=True)
@@ -139,15 +139,3 @@ def is_locked(path: pathlib.Path) -> bool:
     finally:
         os.close(descriptor)
     return False
-
-
-def _make_private(base: pathlib.Path) -> None:
-    try:
-        base.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = base.lstat()
-    except OSError as error:
-        raise UsageError(f"cannot use {base} as --run-dir: {error}") from None
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise UsageError(
-            f"{base} must be a folder that only this user may enter; name another --run-dir"
-        )
