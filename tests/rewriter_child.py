@@ -19,7 +19,7 @@ from concordia.instrument.report import Hook, KernelReport, Rewritten
 from concordia.instrument.rewrite_desk import RewriteDesk
 
 
-def rewrite(image: bytes, options: Options, library: str) -> Rewritten:
+def rewrite(image: bytes, options: Options) -> Rewritten:
     """What the image says."""
     word, _, rest = image.partition(b" ")
     with Path(os.environ["REWRITES"]).open("ab") as log:
@@ -40,7 +40,7 @@ def rewrite(image: bytes, options: Options, library: str) -> Rewritten:
         end = time.monotonic() + 60
         while not Path(os.fsdecode(rest.split(b"\0")[0])).exists() and time.monotonic() < end:
             time.sleep(0.001)
-    return Rewritten(image.upper(), (), (KernelReport(library, Hook.ENTRY, options.arch),), is_changed=True)
+    return Rewritten(image.upper(), (), (KernelReport(word.decode(), Hook.ENTRY, options.arch),), is_changed=True)
 
 
 if __name__ == "__main__":

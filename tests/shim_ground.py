@@ -47,7 +47,7 @@ class ShimGround:
     driver: Path
     user: Path
     run: Path
-    settings: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=lambda: {"opaque": ""})
 
     def settle(self, **settings: object) -> None:
         """Write the shim's settings."""

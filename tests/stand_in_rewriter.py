@@ -9,7 +9,7 @@ from pathlib import Path
 from concordia.instrument.cache import ImageCache
 from concordia.instrument.report import KernelReport, Rewritten, Slot, SlotKind
 from concordia.instrument.request import (
-    REQUEST_BYTES_MAX,
+    REQUEST_BYTES,
     Request,
     Status,
     check_memory,
@@ -54,7 +54,7 @@ class StandInRewriter:
             except OSError:
                 return
             line.settimeout(10)
-            data, descriptors, _, _ = socket.recv_fds(line, REQUEST_BYTES_MAX, 1)
+            data, descriptors, _, _ = socket.recv_fds(line, REQUEST_BYTES, 1)
             request = Request.parse(data)
             check_memory(descriptors[0], request.image_bytes)
             with open(descriptors[0], "rb") as file:

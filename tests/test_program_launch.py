@@ -244,7 +244,7 @@ def test_children_are_seen_when_a_program_forks_and_starts_others(command: Comma
         (("run",), {}, "name a program behind --"),
         (("run", "--policy", "/nonexistent.toml", "--", "true"), {}, "/nonexistent.toml: No such file"),
         (("run", "--", "true"), {"LD_LIBRARY_PATH": ""}, "no NVIDIA driver"),
-        (("run", "--", "true"), {"CONCORDIA_RUN_DIR": "/proc/none"}, "cannot use /proc/none"),
+        (("run", "--", "true"), {"CONCORDIA_RUN_DIR": "/proc/none"}, "no folder /proc/none"),
         (("run", "--", "true"), {"CC": "/nonexistent", "PATH": "/nonexistent"}, "there is no program true"),
         (("run", "--verbose"), {}, "name a program behind --"),
         (("modules",), {}, "start one with `concordia run -- PROGRAM`"),

@@ -55,8 +55,8 @@ class Served:
         )
         until(self.socket.exists, 30)
 
-    def ask(self, image: bytes, library: str = "") -> Status:
-        return ask(self.socket, image, library=library, timeout_s=30)
+    def ask(self, image: bytes) -> Status:
+        return ask(self.socket, image, timeout_s=30)
 
     @property
     def cache(self) -> ImageCache:
@@ -90,11 +90,11 @@ def served(folder: pathlib.Path, *, answer_s: float = 20.0, rewrite_s: float = 6
 
 def test_image_lies_in_the_cache_when_the_rewriter_says_ready(tmp_path: pathlib.Path) -> None:
     with served(tmp_path) as one:
-        assert one.ask(b"upper me", "/lib/libx.so") is Status.READY
+        assert one.ask(b"upper me") is Status.READY
         found = one.cache.load(image_key(b"upper me"))
         assert found is not None
         assert found.image == b"UPPER ME"
-        assert [(k.name, k.hooks, k.registers) for k in found.kernels] == [("/lib/libx.so", Hook.ENTRY, 90)]
+        assert [(k.name, k.hooks, k.registers) for k in found.kernels] == [("upper", Hook.ENTRY, 90)]
         assert one.ask(b"upper me") is Status.READY
         assert one.rewrites("upper") == 1, "the second time it was there"
         one.cache.path(image_key(b"upper me")).write_bytes(b"damaged")
@@ -127,7 +127,7 @@ def test_image_is_rewritten_when_somebody_claimed_its_key_for_another(tmp_path: 
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer, sealed_memory(b"x" * len(image)) as memory:
                 peer.settimeout(30)
                 peer.connect(str(one.socket))
-                socket.send_fds(peer, [Request(len(image), image_key(image), "").pack()], [memory])
+                socket.send_fds(peer, [Request(len(image), image_key(image)).pack()], [memory])
                 assert parse_reply(peer.recv(64)) is Status.LATER
         assert one.ask(image) is Status.READY
         assert one.rewrites("upper") == 1
@@ -255,7 +255,7 @@ def test_only_its_own_connection_ends_when_a_request_is_malformed(tmp_path: path
     print(f"seed {seed}")
     rng = random.Random(seed)
     image = b"upper x"
-    good = Request(len(image), image_key(image), "").pack()
+    good = Request(len(image), image_key(image)).pack()
     with served(tmp_path) as one, sealed_memory(image) as memory:
         open_before = len(os.listdir(f"/proc/{one.process.pid}/fd"))
         for data, count in [(good, 0), (good, 2), (good, 9), (good[:-1], 1), (b"x", 1), (good + b"p" * (1 << 17), 1), (bytes(32), 1)]:
@@ -269,9 +269,9 @@ def test_only_its_own_connection_ends_when_a_request_is_malformed(tmp_path: path
         for wrong in (unsealed, os.open("/dev/null", os.O_RDONLY), os.open("/dev/zero", os.O_RDWR)):
             assert parse_reply(_send(one, good, [wrong])) is Status.REFUSED
             os.close(wrong)
-        longer = Request(len(image) + 1, image_key(image), "").pack()
+        longer = Request(len(image) + 1, image_key(image)).pack()
         assert parse_reply(_send(one, longer, [memory])) is Status.REFUSED
-        another = Request(len(image), image_key(b"another"), "").pack()
+        another = Request(len(image), image_key(b"another")).pack()
         assert parse_reply(_send(one, another, [memory])) is Status.LATER
         assert one.cache.load(image_key(b"another")) is None, "a file is only ever of the image that names it"
         assert parse_reply(_send(one, good, [memory])) is Status.READY
@@ -286,7 +286,7 @@ def test_others_are_served_when_a_client_says_nothing_or_goes(tmp_path: pathlib.
             silent.connect(str(one.socket))
         with sealed_memory(image) as memory, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as gone:
             gone.connect(str(one.socket))
-            socket.send_fds(gone, [Request(len(image), image_key(image), "").pack()], [memory])
+            socket.send_fds(gone, [Request(len(image), image_key(image)).pack()], [memory])
         until(lambda: one.rewrites("wait") == 1, 20)
         assert one.ask(b"upper x") is Status.READY
         (tmp_path / "gate").touch()
@@ -344,7 +344,7 @@ def test_requests_are_answered_in_turn_when_one_connection_has_several(tmp_path:
         for i in range(5):
             image = b"upper %d" % i
             with sealed_memory(image) as memory:
-                socket.send_fds(connection, [Request(len(image), image_key(image), "").pack()], [memory])
+                socket.send_fds(connection, [Request(len(image), image_key(image)).pack()], [memory])
                 assert connection.recv(64) == struct.pack("<4sI", b"CNRP", 0)
 
 
@@ -444,7 +444,7 @@ def test_rewriter_ends_at_once_when_its_launcher_has_gone_before(run: pathlib.Pa
     [
         ([], "--run"), (["--run", "/nowhere"], "/nowhere"), (["--run", "/tmp"], "only this user"), (["--options", "{"], "JSON object"),
         (["--options", json.dumps({"arch": 1})], "architecture 1"), (["--workers", "0"], "--workers"), (["--unknown"], "--unknown"),
-        (["--cache", "/proc/x"], "no folder for images"),
+        (["--cache", "/proc/x"], "no folder /proc/x: "),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_one_line_and_exit_code_2_when_given(run: pathlib.Path, tmp_path: pathlib.Path, arguments: list[str], said: str) -> None:

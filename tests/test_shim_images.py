@@ -288,14 +288,14 @@ def test_waiting_ends_for_the_process_when_its_time_is_spent(ground: Ground) -> 
 
 
 def test_driver_is_handed_the_original_when_the_cache_file_is_damaged(ground: Ground) -> None:
-    whole, path = encode(hooked(PTX)), ground.write(PTX)
+    whole, path = encode(hooked(PTX), image_key(PTX)), ground.write(PTX)
     file = ground.cache.path(image_key(PTX))
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     source = random.Random(seed)
     cases = [whole[:cut] for cut in sorted({0, 1, 63, 64, len(whole) - 1, *source.sample(range(len(whole)), 8)})]
     cases += [whole + b"\0", *(flipped(whole, source.randrange(len(whole) * 8)) for _ in range(20))]
-    cases += [flipped(whole, bit) for bit in (8 * 8, 12 * 8 + 1, 16 * 8 + 40, 24 * 8 + 31, 28 * 8 + 31, 32 * 8 + 62)]
+    cases += [flipped(whole, bit) for bit in (8 * 8, 12 * 8 + 1, 16 * 8 + 40, 24 * 8 + 31, 28 * 8 + 31, 32 * 8 + 62, 44 * 8, 47 * 8 + 7, 48 * 8, 63 * 8 + 7)]
     for data in cases:
         file.write_bytes(data)
         assert ground.handed("context", f"load:{path}") == [PTX], data[:64].hex()
@@ -303,13 +303,35 @@ def test_driver_is_handed_the_original_when_the_cache_file_is_damaged(ground: Gr
 
 def test_driver_is_handed_the_original_when_a_right_checksum_covers_wrong_slots(ground: Ground) -> None:
     path, file = ground.write(PTX), ground.cache.path(image_key(PTX))
-    whole = encode(hooked(PTX))
+    whole = encode(hooked(PTX), image_key(PTX))
     for at, value in ((64, 1 << 40), (64, len(PTX) + 100), (64, 0), (72, 9), (72, 0), (76, 1)):
         data = bytearray(whole)
         struct.pack_into("<Q" if at == 64 else "<I", data, at, value)
         struct.pack_into("<I", data, 40, google_crc32c.value(bytes(data[64:])))
         file.write_bytes(data)
         assert ground.handed("context", f"load:{path}") == [PTX], (at, value)
+
+
+@pytest.mark.parametrize(("key", "is_other"), [(image_key(b"another"), True), (image_key(PTX)[:16] + "0" * 16, True), ("0" * 16 + image_key(PTX)[16:], True), (image_key(PTX), False)])
+def test_driver_is_handed_the_original_when_the_file_is_of_another_image(ground: Ground, key: str, is_other: bool) -> None:
+    ground.cache.path(image_key(PTX)).write_bytes(encode(hooked(PTX), key))
+    (handed,) = ground.handed("context", f"load:{ground.write(PTX)}")
+    assert (handed == PTX, is_hooked(handed, PTX)) == (is_other, not is_other)
+    (line,) = ground.images()
+    assert (line["outcome"], line["why"]) == (("original", "its file is another image's") if is_other else ("rewritten", ""))
+    assert ground.log()[-1].get("files of other images", 0) == is_other
+
+
+def test_hooked_image_is_handed_over_when_the_rewriter_mends_a_file_of_another(ground: Ground) -> None:
+    ground.cache.path(image_key(PTX)).write_bytes(encode(hooked(PTX), image_key(b"another")))
+    ground.start_rewriter()
+    (handed,) = ground.handed("context", f"load:{ground.write(PTX)}")
+    assert is_hooked(handed, PTX)
+    ground.cache.path(image_key(PTX)).write_bytes(encode(hooked(PTX), image_key(b"another")))
+    assert ground.rewriter
+    ground.rewriter.behaviour = "lie"
+    assert ground.handed("context", f"load:{ground.write(PTX)}") == [PTX]
+    assert sorted(line["why"] for line in ground.images()) == ["", "its file is another image's"]
 
 
 def flipped(data: bytes, bit: int) -> bytes:

@@ -130,7 +130,7 @@ def marking_run(folder: Path) -> dict[str, str]:
     hooked = image + b"\n// hooked: 0x0000000000000000\n"
     kernels = tuple(KernelReport(name, 5, 32, "") for name in ("fill", "axpy", "scatter", "indirect", "sum", "mix", "update"))
     cache.store(image_key(image), Rewritten(hooked, (Slot(hooked.index(b"0x") + 2, SlotKind.TEXT),), kernels, is_changed=True))
-    (run / "settings").write_text(f"mode=rewrite\ncache={cache.folder}\npage_shift=16\n")
+    (run / "settings").write_text(f"mode=rewrite\nopaque=\ncache={cache.folder}\npage_shift=16\n")
     return {"CONCORDIA_RUN": str(run)}
 
 

@@ -116,7 +116,7 @@ REWRITE_ACCEPT_PAUSE_S: Final = 0.1  # without descriptors, until somebody may h
 REWRITE_REFUSED_MAX: Final = 1 << 16  # images of one run that are not tried again
 LIBRARY_BYTES_MAX: Final = 4 << 30  # of a file that is looked into for images, as a whole
 LIBRARY_IMAGES_MAX: Final = 1 << 16  # a fatbin for each source file of a library: thousands
-LIBRARY_PATH_BYTES_MAX: Final = 64 << 10  # of the file that an image came from
+OPAQUE_BYTES_MAX: Final = 4 << 10  # of names of libraries: the shim looks at all for each load
 
 # --- programs that know nothing of us
 POLICY_BYTES_MAX: Final = 1 << 20
@@ -142,6 +142,8 @@ RUN_WAIT_S: Final = 120.0  # all of a process's loads together: a cold start of 
 # is not marked in time is kept without marks by whoever keeps the result
 ASSEMBLER_WAIT_S: Final = 30.0
 ASSEMBLER_RUN_S: Final = 300.0  # the assembler on a marked text, before it gets the original one
+# of what the shim reads when a process starts: the names of libraries above, and some paths
+RUN_SETTINGS_BYTES_MAX: Final = 16 << 10
 RUN_LOG_BYTES_MAX: Final = 16 << 20  # of one process's log: 30,000 images
 RUNS_KEPT: Final = 20  # run folders, for `concordia modules`: the newest
 RUN_KEPT_S: Final = 7 * 86400.0  # and none that ended longer ago

@@ -140,6 +140,19 @@ static void load(const char *how, const char *path) {
   count++;
 }
 
+// What a library of image_holder.c has to do with an image: it has the image, as text or in a container, it has the wrapper of one, it loads one.
+static void load_held(const char *how, char *paths) {
+  char *path = strtok(paths, ":"), *file = strtok(NULL, "");
+  void *library = dlopen(path, RTLD_NOW), **handle = &handles[count++];
+  if (!library) printf("no %s: %s\n", path, dlerror()), exit(5);
+  struct wrapper *wrapper = dlsym(library, "wrapper"), around = {0x466243b1, 1, dlsym(library, "container"), NULL};
+  if (file) wrapper->data = slurp(file, NULL);
+  if (!strcmp(how, "held_image")) MUST(cuModuleLoadData, handle, dlsym(library, "image"));
+  else if (!strcmp(how, "held_container")) MUST(cuModuleLoadData, handle, &around);
+  else if (!strcmp(how, "held_wrapper")) MUST(cuModuleLoadData, handle, wrapper);
+  else if (((int (*)(void *, void **, const void *))dlsym(library, "load"))(get("cuModuleLoadData"), handle, wrapper->data)) exit(4);
+}
+
 static void unload(void) {
   count--;
   if (is_library[count]) MUST(cuLibraryUnload, handles[count]);
@@ -203,6 +216,7 @@ static int run(int argc, char **argv) {
       else if (!strcmp(with, "3")) ((int (*)())plain("cuCtxCreate_v3"))(&context, NULL, 0, 0, 0);
       else ((int (*)())plain("cuCtxCreate_v4"))(&context, NULL, 0, 0);
     } else if (!strncmp(what, "load", 4) || !strncmp(what, "library", 7)) load(what, with);
+    else if (!strncmp(what, "held", 4)) load_held(what, with);
     else if (!strcmp(what, "unload")) unload();
     else if (!strcmp(what, "launch")) launch(with, NULL, 1);
     else if (!strcmp(what, "graph")) graph(1);

@@ -2,9 +2,9 @@
 
 Owns: the file `<root>/<options key>/<image key>.image`, which the shim maps and reads, and the
 bound of all of them. Promises: a file is whole or not there (written beside it, synced, renamed);
-one that differs in any bit from what was written is refused and removed; the folder is this user's
-alone; several rewriters may work in it at the same time. Called by the rewriter and by `concordia
-modules`. It does not know how an image is rewritten.
+one that differs in any bit from what was written, or is another image's, is refused and removed;
+the folder is this user's alone; several rewriters may work in it at the same time. Called by the
+rewriter and by `concordia modules`. It does not know how an image is rewritten.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import stat
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -23,16 +22,17 @@ import google_crc32c
 import xxhash
 
 from concordia import config
-from concordia.errors import EnvironmentRefused, ImageRefused
+from concordia.errors import ImageRefused
 from concordia.instrument.report import CONTROL_BLOCK, Hook, KernelReport, Rewritten, Slot, SlotKind
+from concordia.private_folder import make_private
 
 MAGIC: Final = b"CNCIMG01"
-VERSION: Final = 1
+VERSION: Final = 2
 UNCHANGED: Final = 1  # flag: load the original; the file has no image
 HEADER_BYTES: Final = 64
 SUFFIX: Final = ".image"
-# magic, version, flags, image bytes, slots, kernels, kernel bytes, CRC32C; zeros to 64 bytes
-_HEADER: Final = struct.Struct("<8sIIQIIQI20s")
+# magic, version, flags, image bytes, slots, kernels, kernel bytes, CRC32C of the rest, zero, key
+_HEADER: Final = struct.Struct("<8sIIQIIQIIQQ")
 _SLOT: Final = struct.Struct("<QII")
 _KERNEL: Final = struct.Struct("<IIHH")
 _KEY: Final = re.compile(r"[0-9a-f]{32}")
@@ -46,6 +46,12 @@ def image_key(image: bytes | memoryview) -> str:
     return "".join(f"{xxhash.xxh64_intdigest(image, seed):016x}" for seed in (0, 1))
 
 
+def key_halves(key: str) -> tuple[int, int]:
+    """The two numbers of a key."""
+    assert _KEY.fullmatch(key)
+    return int(key[:16], 16), int(key[16:], 16)
+
+
 def check_bounds(image_bytes: int, slots: int, kernels: int) -> None:
     """Raises ImageRefused for more than a file may have."""
     for found, most, what in (
@@ -57,8 +63,8 @@ def check_bounds(image_bytes: int, slots: int, kernels: int) -> None:
             raise ImageRefused(f"an image has at most {most} {what}, not {found}")
 
 
-def encode(rewritten: Rewritten) -> bytes:
-    """The file. Raises ImageRefused when it would be beyond a bound."""
+def encode(rewritten: Rewritten, key: str) -> bytes:
+    """The file of the image of this key. Raises ImageRefused when it would be beyond a bound."""
     image = rewritten.image if rewritten.is_changed else b""
     slots = rewritten.slots if rewritten.is_changed else ()
     check_bounds(len(image), len(slots), len(rewritten.kernels))
@@ -71,23 +77,25 @@ def encode(rewritten: Rewritten) -> bytes:
     return (
         _HEADER.pack(
             *(MAGIC, VERSION, flags, len(image), len(slots), len(rewritten.kernels)),
-            *(len(kernels), google_crc32c.value(body), bytes(20)),
+            *(len(kernels), google_crc32c.value(body), 0, *key_halves(key)),
         )
         + body
     )
 
 
-def decode(data: bytes) -> Rewritten:
-    """What a file says. Raises ImageRefused for anything that `encode` did not write; `image` is
-    empty when it was not changed.
+def decode(data: bytes, key: str) -> Rewritten:
+    """What the file of the image of this key says. Raises ImageRefused for anything that `encode`
+    did not write of it; `image` is empty when it was not changed.
     """
     if len(data) < HEADER_BYTES:
         raise ImageRefused(f"a cache file has {HEADER_BYTES} bytes at least, not {len(data)}")
-    magic, version, flags, image_bytes, slot_count, kernel_count, kernels_bytes, crc, pad = (
+    magic, version, flags, image_bytes, slot_count, kernel_count, kernels_bytes, crc, zero, *of = (
         _HEADER.unpack_from(data)
     )
-    if magic != MAGIC or version != VERSION or any(pad):
+    if magic != MAGIC or version != VERSION or zero:
         raise ImageRefused(f"no cache file of version {VERSION}: it begins with {data[:16]!r}")
+    if tuple(of) != key_halves(key):
+        raise ImageRefused(f"the file of another image: {of[0]:016x}{of[1]:016x}")
     if flags & ~UNCHANGED or bool(flags) == bool(image_bytes) or (flags and slot_count):
         raise ImageRefused(f"flags {flags:#x} with {image_bytes} bytes of image")
     check_bounds(image_bytes, slot_count, kernel_count)
@@ -114,7 +122,7 @@ class ImageCache:
         self.folder = root / options_key
         self._bytes_max = bytes_max
         for folder in (root, self.folder):
-            _make_private(folder)
+            make_private(folder, "set CONCORDIA_CACHE to another")
 
     def path(self, key: str) -> Path:
         """Where the file of an image lies, or would."""
@@ -126,7 +134,7 @@ class ImageCache:
         path = self.path(key)
         try:
             data = path.read_bytes()
-            return decode(data)
+            return decode(data, key)
         except OSError:
             return None
         except ImageRefused:
@@ -137,7 +145,7 @@ class ImageCache:
         """Write the file of an image; its size. Two that store the same image write the same.
         Raises OSError or ImageRefused, and leaves nothing.
         """
-        data = encode(rewritten)
+        data = encode(rewritten, key)
         descriptor, name = tempfile.mkstemp(suffix=_PART, prefix=f"{os.getpid()}-", dir=self.folder)
         temporary = Path(name)
         try:
@@ -231,17 +239,3 @@ def _files(root: Path) -> Iterator[Path]:
 
 def _is_alive(pid: str) -> bool:
     return pid.isdecimal() and Path(f"/proc/{pid}").exists()
-
-
-def _make_private(folder: Path) -> None:
-    """Make the folder, or find it: code is only loaded from one that is this user's alone."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.lstat()
-    except OSError as error:
-        raise EnvironmentRefused(f"no folder for images: {error}; set CONCORDIA_CACHE") from None
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise EnvironmentRefused(
-            f"{folder}: images are only kept in a folder that only this user may enter; set "
-            "CONCORDIA_CACHE to another"
-        )

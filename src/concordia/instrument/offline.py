@@ -23,7 +23,7 @@ from concordia.instrument.image import Image, ImageKind, read_image
 from concordia.instrument.library_file import FoundImage, images_in
 from concordia.instrument.options import Options
 from concordia.instrument.report import Hook, KernelReport, Rewritten, fill
-from concordia.instrument.rewrite import check_readable, rewrite_of_library
+from concordia.instrument.rewrite import check_readable, rewrite
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +113,9 @@ def _instrument(
         raise UsageError(f"{file} is one image: leave --image {image} out")
     done = None
     if chosen is not None:
-        library = str(file) if is_library else ""
-        done = rewrite_of_library(images[chosen].image.data, options, library)
+        original = images[chosen].image.data
+        is_opaque = is_library and options.is_opaque_library(file.name)
+        done = _opaque(original, file) if is_opaque else rewrite(original, options)
         if any(not kernel.name for kernel in done.kernels):
             check_readable(images[chosen].image, options)
     if target is not None:
@@ -126,6 +127,12 @@ def _instrument(
 def slots_path(target: Target) -> Path:
     """Where the list of an image's empty slots is written."""
     return target.path.with_name(target.path.name + ".slots.json")
+
+
+def _opaque(image: bytes, file: Path) -> Rewritten:
+    reason = f"{file.name} is left as it is, by policy"
+    kernels = (KernelReport("", Hook.OPAQUE, 0, reason),)
+    return Rewritten(image, (), kernels, is_changed=False)
 
 
 def _read(file: Path) -> bytes:

@@ -42,6 +42,7 @@ PAGE_SHIFTS: Final = range(12, 31)  # 4 KiB, a page of the system, to 1 GiB
 _TOOLS: Final = (
     *("cuda-bindings", "nvidia-nvjitlink", "nvidia-nvjitlink-cu12", "zstandard", "lz4"),
 )
+_SEPARATOR: Final = "/"  # of opaque names, for the shim: in no name of a file
 _NESTED: Final = re.compile(r"_ZN?[KVr]*(?=\d)")
 _LENGTH: Final = re.compile(r"\d+")
 _LENGTH_DIGITS: Final = 5  # of a length in a mangled name: none is longer than 64 KiB
@@ -69,6 +70,11 @@ class Options:
             raise UsageError(f"architecture {self.arch}: give a number such as 90 for sm_90")
         if self.page_shift not in PAGE_SHIFTS:
             raise UsageError(f"page shift {self.page_shift}: give 16 for pages of 64 KiB")
+        for pattern in self.opaque:
+            if not pattern or _SEPARATOR in pattern or "\n" in pattern:
+                raise UsageError(f"opaque {pattern!r}: give the library's name without its folder")
+        if len(self.opaque_list().encode()) > config.OPAQUE_BYTES_MAX:
+            raise UsageError(f"opaque: give at most {config.OPAQUE_BYTES_MAX} bytes of names")
 
     @classmethod
     def parse(cls, text: str) -> Options:
@@ -95,20 +101,24 @@ class Options:
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(f"{_version()} {text}".encode()).hexdigest()[:32]
 
+    def opaque_list(self) -> str:
+        """The same for the shim, which decides for each load; native/opaque.c."""
+        return _SEPARATOR.join(self.opaque)
+
     def is_opaque_library(self, library: str) -> bool:
         """Whether a file of this path is one that is left as it is."""
-        name = library.rpartition("/")[2].removeprefix("lib")
-        return any(fnmatchcase(name.lower(), pattern) for pattern in self.opaque)
+        return self._is_opaque(library.rpartition("/")[2].removeprefix("lib"))
 
     def is_opaque_kernel(self, kernel: str) -> bool:
         """Whether a kernel's name says that its library is one of them."""
-        return any(
-            fnmatchcase(name.lower(), pattern) for name in _names(kernel) for pattern in self.opaque
-        )
+        return any(map(self._is_opaque, _names(kernel)))
 
     def is_denied(self, kernel: str) -> bool:
         """Whether a person wants this kernel as it is."""
         return any(fnmatchcase(kernel, pattern) for pattern in self.deny)
+
+    def _is_opaque(self, name: str) -> bool:
+        return any(fnmatchcase(name.lower(), pattern.lower()) for pattern in self.opaque)
 
 
 def _checked(name: str, value: Any, default: Any) -> Any:

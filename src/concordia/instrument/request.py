@@ -6,7 +6,7 @@ no longer change: the memory is sealed. Called by the rewriter, and by whoever a
 It reads no image.
 
 One message each way, on a SOCK_SEQPACKET socket:
-    request   "CNRQ" | u32 version | u64 bytes | u64 XXH64 seed 0 | u64 seed 1 | path of the library
+    request   "CNRQ" | u32 version | u64 bytes | u64 XXH64 seed 0 | u64 seed 1
               ("CNAS" instead for a text that an assembler gets)
               and with it, by SCM_RIGHTS, one sealed memory file that has the image
     reply     "CNRP" | u32 status
@@ -28,14 +28,14 @@ from typing import Final
 
 from concordia import config
 from concordia.errors import ImageRefused, WaitTimeout
-from concordia.instrument.cache import image_key
+from concordia.instrument.cache import image_key, key_halves
 
-VERSION: Final = 1
+VERSION: Final = 2
 _REQUEST: Final = struct.Struct("<4sIQQQ")
 _REPLY: Final = struct.Struct("<4sI")
 _MAGIC: Final = b"CNRQ"
 _MAGIC_ASSEMBLER: Final = b"CNAS"
-REQUEST_BYTES_MAX: Final = _REQUEST.size + config.LIBRARY_PATH_BYTES_MAX
+REQUEST_BYTES: Final = _REQUEST.size
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
@@ -49,32 +49,28 @@ class Status(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """An image, by its key; `library` is the file it came from, empty when nobody knows."""
+    """An image, by its key. Where it came from is not said: it decides nothing of the result."""
 
     image_bytes: int
     key: str
-    library: str
     is_for_assembler: bool = False
 
     def pack(self) -> bytes:
         """The message."""
-        low, high = int(self.key[:16], 16), int(self.key[16:], 16)
-        path = os.fsencode(self.library)[: config.LIBRARY_PATH_BYTES_MAX]
         magic = _MAGIC_ASSEMBLER if self.is_for_assembler else _MAGIC
-        return _REQUEST.pack(magic, VERSION, self.image_bytes, low, high) + path
+        return _REQUEST.pack(magic, VERSION, self.image_bytes, *key_halves(self.key))
 
     @classmethod
     def parse(cls, data: bytes) -> Request:
         """What a message says; raises ImageRefused."""
-        if not _REQUEST.size <= len(data) <= REQUEST_BYTES_MAX:
+        if len(data) != REQUEST_BYTES:
             raise ImageRefused(f"a request of {len(data)} bytes")
-        magic, version, image_bytes, low, high = _REQUEST.unpack_from(data)
+        magic, version, image_bytes, low, high = _REQUEST.unpack(data)
         if magic not in (_MAGIC, _MAGIC_ASSEMBLER) or version != VERSION:
             raise ImageRefused(f"no request of version {VERSION}: {data[:8]!r}")
         if not 0 < image_bytes <= config.IMAGE_BYTES_MAX:
             raise ImageRefused(f"an image of {image_bytes} bytes")
-        path = data[_REQUEST.size :].rstrip(b"\0").decode("utf-8", "replace")
-        return cls(image_bytes, f"{low:016x}{high:016x}", path, magic == _MAGIC_ASSEMBLER)
+        return cls(image_bytes, f"{low:016x}{high:016x}", magic == _MAGIC_ASSEMBLER)
 
 
 def pack_reply(status: Status) -> bytes:
@@ -110,14 +106,13 @@ def ask(
     path: Path,
     image: bytes,
     *,
-    library: str = "",
     is_for_assembler: bool = False,
     timeout_s: float,
 ) -> Status:
     """Hand an image to the rewriter at this socket, as the shim does. Raises OSError, ImageRefused
     or WaitTimeout.
     """
-    request = Request(len(image), image_key(image), library, is_for_assembler)
+    request = Request(len(image), image_key(image), is_for_assembler)
     with (
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection,
         sealed_memory(image) as memory,

@@ -26,19 +26,11 @@ from concordia.instrument.ptx_tree import parse
 from concordia.instrument.report import Hook, KernelReport, Rewritten, Slot, SlotKind
 from concordia.instrument.splice import Spliced, splice_cubin
 
-__all__ = ["KernelReport", "Options", "Rewritten", "Slot", "rewrite", "rewrite_of_library"]
+__all__ = ["KernelReport", "Options", "Rewritten", "Slot", "rewrite"]
 
 
 def rewrite(image: bytes, options: Options) -> Rewritten:
-    """The image with its hooks."""
-    return rewrite_of_library(image, options, "")
-
-
-def rewrite_of_library(image: bytes, options: Options, library: str) -> Rewritten:
-    """The image with its hooks; `library` is the file that it came from, empty when unknown."""
-    if options.is_opaque_library(library):
-        name = library.rpartition("/")[2]
-        return _unchanged(image, Hook.OPAQUE, f"{name} is left as it is, by policy")
+    """The image with its hooks. Where it came from decides nothing: results are kept by content."""
     try:
         done = _rewrite(read_image(image), options)
         check_bounds(len(done.image), len(done.slots), len(done.kernels))

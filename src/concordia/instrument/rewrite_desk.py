@@ -28,13 +28,13 @@ from concordia.errors import EnvironmentRefused, ImageRefused
 from concordia.instrument.cache import ImageCache
 from concordia.instrument.options import Options
 from concordia.instrument.request import (
-    REQUEST_BYTES_MAX,
+    REQUEST_BYTES,
     Request,
     Status,
     check_memory,
     pack_reply,
 )
-from concordia.instrument.rewrite import rewrite_of_library
+from concordia.instrument.rewrite import rewrite as rewrite_image
 from concordia.instrument.rewrite_job import Rewrite, RewriteJob
 
 SOCKET: Final = "rewriter.sock"
@@ -57,7 +57,7 @@ class RewriteDesk:
         cache: ImageCache,
         options: Options,
         *,
-        rewrite: Rewrite = rewrite_of_library,
+        rewrite: Rewrite = rewrite_image,
         workers: int = config.REWRITE_WORKERS,
         answer_s: float = config.REWRITE_ANSWER_S,
     ) -> None:
@@ -154,7 +154,7 @@ class RewriteDesk:
         """One request. Whoever breaks the form of one is not served further."""
         try:
             data, descriptors, flags, _ = socket.recv_fds(
-                peer, REQUEST_BYTES_MAX + 1, _DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC
+                peer, REQUEST_BYTES + 1, _DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
             return

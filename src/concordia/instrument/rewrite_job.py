@@ -27,7 +27,7 @@ from concordia.instrument.options import Options
 from concordia.instrument.report import Rewritten
 from concordia.instrument.request import Request, Status
 
-Rewrite = Callable[[bytes, Options, str], Rewritten]  # image, options, file of the library
+Rewrite = Callable[[bytes, Options], Rewritten]
 _DONE: Final = 0
 _FAILED: Final = 1
 _FALSE: Final = 2  # the image is not the one of its key
@@ -95,7 +95,7 @@ def _run_child(
             if image_key(image) != job.request.key:
                 code = _FALSE
                 raise ImageRefused(f"the image has the key {image_key(image)}")
-            cache.store(job.request.key, rewrite(image, options, job.request.library))
+            cache.store(job.request.key, rewrite(image, options))
         code = _DONE
     except (
         ConcordiaError,

@@ -13,23 +13,23 @@ import os
 import resource
 import signal
 import socket
-import stat
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 from concordia import config
-from concordia.errors import ConcordiaError, UsageError
+from concordia.errors import ConcordiaError
 from concordia.instrument.cache import ImageCache
 from concordia.instrument.options import Options
 from concordia.instrument.rewrite_desk import SOCKET, RewriteDesk
+from concordia.private_folder import check_private
 
 
 def main(arguments: list[str]) -> int:
     """Serve until the launcher ends or SIGTERM comes."""
     asked = _parser().parse_args(arguments)
     options = Options.parse(asked.options)
-    _check_run(asked.run)
+    check_private(asked.run, "--run names a run folder")
     _raise_descriptors()
     desk = RewriteDesk(
         asked.run, ImageCache(asked.cache, options.key()), options, workers=asked.workers
@@ -102,15 +102,6 @@ def _raise_descriptors() -> None:
     wanted = min(wanted, config.REWRITE_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _check_run(run: Path) -> None:
-    try:
-        found = run.lstat()
-    except OSError as error:
-        raise UsageError(f"--run {run}: {error.strerror}") from None
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise UsageError(f"--run {run} must be a folder that only this user may enter")
 
 
 if __name__ == "__main__":

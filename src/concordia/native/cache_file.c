@@ -3,7 +3,8 @@
 // Owns: reading `<key>.image` and writing the addresses into its slots. Promises: every length is
 // checked against the file's own, the checksum before anything is believed; the bytes are a copy of
 // this process, so that nobody changes them after the check; what is not exactly right is as if it
-// were not there. The format is that of instrument/cache.py. Called by load.c.
+// were not there, and so is a file that names another image. The format is that of
+// instrument/cache.py. Called by load.c.
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdio.h>
@@ -20,8 +21,8 @@ struct header {
   uint64_t image_bytes;
   uint32_t slot_count, kernel_count;
   uint64_t kernels_bytes;
-  uint32_t crc32c;
-  uint8_t pad[20];
+  uint32_t crc32c, zero;
+  uint64_t key[2];  // of the original
 };
 _Static_assert(sizeof(struct header) == 64, "header");
 
@@ -31,7 +32,7 @@ struct slot {
 };
 _Static_assert(sizeof(struct slot) == 16, "slot");
 
-enum { UNCHANGED = 1, SLOTS_MAX = 1 << 20, KERNELS_MAX = 1 << 16, KERNEL_BYTES = 12 };
+enum { VERSION = 2, UNCHANGED = 1, SLOTS_MAX = 1 << 20, KERNELS_MAX = 1 << 16, KERNEL_BYTES = 12 };
 enum { SLOT_TEXT = 1, SLOT_LOW, SLOT_HIGH, SLOT_RAW };
 
 static uint64_t slot_bytes(uint32_t kind) { return kind == SLOT_RAW ? 8 : 16; }
@@ -87,13 +88,13 @@ static int are_kernels_right(const uint8_t *at, uint64_t bytes, uint32_t count) 
   return bytes == 0;
 }
 
-static enum cache_answer accept(uint8_t *memory, uint64_t bytes, struct replacement *found) {
+static enum cache_answer accept(uint8_t *memory, uint64_t bytes, const uint64_t key[2],
+                                struct replacement *found) {
   struct header header;
   memcpy(&header, memory, sizeof header);
-  static const uint8_t zero[sizeof header.pad];
-  if (memcmp(header.magic, "CNCIMG01", 8) != 0 || header.version != 1 ||
-      memcmp(header.pad, zero, sizeof zero) != 0)
+  if (memcmp(header.magic, "CNCIMG01", 8) != 0 || header.version != VERSION || header.zero)
     return CACHE_DAMAGED;
+  if (header.key[0] != key[0] || header.key[1] != key[1]) return CACHE_FOREIGN;
   if (header.slot_count > SLOTS_MAX || header.kernel_count > KERNELS_MAX ||
       header.image_bytes > IMAGE_BYTES_MAX || header.kernels_bytes > IMAGE_BYTES_MAX)
     return CACHE_DAMAGED;
@@ -150,11 +151,11 @@ enum cache_answer cache_load(const char *folder, const uint64_t key[2], uint64_t
       found->memory = memory;
       found->memory_bytes = mapped;
       found->wrapper = (struct wrapper *)(found->memory + wrapper_at);
-      if (read_all(file, memory, bytes)) answer = accept(memory, bytes, found);
+      if (read_all(file, memory, bytes)) answer = accept(memory, bytes, key, found);
     }
   }
   close(file);
-  if (answer == CACHE_DAMAGED) cache_release(found);
+  if (answer < CACHE_UNCHANGED) cache_release(found);
   return answer;
 }
 

@@ -7,6 +7,7 @@
 // load itself. Called by the program.
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -18,7 +19,7 @@
 
 struct loading {
   const void *use;  // for the driver
-  int is_watched, is_replaced;
+  int is_watched, is_replaced, is_opaque;
   const char *call, *why;
   struct image image;
   uint64_t key[2], began_ns;
@@ -42,22 +43,29 @@ static const char *replaced(struct loading *loading) {
   if (!process_setting("cache", folder, sizeof folder)) return "look only";
   enum cache_answer found = cache_load(folder, loading->key, control, &loading->replacement);
   int is_looked_at = !process_setting("mode", mode, sizeof mode) || mode[0] != 'r';
-  if (found == CACHE_MISSING || found == CACHE_DAMAGED) {
+  int is_foreign = found == CACHE_FOREIGN;
+  if (is_foreign) coverage_count("files of other images", 1);
+  if (found < CACHE_UNCHANGED) {
     int is_awaited = !is_looked_at && control;
-    enum rewriter_answer answer =
-        rewriter_ask(&loading->image, loading->key, loading->library, is_awaited);
-    if (is_awaited && answer != REWRITER_READY) return answered(answer);
+    enum rewriter_answer answer = rewriter_ask(&loading->image, loading->key, is_awaited);
+    if (is_awaited && answer != REWRITER_READY)
+      return is_foreign ? "its file is another image's" : answered(answer);
     if (is_awaited) found = cache_load(folder, loading->key, control, &loading->replacement);
   }
   if (is_looked_at) return "look only";
   if (!control) return control_why_not();
   if (found == CACHE_UNCHANGED) return "nothing to hook";
-  return found == CACHE_READY ? NULL : answered(REWRITER_READY);
+  if (found == CACHE_READY) return NULL;
+  return found == CACHE_FOREIGN ? "its file is another image's" : answered(REWRITER_READY);
 }
 
 static void prepare(struct loading *loading) {
   if (!loading->image.size) {
     loading->why = "no image that is known";
+    return;
+  }
+  if (loading->is_opaque) {  // before anything is looked up: the same bytes may be hooked elsewhere
+    loading->why = "left as it is, by policy";
     return;
   }
   hash_image(loading->image.bytes, loading->image.size, loading->key);
@@ -78,16 +86,31 @@ static void begin(struct loading *loading, const char *call) {
   loading->began_ns = now_ns();
 }
 
-// An image in memory. It belongs to the library that it lies in, else to the one that loads it.
+// Of several that an image may belong to, the first is told, or the one that leaves it as it is.
+static void belongs_to(struct loading *loading, const char *library) {
+  if (loading->is_opaque) return;
+  loading->is_opaque = opaque_library(library);
+  if (loading->is_opaque || !*loading->library)
+    snprintf(loading->library, sizeof loading->library, "%s", library);
+}
+
+static void belongs_to_library_of(struct loading *loading, const void *address) {
+  char library[PROCESS_PATH_MAX];
+  library_of(address, library, sizeof library);
+  belongs_to(loading, library);
+}
+
+// An image in memory. It belongs to the library that it lies in, to that of its wrapper, and to the
+// one that loads it.
 static void begin_data(struct loading *loading, const void *given, const void *caller,
                        const char *call) {
   *loading = (struct loading){.use = given};
   begin(loading, call);
   if (!loading->is_watched) return;
   image_find(given, &loading->image);
-  if (!library_of(loading->image.size ? loading->image.bytes : given, loading->library,
-                  sizeof loading->library))
-    library_of(caller, loading->library, sizeof loading->library);
+  if (loading->image.size) belongs_to_library_of(loading, loading->image.bytes);
+  belongs_to_library_of(loading, given);
+  belongs_to_library_of(loading, caller);
   prepare(loading);
   if (!loading->is_replaced || !loading->image.wrapper) return;
   *loading->replacement.wrapper = *loading->image.wrapper;
@@ -120,13 +143,15 @@ static void *mapped(const char *path, uint64_t *bytes) {
 }
 
 // An image in a file: only a rewritten one is handed over as memory.
-static void begin_file(struct loading *loading, const char *path, const char *call) {
+static void begin_file(struct loading *loading, const char *path, const void *caller,
+                       const char *call) {
   uint64_t bytes = 0;
   *loading = (struct loading){0};
   begin(loading, call);
   if (!loading->is_watched) return;
   void *memory = mapped(path, &bytes);
-  strncpy(loading->library, path ? path : "", sizeof loading->library - 1);
+  belongs_to(loading, path ? path : "");
+  belongs_to_library_of(loading, caller);
   if (!memory || !image_find_in_file(memory, bytes, &loading->image)) loading->image.size = 0;
   prepare(loading);
   if (memory) munmap(memory, bytes + 1);
@@ -152,7 +177,7 @@ static void end(struct loading *loading, CUresult result, void *const *handle) {
                               .outcome = loading->is_replaced ? "rewritten" : "original",
                               .why = loading->why,
                               .image = &loading->image,
-                              .key = loading->image.size ? loading->key : NULL,
+                              .key = loading->image.size && !loading->is_opaque ? loading->key : NULL,
                               .ns = now_ns() - loading->began_ns};
   coverage_image(&coverage);
   is_inside = 0;
@@ -170,7 +195,7 @@ static CUresult unparked(CUresult result) {
 
 CUresult cuModuleLoad(CUmodule *module, const char *path) {
   struct loading loading;
-  begin_file(&loading, path, __func__);
+  begin_file(&loading, path, CALLER, __func__);
   CUresult result = loading.is_replaced ? PARKED(cuModuleLoadData, module, loading.use)
                                         : PARKED(cuModuleLoad, module, path);
   if (is_refused(&loading, result)) result = PARKED(cuModuleLoad, module, path);
@@ -232,7 +257,7 @@ CUresult cuLibraryLoadFromFile(CUlibrary *library, const char *path, void *jit_o
                                void **jit_values, unsigned int jit_count, void *options,
                                void **values, unsigned int count) {
   struct loading loading;
-  begin_file(&loading, is_kept_by_program(options, count) ? NULL : path, __func__);
+  begin_file(&loading, is_kept_by_program(options, count) ? NULL : path, CALLER, __func__);
   CUresult result = loading.is_replaced
                         ? PARKED(cuLibraryLoadData, library, loading.use, jit_options, jit_values,
                                jit_count, options, values, count)

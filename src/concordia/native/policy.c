@@ -106,9 +106,9 @@ static void leave_child_alone(void) {
 
 // After resolve(): the driver's functions are there.
 __attribute__((constructor(102))) static void open_protection(void) {
-  const char *folder = getenv("CONCORDIA_PROTECT"), *off = getenv("CONCORDIA_DISABLE");
+  const char *folder = getenv("CONCORDIA_PROTECT");
   char path[4096];
-  if (!folder || !*folder || (off && *off && strcmp(off, "0") != 0)) return;
+  if (!folder || !*folder || process_is_disabled()) return;
   if (strlen(folder) >= sizeof protect_folder) return;
   strcpy(protect_folder, folder);
   snprintf(path, sizeof path, "%s/policy", folder);

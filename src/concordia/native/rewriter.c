@@ -22,14 +22,11 @@
 #define REQUEST_MAGIC 0x51524E43u  // "CNRQ"
 #define SOURCE_MAGIC 0x53414E43u   // "CNAS"
 #define REPLY_MAGIC 0x50524E43u    // "CNRP"
-#define LIBRARY_BYTES_MAX 1024
 
 struct request {
   uint32_t magic, version;
   uint64_t bytes, key[2];
-  char library[LIBRARY_BYTES_MAX];
 };
-#define REQUEST_BYTES offsetof(struct request, library)
 
 static _Atomic uint64_t spent_ns;  // waiting, by all threads together
 
@@ -68,15 +65,12 @@ static int connected(void) {
   return -1;
 }
 
-static int sent(int line, const struct image *image, const uint64_t key[2], const char *library,
-                int memory) {
+static int sent(int line, const struct image *image, const uint64_t key[2], int memory) {
   struct request request = {.magic = image->kind == IMAGE_SOURCE ? SOURCE_MAGIC : REQUEST_MAGIC,
-                            .version = 1,
+                            .version = 2,
                             .bytes = image->size,
                             .key = {key[0], key[1]}};
-  size_t length = strnlen(library, LIBRARY_BYTES_MAX);
-  memcpy(request.library, library, length);
-  struct iovec part = {&request, REQUEST_BYTES + length};
+  struct iovec part = {&request, sizeof request};
   union {
     char bytes[CMSG_SPACE(sizeof(int))];
     struct cmsghdr aligned;
@@ -111,7 +105,7 @@ static enum rewriter_answer awaited(int line, uint64_t bound_ns) {
 }
 
 enum rewriter_answer rewriter_ask(const struct image *image, const uint64_t key[2],
-                                  const char *library, int is_awaited) {
+                                  int is_awaited) {
   uint64_t one_ns = process_number("image_wait_ms", 6000) * 1000000u;
   uint64_t all_ns = process_number("process_wait_ms", 120000) * 1000000u;
   uint64_t spent = atomic_load(&spent_ns);
@@ -122,7 +116,7 @@ enum rewriter_answer rewriter_ask(const struct image *image, const uint64_t key[
   enum rewriter_answer answer = REWRITER_GONE;
   int line = connected();
   int memory = line < 0 ? -1 : sealed_copy(image);
-  if (memory >= 0 && sent(line, image, key, library, memory))
+  if (memory >= 0 && sent(line, image, key, memory))
     answer = is_awaited ? awaited(line, one_ns) : REWRITER_LATER;
   if (memory >= 0) close(memory);
   if (line >= 0) close(line);

@@ -53,10 +53,12 @@ void launch_counted(void);  // into the coverage
 #include "observers.def"
 #undef OBSERVER
 
-// --- process.c: settings of the run
+// --- process.c, process_settings.c: the run that this process is of
 #define PROCESS_PATH_MAX 1024  // of a folder; longer ones are not used
 
 int process_is_active(void);  // else every hook only forwards
+int process_is_disabled(void);           // by the user
+int process_settle(const char *folder);  // once; 0: not a run's, or not this user's alone
 const char *process_run(void);
 int process_setting(const char *name, char *value, size_t bytes);  // 0: not set, or too long
 uint64_t process_number(const char *name, uint64_t otherwise);
@@ -96,8 +98,12 @@ const char *image_kind_name(enum image_kind kind);
 // --- library.c
 int library_of(const void *address, char *path, size_t bytes);
 
+// --- opaque.c
+int opaque_library(const char *path);  // whether its images stay as they are, by policy
+
 // --- cache_file.c
-enum cache_answer { CACHE_MISSING, CACHE_DAMAGED, CACHE_UNCHANGED, CACHE_READY };
+// CACHE_FOREIGN: a whole file, of another image. The last two are what the rewriter has said.
+enum cache_answer { CACHE_MISSING, CACHE_DAMAGED, CACHE_FOREIGN, CACHE_UNCHANGED, CACHE_READY };
 
 struct replacement {
   uint64_t control;  // address that the slots were filled with
@@ -125,8 +131,7 @@ enum rewriter_answer {
   REWRITER_SPENT,  // this process has waited as long as it may
 };
 
-enum rewriter_answer rewriter_ask(const struct image *image, const uint64_t key[2],
-                                  const char *library, int is_awaited);
+enum rewriter_answer rewriter_ask(const struct image *image, const uint64_t key[2], int is_awaited);
 uint64_t now_ns(void);
 
 // --- loaded.c: what was loaded in place of an original, until it is unloaded

@@ -36,7 +36,7 @@ VARIABLES: Final = {
 _TORCH_TAG: Final = "TORCH_COMPILE_CACHE_KEY_TAG"
 _TORCH_TAG_DIGITS: Final = 16
 ARCHITECTURE_END: Final = 100  # from here on the driver finishes machine code, and no file is read
-_SHARED: Final = ("cache_file.c", "hash.c", "rewriter.c")
+_SHARED: Final = ("cache_file.c", "hash.c", "process_settings.c", "rewriter.c")
 _FLAGS: Final = ("-std=c11", "-O2", "-g1", "-fno-strict-aliasing", "-Wall", "-Wextra", "-pthread")
 _CHECK: Final = "--concordia"
 _LOG_CHARACTERS_MAX: Final = 2000

@@ -125,10 +125,11 @@ def launch(asked: Launch) -> int:
 
 
 def _settings(options: Options, cache: ImageCache, *, is_looking: bool) -> dict[str, object]:
-    """What the shim reads; native/process.c."""
+    """What the shim reads; native/process_settings.c."""
     return {
         "mode": "look" if is_looking else "rewrite",
         "cache": cache.folder,
+        "opaque": options.opaque_list(),
         "arch": options.arch,
         "page_shift": options.page_shift,
         "image_wait_ms": int(1000 * config.RUN_IMAGE_WAIT_S),

@@ -13,7 +13,6 @@ import fcntl
 import json
 import os
 import shutil
-import stat
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any, Final
 
 from concordia import config
 from concordia.errors import UsageError
+from concordia.private_folder import make_private
 from concordia.serving.run_folder import default_base, is_locked
 
 VARIABLE: Final = "CONCORDIA_RUN"
@@ -56,7 +56,13 @@ class ProgramRun:
             if "\n" in text:
                 raise UsageError(f"{name}: {text!r} has a line break in it; use another path")
             lines.append(f"{name}={text}\n")
-        self._write("settings", "".join(lines))
+        text = "".join(lines)
+        if len(text.encode()) > config.RUN_SETTINGS_BYTES_MAX:
+            raise UsageError(
+                f"{len(text.encode())} bytes of settings, and a program reads "
+                f"{config.RUN_SETTINGS_BYTES_MAX}: shorten images.opaque, or the paths"
+            )
+        self._write("settings", text)
 
     def settings(self) -> dict[str, str]:
         """The same, read."""
@@ -95,7 +101,7 @@ def make_run(base: Path | None = None) -> ProgramRun:
     """A new folder, after old ones were removed; raises UsageError."""
     runs = (base or default_base()) / _RUNS
     for folder in (runs.parent, runs):
-        _make_private(folder)
+        make_private(folder, "name another --run-dir")
     remove_old(runs)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     path = runs / name
@@ -160,15 +166,3 @@ def _age_stamp(path: Path) -> float:
     with contextlib.suppress(OSError):
         return path.stat().st_mtime
     return 0.0
-
-
-def _make_private(folder: Path) -> None:
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.lstat()
-    except OSError as error:
-        raise UsageError(f"cannot use {folder} as --run-dir: {error}") from None
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise UsageError(
-            f"{folder} must be a folder that only this user may enter; name another --run-dir"
-        )

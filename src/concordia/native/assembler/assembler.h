@@ -1,8 +1,8 @@
 // What the files of the stand-in for ptxas know of each other.
 //
 // Owns: the internal interface. Promises: nothing of the shim is linked but what reads its cache
-// and asks the rewriter (cache_file.c, hash.c, rewriter.c); the settings are those of the run, by
-// the functions of process.c under the same names.
+// and asks the rewriter (cache_file.c, hash.c, rewriter.c), and what reads the run's settings
+// (process_settings.c).
 #pragma once
 #include "../shim.h"
 

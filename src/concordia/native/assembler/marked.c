@@ -33,7 +33,7 @@ static int is_mapped(const char *path, struct image *image) {
 static enum rewriter_answer asked(const struct image *image, const uint64_t key[2]) {
   uint64_t deadline = now_ns() + 1000000u * process_number("assembler_wait_ms", 30000);
   enum rewriter_answer answer;
-  do answer = rewriter_ask(image, key, folder_name(), 1);
+  do answer = rewriter_ask(image, key, 1);
   while (answer == REWRITER_LATER && now_ns() < deadline);
   return answer;
 }
@@ -66,7 +66,7 @@ int marked_text(const char *path) {
   hash_image(image.bytes, image.size, key);
   enum cache_answer answer = cache_load(folder, key, 0, &found);
   enum rewriter_answer said = REWRITER_READY;
-  if (answer == CACHE_MISSING || answer == CACHE_DAMAGED) {
+  if (answer < CACHE_UNCHANGED) {
     said = asked(&image, key);
     if (said == REWRITER_READY) answer = cache_load(folder, key, 0, &found);
   }
