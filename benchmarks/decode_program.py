@@ -1,8 +1,9 @@
 """A plain vLLM program for benchmarks/program_cost.py: it decodes, and says how fast.
 
-`decode_program.py MODEL_FOLDER WINDOWS TOKENS`: one engine in this process, dummy weights, 32
-requests of 128 tokens; one line of JSON: {"start_s", "tokens_per_s": [...], "digest"}. Knows
-nothing of Concordia, so that it can be run under `concordia run` and without.
+`decode_program.py MODEL_FOLDER TOKENS`: one engine in this process, dummy weights, 32 requests of
+128 tokens. Says {"start_s"} once it is warm; then, for each line that it is given, decodes and says
+{"tokens_per_s", "digest"}; ends with its input. Knows nothing of Concordia, so that it can be run
+under `concordia run` and without.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
@@ -19,7 +21,7 @@ REQUESTS = 32
 PROMPT_TOKENS = 128
 
 
-def main(folder: str, windows: int, tokens: int) -> int:
+def main(folder: str, tokens: int) -> int:
     started = time.perf_counter()
     from vllm import LLM, SamplingParams
 
@@ -34,22 +36,21 @@ def main(folder: str, windows: int, tokens: int) -> int:
         for i in range(REQUESTS)
     ]
     parameters = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0)
-    speeds = []
-    digest = hashlib.sha256()
-    for window in range(windows + 1):  # the first warms up
+
+    def window() -> dict[str, Any]:
         begun = time.perf_counter()
         answers = engine.generate(prompts, parameters, use_tqdm=False)
         seconds = time.perf_counter() - begun
-        if window:
-            speeds.append(REQUESTS * tokens / seconds)
-        for answer in answers:
-            digest.update(str(list(answer.outputs[0].token_ids)).encode())
-    print(
-        json.dumps({"start_s": ready_s, "tokens_per_s": speeds, "digest": digest.hexdigest()}),
-        flush=True,
-    )
+        said = str([list(answer.outputs[0].token_ids) for answer in answers])
+        digest = hashlib.sha256(said.encode()).hexdigest()
+        return {"tokens_per_s": REQUESTS * tokens / seconds, "digest": digest}
+
+    window()
+    print(json.dumps({"start_s": ready_s}), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(window()), flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

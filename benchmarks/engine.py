@@ -47,6 +47,7 @@ from concordia.testing.model import SHAPES, make_skeleton
 from concordia.testing.served import Served
 
 PARTS: Final = ("cost", "slope", "recovery", "peer", "driver")
+SAME_STEP_S: Final = 0.002  # gaps that begin within this are of one step
 console = Console(stderr=True)
 
 
@@ -63,6 +64,26 @@ def decode_figures(streams: list[Stream]) -> tuple[float, float]:
     return tokens / (closed - opened), gaps[math.ceil(0.99 * len(gaps)) - 1]
 
 
+def slowest_steps(streams: list[Stream], most: int = 4) -> str:
+    """For people: when in the window of decode_figures the longest gaps began, how long they were,
+    and how many streams had them at once.
+    """
+    opened = max(s.stamps[0] for s in streams)
+    gaps = sorted(
+        ((b - a, a - opened) for s in streams for a, b in zip(s.stamps, s.stamps[1:], strict=False)
+         if a >= opened),
+        reverse=True,
+    )  # fmt: skip
+    steps: list[list[float]] = []
+    for gap, at in gaps:
+        step = next((one for one in steps if abs(one[1] - at) < SAME_STEP_S), None)
+        if step is not None:
+            step[2] += 1
+        elif len(steps) < most:
+            steps.append([gap, at, 1])
+    return ", ".join(f"{gap * 1e3:.1f} ms x{n:.0f} at {at:.2f} s" for gap, at, n in steps)
+
+
 def measure_cost(arms: list[Client], options: argparse.Namespace) -> Figures:
     """decode_ratio, decode_p99_ratio, prefill_ratio: of the first arm over the second."""
     rng = random.Random(options.seed)
@@ -70,9 +91,10 @@ def measure_cost(arms: list[Client], options: argparse.Namespace) -> Figures:
     tails: list[float] = []
     prefills: list[float] = []
 
-    def decode(arm: Client) -> tuple[float, float]:
+    def decode(arm: Client) -> tuple[float, float, str]:
         prompts = make_prompts(options.requests, options.context, rng)
-        return decode_figures(asyncio.run(arm.ask_all(prompts, options.tokens)))
+        streams = asyncio.run(arm.ask_all(prompts, options.tokens))
+        return *decode_figures(streams), slowest_steps(streams)
 
     def prefill(arm: Client) -> float:
         (stream,) = asyncio.run(arm.ask_all(make_prompts(1, options.prefill, rng), 1))
@@ -90,6 +112,7 @@ def measure_cost(arms: list[Client], options: argparse.Namespace) -> Figures:
             f"decode {pair + 1}/{options.pairs}: {found[0][0]:.0f} against {found[1][0]:.0f} "
             f"tokens/s, p99 {found[0][1] * 1e3:.2f} against {found[1][1] * 1e3:.2f} ms"
         )
+        console.log(f"slowest: {found[0][2]}; against {found[1][2]}")
     for pair in range(2 * options.pairs):
         order = (0, 1) if pair % 2 == 0 else (1, 0)
         spent = {i: prefill(arms[i]) for i in order}
@@ -200,7 +223,8 @@ def measure_served(model: pathlib.Path, options: argparse.Namespace) -> None:
         if "slope" in options.only:
             save(options.output, measure_slope(arms, options, read_figures(options.output)))
         if "recovery" in options.only:
-            save(options.output, measure_recovery(served, options))
+            for found in measure_recovery(served, options):
+                save(options.output, found)
 
 
 def measure_peer(model: pathlib.Path, options: argparse.Namespace) -> None:

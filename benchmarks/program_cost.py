@@ -1,12 +1,13 @@
 """What hooks under the framework cost a program that knows nothing of them.
 
-Starts the same program with and without `concordia run`, in turn, or both at once on two GPUs that
+Runs the same program with and without `concordia run`, in turn, or both at once on two GPUs that
 change places each time; each pair gives one ratio:
 
   start    program_start_ratio: seconds of a program that uses many kernels of PyTorch and Triton
            once, from exec to exit, hooked / plain; the cache is warm, as in a second start
-  decode   program_decode_ratio: tokens/s of a vLLM engine in its own process, hooked / plain, and
-           program_engine_start_ratio: its start; both must give the same tokens
+  decode   program_decode_ratio: tokens/s of two vLLM engines, hooked / plain, that live beside each
+           other and decode in turn; program_engine_start_ratio: of their start, both at once; both
+           must give the same tokens
 
 Needs a GPU; `decode` needs vLLM for GPUs. Figures add up in the result file.
 """
@@ -14,8 +15,8 @@ Needs a GPU; `decode` needs vLLM for GPUs. Figures add up in the result file.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
 import pathlib
 import statistics
 import subprocess
@@ -24,6 +25,7 @@ import tempfile
 import time
 from typing import Any, Final
 
+from decode_engine import PROGRAM_S, ROOT, DecodeEngine, command
 from figures import Figures, joined, read_figures, save, with_interval
 
 from concordia.errors import ConcordiaError, UsageError
@@ -31,37 +33,20 @@ from concordia.testing.command import Parser, count, file_in_folder, run_command
 from concordia.testing.model import SHAPES, make_skeleton
 
 HERE: Final = pathlib.Path(__file__).resolve().parent
-ROOT: Final = HERE.parent
 RESULTS: Final = HERE / "results" / "under_framework_h200.json"
-PROGRAM_S: Final = 180.0  # that one program may take
 
 
 class Program:
-    """One run of a program on one GPU, hooked or plain."""
+    """One run of a program from start to end."""
 
     def __init__(
         self, words: list[str], *, hooks: str | None, gpu: int, cache: pathlib.Path
     ) -> None:
-        front = [sys.executable]
-        if hooks is not None:
-            front = [
-                sys.executable,
-                "-m",
-                "concordia.cli",
-                "run",
-                "--hooks",
-                hooks,
-                "--",
-                sys.executable,
-            ]
-        paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-        environment = os.environ | {
-            "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": str(gpu), "CONCORDIA_CACHE": str(cache),
-        }  # fmt: skip
+        line, environment = command(words, hooks=hooks, gpu=gpu, cache=cache)
         self.started = time.perf_counter()
         self._child = subprocess.Popen(
-            [*front, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=environment, cwd=ROOT,
+            line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+            cwd=ROOT,
         )  # fmt: skip
 
     def end(self) -> tuple[float, dict[str, Any]]:
@@ -78,11 +63,16 @@ class Program:
         return seconds, json.loads(said.strip().splitlines()[-1])
 
 
+def gpus_of(options: argparse.Namespace, turn: int) -> tuple[int, int]:
+    """For the hooked program and the plain one."""
+    return (turn % 2, 1 - turn % 2) if options.gpus == 2 else (0, 0)
+
+
 def pair(
     words: list[str], options: argparse.Namespace, turn: int, cache: pathlib.Path
 ) -> list[tuple[float, dict[str, Any]]]:
     """The hooked run and the plain one."""
-    gpus = (turn % 2, 1 - turn % 2) if options.gpus == 2 else (0, 0)
+    gpus = gpus_of(options, turn)
     arms: list[tuple[str | None, int]] = [(options.hooks, gpus[0]), (None, gpus[1])]
     if options.gpus == 2:
         runs = [Program(words, hooks=hooks, gpu=gpu, cache=cache) for hooks, gpu in arms]
@@ -114,25 +104,47 @@ def measure_start(options: argparse.Namespace, cache: pathlib.Path) -> Figures:
 
 def measure_decode(options: argparse.Namespace, cache: pathlib.Path) -> Figures:
     """program_decode_ratio, program_engine_start_ratio."""
+    speeds: list[float] = []
+    starts: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         make_skeleton(pathlib.Path(folder), shape=options.shape)
-        words = [str(HERE / "decode_program.py"), folder, str(options.windows), str(options.tokens)]
-        Program(words, hooks=options.hooks, gpu=0, cache=cache).end()
-        speeds, starts = [], []
-        for turn in range(options.pairs):
-            (_, hooked), (_, plain) = pair(words, options, turn, cache)
-            if hooked["digest"] != plain["digest"]:
-                raise ConcordiaError("hooks changed a token")
-            ratio = statistics.median(hooked["tokens_per_s"]) / statistics.median(
-                plain["tokens_per_s"]
+        words = [str(HERE / "decode_program.py"), folder, str(options.tokens)]
+        for turn in range(options.engines):
+            with contextlib.ExitStack() as stack:
+                engines = [
+                    stack.enter_context(
+                        contextlib.closing(DecodeEngine(words, hooks=hooks, gpu=gpu, cache=cache))
+                    )
+                    for hooks, gpu in zip(
+                        (options.hooks, None), gpus_of(options, turn), strict=True
+                    )
+                ]
+                begun = [engine.answer()["start_s"] for engine in engines]
+                if turn or options.cache:  # else the first fills the cache
+                    starts.append(begun[0] / begun[1])
+                ratios = in_turn(engines, options.windows)
+            speeds += ratios
+            print(
+                f"decode {turn}: {statistics.median(ratios):.4f}, start {begun[0]:.1f} s hooked, "
+                f"{begun[1]:.1f} s plain",
+                file=sys.stderr,
             )
-            speeds.append(ratio)
-            starts.append(hooked["start_s"] / plain["start_s"])
-            print(f"decode {turn}: {ratio:.4f}, start {starts[-1]:.3f}", file=sys.stderr)
-    return {
-        "program_decode_ratio": with_interval(speeds, "ratio"),
-        "program_engine_start_ratio": with_interval(starts, "ratio"),
-    }
+    found = {"program_decode_ratio": with_interval(speeds, "ratio")}
+    if starts:
+        found["program_engine_start_ratio"] = with_interval(starts, "ratio")
+    return found
+
+
+def in_turn(engines: list[DecodeEngine], windows: int) -> list[float]:
+    """The speed of the hooked engine, the first, over the plain one's, window by window."""
+    ratios = []
+    for window in range(windows):
+        order = (0, 1) if window % 2 == 0 else (1, 0)
+        found = {i: engines[i].window() for i in order}
+        if found[0]["digest"] != found[1]["digest"]:
+            raise ConcordiaError("hooks changed a token")
+        ratios.append(found[0]["tokens_per_s"] / found[1]["tokens_per_s"])
+    return ratios
 
 
 PARTS: Final = {"start": measure_start, "decode": measure_decode}
@@ -142,10 +154,13 @@ def main(arguments: list[str]) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--hooks", default="entry", help="what `concordia run --hooks` is given")
-    parser.add_argument("--pairs", type=count, default=6)
+    parser.add_argument("--pairs", type=count, default=6, help="start: of programs")
+    parser.add_argument(
+        "--engines", type=count, default=2, help="decode: pairs of them; the first fills the cache"
+    )
     parser.add_argument("--gpus", type=int, choices=(1, 2), default=1)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="8b")
-    parser.add_argument("--windows", type=count, default=5)
+    parser.add_argument("--windows", type=count, default=20, help="decode: of each engine")
     parser.add_argument("--tokens", type=count, default=128)
     parser.add_argument("--cache", type=pathlib.Path, help="where rewritten images lie; else new")
     parser.add_argument("--output", type=file_in_folder, default=RESULTS)

@@ -15,7 +15,7 @@ import random
 import signal
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from engine_client import Client, Stream, make_prompts
@@ -31,8 +31,10 @@ TOLD_TIMEOUT_S: Final = 10.0  # a router reads the events of engines every secon
 console = Console(stderr=True)
 
 
-def measure_recovery(served: Served, options: argparse.Namespace) -> Figures:
-    """recovery_next_token, with its phases, beside the same kill without restore."""
+def measure_recovery(served: Served, options: argparse.Namespace) -> Iterator[Figures]:
+    """recovery_next_token, with its phases, beside the same kill without restore; after each round
+    what all rounds so far say.
+    """
     rng = random.Random(options.seed + 1)
     pauses: dict[bool, list[float]] = {True: [], False: []}
     phases: list[dict[str, float]] = []
@@ -50,15 +52,15 @@ def measure_recovery(served: Served, options: argparse.Namespace) -> Figures:
             if restore:
                 phases.append(told_phases(served, failed["incarnation"], killed))
                 console.log(in_ms(phases[-1]))
-    return {
-        "recovery_next_token": {
-            **figure(pauses[True], "s", digits=4),
-            "max": round(max(pauses[True]), 4),
-            "kills": options.kills,
-            "phases": median_phases(phases),
-            "peer": {"recompute": round(statistics.median(pauses[False]), 4)},
+        yield {
+            "recovery_next_token": {
+                **figure(pauses[True], "s", digits=4),
+                "max": round(max(pauses[True]), 4),
+                "kills": round_number + 1,
+                "phases": median_phases(phases),
+                "peer": {"recompute": round(statistics.median(pauses[False]), 4)},
+            }
         }
-    }
 
 
 async def break_once(
