@@ -340,12 +340,15 @@ def flipped(data: bytes, bit: int) -> bytes:
     return bytes(changed)
 
 
-def test_driver_gets_the_original_too_when_it_refuses_the_hooked_image(ground: Ground) -> None:
+@pytest.mark.parametrize(("way", "kind"), PAIRS)
+def test_driver_gets_the_original_too_when_it_refuses_the_hooked_image(ground: Ground, way: str, kind: str) -> None:
     from dataclasses import replace
 
-    ground.cache.store(image_key(PTX), replace(hooked(PTX), image=struct.pack("<I", 0xDEADBEEF) + PTX, slots=()))
-    assert ground.handed("context", f"load:{ground.write(PTX)}", "unload") == [PTX]
-    assert ground.images()[0]["why"] == "the driver refused what was rewritten"
+    image = IMAGES[kind]
+    ground.cache.store(image_key(image), replace(hooked(image), image=struct.pack("<I", 0xDEADBEEF) + image, slots=()))
+    assert ground.handed("context", f"{way}:{ground.write(image)}", "unload") == [image]
+    (line,) = ground.images()
+    assert (line["outcome"], line["why"]) == ("original", "the driver refused what was rewritten")
 
 
 def test_images_stay_original_when_they_come_before_a_context(ground: Ground) -> None:

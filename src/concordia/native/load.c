@@ -18,8 +18,9 @@
 #include "shim.h"
 
 struct loading {
-  const void *use;  // for the driver
+  const void *given, *use;  // by the program; for the driver
   int is_watched, is_replaced, is_opaque;
+  CUresult result;
   const char *call, *why;
   struct image image;
   uint64_t key[2], began_ns;
@@ -104,7 +105,7 @@ static void belongs_to_library_of(struct loading *loading, const void *address) 
 // one that loads it.
 static void begin_data(struct loading *loading, const void *given, const void *caller,
                        const char *call) {
-  *loading = (struct loading){.use = given};
+  *loading = (struct loading){.given = given, .use = given};
   begin(loading, call);
   if (!loading->is_watched) return;
   image_find(given, &loading->image);
@@ -157,17 +158,23 @@ static void begin_file(struct loading *loading, const char *path, const void *ca
   if (memory) munmap(memory, bytes + 1);
 }
 
-// Whether the driver did not take an image of ours: then it gets the original.
-static int is_refused(struct loading *loading, CUresult result) {
-  if (!loading->is_replaced || result == CUDA_SUCCESS) return 0;
+// Whether the driver did not take an image of ours: then it is called again, with the original.
+static int is_refused(struct loading *loading) {
+  if (!loading->is_replaced || loading->result == CUDA_SUCCESS) return 0;
   cache_release(&loading->replacement);
   loading->is_replaced = 0;
+  loading->use = loading->given;
   loading->why = "the driver refused what was rewritten";
   return 1;
 }
 
-static void end(struct loading *loading, CUresult result, void *const *handle) {
-  if (!loading->is_watched) return;
+static int is_looked_up(const struct loading *loading) {
+  return loading->image.size && !loading->is_opaque;
+}
+
+static CUresult end(struct loading *loading, void *const *handle) {
+  CUresult result = loading->result;
+  if (!loading->is_watched) return result;
   if (loading->is_replaced && handle) loaded_add(*handle, &loading->replacement);
   // its handle may have been that of an image of ours, which went with its context
   else if (result == CUDA_SUCCESS && handle) loaded_drop(loaded_take(*handle));
@@ -177,10 +184,11 @@ static void end(struct loading *loading, CUresult result, void *const *handle) {
                               .outcome = loading->is_replaced ? "rewritten" : "original",
                               .why = loading->why,
                               .image = &loading->image,
-                              .key = loading->image.size && !loading->is_opaque ? loading->key : NULL,
+                              .key = is_looked_up(loading) ? loading->key : NULL,
                               .ns = now_ns() - loading->began_ns};
   coverage_image(&coverage);
   is_inside = 0;
+  return result;
 }
 
 #define CALLER __builtin_return_address(0)
@@ -196,40 +204,36 @@ static CUresult unparked(CUresult result) {
 CUresult cuModuleLoad(CUmodule *module, const char *path) {
   struct loading loading;
   begin_file(&loading, path, CALLER, __func__);
-  CUresult result = loading.is_replaced ? PARKED(cuModuleLoadData, module, loading.use)
-                                        : PARKED(cuModuleLoad, module, path);
-  if (is_refused(&loading, result)) result = PARKED(cuModuleLoad, module, path);
-  end(&loading, result, module);
-  return result;
+  do
+    loading.result = loading.is_replaced ? PARKED(cuModuleLoadData, module, loading.use)
+                                         : PARKED(cuModuleLoad, module, path);
+  while (is_refused(&loading));
+  return end(&loading, module);
 }
 
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   struct loading loading;
   begin_data(&loading, image, CALLER, __func__);
-  CUresult result = PARKED(cuModuleLoadData, module, loading.use);
-  if (is_refused(&loading, result)) result = PARKED(cuModuleLoadData, module, image);
-  end(&loading, result, module);
-  return result;
+  do loading.result = PARKED(cuModuleLoadData, module, loading.use);
+  while (is_refused(&loading));
+  return end(&loading, module);
 }
 
 CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned int count, void *options,
                             void **values) {
   struct loading loading;
   begin_data(&loading, image, CALLER, __func__);
-  CUresult result = PARKED(cuModuleLoadDataEx, module, loading.use, count, options, values);
-  if (is_refused(&loading, result))
-    result = PARKED(cuModuleLoadDataEx, module, image, count, options, values);
-  end(&loading, result, module);
-  return result;
+  do loading.result = PARKED(cuModuleLoadDataEx, module, loading.use, count, options, values);
+  while (is_refused(&loading));
+  return end(&loading, module);
 }
 
 CUresult cuModuleLoadFatBinary(CUmodule *module, const void *image) {
   struct loading loading;
   begin_data(&loading, image, CALLER, __func__);
-  CUresult result = PARKED(cuModuleLoadFatBinary, module, loading.use);
-  if (is_refused(&loading, result)) result = PARKED(cuModuleLoadFatBinary, module, image);
-  end(&loading, result, module);
-  return result;
+  do loading.result = PARKED(cuModuleLoadFatBinary, module, loading.use);
+  while (is_refused(&loading));
+  return end(&loading, module);
 }
 
 CUresult cuLibraryLoadData(CUlibrary *library, const void *image, void *jit_options,
@@ -237,13 +241,11 @@ CUresult cuLibraryLoadData(CUlibrary *library, const void *image, void *jit_opti
                            unsigned int count) {
   struct loading loading;
   begin_data(&loading, image, CALLER, __func__);
-  CUresult result = PARKED(cuLibraryLoadData, library, loading.use, jit_options, jit_values,
-                         jit_count, options, values, count);
-  if (is_refused(&loading, result))
-    result = PARKED(cuLibraryLoadData, library, image, jit_options, jit_values, jit_count, options,
-                  values, count);
-  end(&loading, result, library);
-  return result;
+  do
+    loading.result = PARKED(cuLibraryLoadData, library, loading.use, jit_options, jit_values,
+                            jit_count, options, values, count);
+  while (is_refused(&loading));
+  return end(&loading, library);
 }
 
 // A promise to keep the bytes belongs to memory alone: with a file the driver refuses it.
@@ -258,16 +260,14 @@ CUresult cuLibraryLoadFromFile(CUlibrary *library, const char *path, void *jit_o
                                void **values, unsigned int count) {
   struct loading loading;
   begin_file(&loading, is_kept_by_program(options, count) ? NULL : path, CALLER, __func__);
-  CUresult result = loading.is_replaced
-                        ? PARKED(cuLibraryLoadData, library, loading.use, jit_options, jit_values,
-                               jit_count, options, values, count)
-                        : PARKED(cuLibraryLoadFromFile, library, path, jit_options, jit_values,
-                               jit_count, options, values, count);
-  if (is_refused(&loading, result))
-    result = PARKED(cuLibraryLoadFromFile, library, path, jit_options, jit_values, jit_count,
-                  options, values, count);
-  end(&loading, result, library);
-  return result;
+  do
+    loading.result = loading.is_replaced
+                         ? PARKED(cuLibraryLoadData, library, loading.use, jit_options, jit_values,
+                                  jit_count, options, values, count)
+                         : PARKED(cuLibraryLoadFromFile, library, path, jit_options, jit_values,
+                                  jit_count, options, values, count);
+  while (is_refused(&loading));
+  return end(&loading, library);
 }
 
 static CUresult unloaded(CUresult result, struct loaded *taken) {
