@@ -21,12 +21,18 @@ from typing import Final
 
 from concordia import config
 from concordia.device.compiler import KernelCache
-from concordia.errors import CompileError, ConcordiaError, EnvironmentRefused
+from concordia.errors import ConcordiaError
 from concordia.instrument.cache import ImageCache
 from concordia.instrument.options import Options
+from concordia.integrations.program.native_build import (
+    FLAGS,
+    NATIVE,
+    compile_c,
+    find_compiler,
+    version_of,
+)
 from concordia.integrations.program.run_folder import ProgramRun
 
-NATIVE: Final = Path(__file__).resolve().parents[2] / "native"
 # Names of the assemblers, and where Triton reads which one to take.
 VARIABLES: Final = {
     "ptxas": "TRITON_PTXAS_PATH",
@@ -37,9 +43,7 @@ _TORCH_TAG: Final = "TORCH_COMPILE_CACHE_KEY_TAG"
 _TORCH_TAG_DIGITS: Final = 16
 ARCHITECTURE_END: Final = 100  # from here on the driver finishes machine code, and no file is read
 _SHARED: Final = ("cache_file.c", "hash.c", "process_settings.c", "rewriter.c")
-_FLAGS: Final = ("-std=c11", "-O2", "-g1", "-fno-strict-aliasing", "-Wall", "-Wextra", "-pthread")
 _CHECK: Final = "--concordia"
-_LOG_CHARACTERS_MAX: Final = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,20 +95,8 @@ def place_stand_in(run: Path, options: Options, environment: Mapping[str, str]) 
 
 def build(path: Path, *, flags: tuple[str, ...] = ()) -> None:
     """Compile it; raises EnvironmentRefused or CompileError."""
-    command = [
-        *(_compiler(), *_FLAGS, *flags),
-        *(str(source) for source in sources()),
-        *("-o", str(path)),
-    ]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, timeout=config.COMPILE_WAIT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise CompileError(f"the stand-in: no result after {config.COMPILE_WAIT_S} s") from None
-    if done.returncode:
-        said = done.stderr.decode(errors="replace")[:_LOG_CHARACTERS_MAX]
-        raise CompileError(f"the stand-in: {command[0]} gave {done.returncode}\n{said}")
+    files = map(str, sources())
+    compile_c("the stand-in", [find_compiler(), *FLAGS, *flags, *files, "-o", str(path)])
     path.chmod(0o700)
 
 
@@ -115,22 +107,11 @@ def sources() -> tuple[Path, ...]:
 
 
 def _built() -> Path:
-    command = _compiler()
-    version = subprocess.run(
-        [command, "--version"], capture_output=True, timeout=config.COMPILE_WAIT_S, check=False
-    ).stdout
-    digest = hashlib.sha256(version + " ".join(_FLAGS).encode())
+    digest = hashlib.sha256(version_of(find_compiler()) + " ".join(FLAGS).encode())
     for path in (*sources(), *sorted(NATIVE.glob("**/*.h")), *sorted(NATIVE.glob("*.def"))):
         content = path.read_bytes()
         digest.update(f"{path.name} {len(content)} ".encode() + content)
     return KernelCache().get(digest.hexdigest(), ".stand-in", build)
-
-
-def _compiler() -> str:
-    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
-        if name and shutil.which(name):
-            return name
-    raise EnvironmentRefused("no C compiler for the stand-in of ptxas: install gcc")
 
 
 def _chosen(name: str, given: str) -> str:

@@ -1,0 +1,62 @@
+"""What native/ is compiled with, floor 7.
+
+Owns: which C compiler that is, and one call of it. Promises: a call is bounded; what it refuses, or
+does not finish, is a CompileError that names what was wanted and has what the compiler said. Called
+by shim_build and assembler, which know what becomes of which sources, and keep it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from concordia import config
+from concordia.errors import CompileError, EnvironmentRefused
+
+NATIVE: Final = Path(__file__).resolve().parents[2] / "native"
+FLAGS: Final = (
+    "-std=c11",
+    "-O2",
+    "-g1",
+    "-fno-strict-aliasing",  # images are bytes and structures at once
+    "-Wall",
+    "-Wextra",  # tests make them errors; a user's compiler may know more of them
+    "-pthread",
+)
+_LOG_CHARACTERS_MAX: Final = 2000
+
+
+def find_compiler() -> str:
+    """Raises EnvironmentRefused."""
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        if name and shutil.which(name):
+            return name
+    raise EnvironmentRefused(
+        "no C compiler, which `concordia run` builds its shim with: install gcc, or set CC"
+    )
+
+
+@cache
+def version_of(compiler: str) -> bytes:
+    """What it says of itself; a part of the name of what it compiled."""
+    return subprocess.run(
+        [compiler, "--version"], capture_output=True, timeout=config.COMPILE_WAIT_S, check=False
+    ).stdout
+
+
+def compile_c(what: str, command: Sequence[str]) -> None:
+    """Run the compiler; raises CompileError."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, timeout=config.COMPILE_WAIT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise CompileError(f"{what}: no result after {config.COMPILE_WAIT_S} s") from None
+    if done.returncode:
+        said = done.stderr.decode(errors="replace")[:_LOG_CHARACTERS_MAX]
+        raise CompileError(f"{what}: {command[0]} gave {done.returncode}\n{said}")
