@@ -88,6 +88,7 @@ static inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return (uint64_t)(((
 #define settle settle_ptx
 #define store_settled store_settled_ptx
 #define thread_anew thread_anew_ptx
+#define mul_wide mul_wide_ptx
 #define pause_lane pause_lane_ptx
 #define yield_lane yield_lane_ptx
 #include "portable.h"
@@ -104,6 +105,7 @@ static inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return (uint64_t)(((
 #undef settle
 #undef store_settled
 #undef thread_anew
+#undef mul_wide
 #undef pause_lane
 #undef yield_lane
 
@@ -133,5 +135,6 @@ FUNCTION uint64_t now_ns() {
   return ((uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec) / kSlowness;
 }
 FUNCTION uint32_t thread_anew() { return threadIdx.x; }
+FUNCTION uint64_t mul_wide(uint32_t a, uint32_t b) { return (uint64_t)a * b; }
 FUNCTION void pause_lane() { sched_yield(); }
 FUNCTION void yield_lane() { sched_yield(); }

@@ -51,7 +51,7 @@ FUNCTION uint64_t avalanche(uint64_t value) {
 // What a word adds to its accumulator, and what becomes of that at the end of a block.
 FUNCTION uint64_t keyed_product(uint64_t word, uint64_t secret) {
   const uint64_t key = word ^ secret;
-  return (key & 0xffffffffu) * (key >> 32);
+  return mul_wide((uint32_t)key, (uint32_t)(key >> 32));
 }
 FUNCTION uint64_t scrambled(uint64_t sum, uint64_t secret) {
   return (sum ^ sum >> 47 ^ secret) * kPrime32_1;

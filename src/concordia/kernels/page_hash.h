@@ -66,10 +66,12 @@ FUNCTION void load_block(const Wide* from, Wide* data) {
 // A block's words added up, for one accumulator: even groups have the first of the pair, odd ones
 // the second.
 FUNCTION uint64_t add_block(const PageKeys& keys, const Wide* data, Pair last, bool is_odd) {
-  Pair part = {};
+  Sums sums = {};
 #pragma unroll
-  for (uint32_t k = 0; k < kLoads; ++k)
-    add_words(&part, data[k], k == kLoads - 1 ? last : keys.usual[k]);
+  for (uint32_t k = 0; k < kLoads; k += 2)
+    add_two(&sums, data[k], keys.usual[k], data[k + 1],
+            k + 2 == kLoads ? last : keys.usual[k + 1]);
+  const Pair part = total(sums);
   return (is_odd ? part.b : part.a) + exchange_lanes(is_odd ? part.a : part.b, 4);
 }
 

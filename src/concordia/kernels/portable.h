@@ -151,6 +151,12 @@ FUNCTION bool is_cta_leader() { return threadIdx.x == 0; }
 FUNCTION uint32_t cta_count() { return gridDim.x; }
 FUNCTION uint32_t cta_index() { return blockIdx.x; }
 FUNCTION uint64_t mul_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
+// In C++ this is a product of 64 bits, whose upper half the assembler adds once more, as a zero.
+FUNCTION uint64_t mul_wide(uint32_t a, uint32_t b) {
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+}
 
 struct alignas(16) Wide { uint64_t word[2]; };
 FUNCTION void copy_wide(uint8_t* target_ptr, const uint8_t* source_ptr) {
@@ -233,6 +239,7 @@ FUNCTION void prefetch(const uint8_t* line_ptr) { __builtin_prefetch(line_ptr); 
 FUNCTION uint64_t mul_high(uint64_t a, uint64_t b) {
   return (uint64_t)(((unsigned __int128)a * b) >> 64);
 }
+FUNCTION uint64_t mul_wide(uint32_t a, uint32_t b) { return (uint64_t)a * b; }
 FUNCTION void copy_wide(uint8_t* target_ptr, const uint8_t* source_ptr) {
   memcpy(target_ptr, source_ptr, 16);
 }

@@ -50,6 +50,23 @@ FUNCTION void add_words(Pair* sum, Wide data, Pair key) {
   sum->b += keyed_product(data.word[1], key.b) + data.word[0];
 }
 
+// Two of them, products and words apart: a product is added by the multiplication, and the sum of
+// three words is an instruction for each half. Additions are what a hash at full speed waits for.
+struct Sums {
+  Pair products, words;
+};
+FUNCTION void add_two(Sums* sums, Wide one, Pair key, Wide next, Pair next_key) {
+  sums->products.a += keyed_product(one.word[0], key.a);
+  sums->products.b += keyed_product(one.word[1], key.b);
+  sums->products.a += keyed_product(next.word[0], next_key.a);
+  sums->products.b += keyed_product(next.word[1], next_key.b);
+  sums->words.a += one.word[1] + next.word[1];
+  sums->words.b += one.word[0] + next.word[0];
+}
+FUNCTION Pair total(const Sums& sums) {
+  return {sums.products.a + sums.words.a, sums.products.b + sums.words.b};
+}
+
 // Adds over the eight groups; even ones then have the first of the pair, odd ones the second.
 FUNCTION uint64_t add_groups(Pair sum, TeamPlace place) {
   const bool is_odd = place.group % 2 != 0;
@@ -128,21 +145,22 @@ FUNCTION void hash_whole_leaf(const Words& words, uint32_t start, uint8_t* targe
                                            : lane_value(stretch, 4 * k + t / 8) + t % 8 * 16;
     data[k] = *reinterpret_cast<const Wide*>(from);
   }
-  if (target_ptr != nullptr) {
-    Wide* target = reinterpret_cast<Wide*>(target_ptr + start) + t;
-#pragma unroll
-    for (uint32_t k = 0; k < kAccesses; ++k) target[32 * k] = data[k];
-  }
   const Pair near = keys_at(place, place.group), far = keys_at(place, place.group + 8);
   uint64_t sum = first_sum(accumulator_of(place));
 #pragma unroll
   for (uint32_t block = 0; block < kAccesses / 2; ++block) {
     const bool is_end = block == kAccesses / 2 - 1;
-    Pair part = {};
-    add_words(&part, data[2 * block], near);
-    add_words(&part, data[2 * block + 1], is_end && place.group == 7 ? last_keys(place) : far);
-    sum += add_groups(part, place);
+    const Pair last = is_end && place.group == 7 ? last_keys(place) : far;
+    Sums sums = {};
+    add_two(&sums, data[2 * block], near, data[2 * block + 1], last);
+    sum += add_groups(total(sums), place);
     if (!is_end) sum = scramble(sum, place);
+  }
+  // Behind the sums, which one CTA is a fifth faster with: a bus that is busy holds nothing up.
+  if (target_ptr != nullptr) {
+    Wide* target = reinterpret_cast<Wide*>(target_ptr + start) + t;
+#pragma unroll
+    for (uint32_t k = 0; k < kAccesses; ++k) target[32 * k] = data[k];
   }
   finish_team(sum, kLeafBytes, hash_ptr);
 }
