@@ -219,6 +219,15 @@ def test_program_has_its_input_mask_and_environment_when_it_runs(command: Comman
     assert out == f"hello [] yes {command.runs[-1]}:{command.driver.parent} False\n"
 
 
+@pytest.mark.parametrize("disabled", ["0", "1"])
+def test_program_ignores_the_signals_that_it_would_ignore_without_us(command: Command, disabled: str) -> None:
+    words = ["sed", "-n", "s/^SigIgn:.*\\(.\\{8\\}\\)$/\\1/p", "/proc/self/status"]  # what is above is the C library's own
+    plain = subprocess.run(words, capture_output=True, text=True, check=True, preexec_fn=_hears_interrupts)
+    code, out, err = command.do("run", "--", *words, CONCORDIA_DISABLE=disabled)
+    assert (code, err) == (0, "")
+    assert int(out, 16) & 0x7FFFFFFF == int(plain.stdout, 16) & 0x7FFFFFFF
+
+
 def test_nothing_stands_before_the_driver_when_switched_off(command: Command) -> None:
     code, out, _ = command.do("run", "--", str(command.user), "begin", f"mapped:{command.base}", CONCORDIA_DISABLE="1")
     assert (code, out) == (0, f"mapped {command.base} 0\n")

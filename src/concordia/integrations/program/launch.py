@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ from concordia.integrations.program.policy import Policy
 from concordia.integrations.program.protection import Protection
 from concordia.integrations.program.run_folder import VARIABLE, ProgramRun, make_run
 from concordia.integrations.program.shim_build import place_shim
-from concordia.integrations.program.supervisor import Supervisor, end_as
+from concordia.integrations.program.supervisor import IGNORED_HERE, Supervisor, end_as
 
 DISABLE: Final = "CONCORDIA_DISABLE"
 HOOKS: Final = ("entry", "exit", "marks", "sass-marks")
@@ -81,6 +82,8 @@ def launch(asked: Launch) -> int:
     if program is None:
         raise UsageError(f"there is no program {asked.command[0]}: give its path")
     if environment.get(DISABLE, "0") not in ("", "0"):
+        for number in IGNORED_HERE:
+            signal.signal(number, signal.SIG_DFL)
         os.execvpe(program, list(asked.command), environment)
     driver = find_driver(environment)
     options = asked.options()

@@ -35,6 +35,9 @@ _PASSED: Final = (
 )
 _ENDING: Final = _PASSED[:4]
 _TAKEN: Final = (*_PASSED, signal.SIGCHLD)
+# By the interpreter when it starts, and children inherit that: a program in a pipe whose reader has
+# gone would run on.
+IGNORED_HERE: Final = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 @contextlib.contextmanager
@@ -89,7 +92,11 @@ class Supervisor:
     def _spawn(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
         try:
             return os.posix_spawnp(
-                command[0], list(command), dict(environment), setsigmask=self._mask
+                command[0],
+                list(command),
+                dict(environment),
+                setsigmask=self._mask,
+                setsigdef=IGNORED_HERE,
             )
         except OSError as error:
             raise UsageError(f"{command[0]} cannot be started: {error.strerror}") from None
