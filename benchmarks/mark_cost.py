@@ -21,6 +21,7 @@ from typing import Any, Final
 import torch
 from figures import Figures, with_interval
 from mark_kernels import Compiled, assembled, compile_kernel, vector_add, vector_copy, vector_fill
+from mark_variants import PAGES, VARIANTS, Variant
 
 from concordia import abi, config
 from concordia.device.cuda_call import checked
@@ -28,47 +29,21 @@ from concordia.device.cuda_context import CudaContext
 from concordia.errors import DeviceError
 from concordia.instrument.options import Options
 from concordia.instrument.ptx import rewrite_ptx
-from concordia.instrument.ptx_marks import MAP_COPIES, MAP_STRIDE, WINDOW_BASE
+from concordia.instrument.ptx_marks import WINDOW_BASE
 from concordia.instrument.report import Hook, fill
 from concordia.instrument.rewrite import rewrite
 from concordia.testing.command import Parser, count, file_in_folder, run_command
 from concordia.testing.machine import add_figures
 
 RESULTS: Final = pathlib.Path(__file__).parent / "results" / "mark_cost_h200.json"
-ARRAY_BYTES: Final = 1 << 30
-STRIDE: Final = ARRAY_BYTES >> config.MARK_PAGE_SHIFT  # of the copies of the map
+ARRAY_BYTES: Final = PAGES << config.MARK_PAGE_SHIFT
 BLOCKS: Final = (1024, 4096)
 WARM_UP: Final = 3
 SEED: Final = 4
 GOAL: Final = 1.05
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """Which hooks, how they came into the code, and whether the output is tracked."""
-
-    entry: bool
-    marks: bool
-    copies: int = 1  # of the map
-    is_tracked: bool = True
-    is_assembled: bool = False
-    is_filled: bool = True  # with the control block's address
-
-
-VARIANTS: Final = {
-    "entry": Variant(entry=True, marks=False),
-    "untracked": Variant(entry=False, marks=True, is_tracked=False),
-    "marks": Variant(entry=False, marks=True),
-    "spread": Variant(entry=False, marks=True, copies=MAP_COPIES),
-    "all": Variant(entry=True, marks=True),
-    "assembled_marks": Variant(entry=False, marks=True, is_assembled=True),
-    "assembled_empty": Variant(entry=True, marks=True, is_assembled=True, is_filled=False),
-    "assembled_all": Variant(entry=True, marks=True, is_assembled=True),
-}
 GOALS_OF: Final = ("marks", "assembled_marks")
-
-
 KERNELS: Final = (vector_add, vector_copy, vector_fill)
+JUDGED: Final = (vector_add, vector_copy)  # they read and write; the other only stores
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +70,8 @@ class Bench:
         self.out = torch.zeros(count_, device="cuda")
         size = abi.CONTROL_ALLOCATED_BYTES
         self._control = torch.zeros(size, dtype=torch.uint8, device="cuda")
-        self._map = torch.zeros(MAP_COPIES * STRIDE, dtype=torch.uint8, device="cuda")
+        size = abi.CONTROL_MAP_COPIES * abi.CONTROL_MAP_STRIDE
+        self._map = torch.zeros(size, dtype=torch.uint8, device="cuda")
         self._words = torch.zeros(5, dtype=torch.int64)  # from the window's base on
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
@@ -118,14 +94,18 @@ class Bench:
             entry=variant.entry,
             exit=False,
             marks=variant.marks,
-            is_spread=variant.copies > 1,
             is_for_assembler=variant.is_assembled,
         )
         if any(kernel.reason for kernel in done.kernels):
             raise DeviceError(f"{compiled.name} was not rewritten: {done.kernels}")
         control = self._control.data_ptr()
         if not variant.is_assembled:
-            return fill(done.text.encode(), done.slots, control) + b"\0"
+            text = fill(done.text.encode(), done.slots, control).decode()
+            for pattern, instead in variant.edits:
+                text, found = re.subn(pattern, instead, text)
+                if not found:
+                    raise DeviceError(f"{compiled.name} has no {pattern}")
+            return text.encode() + b"\0"
         made = assembled(done.text, self.architecture)
         if not variant.is_filled:
             return made
@@ -156,9 +136,19 @@ class Bench:
         self._end.synchronize()
         return float(self._begin.elapsed_time(self._end))
 
-    def marked(self) -> int:
-        """Pages of the output that are marked in some copy of the map."""
-        return int(self._map.view(MAP_COPIES, STRIDE).amax(dim=0).sum().item())
+    def clear(self) -> None:
+        """No byte of the map is set, whosever it is."""
+        self._map.zero_()
+
+    def marked(self, variant: Variant) -> tuple[int, int]:
+        """Pages of the output that are marked in some copy of the map; marks that are elsewhere."""
+        copies = self._copies(variant)
+        elsewhere = torch.count_nonzero(self._map) - torch.count_nonzero(copies)
+        return int(copies.amax(dim=0).sum().item()), int(elsewhere.item())
+
+    def _copies(self, variant: Variant) -> torch.Tensor:
+        """A row for each copy of the map."""
+        return self._map.as_strided((variant.copies, PAGES), (variant.stride, 1))
 
     def entered(self) -> int:
         """CTAs that came in at an entry hook since the last launch began."""
@@ -167,15 +157,15 @@ class Bench:
         return int(words[:: abi.CONTROL_PROGRESS_STRIDE // 8].sum().item())
 
     def _track(self, variant: Variant) -> None:
-        self._map.zero_()
+        self._copies(variant).zero_()
         self._control.zero_()
-        stride = STRIDE if variant.copies > 1 else 0
         size = ARRAY_BYTES if variant.is_tracked else 0
-        words = (self.out.data_ptr(), size, self._map.data_ptr(), config.MARK_PAGE_SHIFT, stride)
+        places = (variant.copies - 1) << 32 | variant.stride
+        words = (self.out.data_ptr(), size, self._map.data_ptr(), config.MARK_PAGE_SHIFT, places)
         for index, word in enumerate(words):
             self._words[index] = word
         end = WINDOW_BASE + 8 * len(words)
-        assert end == MAP_STRIDE + 8
+        assert end == abi.CONTROL.offsets()["map_last"] + 4
         self._control[WINDOW_BASE:end].copy_(self._words.view(torch.uint8))
         torch.cuda.synchronize()
 
@@ -221,16 +211,25 @@ def check(
 ) -> None:
     """Raises DeviceError when a variant does not leave the same bytes, and its marks."""
     bench.out.zero_()
+    bench.clear()
     bench.launch(loaded, compiled)
     variant = loaded.variant
-    wanted = STRIDE if variant.marks and variant.is_tracked and variant.is_filled else 0
+    wanted = PAGES if variant.marks and variant.is_tracked and variant.is_filled else 0
     ctas = bench.out.numel() // compiled.block if variant.entry and variant.is_filled else 0
     if not torch.equal(expected, bench.out):
         raise DeviceError(f"{compiled.name}, {name}: other bytes than without hooks")
-    if bench.marked() != wanted or bench.entered() != ctas:
+    pages, elsewhere = bench.marked(variant)
+    if (pages, elsewhere, bench.entered()) != (wanted, 0, ctas):
         raise DeviceError(
-            f"{compiled.name}, {name}: {bench.marked()} pages, {bench.entered()} CTAs"
+            f"{compiled.name}, {name}: {pages} pages, {elsewhere} marks elsewhere, "
+            f"{bench.entered()} CTAs"
         )
+
+
+def worst(figures: Figures, kernels: tuple[Any, ...], variant: str) -> tuple[float, str]:
+    """The highest ratio of a variant, and whose it is."""
+    keys = [f"{kernel.__name__}.{block}" for kernel in kernels for block in BLOCKS]
+    return max((float(figures[f"{key}.{variant}"]["median"]), key) for key in keys)
 
 
 def main(arguments: list[str]) -> int:
@@ -253,9 +252,12 @@ def main(arguments: list[str]) -> int:
                 )
     add_figures(options.output, figures)
     for name in GOALS_OF:
-        found_ratio = figures[f"{vector_add.__name__}.{BLOCKS[0]}.{name}"]["median"]
+        ratio, whose = worst(figures, JUDGED, name)
+        alone, other = worst(figures, (vector_fill,), name)
+        verdict = "met" if ratio < GOAL else "MISSED"
         print(
-            f"goal: {name} {found_ratio:.4f} of {GOAL} {'met' if found_ratio < GOAL else 'MISSED'}"
+            f"goal: {name} {ratio:.4f} of {GOAL} {verdict}, by {whose}, of those that read and "
+            f"write; {other}, which only stores: {alone:.4f}"
         )
     return 0
 

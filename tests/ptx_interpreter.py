@@ -196,8 +196,9 @@ class Frame:
 
     def _mad(self, line: Line, head: list[str]) -> None:
         name, bits, (a, b, c) = self._plain(line)
-        assert head[1] == "lo"
-        self._set(name, a * b + c, bits)
+        assert head[1] in {"lo", "wide"}
+        is_wide = head[1] == "wide"
+        self._set(name, a * b + (self._value(line.operands[3]) if is_wide else c), 2 * bits if is_wide else bits)
 
     def _and(self, line: Line, head: list[str]) -> None:
         if head[1] == "pred":

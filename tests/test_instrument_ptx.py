@@ -507,16 +507,20 @@ def test_words_of_the_control_block_lie_as_the_loads_want_them() -> None:
     words = abi.CONTROL.offsets()
     assert words["window_bytes"] % 16 == 0
     assert words["map"] == words["window_bytes"] + 8
+    assert words["map_stride"] % 8 == 0
+    assert words["map_last"] == words["map_stride"] + 4
+    assert abi.CONTROL_MAP_COPIES & (abi.CONTROL_MAP_COPIES - 1) == 0, "its last number is a mask"
 
 
-def test_marks_go_to_one_of_several_maps_when_they_are_spread() -> None:
+@pytest.mark.parametrize("copies", [1, 4, 16])
+def test_marks_go_to_the_copy_of_the_multiprocessor_when_the_map_has_several(copies: int) -> None:
     text = simple("st.global.u32 [%rd3+65536], 1;")
-    spread = filled(rewrite_ptx(text, entry=False, exit=False, marks=True, is_spread=True))
-    shape = {"buffer_bytes": 1 << 20, "threads": 8, "blocks": 40, "window": (0, 1 << 20)}
-    assert run(spread, "kernel", **shape).marked == {1}
-    found = run(spread, "kernel", **shape, map_stride=64).marked
-    assert {page % 64 for page in found} == {1}
-    assert 1 < len(found) <= 16
+    for is_for_assembler in (False, True):
+        done = rewrite_ptx(text, entry=False, exit=False, marks=True, is_for_assembler=is_for_assembler)
+        shape = {"buffer_bytes": 1 << 20, "threads": 2, "blocks": 132, "window": (0, 1 << 20), "copies": copies}
+        ran = run(filled(done), "kernel", **shape)
+        assert ran.marked == {1}
+        assert ran.copies == set(range(copies))
 
 
 def attempt(image: bytes) -> None:

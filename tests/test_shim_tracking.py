@@ -8,6 +8,7 @@ without protection; whatever is not understood ends protection, in one line, and
 from __future__ import annotations
 
 import contextlib
+import itertools
 import mmap
 import os
 import random
@@ -140,6 +141,17 @@ def test_stage_is_what_the_regions_are_when_kernels_mark_what_they_store(ground:
     assert sum(answers.board.word("missed_pages") for answers, _ in found) == 0
     assert sum(answers.board.word("audits") for answers, _ in found) > 0
     assert sum(spared(answers) for answers, _ in found) > 0, "nobody marked for them"
+
+
+def test_pages_are_not_brought_again_when_their_marks_were_taken(ground: ProtectedGround, tmp_path: Path) -> None:
+    """Before the first point the driver marks each page of the first region in every copy of the map; a step writes a few."""
+    folder = tmp_path / "protect"
+    answers = Answers(folder, protected_folder(folder, policy_of(BY_SIZE)))
+    _, said = answers.until_end(ground.start("train", "100", CONCORDIA_PROTECT=str(folder), **marking_run(tmp_path)))
+    assert "unprotected" not in said
+    found = [next(one for one in post.regions if one.name == "big.0") for post in answers.posts]
+    assert found[0].pages_marked == found[0].pages == DIRTY_BYTES[0] // MARK_BYTES
+    assert min(after.pages_marked - before.pages_marked for before, after in itertools.pairwise(found)) < found[0].pages // 2
 
 
 def test_audit_finds_nothing_when_marks_are_complete(ground: ProtectedGround, tmp_path: Path, seed: int) -> None:

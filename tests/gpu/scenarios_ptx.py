@@ -13,6 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from stage import first_difference
 
+from concordia import abi
 from concordia.device.cuda_call import checked
 from concordia.device.cuda_context import CudaContext
 from concordia.instrument.ptx import rewrite_ptx
@@ -21,8 +22,8 @@ from ptx_forms import FILE, FORMS, GENERIC, GENERIC_RANGE, KERNEL, MARK, RANGE
 from ptx_generator import BLOCKS, BUFFER_BYTES, PAGE_SHIFT, THREADS, Program, module, windows
 
 CONTROL_BYTES = 1 << 16
-COPIES = 16  # of the map, when marks are spread
-STRIDE = 4096
+COPIES = abi.CONTROL_MAP_COPIES
+STRIDE = 4096 + 128  # of the copies of the map
 AT_ONCE = 20  # kernels in a module: less to load
 WRONG_MAX = 20
 
@@ -57,10 +58,10 @@ class Stage:
         return self._read(self.buffer, BUFFER_BYTES)
 
     def track(self, window: tuple[int, int], *, stride: int) -> None:
-        """Begin with an empty map and no counts."""
+        """Begin with an empty map and no counts. Without a stride all marks go into the first copy."""
         checked(self.driver.cuMemsetD8(self.control, 0, CONTROL_BYTES), "clear")
         checked(self.driver.cuMemsetD8(self.map, 0, COPIES * STRIDE), "clear")
-        words = (0, self.buffer + window[0], window[1], self.map, 0, stride)
+        words = (0, self.buffer + window[0], window[1], self.map, 0, COPIES - 1 << 32 | stride)
         raw = b"".join(word.to_bytes(8, "little") for word in words)
         source = ctypes.create_string_buffer(raw, len(raw))
         checked(self.driver.cuMemcpyHtoD(self.control, ctypes.addressof(source), len(raw)), "write the window")
@@ -94,7 +95,7 @@ def random_kernels(seed: int, count: int) -> dict[str, Any]:
         stride = STRIDE if turn % 4 >= 2 else 0
         programs = [Program.random(f"kernel_{number}", number, has_bulk=has_bulk) for number in range(first, min(first + AT_ONCE, seed + count))]
         text = module(programs, "sm_90" if has_bulk else "sm_80")
-        rewritten = rewrite_ptx(text, entry=True, exit=True, marks=True, is_spread=stride > 0)
+        rewritten = rewrite_ptx(text, entry=True, exit=True, marks=True)
         assert all(kernel.hooks.is_hooked and not kernel.reason for kernel in rewritten.kernels)
         original, hooked = stage.load(text.encode()), stage.load(fill(rewritten.text.encode(), rewritten.slots, stage.control))
         for program, number in zip(programs, itertools.count(first)):
@@ -138,13 +139,13 @@ def forms() -> dict[str, Any]:
         rewritten = rewrite_ptx(text, entry=True, exit=True, marks=True)
         original, hooked = stage.load(text.encode()), stage.load(fill(rewritten.text.encode(), rewritten.slots, stage.control))
         shape = {"pointer": stage.buffer + (page << PAGE_SHIFT), "blocks": 1, "threads": 32 if "wmma" in instruction else 1}
-        stage.track((0, BUFFER_BYTES), stride=0)
+        stage.track((0, BUFFER_BYTES), stride=STRIDE)
         before, after = stage.launch(original, "kernel", **shape), stage.launch(hooked, "kernel", **shape)
         has_same_bytes = not instruction.startswith("discard") and "cp." not in instruction
         if has_same_bytes and (difference := first_difference(before, after)):
             wrong.append(f"{instruction}: {difference}")
         pages = set() if instruction.startswith("@%p1") else {page - 1} if "+ -4" in instruction else {page}
-        if (found := stage.marked(stride=0)) != pages or stage.counts() != (1, 1):
+        if (found := stage.marked(stride=STRIDE)) != pages or stage.counts() != (1, 1):
             wrong.append(f"{instruction}: pages {sorted(found)}, counts {stage.counts()}")
         ran += 1
         stage.unload(original)

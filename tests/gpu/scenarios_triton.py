@@ -9,7 +9,7 @@ import tempfile
 import time
 from typing import Any
 
-from scenarios_ptx import AT_ONCE, WRONG_MAX, Stage
+from scenarios_ptx import AT_ONCE, STRIDE, WRONG_MAX, Stage
 from stage import first_difference
 
 from concordia.instrument.options import Options
@@ -58,12 +58,12 @@ def random_kernels(seed: int, count: int) -> dict[str, Any]:
             for window in itertools.islice(windows(number), 3):
                 expected = program.written().pages(*window)
                 for loaded, wanted, blocks in ((hooked, expected, BLOCKS), (empty, set(), 0)):
-                    stage.track(window, stride=0)
+                    stage.track(window, stride=STRIDE)
                     after = stage.launch(loaded, program.name, **shape)
                     where = f"seed {number}, window {window}, {'empty' if loaded is empty else 'hooked'}"
                     if difference := first_difference(before, after):
                         wrong.append(f"{where}: {difference}")
-                    if (found := stage.marked(stride=0)) != wanted or stage.counts() != (blocks, blocks):
+                    if (found := stage.marked(stride=STRIDE)) != wanted or stage.counts() != (blocks, blocks):
                         wrong.append(f"{where}: pages {sorted(found ^ wanted)}, counts {stage.counts()}")
                 pages += len(expected)
             done += 1

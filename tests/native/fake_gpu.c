@@ -66,10 +66,12 @@ static int breaks(int is_all) {
 }
 
 // Kernels of a module whose image has the address of a control block in it mark what they store, afterwards.
+// Each in the next copy of the map: of one page they are in several, and one store's is in any.
 static uint64_t control;
 static void mark(const void *address) {
+  static uint64_t copy;  // of the thread that works
   const uint64_t *words = (const uint64_t *)control;
-  if (control && (uint64_t)address - words[1] < words[2]) ((uint8_t *)words[3])[((uint64_t)address - words[1]) >> (uint32_t)words[4]] = 1;
+  if (control && (uint64_t)address - words[1] < words[2]) ((uint8_t *)words[3])[(copy++ & words[5] >> 32) * (uint32_t)words[5] + (((uint64_t)address - words[1]) >> (uint32_t)words[4])] = 1;
 }
 
 static void scatter(uint64_t *p, uint64_t n, uint64_t value) {
@@ -87,7 +89,8 @@ static void run_kernel(const struct op *op) {
 }
 static void run(struct op *op) {
   if (op->kind == COPY) for (uint64_t row = 0; row < op->a[3]; row++) memmove((char *)op->a[0] + row * op->a[4], (char *)op->a[1] + row * op->a[5], op->a[2]);
-  if (op->kind == FILL) for (uint64_t row = 0; row < op->a[3]; row++) for (uint64_t i = 0; i < op->a[2]; i++) memcpy((char *)op->a[0] + row * op->a[4] + i * op->a[5], &op->a[1], op->a[5]);
+  if (op->kind == FILL && op->a[5] == 1 && op->a[2] >= 1 << 24 && op->a[3] == 1) memset((void *)op->a[0], (int)op->a[1], op->a[2]);  // the map of marks: a loop would take longer than the programs
+  else if (op->kind == FILL) for (uint64_t row = 0; row < op->a[3]; row++) for (uint64_t i = 0; i < op->a[2]; i++) memcpy((char *)op->a[0] + row * op->a[4] + i * op->a[5], &op->a[1], op->a[5]);
   if (op->kind == WRITE) { if (op->a[2] == 8) __atomic_store_n((uint64_t *)op->a[0], op->a[1], __ATOMIC_RELEASE); else __atomic_store_n((uint32_t *)op->a[0], (uint32_t)op->a[1], __ATOMIC_RELEASE); }
   if (op->kind == KERNEL) run_kernel(op);
   free(op->owned);

@@ -18,16 +18,30 @@ __all__ = [
     "CONTROL_ENTRY_OFFSET",
     "CONTROL_EXIT_OFFSET",
     "CONTROL_MAGIC",
+    "CONTROL_MAP_BYTES",
+    "CONTROL_MAP_COPIES",
+    "CONTROL_MAP_STRIDE",
     "CONTROL_PAGE_SHIFT",
     "CONTROL_PROGRESS_STRIDE",
     "CONTROL_PROGRESS_WORDS",
     "CONTROL_SPARE_BYTES",
     "CONTROL_SPARE_OFFSET",
+    "CONTROL_WINDOW_BYTES",
     "control_header",
 ]
 
 CONTROL_MAGIC: Final = 0x31304C52_54434E43  # "CNCTRL01"
 CONTROL_PAGE_SHIFT: Final = 16  # of the map: 64 KiB, unless the options say otherwise
+# 256 GiB of addresses: allocations of a GPU with 141 GiB lie in it, however they are apart.
+CONTROL_WINDOW_BYTES: Final = 1 << 38
+CONTROL_MAP_BYTES: Final = CONTROL_WINDOW_BYTES >> CONTROL_PAGE_SHIFT
+# Copies of the map, of which a CTA takes one by the low bits of its multiprocessor's number: CTAs
+# that run at once store to neighbouring pages, whose bytes share a sector of the L2, which takes
+# one store after the other. A power of two; each costs 8 MiB of device memory (4 are its snapshot).
+CONTROL_MAP_COPIES: Final = 16
+# Between copies, not a power of two: else the copies of a byte may meet in one slice of the L2. A
+# multiple of 512, as pitches of the driver's copies are.
+CONTROL_MAP_STRIDE: Final = CONTROL_MAP_BYTES + 512
 CONTROL_PROGRESS_WORDS: Final = 256  # by the number of the multiprocessor: 132 of an H200
 CONTROL_PROGRESS_STRIDE: Final = 64
 CONTROL_ENTRY_OFFSET: Final = 0x100
@@ -45,10 +59,13 @@ CONTROL: Final = Struct(
         Field("magic", "u64", note="the shim, once"),
         Field("window_base", "u64", note="the tracker: lowest address that is tracked, of a page"),
         Field("window_bytes", "u64", note="the tracker: whole pages; 0: every test fails"),
-        Field("map", "u64", note="the tracker: address of the byte map, a byte for each page"),
+        Field("map", "u64", note="the tracker: where the map's first copy is; a byte for a page"),
         Field("page_shift", "u32", note="the shim, once"),
         Field("flags", "u32", note="nobody yet"),
-        pad(CONTROL_ENTRY_OFFSET - 40, "reserved"),
+        # Nobody orders these two: with 0 for either, marks go into the first copy, which is right.
+        Field("map_stride", "u32", note="the shim, once: bytes from a copy of the map to the next"),
+        Field("map_last", "u32", note="the shim, once: number of the last copy, all ones"),
+        pad(CONTROL_ENTRY_OFFSET - 48, "reserved"),
     ),
 )
 
@@ -62,6 +79,7 @@ def control_header() -> str:
         "#include <stdint.h>",
         "",
         f"#define CONTROL_MAGIC {CONTROL_MAGIC:#x}ull",
+        f"#define CONTROL_WINDOW_BYTES {CONTROL_WINDOW_BYTES:#x}ull",
         *(f"#define {name} {value:#x}u" for name, value in _numbers()),
         "",
         f"struct {CONTROL.name} {{",
@@ -82,6 +100,9 @@ def control_header() -> str:
 def _numbers() -> tuple[tuple[str, int], ...]:
     return (
         ("CONTROL_PAGE_SHIFT", CONTROL_PAGE_SHIFT),
+        ("CONTROL_MAP_BYTES", CONTROL_MAP_BYTES),
+        ("CONTROL_MAP_COPIES", CONTROL_MAP_COPIES),
+        ("CONTROL_MAP_STRIDE", CONTROL_MAP_STRIDE),
         ("CONTROL_PROGRESS_WORDS", CONTROL_PROGRESS_WORDS),
         ("CONTROL_PROGRESS_STRIDE", CONTROL_PROGRESS_STRIDE),
         ("CONTROL_ENTRY_OFFSET", CONTROL_ENTRY_OFFSET),

@@ -56,13 +56,11 @@ def rewrite_ptx(
     marks: bool,
     skip: Mapping[str, str] | None = None,
     page_shift: int = config.MARK_PAGE_SHIFT,
-    is_spread: bool = False,
     is_for_assembler: bool = False,
 ) -> PtxRewritten:
     """The text with its hooks; `skip` are kernels that stay as they are, with the reason.
-    `is_spread` stores marks into one of several copies of the map. A text for an assembler has no
-    slots: what it becomes says by itself where the address goes, see assembled.py, and of its
-    kernels those that have marks are hooked. Raises ImageRefused.
+    A text for an assembler has no slots: what it becomes says by itself where the address goes, see
+    assembled.py, and of its kernels those that have marks are hooked. Raises ImageRefused.
     """
     module = parse(text)
     prefix = _prefix(text)
@@ -70,7 +68,7 @@ def rewrite_ptx(
     control = Control(CONTROL if is_for_assembler else "")
     if is_for_assembler and (CONTROL in text or TABLE in text):
         raise ImageRefused("PTX that has been here before")
-    mark_text = MarkText(prefix, page_shift, is_spread, control)
+    mark_text = MarkText(prefix, page_shift, control)
     walks: dict[str, Walk] = {}
     for function in module.functions:
         if function.has_body:

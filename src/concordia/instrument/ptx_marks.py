@@ -21,19 +21,15 @@ from concordia.instrument.ptx_stores import Address, Length
 _WORDS: Final = abi.CONTROL.offsets()
 WINDOW_BASE: Final = _WORDS["window_base"]
 WINDOW_BYTES: Final = _WORDS["window_bytes"]  # the map's address follows: both in one load
-MAP_STRIDE: Final = 0x28  # bytes from one copy of the map to the next; nobody writes it yet
-MAP_COPIES: Final = 16  # by the low bits of the multiprocessor's number
+MAP_STRIDE: Final = _WORDS["map_stride"]  # the number of the last copy follows: again one load
 
 
 @dataclass(frozen=True, slots=True)
 class MarkText:
-    """Marks of one text. With `is_spread` the map has several copies, so that the stores of
-    thousands of threads to one byte meet in several places.
-    """
+    """Marks of one text."""
 
     prefix: str
     page_shift: int
-    is_spread: bool
     control: Control
 
     def declaration(self) -> str:
@@ -46,29 +42,25 @@ class MarkText:
         )
 
     def words(self) -> str:
-        """Read the window and the map; both halves of a pair are of one moment. Without a control
-        block there is no window: no test holds.
+        """Read the window and where this multiprocessor's copy of the map is; both halves of a pair
+        are of one moment. Without a control block there is no window: no test holds.
         """
         p = self.prefix
         lines, guard = [self.control.load(f"{p}at")], ""
         if self.control.may_be_missing:
             lines += [f"mov.u64 {p}{name}, 0;" for name in ("base", "bytes", "map")]
+            lines += [f"mov.u32 {p}{name}, 0;" for name in ("now", "one")]
             lines += [f"setp.ne.u64 {p}other, {p}at, 0;"]
             guard = f"@{p}other "
-        lines += [
+        return _lines(
+            *lines,
             f"{guard}ld.global.u64 {p}base, [{p}at+{WINDOW_BASE}];",
             f"{guard}ld.global.v2.u64 {{{p}bytes, {p}map}}, [{p}at+{WINDOW_BYTES}];",
-        ]
-        if self.is_spread:
-            lines += [f"mov.u64 {p}to, 0;"] if guard else []
-            lines += [
-                f"{guard}ld.global.u64 {p}to, [{p}at+{MAP_STRIDE}];",
-                f"mov.u32 {p}now, %smid;",
-                f"and.b32 {p}now, {p}now, {MAP_COPIES - 1};",
-                f"cvt.u64.u32 {p}at, {p}now;",
-                f"mad.lo.u64 {p}map, {p}to, {p}at, {p}map;",
-            ]
-        return _lines(*lines)
+            f"{guard}ld.global.v2.u32 {{{p}now, {p}one}}, [{p}at+{MAP_STRIDE}];",
+            f"mov.u32 {p}page, %smid;",  # nothing is pending here
+            f"and.b32 {p}one, {p}one, {p}page;",
+            f"mad.wide.u32 {p}map, {p}now, {p}one, {p}map;",
+        )
 
     def kept(self, address: Address) -> str:
         """The address, before an instruction that overwrites its register."""

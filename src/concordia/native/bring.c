@@ -50,6 +50,20 @@ int bring_failed(CUresult result, const char *doing) {
   return 1;
 }
 
+// The copies of the map become one: a page is marked when it is in any of them. Rows are brought
+// whole; what lies behind the marks in a row is nobody's.
+static CUresult bring_map(CUstream stream) {
+  uint64_t *all = (uint64_t *)(void *)point.map, words = point.map_row / sizeof *all;
+  CUresult result = REAL(cuMemcpyDtoHAsync_v2, point.map, point.map_copy,
+                         CONTROL_MAP_COPIES * point.map_row, stream);
+  if (result == CUDA_SUCCESS) result = REAL(cuStreamSynchronize, stream);
+  if (result != CUDA_SUCCESS) return result;
+  for (uint64_t copy = 1; copy < CONTROL_MAP_COPIES; copy++)
+    for (uint64_t at = 0; at < words; at += MAP_ROW / sizeof *all)
+      for (uint64_t i = at; i < at + MAP_ROW / sizeof *all; i++) all[i] |= all[copy * words + i];
+  return CUDA_SUCCESS;
+}
+
 // What kernels have marked of a region, whose pages need not lie as the map's do.
 static void fold(struct region *region) {
   if (!window_map || region->is_outside || !point.map_count) return;
@@ -139,12 +153,7 @@ int bring_point(CUstream stream) {
     return 0;
   }
   if (!IS_PROTECTED()) return 0;
-  if (point.map_count &&
-      (bring_failed(REAL(cuMemcpyDtoHAsync_v2, point.map, point.map_copy + point.map_first,
-                         point.map_count, stream),
-              "bring the marks") ||
-       bring_failed(REAL(cuStreamSynchronize, stream), "bring the marks")))
-    return 0;
+  if (point.map_count && bring_failed(bring_map(stream), "bring the marks")) return 0;
   if (bring_failed(bring_all(stream), "bring the pages that changed")) return 0;
   if (!waited(is_read, WAIT_WORK_S)) {
     protect_lose("what was read before point %lu is not there after %d s", point.ordinal,

@@ -2,9 +2,9 @@
 //
 // Owns: its memory on the device. Promises: all devices that the program sees can read and write
 // it, or there is none, with the reason: a hook that could not would end the program. It belongs to
-// no context and outlives each (virtual memory does). It is all zero but for magic and page shift,
-// as read back, before its address is told to anybody. Called by context.c; the address is asked
-// for by load.c and by the tracker.
+// no context and outlives each (virtual memory does). It is all zero but for magic, page shift and
+// the places of the map's copies, as read back, before its address is told to anybody. Called by
+// context.c; the address is asked for by load.c and by the tracker.
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -88,7 +88,10 @@ union block {
 static int is_filled(CUdeviceptr at) {
   static union block zero, back;  // one thread is ever here
   struct concordia_control control = {
-      .magic = CONTROL_MAGIC, .page_shift = (uint32_t)process_number("page_shift", CONTROL_PAGE_SHIFT)};
+      .magic = CONTROL_MAGIC,
+      .page_shift = (uint32_t)process_number("page_shift", CONTROL_PAGE_SHIFT),
+      .map_stride = CONTROL_MAP_STRIDE,
+      .map_last = CONTROL_MAP_COPIES - 1};
   CUresult result = REAL(cuMemcpyHtoD_v2, at, &zero, sizeof zero);
   if (!result) result = REAL(cuMemcpyHtoD_v2, at, &control, sizeof control);
   if (!result) result = REAL(cuMemcpyDtoH_v2, (void *)&back, at, sizeof back);

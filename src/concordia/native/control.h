@@ -4,7 +4,11 @@
 #include <stdint.h>
 
 #define CONTROL_MAGIC 0x31304c5254434e43ull
+#define CONTROL_WINDOW_BYTES 0x4000000000ull
 #define CONTROL_PAGE_SHIFT 0x10u
+#define CONTROL_MAP_BYTES 0x400000u
+#define CONTROL_MAP_COPIES 0x10u
+#define CONTROL_MAP_STRIDE 0x400200u
 #define CONTROL_PROGRESS_WORDS 0x100u
 #define CONTROL_PROGRESS_STRIDE 0x40u
 #define CONTROL_ENTRY_OFFSET 0x100u
@@ -16,10 +20,12 @@ struct concordia_control {
   uint64_t magic;  // the shim, once
   uint64_t window_base;  // the tracker: lowest address that is tracked, of a page
   uint64_t window_bytes;  // the tracker: whole pages; 0: every test fails
-  uint64_t map;  // the tracker: address of the byte map, a byte for each page
+  uint64_t map;  // the tracker: where the map's first copy is; a byte for a page
   uint32_t page_shift;  // the shim, once
   uint32_t flags;  // nobody yet
-  uint8_t reserved[216];
+  uint32_t map_stride;  // the shim, once: bytes from a copy of the map to the next
+  uint32_t map_last;  // the shim, once: number of the last copy, all ones
+  uint8_t reserved[208];
 };
 _Static_assert(sizeof(struct concordia_control) == 256, "size");
 _Static_assert(offsetof(struct concordia_control, magic) == 0, "magic");
@@ -28,4 +34,6 @@ _Static_assert(offsetof(struct concordia_control, window_bytes) == 16, "window_b
 _Static_assert(offsetof(struct concordia_control, map) == 24, "map");
 _Static_assert(offsetof(struct concordia_control, page_shift) == 32, "page_shift");
 _Static_assert(offsetof(struct concordia_control, flags) == 36, "flags");
-_Static_assert(offsetof(struct concordia_control, reserved) == 40, "reserved");
+_Static_assert(offsetof(struct concordia_control, map_stride) == 40, "map_stride");
+_Static_assert(offsetof(struct concordia_control, map_last) == 44, "map_last");
+_Static_assert(offsetof(struct concordia_control, reserved) == 48, "reserved");

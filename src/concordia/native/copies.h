@@ -3,7 +3,7 @@
 // Owns: the structures of copies, and the order of what a hook does around the driver's call.
 // Promises: what is written is marked after the call; what is read is logged after it, or, in a
 // program that is brought forward, answered from the log once what came before it is done. Included
-// by copies.c, copies_pitched.c, fills.c and graphs.c. It holds nothing.
+// by copies.c, copies_pitched.c, fills.c, graphs.c and saver.c. It holds nothing.
 #pragma once
 #include "protect.h"
 

@@ -135,9 +135,8 @@ struct region {
 extern struct region *regions[REGIONS_MAX];
 extern int region_count;
 extern uint64_t regions_generation;
-extern uint64_t window_base;  // what kernels mark lies in [window_base, + WINDOW_BYTES)
-extern CUdeviceptr window_map;
-#define WINDOW_BYTES (1ull << 38)
+extern uint64_t window_base;  // kernels mark what lies in [window_base, + CONTROL_WINDOW_BYTES)
+extern CUdeviceptr window_map;  // its first copy
 void regions_allocated(uint64_t address, uint64_t bytes);        // without the lock
 void regions_freed(uint64_t address, uint64_t bytes);            // without the lock
 void regions_launched(const struct kernel *, const struct launch *);  // without the lock

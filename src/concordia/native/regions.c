@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "control.h"
 #include "protect.h"
 
 enum { NON_BLOCKING = 1, FREED_SAID = 100 };
@@ -68,10 +69,11 @@ static void free_ours(CUdeviceptr address) {
 static void make_window(uint64_t address) {
   CUdeviceptr map = 0;
   if (window_map) return;
-  uint64_t base = address & ~(WINDOW_BYTES / 2 - 1);
-  if (REAL(cuMemAlloc_v2, &map, WINDOW_BYTES >> MARK_SHIFT) != CUDA_SUCCESS) return;
-  if (filled(map, WINDOW_BYTES >> MARK_SHIFT) != CUDA_SUCCESS ||
-      !window_open(base, WINDOW_BYTES, map, filler)) {
+  uint64_t base = address & ~(CONTROL_WINDOW_BYTES / 2 - 1);
+  uint64_t bytes = (uint64_t)CONTROL_MAP_COPIES * CONTROL_MAP_STRIDE;
+  if (REAL(cuMemAlloc_v2, &map, bytes) != CUDA_SUCCESS) return;
+  if (filled(map, bytes) != CUDA_SUCCESS ||
+      !window_open(base, CONTROL_WINDOW_BYTES, map, filler)) {
     free_ours(map);
     return;
   }
@@ -96,7 +98,8 @@ static struct region *made(const char *name, uint64_t address, uint64_t bytes) {
   region->bytes = bytes;
   region->pages = (bytes + MARK_BYTES - 1) / MARK_BYTES;
   region->is_fresh = 1;
-  region->is_outside = address < window_base || address + bytes > window_base + WINDOW_BYTES;
+  region->is_outside =
+      address < window_base || address + bytes > window_base + CONTROL_WINDOW_BYTES;
   region->marks = calloc(1, region->pages);
   region->taken = calloc(1, region->pages);
   uint64_t room = region->pages * MARK_BYTES;

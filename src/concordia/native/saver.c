@@ -6,7 +6,7 @@
 // answers of the agent, so what it commits is one consistent cut; every wait is bounded, and at its
 // bound protection ends. Called by points.c.
 //
-//   stream:  marks -> map copy, marks = 0 | regions -> copies | word = number
+//   stream:  marks -> snapshot, marks = 0 | regions -> copies | word = number
 //   thread:  word? | marked pages of the copies -> stage | post | taken?
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -15,6 +15,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "copies.h"
 #include "saver.h"
 
 enum { NON_BLOCKING = 1 };
@@ -113,11 +114,11 @@ static int has_started(void) {
 static int prepare(void) {
   if (has_thread) return 1;
   word = board_word();
-  point.map = malloc(MAP_BYTES);
+  point.map = malloc(SNAPSHOT_BYTES);  // of which a page is there once it is used
   point.page_copy = malloc(MARK_BYTES);
   if (!word || !point.map || !point.page_copy) return 0;
-  if (window_map &&
-      bring_failed(REAL(cuMemAlloc_v2, &point.map_copy, MAP_BYTES), "allocate a copy of the marks"))
+  if (window_map && bring_failed(REAL(cuMemAlloc_v2, &point.map_copy, SNAPSHOT_BYTES),
+                                 "allocate a copy of the marks"))
     return 0;
   has_thread = has_started();
   if (!has_thread) protect_lose("no thread can be made");
@@ -144,6 +145,7 @@ static void take(void) {
   }
   point.map_first = first;
   point.map_count = first <= last && point.map_copy ? last - first + 1 : 0;
+  point.map_row = (point.map_count + MAP_ROW - 1) & ~(uint64_t)(MAP_ROW - 1);
 }
 
 // Not to be taken: the marks stay. When it happens always, somebody must be told.
@@ -159,17 +161,24 @@ static int has_marks(const struct region *region) {
   return memchr(region->taken, 1, region->pages) != NULL;
 }
 
+// All copies of the map in two calls: the program waits for them.
+static CUresult take_map(CUstream stream, int per_thread) {
+  CUdeviceptr first = window_map + point.map_first;
+  CUDA_MEMCPY2D copy = {
+      .source = {.type = MEMORY_DEVICE, .device = first, .pitch = CONTROL_MAP_STRIDE},
+      .target = {.type = MEMORY_DEVICE, .device = point.map_copy, .pitch = point.map_row},
+      .width = point.map_count,
+      .height = CONTROL_MAP_COPIES};
+  CUresult result = STREAM_CALL(per_thread, cuMemcpy2DAsync_v2, &copy, stream);
+  if (result != CUDA_SUCCESS) return result;
+  return STREAM_CALL(per_thread, cuMemsetD2D8Async, first, CONTROL_MAP_STRIDE, 0, point.map_count,
+                     CONTROL_MAP_COPIES, stream);
+}
+
 static CUresult copy_all(CUstream stream, int per_thread) {
-  CUresult result = CUDA_SUCCESS;
   // The marks first: a store is marked behind it, so what a page gets after its copy is marked for
   // the next point.
-  if (point.map_count) {
-    result = STREAM_CALL(per_thread, cuMemcpyDtoDAsync_v2, point.map_copy + point.map_first,
-                         window_map + point.map_first, point.map_count, stream);
-    if (result == CUDA_SUCCESS)
-      result = STREAM_CALL(per_thread, cuMemsetD8Async, window_map + point.map_first, 0,
-                           point.map_count, stream);
-  }
+  CUresult result = point.map_count ? take_map(stream, per_thread) : CUDA_SUCCESS;
   for (int i = 0; i < point.held_count && result == CUDA_SUCCESS; i++) {
     const struct region *region = point.held[i];
     int is_known = !point.map_count || region->is_outside;  // all of its marks are here

@@ -14,7 +14,8 @@ static int is_written(CUdeviceptr target, const uint64_t *words, uint64_t count,
 }
 
 // The size last: until then every test fails. A kernel that runs meanwhile reads size and map in
-// one word of 16 bytes, so where it sees the window open it has the map.
+// one word of 16 bytes, so where it sees the window open it has the map. Where the map's copies are
+// it knows all along: that was written before the block's address was told to anybody.
 int window_open(uint64_t base, uint64_t bytes, CUdeviceptr map, CUstream stream) {
   uint64_t control = control_address();
   if (!control || process_number("page_shift", CONTROL_PAGE_SHIFT) != MARK_SHIFT) return 0;
