@@ -53,6 +53,7 @@ VARIANTS: Final = {
     # Not the product's: why it is as it is.
     "one_copy": Variant(entry=False, marks=True, copies=1),
     "four_copies": Variant(entry=False, marks=True, copies=4),
+    "many_copies": Variant(entry=False, marks=True, copies=128, stride=PAGES + 512),
     "stride_even": Variant(entry=False, marks=True, stride=abi.CONTROL_MAP_BYTES),
     "stride_small": Variant(entry=False, marks=True, stride=PAGES),
     "by_cta": Variant(entry=False, marks=True, edits=BY_CTA),

@@ -127,6 +127,10 @@ def test_driver_is_refused_in_one_line_when_there_is_none(tmp_path: Path, damage
 def test_control_block_is_the_generated_one_when_committed() -> None:
     assert (NATIVE / "control.h").read_text("utf-8") == abi.control_header(), "regenerate: python -m concordia.abi"
     assert set(abi.CONTROL.offsets()) == {"magic", "window_base", "window_bytes", "map", "page_shift", "flags", "map_stride", "map_last", "reserved"}
+    taken = abi.CONTROL_MAP_COPIES * (abi.CONTROL_MAP_STRIDE + abi.CONTROL_MAP_BYTES) >> 20
+    prose = (NATIVE.parents[2] / "docs" / "program.md").read_text("utf-8")
+    assert f"{taken} MiB of the GPU for marks" in prose
+    assert f"all {abi.CONTROL_MAP_COPIES} copies of their map" in prose
     assert abi.CONTROL_EXIT_OFFSET + abi.CONTROL_PROGRESS_WORDS * abi.CONTROL_PROGRESS_STRIDE <= abi.CONTROL_ALLOCATED_BYTES
 
 
