@@ -287,6 +287,42 @@ def test_whole_blocks_of_one_task_are_records_of_their_own(setup: Setup) -> None
     assert len(setup.stream.records()) == 6
 
 
+@pytest.mark.parametrize("segments", [1, 3, 60])
+def test_blocks_count_in_order_over_segments_and_to_the_journal_s_end(shape: tuple[HostDevice, int], segments: int) -> None:
+    """Groups of a task's blocks are chained while the next are on their way: a segment may end within a group, behind one, or for good."""
+    geometry, count = GEOMETRIES["odd"], 90
+    size, each = geometry.block_tokens, record_bytes(geometry.raw_bytes())
+    random = np.random.default_rng(segments)
+    buffers = [Buffer(BLOCKS * geometry.stride) for _ in range(geometry.layers)]
+    layers = [np.frombuffer(buffer.view, np.uint8) for buffer in buffers]
+    for layer in layers:
+        layer[:] = random.integers(0, 256, layer.size, np.uint8)
+    blocks = [int(block) for block in random.integers(0, BLOCKS, count)]
+    for leaves in (1, 2, 5, 13, 14, 15, 20, 40):  # of a segment, which holds 1, 2, 5, 15, 16, 17, 23, 47 records
+        room = min(count, segments * ((leaves * abi.LEAF_BYTES - 256) // each))
+        most = min(60, leaves * abi.IDS_PER_LEAF)  # that a task may name
+        parts = [range(first, min(first + most, count)) for first in range(0, count, most)]
+        stream = ScratchStream(segments=segments, segment_bytes=leaves * abi.LEAF_BYTES)
+        with Checkpointer(shape[0], stream.target, lanes=shape[1]) as checkpointer:
+            region = checkpointer.register_kv(geometry, [buffer.address for buffer in buffers])
+            answers = [
+                checkpointer.wait(checkpointer.append_kv(
+                    region, kind=abi.KIND_KV_BLOCK, key=9, incarnation=4, token_start=part.start * size, token_end=part.stop * size,
+                    blocks=blocks[part.start : part.stop], step=3, is_each=True,
+                ))
+                for part in parts
+            ]  # fmt: skip
+            records = stream.records()
+        for part, answer in zip(parts, answers, strict=True):
+            done = max(0, min(part.stop, room) - part.start)
+            assert answer.status == (abi.STATUS_OK if done == len(part) else abi.STATUS_JOURNAL_FULL)
+            assert answer.result == done
+            assert not done or answer.sequence == part.start + done - 1
+        assert [record.header["token_start"] // size for record in records] == list(range(room))
+        assert [record.payload for record in records] == [raw_of("odd", layers, [block]) for block in blocks[:room]]
+        stream.close()
+
+
 def test_tokens_of_many_requests_are_a_record_each_in_their_order(setup: Setup) -> None:
     """On the GPU's shape those that wait together share one way through the handler; what is among them that is no single token, or names
     no block, has its own."""

@@ -113,7 +113,7 @@ HANDLERS = ("kv_append", "kv_apply", "kv_hash", "bytes_append", "page_scan")
 
 
 LANES = SOURCE.with_name("lanes.cpp")
-RECORDS = {"records": 3 + 5 + 3 + 2 + 4}
+RECORDS = {"records": 3 + 5 + 3 + 35 + 4}
 CTA = 64  # lanes: two warps
 
 

@@ -117,7 +117,7 @@ static Completion run(Task task, const std::vector<uint32_t>& ids, const void* p
 }
 
 // A reader beside the writer, as in another process: once the commit word is there, header and payload must be.
-constexpr uint64_t kRecords = 3 + 5 + 3 + 2 + 4, kSalt = 1000;
+constexpr uint64_t kEach = 35, kRecords = 3 + 5 + 3 + kEach + 4, kSalt = 1000;
 struct Expected {
   uint8_t* header;
   uint64_t payload_bytes;
@@ -265,12 +265,12 @@ int main(int count, char**) {
     const Completion scanned = run(task, {}, nullptr, 0);
     if (scanned.status != kStatusOk || scanned.result != (round == 0 ? kPages : 1)) fail("scan", scanned.status, scanned.result);
   }
-  Task each = {};  // a record for each block
-  each.kind = kTaskAppend, each.opcode = 1, each.record_kind = kKindKvBlock, each.token_end = 2 * kBlockTokens, each.arg = kAppendEach;
-  expect_record(pool, kLayers * kBlockBytes);
-  expect_record(pool, kLayers * kBlockBytes);
-  const Completion both = run(each, {2, 0}, nullptr, 0);
-  if (both.status != kStatusOk || both.result != 2) fail("each block", both.status, both.result);
+  Task each = {};  // a record for each block; groups of them are chained while the next are on their way
+  each.kind = kTaskAppend, each.opcode = 1, each.record_kind = kKindKvBlock, each.token_end = kEach * kBlockTokens, each.arg = kAppendEach;
+  std::vector<uint32_t> ids;
+  for (uint32_t i = 0; i < kEach; ++i) ids.push_back(i * 3 % kBlocks), expect_record(pool, kLayers * kBlockBytes);
+  const Completion all = run(each, ids, nullptr, 0);
+  if (all.status != kStatusOk || all.result != kEach) fail("each block", all.status, all.result);
   std::vector<uint64_t> positions;  // a step's tokens, which a GPU appends together
   for (uint32_t i = 0; i < 4; ++i) {
     Task token = {};

@@ -121,15 +121,16 @@ FUNCTION bool take_segment(Call* call, uint64_t lane, Journal* journal) {
   return true;
 }
 
-// Leading team: room for a record in this segment or the next; otherwise the status that refuses
-// it.
-FUNCTION uint64_t find_room(Call* call, uint64_t lane, Journal* journal, uint64_t payload_bytes) {
+// Leading team: room for a record in this segment, behind `ahead` bytes of others, or in the next;
+// otherwise the status that refuses it.
+FUNCTION uint64_t find_room(Call* call, uint64_t lane, Journal* journal, uint64_t payload_bytes,
+                            uint64_t ahead) {
   if (journal->pool == nullptr) return kStatusJournalFull;
   const uint64_t bytes = record_bytes(payload_bytes);
   if (payload_bytes > journal->segment_bytes ||
       bytes > journal->segment_bytes - sizeof(SegmentHeader))
     return kStatusTooLarge;
-  const bool has_room = journal->offset + bytes <= journal->segment_bytes;
+  const bool has_room = journal->offset + ahead + bytes <= journal->segment_bytes;
   team_sync();  // every lane has looked before the leader takes a segment
   if (has_room || take_segment(call, lane, journal)) return kStatusOk;
   if (lane == 0) {
@@ -137,40 +138,6 @@ FUNCTION uint64_t find_room(Call* call, uint64_t lane, Journal* journal, uint64_
     store<kRelaxed, kSystem>(&journal->control->dropped_count, journal->dropped);
   }
   return kStatusJournalFull;
-}
-
-// All lanes: places in the pool for the payloads of the next records, at most `most` of this size,
-// one behind the other from call->place on; how many, or 0 with the reason in call->status. They
-// are ours until the next reserve; without a commit they are simply used again.
-FUNCTION uint64_t reserve_records(Call* call, uint64_t lane, uint64_t payload_bytes,
-                                  uint64_t most) {
-  if (is_leading_team(lane)) {
-    Journal* journal = call->journal;
-    team_sync();  // what the leader wrote last is there for its team
-    uint64_t status = call->status;
-    if (status == kStatusOk) status = find_room(call, lane, journal, payload_bytes);
-    team_sync();  // every lane has read the status that the leader's refusal below may change
-    if (lane == 0) {
-      call->place = nullptr;
-      call->place_count = 0;
-      if (status == kStatusOk) {
-        const uint64_t room = journal->segment_bytes - journal->offset;
-        call->place =
-            journal->pool + journal->segment_start + journal->offset + sizeof(RecordHeader);
-        // one fits; a division is slow, and mostly no more are wanted
-        call->place_count = most == 1 ? 1 : smaller(most, room / record_bytes(payload_bytes));
-      }
-      refuse(call, lane, status);
-    }
-  }
-  grid_sync(call);
-  return call->place_count;
-}
-
-// All lanes: a place for one payload, or null.
-FUNCTION uint8_t* reserve_record(Call* call, uint64_t lane, uint64_t payload_bytes) {
-  (void)reserve_records(call, lane, payload_bytes, 1);
-  return call->place;
 }
 
 // What a record is of.
@@ -286,13 +253,13 @@ FUNCTION void put_headers(RecordHeader* headers, uint64_t count, uint64_t payloa
 #endif
 }
 
-// Leader: headers and payloads of `count` records of one size are there; the words that make them
-// count. `last` is the hash of the last header.
-FUNCTION void put_commits(Call* call, uint64_t payload_bytes, uint64_t count,
+// Leader: headers and payloads of `count` records of one size are there, the first payload at
+// `place`; the words that make them count. `last` is the hash of the last header.
+FUNCTION void put_commits(Call* call, uint64_t payload_bytes, uint64_t count, uint8_t* place,
                           const uint64_t last[2]) {
   Journal* journal = call->journal;
   const uint64_t bytes = record_bytes(payload_bytes);
-  uint8_t* word_ptr = call->place + align_up(payload_bytes, kLineBytes);
+  uint8_t* word_ptr = place + align_up(payload_bytes, kLineBytes);
   // headers and payloads; with them the answer of the task before, which waited for this fence
   settle();
   flush_answer(call);
@@ -309,7 +276,71 @@ FUNCTION void put_commits(Call* call, uint64_t payload_bytes, uint64_t count,
   journal->previous_hash[0] = last[0];
   journal->previous_hash[1] = last[1];
   call->sequence = journal->sequence - 1;
-  call->place = nullptr;
+}
+
+// Records whose payloads are on their way and whose headers are made in the stage: all they lack is
+// their chain and the words that make them count. Each lane of the leading team has its own copy.
+struct Ready {
+  uint8_t* place;  // of the first payload
+  uint64_t count;
+};
+
+// Leading team: what is ready counts, and nothing is any more. All lanes have met since it was.
+FUNCTION void put_ready(Call* call, uint64_t lane, uint64_t payload_bytes, Ready* ready) {
+  if (ready->count == 0) return;
+  const Journal* journal = call->journal;
+  uint64_t hash[2] = {journal->previous_hash[0], journal->previous_hash[1]};
+  put_headers(reinterpret_cast<RecordHeader*>(call->stage), ready->count, payload_bytes,
+              ready->place, hash);
+  team_sync();  // every lane's share of the headers is released to the leader
+  if (lane == 0) put_commits(call, payload_bytes, ready->count, ready->place, hash);
+  team_sync();  // the journal's new end is there for all of the team
+  ready->count = 0;
+}
+
+// All lanes: places in the pool for the payloads of the next records, at most `most` of this size,
+// one behind the other from call->place on; how many, or 0 with the reason in call->status. They
+// are ours until the next reserve; without a commit they are simply used again. They come behind
+// records that are ready, of the same size, which are put first where the segment ends before.
+FUNCTION uint64_t reserve_behind(Call* call, uint64_t lane, uint64_t payload_bytes, uint64_t most,
+                                 Ready* ready) {
+  if (is_leading_team(lane)) {
+    Journal* journal = call->journal;
+    team_sync();  // what the leader wrote last is there for its team
+    const uint64_t bytes = record_bytes(payload_bytes);
+    if (journal->offset + (ready->count + 1) * bytes > journal->segment_bytes)
+      put_ready(call, lane, payload_bytes, ready);
+    const uint64_t ahead = ready->count * bytes;
+    uint64_t status = call->status;
+    if (status == kStatusOk) status = find_room(call, lane, journal, payload_bytes, ahead);
+    team_sync();  // every lane has read the status that the leader's refusal below may change
+    if (lane == 0) {
+      call->place = nullptr;
+      call->place_count = 0;
+      if (status == kStatusOk) {
+        const uint64_t start = journal->offset + ahead, room = journal->segment_bytes - start;
+        call->place = journal->pool + journal->segment_start + start + sizeof(RecordHeader);
+        // one fits; a division is slow, and mostly no more are wanted
+        call->place_count = most == 1 ? 1 : smaller(most, room / bytes);
+      }
+      refuse(call, lane, status);
+    }
+  }
+  grid_sync(call);
+  return call->place_count;
+}
+
+// All lanes: the same where nothing is ready.
+FUNCTION uint64_t reserve_records(Call* call, uint64_t lane, uint64_t payload_bytes,
+                                  uint64_t most) {
+  Ready none = {};
+  return reserve_behind(call, lane, payload_bytes, most, &none);
+}
+
+// All lanes: a place for one payload, or null.
+FUNCTION uint8_t* reserve_record(Call* call, uint64_t lane, uint64_t payload_bytes) {
+  (void)reserve_records(call, lane, payload_bytes, 1);
+  return call->place;
 }
 
 // Leading team: payload and its hash are there; the header, then the word that makes the record
@@ -324,7 +355,7 @@ FUNCTION void publish_record(Call* call, uint64_t lane, const RecordNames& names
   team_sync();
   put_headers(&call->header, 1, payload_bytes, call->place, hash);
   team_sync();  // every lane's share of the header is released to the leader
-  if (lane == 0) put_commits(call, payload_bytes, 1, hash);
+  if (lane == 0) put_commits(call, payload_bytes, 1, call->place, hash);
 }
 
 // All lanes: commits the payload that lies at call->place, whose hash is in call->payload_hash. The
@@ -351,17 +382,18 @@ FUNCTION void commit_streamed(Call* call, uint64_t lane, const RecordNames& name
   if (is_leading_team(lane)) commit_digests(call, lane, names, payload_bytes);
 }
 
-// All lanes, device shape: commits the `count` payloads that were streamed from call->place on. The
-// digests of payload i start at i * root_bytes(its leaves); entry(i) says what its record is of.
-// Each header is made by a team, beside the others, where staged bytes would lie; only their chain
-// is one's work.
+// All lanes, device shape: makes the `count` payloads that were streamed from call->place on ready.
+// The digests of payload i start at i * root_bytes(its leaves); entry(i) says what its record is
+// of. Each header is made by a team, beside the others, where staged bytes would lie; only their
+// chain is one's work. What was ready before is put by then.
 template <class EntryOf>
-FUNCTION void commit_group(Call* call, uint64_t lane, uint64_t payload_bytes, uint64_t count,
-                           EntryOf entry) {
+FUNCTION Ready make_ready(Call* call, uint64_t lane, uint64_t payload_bytes, uint64_t count,
+                          EntryOf entry) {
   const Journal* journal = call->journal;
   const uint64_t leaves = leaf_count(payload_bytes), stride = root_bytes(leaves);
   uint8_t* digests = call->digests;
   RecordHeader* headers = reinterpret_cast<RecordHeader*>(call->stage);
+  const Ready ready = {call->place, count};
   grid_sync(call);  // payloads and digests of every team are there
   for (uint64_t i = lane / kTeamLanes; i < count; i += call->lanes / kTeamLanes) {
     uint64_t* hash = reinterpret_cast<uint64_t*>(digests + i * stride);
@@ -378,14 +410,18 @@ FUNCTION void commit_group(Call* call, uint64_t lane, uint64_t payload_bytes, ui
     call->payload_hash[1] = hash[1];
   }
   grid_sync(call);
-  if (!is_leading_team(lane)) return;
-  uint64_t hash[2] = {journal->previous_hash[0], journal->previous_hash[1]};
-  put_headers(headers, count, payload_bytes, call->place, hash);
-  team_sync();  // every lane's share of the headers is released to the leader
-  if (lane == 0) put_commits(call, payload_bytes, count, hash);
+  return ready;
 }
 
-// Records that commit_group has room for at once.
+// All lanes, device shape: commits them at once.
+template <class EntryOf>
+FUNCTION void commit_group(Call* call, uint64_t lane, uint64_t payload_bytes, uint64_t count,
+                           EntryOf entry) {
+  Ready ready = make_ready(call, lane, payload_bytes, count, entry);
+  if (is_leading_team(lane)) put_ready(call, lane, payload_bytes, &ready);
+}
+
+// Records that make_ready has room for at once.
 FUNCTION uint64_t group_most(const Call* call, uint64_t payload_bytes) {
   return smaller(call->digest_bytes / root_bytes(leaf_count(payload_bytes)),
                  call->stage_bytes / sizeof(RecordHeader));

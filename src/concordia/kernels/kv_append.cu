@@ -16,14 +16,17 @@ FUNCTION Range block_of(const Range& range, uint64_t index) {
 }
 
 // All lanes, device shape: streams `count` payloads of `kBytes` each from call->place on, a record's
-// length apart; words(i) gives those of payload i.
+// length apart; words(i) gives those of payload i. The first `idle` teams have no share of it.
 template <uint64_t kBytes, class WordsOf>
-FUNCTION void stream_group(Call* call, uint64_t lane, uint64_t count, WordsOf words) {
+FUNCTION void stream_group(Call* call, uint64_t lane, uint64_t count, uint32_t idle,
+                           WordsOf words) {
   constexpr uint32_t kEach = (uint32_t)leaf_count(kBytes);
   uint8_t *place = call->place, *digests = call->digests;
-  const uint32_t teams = (uint32_t)(call->lanes / kTeamLanes), leaves = (uint32_t)count * kEach;
+  const uint32_t team = (uint32_t)(lane / kTeamLanes), leaves = (uint32_t)count * kEach;
+  const uint32_t teams = (uint32_t)(call->lanes / kTeamLanes) - idle;
+  if (team < idle) return;
 #pragma unroll 1
-  for (uint32_t i = (uint32_t)(lane / kTeamLanes); i < leaves; i += teams) {
+  for (uint32_t i = team - idle; i < leaves; i += teams) {
     const uint32_t record = i / kEach, leaf = i % kEach;
     uint8_t* digest_ptr = digests + record * root_bytes(kEach) + leaf * 16;
     stream_leaf(words(record), leaf, kBytes, place + record * record_bytes(kBytes),
@@ -31,22 +34,33 @@ FUNCTION void stream_group(Call* call, uint64_t lane, uint64_t count, WordsOf wo
   }
 }
 
-// All lanes, device shape: as many blocks at once as the segment has room for.
+// Blocks at once: the leading team chains headers, a microsecond each, while the others stream the
+// next ones, and each such turn costs some meetings of all.
+constexpr uint64_t kBlocksAtOnce = 16;
+// With more teams than one CTA has the bus is full without the leading one, which only chains then.
+constexpr uint64_t kTeamsFew = kTeamLanes == 1 ? 2 : 16;
+
+// All lanes, device shape: as many blocks at once as the segment has room for; they count while the
+// next ones are on their way.
 FUNCTION void append_group(Call* call, uint64_t lane, const Range& range) {
+  const uint32_t idle = call->lanes / kTeamLanes > kTeamsFew ? 1 : 0;
+  const uint64_t at_once = smaller(kBlocksAtOnce, group_most(call, kPayload));
+  Ready ready = {};
   for (uint64_t first = 0, count = 0; first < range.id_count; first += count) {
-    const uint64_t most = smaller(range.id_count - first, group_most(call, kPayload));
-    count = reserve_records(call, lane, kPayload, most);
-    if (count == 0) return;
-    stream_group<kPayload>(call, lane, count, [=](uint32_t i) {
+    count = reserve_behind(call, lane, kPayload, smaller(at_once, range.id_count - first), &ready);
+    if (count == 0) break;
+    if (is_leading_team(lane)) put_ready(call, lane, kPayload, &ready);
+    stream_group<kPayload>(call, lane, count, idle, [=](uint32_t i) {
       return RegionWords<true>(call, block_of(range, first + i));
     });
     const uint64_t start = call->task.token_start + first * kBlockTokens;
-    commit_group(call, lane, kPayload, count, [=](uint64_t i) {
+    ready = make_ready(call, lane, kPayload, count, [=](uint64_t i) {
       const uint64_t at = start + i * kBlockTokens;
       return Entry{&call->task, {kKindKvBlock, at, at + kBlockTokens}};
     });
     if (lane == 0) call->result += count;
   }
+  if (is_leading_team(lane)) put_ready(call, lane, kPayload, &ready);
 }
 
 FUNCTION bool is_token(const Task* task) {
@@ -82,7 +96,7 @@ FUNCTION void append_tokens(Call* call, uint64_t lane) {
   }
   const uint64_t count = reserve_records(call, lane, kToken, most);
   if (count == 0) return;
-  stream_group<kToken>(call, lane, count, [=](uint32_t i) { return token_words(call, i); });
+  stream_group<kToken>(call, lane, count, 0, [=](uint32_t i) { return token_words(call, i); });
   commit_group(call, lane, kToken, count, [=](uint64_t i) {
     const Task* task = &call->group[i].task;
     return Entry{task, {kKindKvTail, task->token_start, task->token_end}};
