@@ -144,14 +144,18 @@ def test_stage_is_what_the_regions_are_when_kernels_mark_what_they_store(ground:
 
 
 def test_pages_are_not_brought_again_when_their_marks_were_taken(ground: ProtectedGround, tmp_path: Path) -> None:
-    """Before the first point the driver marks each page of the first region in every copy of the map; a step writes a few."""
-    folder = tmp_path / "protect"
-    answers = Answers(folder, protected_folder(folder, policy_of(BY_SIZE)))
-    _, said = answers.until_end(ground.start("train", "100", CONCORDIA_PROTECT=str(folder), **marking_run(tmp_path)))
-    assert "unprotected" not in said
-    found = [next(one for one in post.regions if one.name == "big.0") for post in answers.posts]
-    assert found[0].pages_marked == found[0].pages == DIRTY_BYTES[0] // MARK_BYTES
-    assert min(after.pages_marked - before.pages_marked for before, after in itertools.pairwise(found)) < found[0].pages // 2
+    """Before the first point the driver marks each page of the first region in every copy of the map; a step marks a few."""
+    settings = marking_run(tmp_path)
+    for turn in range(10):  # how many steps come between two points is a matter of time
+        folder = tmp_path / f"protect-{turn}"
+        answers = Answers(folder, protected_folder(folder, policy_of(BY_SIZE)))
+        _, said = answers.until_end(ground.start("train", "200", CONCORDIA_PROTECT=str(folder), **settings))
+        assert "unprotected" not in said
+        found = [next(one for one in post.regions if one.name == "big.0") for post in answers.posts]
+        assert found[0].pages_marked == found[0].pages == DIRTY_BYTES[0] // MARK_BYTES
+        if any(after.pages_marked - before.pages_marked < after.pages // 2 for before, after in itertools.pairwise(found)):
+            return
+    pytest.fail("every point brings most pages again")
 
 
 def test_audit_finds_nothing_when_marks_are_complete(ground: ProtectedGround, tmp_path: Path, seed: int) -> None:

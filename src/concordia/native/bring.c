@@ -50,6 +50,11 @@ int bring_failed(CUresult result, const char *doing) {
   return 1;
 }
 
+// Of one piece; the compiler makes vectors of it.
+static void join(uint64_t *restrict all, const uint64_t *restrict some) {
+  for (int i = 0; i < MAP_ROW_WORDS; i++) all[i] |= some[i];
+}
+
 // The copies of the map become one: a page is marked when it is in any of them. Rows are brought
 // whole; what lies behind the marks in a row is nobody's.
 static CUresult bring_map(CUstream stream) {
@@ -58,9 +63,9 @@ static CUresult bring_map(CUstream stream) {
                          CONTROL_MAP_COPIES * point.map_row, stream);
   if (result == CUDA_SUCCESS) result = REAL(cuStreamSynchronize, stream);
   if (result != CUDA_SUCCESS) return result;
-  for (uint64_t copy = 1; copy < CONTROL_MAP_COPIES; copy++)
-    for (uint64_t at = 0; at < words; at += MAP_ROW / sizeof *all)
-      for (uint64_t i = at; i < at + MAP_ROW / sizeof *all; i++) all[i] |= all[copy * words + i];
+  for (uint64_t at = 0; at < words; at += MAP_ROW_WORDS)
+    for (uint64_t copy = 1; copy < CONTROL_MAP_COPIES; copy++)
+      join(all + at, all + copy * words + at);
   return CUDA_SUCCESS;
 }
 

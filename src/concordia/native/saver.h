@@ -8,7 +8,8 @@
 #include "protect.h"
 
 _Static_assert(CONTROL_PAGE_SHIFT == MARK_SHIFT, "a byte of the map is of a page");
-enum { MAP_ROW = 512 };  // rows of a snapshot begin at multiples of it, as the driver's pitches do
+// Rows of a snapshot begin at multiples of it, as the driver's pitches do.
+enum { MAP_ROW = 512, MAP_ROW_WORDS = MAP_ROW / sizeof(uint64_t) };
 _Static_assert(CONTROL_MAP_STRIDE % MAP_ROW == 0, "a pitch");
 // The largest snapshot: the whole window.
 #define SNAPSHOT_BYTES ((uint64_t)CONTROL_MAP_COPIES * CONTROL_MAP_BYTES)
