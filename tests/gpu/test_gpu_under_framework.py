@@ -1,16 +1,20 @@
 """Real programs under `concordia run`, on a GPU.
 
 Invariants: with hooks every kernel of the corpus leaves the bytes it leaves without them: PyTorch, training, CUDA graphs, Triton, NVRTC,
-vLLM's operators and FlashAttention 3, NCCL on two GPUs; start after start; torch.profiler works inside; killing the rewriter at any
-moment changes nothing but coverage; the off switch leaves nothing of us in the process. real_kernels.py is the program.
+vLLM's operators and FlashAttention 3, NCCL on two GPUs; start after start; vLLM's own processes start and say the same tokens;
+torch.profiler and compute-sanitizer work inside; killing the rewriter at any moment changes nothing but coverage; the off switch leaves
+nothing of us in the process. real_kernels.py is the program.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,9 +24,28 @@ from typing import Any
 import pytest
 from child import HERE, gpu_count
 
+from concordia.testing.model import make_model
+
 ROOT = HERE.parent.parent
 PROGRAM = str(HERE / "real_kernels.py")
 TIMEOUT_S = 110.0
+ENGINE_S = 200.0  # of a cold start, whose images are rewritten for each process
+# One kernel that writes where it may, or far beyond.
+WRITER = """
+import ctypes
+from concordia.device.cuda_call import checked
+from concordia.device.cuda_context import CudaContext
+from concordia.device.nvrtc import compile_ptx, link_cubin
+text = 'extern "C" __global__ void writer(char* at, unsigned long long beyond) {{ at[beyond + threadIdx.x] = 1; }}'
+with CudaContext(0).current() as driver:
+    cubin = link_cubin([compile_ptx(text, name="writer.cu", architecture="sm_90")], name="writer", architecture="sm_90")
+    module = checked(driver.cuModuleLoadData(cubin), "load")
+    function = checked(driver.cuModuleGetFunction(module, b"writer"), "look up")
+    at = checked(driver.cuMemAlloc(4096), "allocate")
+    words = ((int(at), {beyond}), (ctypes.c_uint64, ctypes.c_uint64))
+    checked(driver.cuLaunchKernel(function, 1, 1, 1, 32, 1, 1, 0, 0, words, 0), "launch")
+    driver.cuCtxSynchronize()
+"""
 STARTS = int(os.environ.get("CONCORDIA_TEST_STARTS", "3"))
 
 
@@ -39,13 +62,13 @@ def start(words: list[str], cache: pathlib.Path, *, hooks: str | None, **more: s
     )  # fmt: skip
 
 
-def answer(child: subprocess.Popen[str]) -> dict[str, Any]:
+def answer(child: subprocess.Popen[str], timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
     try:
-        said, complaints = child.communicate(timeout=TIMEOUT_S)
+        said, complaints = child.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
         said, complaints = child.communicate(timeout=10)
-        raise AssertionError(f"no end within {TIMEOUT_S} s:\n{said[-2000:]}\n{complaints[-4000:]}") from None
+        raise AssertionError(f"no end within {timeout_s} s:\n{said[-2000:]}\n{complaints[-4000:]}") from None
     assert child.returncode == 0, f"ended with {child.returncode}:\n{said[-2000:]}\n{complaints[-4000:]}"
     found: dict[str, Any] = json.loads(said.strip().splitlines()[-1])
     return found
@@ -100,6 +123,39 @@ def test_profiler_sees_kernels_when_hooks_are_in(cache: pathlib.Path) -> None:
         "print(json.dumps({'kernels': sum(e.device_type == torch.autograd.DeviceType.CUDA for e in seen.events())}))\n"
     )
     assert answer(start(["-c", text], cache, hooks="entry"))["kernels"] >= 3
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_engine_with_its_own_processes_says_the_same_tokens_with_hooks(cache: pathlib.Path, tmp_path: pathlib.Path, workers: int) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm for CUDA is not installed")
+    if gpu_count() < workers:
+        pytest.skip("needs a second GPU")
+    make_model(tmp_path, shape="140m")
+    words = [str(HERE / "vllm_program.py"), str(tmp_path), str(workers), "1"]
+    plain = answer(start(words, cache, hooks=None), timeout_s=ENGINE_S)
+    hooked = answer(start(words, cache, hooks="entry"), timeout_s=ENGINE_S)
+    assert hooked == plain
+    images = modules(cache)
+    print("processes", len({image["pid"] for image in images if "pid" in image}))
+    assert sum(image["outcome"] == "rewritten" for image in images) > 0
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_sanitizer_sees_what_it_sees_without_us_when_hooks_are_in(cache: pathlib.Path, is_wrong: bool) -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    sanitizer = importlib.import_module("sanitize").find_sanitizer()
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not here: install CUDA's toolkit, or set CUDA_HOME")
+    source = WRITER.format(beyond=1 << 30 if is_wrong else 0)
+    front = [sys.executable, "-m", "concordia.cli", "run", "--hooks", "entry", "--verbose", "--"]
+    words = [sanitizer, "--tool", "memcheck", "--error-exitcode", "0", sys.executable, "-c", source]
+    for command in ([*front, *words], words):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(cache), timeout=TIMEOUT_S, check=False)
+        said = done.stdout + done.stderr
+        assert ("ERROR SUMMARY: 0 errors" in said) is not is_wrong, said[-4000:]
+        assert ("Invalid __global__ write" in said) is is_wrong, said[-4000:]
+        assert command is words or re.search(r": [1-9]\d* hooked", said), said[-4000:]
 
 
 def test_nothing_but_coverage_changes_when_the_rewriter_is_killed(plain: dict[str, Any], tmp_path: pathlib.Path) -> None:
