@@ -219,6 +219,18 @@ def test_resume_is_refused_when_the_program_or_its_log_is_another(ground: Protec
         Protection.open(policy)
 
 
+def test_resume_is_refused_when_the_program_has_its_numbers_in_other_places(ground: ProtectedGround, policy: Policy) -> None:
+    """Kernels are left out until the point, and reads answered: only their arguments tell."""
+    killed = Life(ground, policy, "train", LONG)
+    killed.kill_after(20)
+    other = Life(ground, policy, "train", LONG, PROGRAM_PLACE="other")
+    assert other.end() == 70
+    assert "or on other places of its regions" in other.errors
+    again = Life(ground, policy, "train", str(len(killed.lines) + 20))
+    assert again.end() == 0, again.errors
+    assert again.lines == plain_run(ground, len(killed.lines) + 20)
+
+
 def test_resume_is_refused_when_an_asynchronous_read_of_the_first_points_is_another(ground: ProtectedGround, policy: Policy) -> None:
     second = replace(policy, warm_points=2)  # the first step reads before its second point, and asynchronously
     killed = Life(ground, second, "train", LONG)
@@ -241,17 +253,17 @@ def test_program_goes_on_when_its_agent_is_killed(ground: ProtectedGround, polic
 def test_next_start_goes_on_when_the_agent_was_killed_and_the_program_has_ended_well(
     ground: ProtectedGround, policy: Policy, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    life = Life(ground, policy, "train", "300")
+    life = Life(ground, policy, "train", "900")
     board = Board(life.protection.folder / "board", policy.stage_bytes)
     until(lambda: board.word("taken") >= 2, LIFE_S)
     board.close()
     life.protection._agent.kill()
     assert life.end() == 0
     assert "the checkpoints of trained are still there" in capfd.readouterr().err
-    again = Life(ground, policy, "train", "300")
+    again = Life(ground, policy, "train", "900")
     assert again.protection.resumed is not None
     assert again.end() == 0, again.errors
-    assert again.lines == life.lines == plain_run(ground, 300)
+    assert again.lines == life.lines == plain_run(ground, 900)
     assert not reads_path(policy).exists()
 
 

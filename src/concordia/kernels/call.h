@@ -137,7 +137,9 @@ FUNCTION void for_each_lane(const Call* call, uint64_t lane, uint64_t count, Bod
 // Ends a handler: every lane returns what this returns. Lane 0 notes the status, and the first one
 // noted stays.
 FUNCTION void refuse(Call* call, uint64_t lane, uint64_t status) {
-  if (lane == 0 && call->status == kStatusOk) call->status = status;
+  // volatile: a compiler that reads the word ahead reads it in all lanes, beside the leader's store
+  volatile uint64_t* noted = &call->status;
+  if (lane == 0 && *noted == kStatusOk) *noted = status;
 }
 
 // All lanes together: the same where another lane may still be looking at call->status.

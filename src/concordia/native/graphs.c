@@ -66,6 +66,13 @@ static uint64_t mixed(uint64_t hash, uint64_t word) {
   return (hash ^ word) * 0x100000001b3ull + (hash >> 29);
 }
 
+// With the lock.
+static void mix_place(uint64_t word, void *context) {
+  struct note *note = context;
+  uint64_t place = regions_place(word);
+  if (place) note->hash = mixed(note->hash, place);
+}
+
 static void note_kernel(struct note *note, void *node) {
   struct kernel_node found = {0};
   if (REAL(cuGraphKernelNodeGetParams_v2, node, &found) != CUDA_SUCCESS) {
@@ -76,6 +83,9 @@ static void note_kernel(struct note *note, void *node) {
   const struct kernel *kernel = kernel_of(function);
   note->hash = mixed(mixed(note->hash, kernel->hash),
                      found.grid[0] ^ (uint64_t)found.block[0] << 32);
+  protect_lock();
+  kernel_words(kernel, found.parameters, found.extra, mix_place, note);
+  protect_unlock();
   if (window_map && kernel->is_marking) {
     note->has_marking = 1;
     return;

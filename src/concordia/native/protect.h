@@ -142,6 +142,7 @@ void regions_freed(uint64_t address, uint64_t bytes);            // without the 
 void regions_launched(const struct kernel *, const struct launch *);  // without the lock
 int regions_drop_copies(void);  // without the lock; whether there is more memory now
 void regions_sweep(void);  // without the lock, while no copy is in use: frees those of the gone
+uint64_t regions_place(uint64_t word);  // which region an address lies in, and where; 0: in none
 CUcontext regions_context(void);
 
 // --- marks.c; without the lock
@@ -196,6 +197,9 @@ void saver_fire(CUstream stream, int is_per_thread, uint64_t ordinal, uint64_t d
                 uint64_t reads_end);
 int saver_take(int bound_ms);  // while it is taken no point is, and no copy is in use; 0: not had
 void saver_give(void);
+// What all points need, with the first region: so that what a program allocates comes in the same
+// order behind it, resumed or not.
+void saver_prepare(void);
 int saver_is_copying(void);  // of what was a region when this is asked; or a moment longer
 void saver_sweep(void);  // frees what was of regions that are gone, if it can be taken at once
 void saver_forget(struct region *region);  // frees it once nobody uses it

@@ -193,8 +193,8 @@ int reads_point(uint64_t ordinal, uint64_t digest, uint64_t *end) {
   } else {
     entry = next(ENTRY_POINT, 0);
     if (!entry || entry->ordinal != ordinal || entry->digest != digest) {
-      protect_lose("up to point %lu the program has launched something else than it once did",
-                   ordinal);
+      protect_lose("up to point %lu the program has launched something else than it once did, or on "
+                   "other places of its regions", ordinal);
       return 0;
     }
   }

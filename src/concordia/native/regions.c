@@ -128,6 +128,15 @@ static int is_placed(struct region *region) {
   return 0;
 }
 
+// With the lock.
+uint64_t regions_place(uint64_t word) {
+  for (int i = 0; i < region_count; i++) {
+    uint64_t offset = word - regions[i]->address;
+    if (offset < regions[i]->bytes) return ((uint64_t)i + 1) << 48 ^ offset;
+  }
+  return 0;
+}
+
 // With `adding`.
 static void add_alone(const char *name, uint64_t address, uint64_t bytes) {
   CUcontext current = NULL;
@@ -143,6 +152,7 @@ static void add_alone(const char *name, uint64_t address, uint64_t bytes) {
   }
   if (!board_word() || !reads_register()) return;
   make_window(address);
+  saver_prepare();
   struct region *region = made(name, address, bytes);
   if (!region) {
     protect_lose("no memory for the copy of region %s, %lu bytes", name, bytes);

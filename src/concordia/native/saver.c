@@ -110,7 +110,7 @@ static int has_started(void) {
   return is_made;
 }
 
-// Once, at the first point: what all points need.
+// Once: what all points need.
 static int prepare(void) {
   if (has_thread) return 1;
   word = board_word();
@@ -123,6 +123,12 @@ static int prepare(void) {
   has_thread = has_started();
   if (!has_thread) protect_lose("no thread can be made");
   return has_thread;
+}
+
+void saver_prepare(void) {
+  if (!saver_take(0)) return;  // whoever has it has prepared all
+  prepare();
+  saver_give();
 }
 
 // With protect_lock: the regions and marks of this point.
