@@ -4,18 +4,21 @@ Invariants: the shipped pieces are what the pinned compiler makes, and write no 
 kernel's, nor one of those that the hardware keeps; the marked byte is that of the store's page for every address inside the window,
 and a spare byte of the control block for every other; the stores that are marked are those that the vendor's disassembler shows; each
 instruction of the kernel is kept, at its place or in a trampoline, which leads back; a kernel whose stores cannot all be followed, or
-that has no room, is left alone with the reason; the proof refuses whatever else differs.
+that has no room, is left alone with the reason; the proof refuses whatever else differs. No kernel of the scenarios on a GPU waits for
+ever because of how they begin or of what marks add, and one that does not end is named.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import pathlib
 import random
 import re
 import struct
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,11 +28,14 @@ pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings are not install
 pytest.importorskip("triton", reason="triton is not installed: its wheel has assembler and disassembler")
 
 import zstandard
-from splice_kernels import compiled, new_cubin, old_cubin
+from cuda.bindings import driver
+from hook_stage import Hangs, wait_for
+from splice_kernels import BY_NAME, KERNELS, LEFT, Kernel, compiled, new_cubin, old_cubin
 
 from concordia import abi
+from concordia.device.cuda_call import CudaError
 from concordia.device.nvrtc import link_cubin
-from concordia.instrument import sass, sass_calls, sass_mark_code
+from concordia.instrument import sass, sass_calls, sass_mark_code, sass_marks
 from concordia.instrument.elf import ATTRIBUTE_REGISTERS, INFO, TEXT, read_attributes, read_cubin
 from concordia.instrument.options import Options
 from concordia.instrument.proof import first_difference
@@ -51,6 +57,7 @@ CORPUS = sorted((pathlib.Path(__file__).parent / "corpus" / "cubin").glob("*.zst
 ADDRESS = 0x7F12_3456_0000
 SHIFT = 16
 BASE = 40  # first register of a mark
+MULTIPROCESSORS = 132  # of an H200
 STORE = re.compile(r"^(?:@!?P\d\s+)?(STG|ST|ATOMG|ATOM|REDG|RED)[. ]")
 REGISTER = re.compile(r"\bR(\d+)\b")
 CONTROL, MAP = 0x7F00_1234_0000, 0x7F77_FFFF_FF00  # the map's addresses carry into the high word
@@ -344,6 +351,8 @@ MANY = "unsigned x[40]; for (int i = 0; i < 40; ++i) x[i] = p[threadIdx.x + i * 
 
 FEW = {"attributes": "__launch_bounds__(128)"}
 SPIN = "volatile unsigned* v = p; while (v[1] < n) {} p[threadIdx.x] = n;"
+SPIN_BEHIND_FENCES = "while (p[1] < n) __threadfence(); p[0] = n;"
+TURN_WITHIN_A_CTA = 'for (unsigned i = 0; i < n; ++i) { p[i] = i; __threadfence_block(); asm volatile("prefetch.global.L2 [%0];" :: "l"(p + i)); } __threadfence();'
 SPIN_BY_ATOMICS = "for (;;) if (atomicAdd(p, 0) >= n) break; p[threadIdx.x] = 1;"
 
 
@@ -355,13 +364,16 @@ SPIN_BY_ATOMICS = "for (;;) if (atomicAdd(p, 0) >= n) break; p[threadIdx.x] = 1;
         (MANY, FEW, ""),
         (SPIN, {}, ""),
         (SPIN + MANY, FEW, "it may wait for other CTAs"),
+        (SPIN_BEHIND_FENCES, {}, ""),
+        (SPIN_BEHIND_FENCES + MANY, FEW, "it may wait for other CTAs"),
+        (TURN_WITHIN_A_CTA + MANY, FEW, ""),
         (SPIN_BY_ATOMICS + MANY, FEW, "it may wait for other CTAs"),
         ("for (unsigned i = 0; i < n; ++i) atomicAdd(p + i, 1);" + MANY, FEW, ""),
         ("for (unsigned i = 0; i < n; ++i) atomicAdd(p + i, 1);", {}, ""),
         ("if (n) p[threadIdx.x] = 1;", {}, ""),
         ("surf1Dwrite(n, (cudaSurfaceObject_t)p, 4);", {}, "it may write surfaces"),
     ],
-    ids=["many", "many_of_few_allowed", "many_of_few", "spins", "spins_with_many", "spins_by_atomics_with_many", "adds_with_many", "adds", "plain", "surface"],
+    ids=["many", "many_of_few_allowed", "many_of_few", "spins", "spins_with_many", "spins_behind_fences", "spins_behind_fences_with_many", "fences_with_many", "spins_by_atomics_with_many", "adds_with_many", "adds", "plain", "surface"],
 )
 def test_kernel_is_marked_or_left_alone_with_the_reason_when_of_this_form(body: str, settings: dict[str, Any], reason: str) -> None:
     if "surf" in body:
@@ -391,6 +403,62 @@ AGAIN: { .param .b64 p; .param .b32 r; st.param.b64 [p], %q; call (r), look, (p)
     (section,) = (s for s in elf.sections if s.name.startswith(TEXT))
     code = sass.words(elf.bytes_of(section))
     assert may_wait_for_others(code, sass.opcodes(code))
+
+
+@pytest.mark.parametrize("maker", [old_cubin, new_cubin])
+def test_kernel_is_left_alone_when_its_warps_change_their_registers_whoever_waits(maker: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warp that asks for registers waits until the CTA's others gave enough of what all begin with: a sum that no mark may change."""
+    monkeypatch.setattr(sass_marks, "may_wait_for_others", lambda *_: False)
+    name = "fewer_registers_than_before"
+    (kernel,) = marked(maker(name), entry=True).kernels
+    assert kernel.hooks == Hook.ENTRY
+    assert [kernel.registers] == list(stated_registers(read_cubin(maker(name))).values())
+    assert kernel.reason == LEFT[name]
+
+
+@pytest.mark.parametrize("maker", [old_cubin, new_cubin])
+@pytest.mark.parametrize("case", KERNELS, ids=lambda case: case.name)
+def test_hooked_kernel_is_marked_and_its_ctas_fit_when_they_wait_for_each_other(case: Kernel, maker: type) -> None:
+    (kernel,) = marked(maker(case.name), entry=True, leaving=True).kernels
+    assert (Hook.MARKS in kernel.hooks) == (case.name not in LEFT)
+    assert case.name not in LEFT or kernel.reason.endswith(LEFT[case.name])
+    threads = math.prod(case.block)
+    granted = -(-kernel.registers // 8) * 8
+    warps_at_a_time = min(16384 // 32 // granted, 16) * 4
+    ctas_at_a_time = MULTIPROCESSORS * (warps_at_a_time // -(-threads // 32))
+    assert case.launch != "cooperative" or case.cta_count <= ctas_at_a_time
+
+
+def test_no_cta_waits_for_ever_when_the_scenario_begins_its_output() -> None:
+    """The CTAs of whole_grid_waits count each other, and each waits for the next multiple of their number."""
+    case = BY_NAME["whole_grid_waits"]
+    inputs = np.random.default_rng(case.words).integers(0, 1 << 32, case.words, dtype=np.uint32)
+
+    def waits(first: int) -> int:
+        last = first + case.cta_count
+        return sum(last < ((first + turn) // case.cta_count + 1) * case.cta_count for turn in range(case.cta_count))
+
+    assert waits(int(case.begin(inputs)[case.count])) == 0
+    assert waits(int(inputs[::-1][case.count])) > 0, "what the scenario must not begin with"
+    changed = np.flatnonzero(case.begin(inputs) != inputs[::-1])
+    assert changed.tolist() == [case.count]
+
+
+def test_kernel_that_does_not_end_is_named_when_its_wait_is_over() -> None:
+    codes = driver.CUresult
+    waiting, done, lost = codes.CUDA_ERROR_NOT_READY, codes.CUDA_SUCCESS, codes.CUDA_ERROR_ILLEGAL_INSTRUCTION
+
+    def answers(*found: Any) -> SimpleNamespace:
+        left = iter(found)
+        return SimpleNamespace(CUresult=codes, cuStreamQuery=lambda _stream: (next(left, waiting),))
+
+    wait_for(answers(waiting, waiting, done), 0, "a kernel")
+    with pytest.raises(Hangs, match=r"^a kernel V1 did not end within 0\.05 s$"):
+        wait_for(answers(), 0, "a kernel V1", bound_s=0.05)
+    with pytest.raises(CudaError, match="wait for a kernel: CUDA_ERROR_ILLEGAL_INSTRUCTION"):
+        wait_for(answers(waiting, lost), 0, "a kernel")
+    # A scenario that goes on with the next kernel after these would wait for ever.
+    assert not issubclass(Hangs, (AssertionError, RuntimeError))
 
 
 def read_registers(cubin: bytes) -> int:

@@ -1,12 +1,15 @@
 """A GPU, a control block and launches of every kind, for tests of hooks in machine code.
 
-Owns: memory, modules and launches of one process on the first GPU. Promises: each wait ends in an error or at the bound of the child
-that it runs in. Called by scenarios_splice.py.
+Owns: memory, modules and launches of one process on the first GPU. Promises: a kernel that does not end is named within seconds, by an
+error that ends the scenario; every other wait ends at the bound of the child that it runs in. Called by scenarios_splice.py,
+scenarios_sass_marks.py and scenarios_ptx.py.
 """
 
 from __future__ import annotations
 
 import ctypes
+import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +21,13 @@ from concordia.device.cuda_context import CudaContext
 from concordia.instrument.report import fill
 from concordia.instrument.splice import splice_cubin
 
+ENDS_S = 5.0  # what takes microseconds, beside other programs on the same GPU
+POLL_S = 0.0002
 WORDS = abi.CONTROL_PROGRESS_WORDS * abi.CONTROL_PROGRESS_STRIDE
+
+
+class Hangs(Exception):
+    """What was launched does not end: the context is lost, and whatever would wait for it again waits for ever."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +40,21 @@ class Shape:
     launch: str = ""  # "cooperative", "pdl" or a plain one
 
 
+def wait_for(driver: Any, stream: Any, what: str, bound_s: float = ENDS_S) -> None:
+    """Until the stream is done; raises Hangs with this name at the bound."""
+    until, not_ready = time.monotonic() + bound_s, driver.CUresult.CUDA_ERROR_NOT_READY
+    while (answer := driver.cuStreamQuery(stream))[0] == not_ready:
+        if time.monotonic() > until:
+            raise Hangs(f"{what} did not end within {bound_s:g} s")
+        threading.Event().wait(POLL_S)
+    checked(answer, f"wait for {what}")
+
+
 class HookStage:
     """Everything on the first GPU, until the process ends."""
 
     def __init__(self) -> None:
+        self._latest = "nothing"  # the kernel that was asked for last
         self._context = CudaContext(0)
         driver = self.driver = self._context.driver
         checked(driver.cuCtxSetCurrent(self._context.handle), "enter the context")
@@ -72,6 +92,7 @@ class HookStage:
         return fill(spliced.cubin, spliced.slots, self.control)
 
     def function(self, cubin: bytes, name: str) -> Any:
+        self._latest = name
         module = checked(self.driver.cuModuleLoadData(cubin), f"load {name}")
         return checked(self.driver.cuModuleGetFunction(module, name.encode()), f"find {name}")
 
@@ -95,8 +116,9 @@ class HookStage:
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0), "launch")
 
-    def wait(self) -> None:
-        checked(self.driver.cuStreamSynchronize(self.stream), "wait for the stream")
+    def wait(self, what: str = "") -> None:
+        """`what` was launched, or the kernel that was asked for last."""
+        wait_for(self.driver, self.stream, what or self._latest)
 
     def graph(self, enqueue: Any) -> Any:
         """What `enqueue` puts into the stream, as a graph that can be launched."""

@@ -11,6 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from hook_stage import wait_for
 from stage import first_difference
 
 from concordia import abi
@@ -54,7 +55,7 @@ class Stage:
         value = ctypes.c_uint64(pointer)
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(value))
         checked(self.driver.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, 0, ctypes.addressof(arguments), 0), f"launch {name}")
-        checked(self.driver.cuCtxSynchronize(), f"wait for {name}")
+        wait_for(self.driver, 0, name)
         return self._read(self.buffer, BUFFER_BYTES)
 
     def track(self, window: tuple[int, int], *, stride: int) -> None:

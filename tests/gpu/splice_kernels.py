@@ -13,6 +13,9 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from concordia.device.nvrtc import compile_ptx
 
@@ -49,6 +52,17 @@ class Kernel:
     def count(self) -> int:
         """Words that the kernel is told of; one of them is launched with more threads."""
         return self.thread_count - 77 * (self.name == "plain")
+
+    @property
+    def words(self) -> int:
+        """Of its output, and as many of its input."""
+        return 2 * self.thread_count + 1024
+
+    def begin(self, inputs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """What its output is before: anything, but where the CTAs of a grid count each other. Begun with another number, some wait for ever."""
+        found = inputs[::-1].copy()
+        found[self.count] = 0
+        return found
 
     @property
     def definition(self) -> str:
@@ -155,6 +169,11 @@ KERNELS = [
     ),
 ]  # fmt: skip
 BY_NAME = {kernel.name: kernel for kernel in KERNELS}
+# Whose stores are not marked, and why.
+LEFT = {
+    "many_registers": "marks: 128 registers of 1024 threads: a mark needs 16 more",
+    "fewer_registers_than_before": "marks: it changes how many registers its warps have",
+}
 
 
 @functools.cache

@@ -41,6 +41,8 @@ _BULK_TO_SHARED: Final = 1 << 9
 _CACHE_CONTROL: Final = 0x18F
 _CACHE_OPERATION: Final = 0xF << 23
 _DISCARD: Final = 11 << 23  # CCTL.RML2: what was in memory is lost
+# PF1 PF2 DML2 leave what is cached as it is. IVALL does not: loads behind it see what others wrote.
+_CACHE_KEPT: Final = (0, 1 << 23, 10 << 23)
 # LDGMC: the kernel uses multicast memory, whose other addresses nobody knows here
 _MULTICAST: Final = (0x1A4, 0x1A5)
 _SURFACES: Final = (0x199, 0x19B, 0x19D, 0x19F)  # SUST SURED SUATOM and their like
@@ -166,8 +168,8 @@ def find_stores(code: sass.Words, opcodes: NDArray[np.uint16]) -> Stores | str:
 
 def may_wait_for_others(code: sass.Words, opcodes: NDArray[np.uint16]) -> bool:
     """Whether the kernel may look at what other CTAs do until they did it: by loads that are
-    ordered among CTAs, or by atomics with a result within a loop, which may lie in another function
-    than the atomic.
+    ordered among CTAs, or within a loop by atomics with a result or by plain loads behind a fence,
+    which drops what is cached. The loop may lie in another function.
     """
     bases: NDArray[np.uint16] = opcodes & np.uint16(sass.BASE_MASK)
     order = code[:, 1] >> np.uint64(_ORDER_SHIFT) & np.uint64(_ORDER_MASK)
@@ -176,8 +178,10 @@ def may_wait_for_others(code: sass.Words, opcodes: NDArray[np.uint16]) -> bool:
     has_result = (code[:, 0] >> np.uint64(16) & np.uint64(0xFF) != NO_REGISTER) | (
         code[:, 1] >> np.uint64(_PREDICATE_SHIFT) & np.uint64(sass.ALWAYS) != sass.ALWAYS
     )
-    atomics = np.flatnonzero(np.isin(bases, ATOMICS) & has_result) * sass.INSTRUCTION_BYTES
-    if not len(atomics):
+    operation = code[:, 1] & np.uint64(_CACHE_OPERATION)
+    drops = (bases == _CACHE_CONTROL) & ~np.isin(operation, _CACHE_KEPT)
+    looks = np.flatnonzero(np.isin(bases, ATOMICS) & has_result | drops) * sass.INSTRUCTION_BYTES
+    if not len(looks):
         return False
     if np.isin(bases, _ROUND_ABOUT).any():
         return True
@@ -185,7 +189,7 @@ def may_wait_for_others(code: sass.Words, opcodes: NDArray[np.uint16]) -> bool:
     targets = sass.branch_targets(code, at)
     backward = targets <= at * sass.INSTRUCTION_BYTES
     begins, ends = targets[backward], at[backward] * sass.INSTRUCTION_BYTES
-    return any(bool(((begins <= place) & (place <= ends)).any()) for place in atomics.tolist())
+    return any(bool(((begins <= place) & (place <= ends)).any()) for place in looks.tolist())
 
 
 def _refuse(code: sass.Words, opcodes: NDArray[np.uint16], bases: NDArray[np.uint16]) -> str | None:
