@@ -31,7 +31,7 @@ def main(folder: str, workers: int, processes: int) -> int:
         for i in range(8)
     ]
     answers = engine.generate(
-        prompts, SamplingParams(max_tokens=60, ignore_eos=True, temperature=0), use_tqdm=False
+        prompts, SamplingParams(max_tokens=400, ignore_eos=True, temperature=0), use_tqdm=False
     )
     print(
         json.dumps({"tokens": [list(answer.outputs[0].token_ids) for answer in answers]}),
