@@ -23,7 +23,7 @@ import pytest
 import xxhash
 
 from concordia.instrument.cache import ImageCache, encode, image_key
-from concordia.instrument.report import Slot, SlotKind
+from concordia.instrument.report import Rewritten, Slot, SlotKind
 from concordia.integrations.program.shim_build import NATIVE, sources
 from shim_ground import ShimGround, build_driver, build_user, compile_c, make_ground
 from stand_in_rewriter import StandInRewriter, hooked
@@ -138,7 +138,8 @@ def test_hashes_are_those_of_the_libraries_when_lengths_vary(parts: ctypes.CDLL)
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     source = random.Random(seed)
-    for length in [*range(80), *(source.randrange(80, 5000) for _ in range(50)), 1 << 20]:
+    lengths = [*range(80), *(source.randrange(80, 5000) for _ in range(50)), *range(3060, 3110), (1 << 20) + source.randrange(64)]
+    for length in lengths:
         data = source.randbytes(length)
         key = (ctypes.c_uint64 * 2)()
         parts.hash_image(data, length, key)
@@ -182,6 +183,40 @@ def test_wrapper_is_passed_through_when_its_parts_are_linked_at_load(parts: ctyp
         for pointer in (0, 1, container + len(fatbin())):
             with guarded(struct.pack("<IIQQ", 0x466243B1, 1, pointer, 0)) as wrapper:
                 assert size_of(parts, wrapper) == 0
+
+
+def test_size_is_unknown_and_nothing_faults_when_a_file_has_shrunk_under_an_image(parts: ctypes.CDLL, tmp_path: Path) -> None:
+    path, image = tmp_path / "library", fatbin(b"x" * 40_000)
+    path.write_bytes(image)
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE) as memory:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        assert size_of(parts, address) == len(image)
+        file.truncate(mmap.PAGESIZE)
+        assert size_of(parts, address) == 0
+
+
+class CReplacement(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in ("control", "memory", "memory_bytes", "image", "image_bytes", "wrapper", "kernels", "kernels_bytes", "kernel_count")]
+
+
+def test_image_is_whole_and_ends_with_zeros_when_it_is_of_any_size(parts: ctypes.CDLL, tmp_path: Path) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    source, huge = random.Random(seed), 2 << 20
+    cache = ImageCache(tmp_path, "options")
+    key = "ab" * 16
+    halves = (ctypes.c_uint64 * 2)(*(int(key[at : at + 16], 16) for at in (0, 16)))
+    around = [size + step for size in (huge // 2, huge, huge + huge // 2, 2 * huge) for step in (-200, -mmap.PAGESIZE, 0, 1)]
+    for size in [64, mmap.PAGESIZE, 700_000, *around, source.randrange(4 * huge)]:
+        image = source.randbytes(max(size, 16))
+        cache.store(key, Rewritten(image, (Slot(0, SlotKind.RAW),), (), is_changed=True))
+        found = CReplacement()
+        assert parts.cache_load(str(cache.folder).encode(), halves, ctypes.c_uint64(1 << 40), ctypes.byref(found)) == 4, size
+        assert ctypes.string_at(found.image, found.image_bytes) == (1 << 40).to_bytes(8, "little") + image[8:], size
+        assert not any(ctypes.string_at(found.image + found.image_bytes, 8))
+        assert found.memory <= found.image < found.wrapper < found.memory + found.memory_bytes
+        ctypes.memset(found.wrapper, 1, 24)
+        parts.cache_release(ctypes.byref(found))
 
 
 class guarded:  # noqa: N801 - reads as a verb
