@@ -19,9 +19,10 @@ from loops import Array, Loops
 
 from concordia import abi
 from concordia.device import nvrtc
-from concordia.device.compiler import HandlerSource, KernelCache
+from concordia.device.compiler import HandlerSource
 from concordia.device.cuda import CudaCompiler, CudaDevice
 from concordia.device.cuda_call import checked
+from concordia.device.kernel_cache import KernelCache
 from concordia.errors import DeviceError
 from concordia.runtime.executor import Runtime
 from concordia.runtime.ring import Task

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from concordia import config
-from concordia.device.compiler import HandlerSource, HostCompiler, KernelCache
+from concordia.device.compiler import HandlerSource, HostCompiler
+from concordia.device.kernel_cache import KernelCache
 from concordia.errors import CompileError, EnvironmentRefused
 
 TINY = 'extern "C" __attribute__((visibility("default"))) int answer() { return ANSWER; }'
@@ -95,7 +96,7 @@ def test_cache_is_refused_when_its_folder_cannot_be_made(tmp_path: Path) -> None
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from concordia.device.compiler import KernelCache
+from concordia.device.kernel_cache import KernelCache
 def build(path):
     Path(path).write_bytes(b"half of a shared object")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -119,7 +120,7 @@ def test_cache_has_no_torn_file_when_a_compilation_is_killed(cache: KernelCache)
 def test_both_get_the_whole_file_when_two_processes_race(cache: KernelCache) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from concordia.device.compiler import HandlerSource, HostCompiler, KernelCache\n"
+        "from concordia.device.compiler import HandlerSource, HostCompiler\nfrom concordia.device.kernel_cache import KernelCache\n"
         f"text = {TINY!r}\n"
         "cache = KernelCache(Path(sys.argv[1]))\n"
         "print(HostCompiler(cache).compile(HandlerSource.of('tiny.cu', {'ANSWER': 7}, text=text))[0])\n"

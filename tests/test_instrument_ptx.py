@@ -20,8 +20,9 @@ from concordia.checkpoint.handler import burst_source
 from concordia.checkpoint.region import KvGeometry, Plane
 from concordia.checkpoint.restore_burst import RESTORE_KERNEL
 from concordia.device import neighbour
-from concordia.device.compiler import HandlerSource, KernelCache
+from concordia.device.compiler import HandlerSource
 from concordia.device.cuda import CudaCompiler
+from concordia.device.kernel_cache import KernelCache
 from concordia.errors import ImageRefused
 from concordia.instrument.ptx import PtxRewritten, read_text, rewrite_ptx
 from concordia.instrument.ptx_tokens import Kind, number, tokens

@@ -17,10 +17,11 @@ from concordia.checkpoint.handler import burst_source, page_source
 from concordia.checkpoint.region import KvGeometry, Plane
 from concordia.checkpoint.restore_burst import RESTORE_KERNEL
 from concordia.device import neighbour, nvrtc
-from concordia.device.compiler import KERNELS, HandlerSource, KernelCache
+from concordia.device.compiler import KERNELS, HandlerSource
 from concordia.device.cubin import initial_word, read_facts
 from concordia.device.cuda import CudaCompiler
 from concordia.device.executor_code import KERNELS as EXECUTOR_KERNELS
+from concordia.device.kernel_cache import KernelCache
 from concordia.device.loader import FRAME_BYTES_MAX, lint
 from concordia.errors import CompileError, HandlerRefused
 from concordia.testing.swap_storm import STORM

@@ -194,8 +194,8 @@ def test_watched_code_is_the_code_that_ships_when_it_names_lines(monkeypatch: py
     import sanitized
 
     from concordia.device import nvrtc
-    from concordia.device.compiler import KernelCache
     from concordia.device.cuda import CudaCompiler
+    from concordia.device.kernel_cache import KernelCache
     from concordia.instrument.elf import read_cubin
 
     compiler, found = CudaCompiler("sm_90", KernelCache(tmp_path)), []
@@ -214,8 +214,9 @@ def test_planted_wait_names_its_mask_where_synccheck_looks_for_it(tmp_path: Path
     pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings are not installed")
     import sanitized
 
-    from concordia.device.compiler import HandlerSource, KernelCache
+    from concordia.device.compiler import HandlerSource
     from concordia.device.cuda import CudaCompiler
+    from concordia.device.kernel_cache import KernelCache
     from concordia.instrument.elf import read_attributes, read_cubin
 
     source = HandlerSource.of("planted.cu", text=sanitized.planted_text("synccheck"))

@@ -1,29 +1,25 @@
-"""Kernels compiled for the CPU device, and the cache of everything compiled, floor 2.
+"""Kernels compiled for the CPU device, floor 2.
 
-Owns: `HandlerSource`, the cache folder and the system C++ compiler. Promises: a cached file is
-complete or not there (temporary file, fsync, rename, fsync of the folder) and was made from exactly
-these sources, constants, flags, compiler, processor and ABI, because all of them are its name;
-nothing of another user's is ever loaded. Called by host.py and, for the cache, by cuda.py. Does not
-load code and does not know what a handler does.
+Owns: `HandlerSource` and the system C++ compiler. Promises: a file was made from exactly these
+sources, constants, flags, compiler, processor and ABI, because all of them are its name in the
+cache (kernel_cache). Called by host.py. Does not load code and does not know what a handler does.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import shutil
-import stat
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Final
 
 from concordia import abi, config
+from concordia.device.kernel_cache import KernelCache
 from concordia.errors import CompileError, EnvironmentRefused
 
 KERNELS: Final = Path(__file__).resolve().parent.parent / "kernels"
@@ -73,60 +69,6 @@ class HandlerSource:
         for part in (toolchain, _headers(), str(abi.ABI_VERSION), *self.defines(), self.code()):
             digest.update(len(part).to_bytes(8, "little") + part.encode())
         return digest.hexdigest()
-
-
-class KernelCache:
-    """Compiled files by the name of what they were made from."""
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or config.Paths.default().kernel_cache
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = self.folder.stat()
-        except OSError as error:
-            raise EnvironmentRefused(
-                f"no folder for compiled code: {error}; set CONCORDIA_CACHE"
-            ) from error
-        if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022:
-            raise EnvironmentRefused(
-                f"{self.folder}: compiled code is only loaded from a folder that nobody else "
-                "can write"
-            )
-
-    def get(self, key: str, suffix: str, build: Callable[[Path], None]) -> Path:
-        """The file, made by `build(temporary path)` when it is not there. Two builders may race:
-        both make the same.
-        """
-        path = self.folder / f"{key}{suffix}"
-        if path.exists():
-            return path
-        descriptor, name = tempfile.mkstemp(
-            suffix=f"{suffix}.part", prefix=f"{os.getpid()}-", dir=self.folder
-        )
-        os.close(descriptor)
-        temporary = Path(name)
-        try:
-            build(temporary)
-            _sync(temporary)
-            temporary.rename(path)
-            _sync(self.folder)
-        finally:
-            temporary.unlink(missing_ok=True)
-        self._evict()
-        return path
-
-    def _evict(self) -> None:
-        """Drop the oldest beyond the limit, and what a killed compilation left."""
-        found = []
-        for path in self.folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # another process evicts too
-                if path.suffix != ".part":
-                    found.append((path.stat().st_mtime, path))
-                elif not _is_alive(path.name.partition("-")[0]):
-                    path.unlink()
-        found.sort()
-        for _, path in found[: max(0, len(found) - config.KERNEL_CACHE_FILES_MAX)]:
-            path.unlink(missing_ok=True)
 
 
 class HostCompiler:
@@ -196,15 +138,3 @@ def _headers() -> str:
     for path in sorted(KERNELS.glob("*.h")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
-
-
-def _is_alive(pid: str) -> bool:
-    return pid.isdigit() and Path("/proc", pid).exists()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

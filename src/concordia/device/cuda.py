@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Final
 from concordia import config
 from concordia.device import neighbour, nvrtc
 from concordia.device.burst import Burst
-from concordia.device.compiler import KERNELS, HandlerSource, HostCompiler, KernelCache
+from concordia.device.compiler import KERNELS, HandlerSource, HostCompiler
 from concordia.device.cubin import read_facts
 from concordia.device.cuda_call import CudaError
 from concordia.device.cuda_context import CudaContext, CudaMemory
 from concordia.device.host import HostLibrary
+from concordia.device.kernel_cache import KernelCache
 from concordia.device.loader import CudaCode, CudaImage, lint
 from concordia.device.policy import DEFAULT, POLICIES, policy_of
 from concordia.device.residency import CudaExecutor

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from concordia import config
-from concordia.device.compiler import KernelCache
+from concordia.device.kernel_cache import KernelCache
 from concordia.errors import ConcordiaError
 from concordia.instrument.cache import ImageCache
 from concordia.instrument.options import Options

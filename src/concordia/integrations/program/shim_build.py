@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from concordia.device.compiler import KernelCache
+from concordia.device.kernel_cache import KernelCache
 from concordia.errors import EnvironmentRefused
 from concordia.integrations.program.driver import REAL_NAME, SONAME, exported_names
 from concordia.integrations.program.native_build import (
