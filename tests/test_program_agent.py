@@ -103,6 +103,7 @@ class Life:
         while len(self.lines) < lines or board.word("taken") < commits:
             assert time.monotonic() < deadline
             self.lines.append(self.process.stdout.readline().rstrip("\n"))
+        self.regions = {region.name: region.address for region in board.regions()}
         board.close()
         self.process.kill()
         assert self.end() == -signal.SIGKILL
@@ -149,6 +150,31 @@ def test_resumed_program_has_its_memory_when_it_frees_and_allocates_on_its_way(g
     assert resumed.end() == 0, resumed.errors
     assert resumed.lines == plain_run(ground, steps)
     assert resumed_at(resumed)[1] > 0
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_regions_have_their_addresses_when_the_policy_keeps_them(ground: ProtectedGround, policy: Policy, is_kept: bool) -> None:
+    keeping = replace(policy, keep_addresses=is_kept)
+    addresses: list[list[int]] = []
+    lines: list[str] = []
+    for skew in (0, 3 << 20):  # where the driver's own memory begins
+        life = Life(ground, keeping, "train", LONG, FAKE_SKEW=str(skew))
+        life.kill_after(len(lines) + 60)
+        addresses.append([life.regions["big.0"], life.regions["big.1"]])  # the third is from the driver's pool
+        lines = life.lines
+    assert (addresses[0] == addresses[1]) is is_kept
+    last = Life(ground, keeping, "train", str(len(lines) + 10), FAKE_SKEW=str(5 << 20))
+    assert last.end() == 0, last.errors
+    assert last.lines == plain_run(ground, len(lines) + 10)
+
+
+def test_program_gets_memory_at_kept_addresses_until_there_is_none(ground: ProtectedGround, policy: Policy) -> None:
+    killed = Life(ground, replace(policy, keep_addresses=True), "train", LONG, FAKE_BYTES=str(40 << 20))
+    killed.kill_after(300)
+    steps = len(killed.lines) + 10
+    resumed = Life(ground, replace(policy, keep_addresses=True), "train", str(steps), FAKE_BYTES=str(40 << 20))
+    assert resumed.end() == 0, resumed.errors
+    assert resumed.lines == plain_run(ground, steps)
 
 
 def test_resumed_program_says_the_same_when_it_is_killed_again_and_again(ground: ProtectedGround, policy: Policy) -> None:

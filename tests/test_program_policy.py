@@ -61,7 +61,8 @@ trust_arguments = ["libtorch*"]
 
 def test_policy_says_what_was_written_when_it_is_right() -> None:
     policy = parse_policy(GOOD, "p.toml")
-    assert (policy.series, policy.warm_points, policy.journal, policy.journal_bytes) == ("lora", 2, Path("/dev/shm/somewhere"), 64 << 20)
+    assert parse_policy(GOOD.replace("warm_points = 2", "keep_addresses = true"), "p.toml").keep_addresses
+    assert (policy.keep_addresses, policy.series, policy.warm_points, policy.journal, policy.journal_bytes) == (False, "lora", 2, Path("/dev/shm/somewhere"), 64 << 20)
     assert policy.stage_bytes == 1 << 30
     assert policy.reads_bytes == config.PROGRAM_READS_BYTES
     assert policy.regions == (
@@ -156,7 +157,7 @@ def test_text_is_a_policy_or_a_one_line_error_when_it_was_damaged() -> None:
         except UsageError as error:
             said.append(str(error))
             continue
-        words = {"concordia-policy", "warm", "audit", "stage", "reads", "region", "trigger", "trust"}
+        words = {"concordia-policy", "warm", "audit", "addresses", "stage", "reads", "region", "trigger", "trust"}
         assert {line.split()[0] for line in policy.lines().splitlines()} <= words
         assert not re.search(r"[^\S\n ]", policy.lines())
         assert tomllib.loads("".join(text)) is not None

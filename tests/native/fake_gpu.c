@@ -133,6 +133,7 @@ static void begin(void) {
   seed = text ? strtoull(text, NULL, 10) : 1;
   is_slow = getenv("FAKE_SLOW") != NULL;
   if (getenv("FAKE_BYTES")) most = strtoull(getenv("FAKE_BYTES"), NULL, 10);
+  if (getenv("FAKE_SKEW")) bump = strtoull(getenv("FAKE_SKEW"), NULL, 10);  // where memory begins in this life
   mmap((void *)ARENA, ARENA_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
   pthread_create(&thread, NULL, work, NULL);
 }
@@ -209,7 +210,7 @@ API R cuMemAlloc_v2(uint64_t *address, size_t bytes) {
   if (at < freed_count) { *address = freed[at].address; freed[at] = freed[--freed_count]; }
   else { *address = ARENA + 512 + bump; bump += size + 512; }
   pthread_mutex_unlock(&lock);
-  if (bump > ARENA_BYTES) return OOM;
+  if (bump > ARENA_BYTES / 2) return OOM;
   uint64_t *header = (uint64_t *)(*address - 8);
   *header = size;
   return OK;
@@ -224,12 +225,28 @@ API R cuMemFree_v2(uint64_t address) {
 }
 API R cuDeviceGetAttribute(int *value, int attribute, int device) { (void)device; *value = attribute == 102 ? 1 : attribute == 75 ? 9 : 0; return OK; }
 API R cuMemGetAllocationGranularity(size_t *bytes, const void *property, int option) { (void)property; (void)option; *bytes = 2 << 20; return OK; }
-API R cuMemCreate(uint64_t *handle, size_t bytes, const void *property, unsigned long long flags) { (void)property; (void)flags; *handle = bytes; return OK; }
+API R cuMemCreate(uint64_t *handle, size_t bytes, const void *property, unsigned long long flags) {
+  (void)property; (void)flags;
+  pthread_once(&once, begin);
+  pthread_mutex_lock(&lock);
+  int has_room = bytes <= most - live;
+  if (has_room) live += bytes;
+  pthread_mutex_unlock(&lock);
+  *handle = bytes;
+  return has_room ? OK : OOM;
+}
 API R cuMemRelease(uint64_t handle) { (void)handle; return OK; }
-API R cuMemAddressReserve(uint64_t *address, size_t bytes, size_t alignment, uint64_t hint, unsigned long long flags) { (void)alignment; (void)hint; (void)flags; return cuMemAlloc_v2(address, bytes); }
+// A range that is asked for at an address is the upper half of the arena.
+API R cuMemAddressReserve(uint64_t *address, size_t bytes, size_t alignment, uint64_t hint, unsigned long long flags) { (void)alignment; (void)flags; *address = ARENA + ARENA_BYTES / 2; return hint ? OK : cuMemAlloc_v2(address, bytes); }
 API R cuMemAddressFree(uint64_t address, size_t bytes) { (void)bytes; return cuMemFree_v2(address); }
 API R cuMemMap(uint64_t address, size_t bytes, size_t offset, uint64_t handle, unsigned long long flags) { (void)address; (void)bytes; (void)offset; (void)handle; (void)flags; return OK; }
-API R cuMemUnmap(uint64_t address, size_t bytes) { memset((void *)address, 0xEE, bytes); return OK; }  // at once, whoever uses it
+API R cuMemUnmap(uint64_t address, size_t bytes) {  // at once, whoever uses it
+  memset((void *)address, 0xEE, bytes);
+  pthread_mutex_lock(&lock);
+  live -= bytes < live ? bytes : live;
+  pthread_mutex_unlock(&lock);
+  return OK;
+}
 API R cuMemSetAccess(uint64_t address, size_t bytes, const void *access, size_t count) { (void)address; (void)bytes; (void)access; (void)count; return OK; }
 API R cuMemAllocAsync(uint64_t *address, size_t bytes, void *stream) { (void)stream; return cuMemAlloc_v2(address, bytes); }
 API R cuMemFreeAsync(uint64_t address, void *stream) { (void)stream; return cuMemFree_v2(address); }

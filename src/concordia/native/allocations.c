@@ -90,8 +90,13 @@ static void goes(CUdeviceptr address) {
     return result;                                                     \
   } while (0)
 
+static CUresult allocate(CUdeviceptr *address, size_t bytes) {
+  CUresult result = addresses_allocate(address, bytes);
+  return result == ADDRESSES_NONE ? REAL(cuMemAlloc_v2, address, bytes) : result;
+}
+
 CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {
-  ALLOCATED(address, bytes, 0, REAL(cuMemAlloc_v2, address, bytes));
+  ALLOCATED(address, bytes, 0, allocate(address, bytes));
 }
 
 CUresult cuMemAllocPitch_v2(CUdeviceptr *address, size_t *pitch, size_t width, size_t height,
@@ -209,7 +214,7 @@ CUresult cuMemUnmap(CUdeviceptr address, size_t bytes) {
 CUresult cuMemFree_v2(CUdeviceptr address) {
   goes(address);
   park_begin();  // it waits for all work
-  CUresult result = REAL(cuMemFree_v2, address);
+  CUresult result = addresses_has(address) ? addresses_free(address) : REAL(cuMemFree_v2, address);
   park_end();
   return result;
 }

@@ -80,6 +80,7 @@ static int read_line(const char *line) {
     return policy.trusted_count < TRUSTED_MAX &&
            sscanf(line, "trust %159s", policy.trusted[policy.trusted_count++]) == 1;
   return sscanf(line, "warm %lu", &policy.warm) == 1 ||
+         sscanf(line, "addresses %d", &policy.keeps_addresses) == 1 ||
          sscanf(line, "audit %lu", &policy.audit) == 1 ||
          sscanf(line, "stage %lu", &policy.stage_bytes) == 1 ||
          sscanf(line, "reads %lu", &policy.reads_bytes) == 1;

@@ -55,7 +55,7 @@ struct trigger {
 };
 struct policy {
   uint64_t warm, audit, stage_bytes, reads_bytes;
-  int rule_count, trigger_count, trusted_count;
+  int rule_count, trigger_count, trusted_count, keeps_addresses;
   struct rule rules[RULES_MAX];
   struct trigger triggers[TRIGGERS_MAX];
   char trusted[TRUSTED_MAX][PATTERN_BYTES];
@@ -118,6 +118,12 @@ struct allocation {
 };
 int allocation_of(uint64_t address, struct allocation *found);  // with the lock
 int is_device_memory(uint64_t address);                          // without
+
+// --- addresses.c
+enum { ADDRESSES_NONE = -1 };  // no result of the driver
+CUresult addresses_allocate(CUdeviceptr *address, size_t bytes);  // or ADDRESSES_NONE: ask the driver
+int addresses_has(CUdeviceptr address);
+CUresult addresses_free(CUdeviceptr address);  // of one that it has
 
 // --- stack.c
 int stack_matches(const char *pattern);

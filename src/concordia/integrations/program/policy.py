@@ -67,6 +67,7 @@ class Policy:
     series: str = "program"
     warm_points: int = 1  # trigger points at the start that always run for real
     audit_every: int = 0  # each so manieth checkpoint compares every page; 0: none does
+    keep_addresses: bool = False  # allocations have the same addresses in every run
     journal: Path = Path()
     journal_bytes: int | None = None
     linger_s: float = config.OWNER_LINGER_S
@@ -90,6 +91,7 @@ class Policy:
             f"concordia-policy {FORMAT}",
             f"warm {self.warm_points}",
             f"audit {self.audit_every}",
+            f"addresses {int(self.keep_addresses)}",
             f"stage {self.stage_bytes}",
             f"reads {self.reads_bytes}",
         ]
@@ -158,6 +160,7 @@ def _policy(table: Table) -> Policy:
         series=program.take("series", "program", name_of),
         warm_points=program.take("warm_points", 1, number(1, 1 << 30)),
         audit_every=program.take("audit_every", 0, number(0, 1 << 30)),
+        keep_addresses=program.take("keep_addresses", False, switch),
         journal=journal.take("place", Path(), folder),
         journal_bytes=journal.take("size", None, size_of),
         linger_s=float(journal.take("linger_s", config.OWNER_LINGER_S, number(0, 1 << 20))),
@@ -173,7 +176,7 @@ def _policy(table: Table) -> Policy:
         deny=images.take("deny", (), patterns),
         trust_arguments=images.take("trust_arguments", (), patterns),
     )
-    program.end("series", "warm_points", "audit_every")
+    program.end("series", "warm_points", "audit_every", "keep_addresses")
     journal.end("place", "size", "linger_s")
     limits.end("stage", "reads")
     images.end("entry_hooks", "exit_hooks", "store_marks", "opaque", "deny", "trust_arguments")
