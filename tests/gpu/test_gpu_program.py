@@ -40,10 +40,10 @@ class Place:
         self.journal = Path("/dev/shm") / f"concordia-gpu-program-{os.getpid()}"
         self.runs = Path("/tmp") / f"concordia-runs-{os.getpid()}"
 
-    def policy(self, trigger: str, *, images: str = SCAN, audit: int = 1, warm: int = 1) -> Path:
+    def policy(self, trigger: str, *, images: str = SCAN, audit: int = 1, is_kept: bool = False) -> Path:
         path = self.folder / "policy.toml"
         path.write_text(
-            f'[program]\nseries = "plain"\naudit_every = {audit}\nwarm_points = {warm}\n'
+            f'[program]\nseries = "plain"\naudit_every = {audit}\nkeep_addresses = {str(is_kept).lower()}\n'
             f'[journal]\nplace = "{self.journal}"\nsize = "6GiB"\nlinger_s = 120\n[limits]\nstage = "1GiB"\n'
             f'[[region]]\nname = "segment"\nsize = ["1B", "1GiB"]\n{TRIGGERS[trigger]}{images}'
         )
@@ -118,11 +118,18 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    ("name", "trigger", "images", "warm"),
-    [("training", "synchronize", SCAN, 1), ("training", "adam", SCAN, 1), ("generation", "synchronize", SCAN, 1), ("training", "synchronize", "", 1)],
-    ids=["training", "training-at-a-kernel", "generation", "training-with-hooks"],
+    ("name", "trigger", "images", "is_kept"),
+    [
+        ("training", "synchronize", SCAN, False),
+        ("training", "adam", SCAN, False),
+        ("generation", "synchronize", SCAN, False),
+        ("training", "synchronize", "", False),
+        ("training", "synchronize", "", True),
+        ("generation", "synchronize", "", True),
+    ],
+    ids=["training", "training-at-a-kernel", "generation", "training-with-hooks", "training-at-kept-addresses", "generation-at-kept-addresses"],
 )
-def test_resumed_program_says_what_an_unfailed_one_says_when_it_was_killed(place: Place, name: str, trigger: str, images: str, warm: int) -> None:
+def test_resumed_program_says_what_an_unfailed_one_says_when_it_was_killed(place: Place, name: str, trigger: str, images: str, is_kept: bool) -> None:
     pytest.importorskip("torch", reason="torch is not installed")
     if name == "generation":
         pytest.importorskip("transformers", reason="transformers is not installed")
@@ -132,7 +139,7 @@ def test_resumed_program_says_what_an_unfailed_one_says_when_it_was_killed(place
     count = 800
     wanted = place.plain(name, count)
     assert wanted == place.plain(name, count), "the program itself is not the same twice"
-    policy = place.policy(trigger, images=images, warm=warm)
+    policy = place.policy(trigger, images=images, is_kept=is_kept)
     reached = 0
     for _ in range(3):
         life = Life(place, name, count, policy)
@@ -151,6 +158,7 @@ def test_resumed_program_says_what_an_unfailed_one_says_when_it_was_killed(place
     assert last.lines == wanted
     errors = last.errors.read_text()
     assert "concordia: resumed at point" in errors, errors[-3000:]
+    assert not is_kept or "have other addresses" not in errors, errors[-3000:]
     report = place.report()
     for row in report["regions"]:
         print(f"{row['name']}: {row['pages_changed']} changed of {row['pages_marked']} marked of {row['posts'] * row['pages']} pages")

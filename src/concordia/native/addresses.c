@@ -14,10 +14,10 @@
 
 #include "protect.h"
 
-#define RANGE_BYTES (1ull << 40)          // several times what any GPU has
-#define RANGE_HINT 0x200000000000ull      // far from where a system puts a process's own mappings
+#define RANGE_BYTES (1ull << 40)      // several times what any GPU has
+#define RANGE_HINT 0x200000000000ull  // far from where a system puts a process's own mappings
 enum { KEPT_MAX = 1 << 14 };
-enum { LEAST_BYTES = 1 << 20 };           // smaller ones share what frameworks ask for, or are theirs
+enum { LEAST_BYTES = 1 << 20 };  // frameworks ask for more, and the driver packs what is smaller
 enum { NOT_TRIED, OPEN, CLOSED };
 
 struct kept {
