@@ -14,6 +14,7 @@ import os
 import pathlib
 import random
 import struct
+import sys
 import tempfile
 from importlib import metadata
 
@@ -318,23 +319,26 @@ def test_key_differs_when_any_option_or_byte_of_the_rewriter_does(
 @pytest.mark.parametrize("what", ["assembler", "assembler_is_missing", "config.py", "control_layout.py", "nvrtc.py", "rewrite.py"])
 def test_key_is_another_when_something_else_decides_what_comes_out(what: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = options_room._version.__wrapped__()
-    version, sources = metadata.version, options_room._sources()
-
-    def changed(name: str) -> str:
-        if name != "nvidia-nvjitlink":
-            return version(name)
-        if what == "assembler":
-            return "another"
-        raise metadata.PackageNotFoundError(name)
-
+    sources = options_room._sources()
     if what.startswith("assembler"):
-        monkeypatch.setattr(metadata, "version", changed)
+        monkeypatch.setattr(sys, "path", [str(tmp_path), *([] if what.endswith("missing") else sys.path)])
+        if what == "assembler":
+            (tmp_path / "nvidia_nvjitlink-99.0.dist-info").mkdir()
     else:
         other = tmp_path / what
         (source,) = (path for path in sources if path.name == what)
         other.write_bytes(source.read_bytes() + b"#")
         monkeypatch.setattr(options_room, "_sources", lambda: [other if path == source else path for path in sources])
     assert options_room._version.__wrapped__() != before
+
+
+def test_versions_are_those_of_the_packages_when_their_folders_are_read() -> None:
+    for name in options_room._TOOLS:
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            version = ""
+        assert options_room._installed_version(name) == version, name
 
 
 @pytest.mark.parametrize(

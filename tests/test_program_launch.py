@@ -22,6 +22,7 @@ import pytest
 
 from concordia import config
 from concordia.errors import UsageError
+from concordia.instrument.request import Status, ask
 from concordia.integrations.program.coverage import read_run
 from concordia.integrations.program.run_folder import ProgramRun, find_run, make_run, remove_old
 from waiting import until
@@ -298,6 +299,11 @@ def test_rewriter_is_started_once_more_and_the_program_goes_on_when_it_dies(comm
     assert find_run(base=command.base).about()["rewriter_deaths"] == 2
 
 
+def _takes_connections(run: Path) -> bool:
+    """Whether a rewriter answers; its launcher alone lets wait."""
+    return ask(run / "rewriter.sock", b"no image", timeout_s=20) is Status.READY
+
+
 def test_rewriter_ends_when_the_launcher_is_killed(command: Command) -> None:
     process = command.start("run", "--", "sh", "-c", "echo ready; exec sleep 1000")
     assert process.stdout
@@ -305,9 +311,11 @@ def test_rewriter_ends_when_the_launcher_is_killed(command: Command) -> None:
     until(lambda: len(command.rewriters()) > 0, 20)
     rewriters = {rewriter.pid for rewriter in command.rewriters()}
     (program,) = [child for child in psutil.Process(process.pid).children() if child.pid not in rewriters]
+    until(lambda: _takes_connections(command.runs[-1]), 20)
     process.kill()
     process.wait(60)
     until(lambda: not command.rewriters(), 20)
+    assert not (command.runs[-1] / "rewriter.sock").exists()
     program.kill()  # nobody but us ends it
     process.communicate(timeout=60)
 
@@ -368,12 +376,61 @@ def test_settings_are_refused_when_a_path_has_a_line_break(base: Path) -> None:
     run.close()
 
 
-def test_interrupt_before_the_program_starts_ends_us_when_the_rewriter_takes_its_time(command: Command) -> None:
-    slow = command.folder / "slow"
-    slow.mkdir()
-    (slow / "sitecustomize.py").write_text("import sys, time\nif 'concordia.instrument.rewriter' in sys.orig_argv:\n    time.sleep(2)\n")
-    process = command.start("run", "--", "echo", "started", PYTHONPATH=f"{SOURCE}:{slow}")
-    until(lambda: bool(command.rewriters()), 20)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert (process.returncode, out) == (-signal.SIGINT, "")
+def test_interrupt_before_the_program_starts_ends_us_when_it_comes_then() -> None:
+    script = (
+        "import os, signal\nfrom concordia.integrations.program.supervisor import Supervisor, end_as\n"
+        "signal.signal(signal.SIGINT, signal.SIG_DFL)\nsignal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])\n"
+        "os.kill(os.getpid(), signal.SIGINT)\nend_as(Supervisor().run(['echo', 'started'], os.environ))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, ""), done.stderr
+
+
+def _slow_rewriters(command: Command, begin: str) -> str:
+    """The path for an interpreter that does this before it is a rewriter; `count` is how many there were before."""
+    folder = command.folder / "slow"
+    folder.mkdir()
+    lines = ["import os, sys, time", "if 'concordia.instrument.rewriter' in sys.orig_argv:", f"    folder = {str(folder)!r}"]
+    lines += ["    count = len([n for n in os.listdir(folder) if n.startswith('seen')])", "    open(f'{folder}/seen{count}', 'w').close()"]
+    (folder / "sitecustomize.py").write_text("\n".join([*lines, f"    {begin}\n"]))
+    return f"{SOURCE}:{folder}"
+
+
+def _load(command: Command) -> tuple[str, ...]:
+    return ("run", "--hooks", "entry", "--", str(command.user), "begin", "context", f"load:{command.ptx}", "launch:kernel")
+
+
+def test_program_starts_at_once_and_its_image_is_hooked_when_the_rewriter_takes_its_time(command: Command) -> None:
+    go = command.folder / "go"
+    path = _slow_rewriters(command, f"exec(\"while not os.path.exists('{go}'): time.sleep(0.001)\")")
+    process = command.start("run", "--hooks", "entry", "--", "sh", "-c", f"echo started; exec {' '.join(_load(command)[4:])}", PYTHONPATH=path)
+    assert process.stdout
+    assert process.stdout.readline() == "started\n"
+    go.touch()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    (image,) = read_run(find_run(base=command.base)).images
+    assert (image.outcome, image.why) == ("rewritten", "")
+    assert not (command.runs[-1] / "rewriter.sock").exists()
+
+
+def test_image_is_hooked_when_the_rewriter_dies_before_it_serves_and_another_comes(command: Command) -> None:
+    path = _slow_rewriters(command, "if count == 0: os._exit(1)")
+    code, _, err = command.do(*_load(command), PYTHONPATH=path)
+    assert code == 0, err
+    (image,) = read_run(find_run(base=command.base)).images
+    assert (image.outcome, image.why) == ("rewritten", "")
+    assert find_run(base=command.base).about()["rewriter_deaths"] == 1
+
+
+def test_program_does_not_wait_for_an_image_when_no_rewriter_comes_any_more(command: Command) -> None:
+    path = _slow_rewriters(command, "os._exit(1)")
+    begun = time.monotonic()
+    code, _, err = command.do(*_load(command), PYTHONPATH=path)
+    assert code == 0, err
+    assert time.monotonic() - begun < config.RUN_IMAGE_WAIT_S
+    (image,) = read_run(find_run(base=command.base)).images
+    assert (image.outcome, image.why) == ("original", "no rewriter")
+    assert find_run(base=command.base).about()["rewriter_deaths"] == 2
+    assert not (command.runs[-1] / "rewriter.sock").exists()

@@ -32,6 +32,7 @@ from concordia.instrument.options import Options
 from concordia.instrument.report import Hook
 from concordia.instrument.request import Request, Status, ask, parse_reply, sealed_memory
 from concordia.instrument.rewrite_desk import RewriteDesk
+from concordia.instrument.rewriter_socket import listen
 from waiting import until
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -431,6 +432,41 @@ def test_child_ends_and_another_can_be_started_when_the_rewriter_is_killed(tmp_p
         assert process.wait(timeout=30) == 0
 
 
+def _rewriter_at(listener: socket.socket, run: pathlib.Path, root: pathlib.Path, launcher: int) -> subprocess.Popen[bytes]:
+    number = listener.fileno()
+    return subprocess.Popen(_command(run, root, "--listener", str(number), "--launcher", str(launcher)), env=ENVIRONMENT, pass_fds=(number,))
+
+
+def test_questions_wait_for_the_next_rewriter_when_a_launcher_holds_the_socket(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    path = run / "rewriter.sock"
+    launcher = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert launcher.stdin
+    with listen(path) as listener, concurrent.futures.ThreadPoolExecutor() as pool:
+        for end in (signal.SIGTERM, signal.SIGKILL):
+            early = [pool.submit(ask, path, b"no image %d" % number, timeout_s=30) for number in range(3)]
+            process = _rewriter_at(listener, run, tmp_path / "images", launcher.pid)
+            assert [answer.result(30) for answer in early] == [Status.READY] * 3
+            process.send_signal(end)
+            process.wait(timeout=30)
+            assert path.exists(), "the next listens under it"
+        process = _rewriter_at(listener, run, tmp_path / "images", launcher.pid)
+        assert ask(path, b"no image", timeout_s=30) is Status.READY
+        launcher.stdin.close()
+        launcher.wait(timeout=30)
+        assert process.wait(timeout=30) == 0
+        assert list(run.iterdir()) == []
+
+
+def test_all_who_wait_are_told_when_the_socket_is_closed_before_a_rewriter_came(run: pathlib.Path) -> None:
+    with listen(run / "rewriter.sock") as listener, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer:
+        peer.settimeout(30)
+        peer.connect(str(run / "rewriter.sock"))
+        listener.close()
+        with contextlib.suppress(ConnectionResetError):
+            assert peer.recv(64) == b""
+    assert (run / "rewriter.sock").stat().st_mode & 0o777 == 0o600
+
+
 def test_rewriter_ends_at_once_when_its_launcher_has_gone_before(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait(timeout=30)
@@ -444,7 +480,7 @@ def test_rewriter_ends_at_once_when_its_launcher_has_gone_before(run: pathlib.Pa
     [
         ([], "--run"), (["--run", "/nowhere"], "/nowhere"), (["--run", "/tmp"], "only this user"), (["--options", "{"], "JSON object"),
         (["--options", json.dumps({"arch": 1})], "architecture 1"), (["--workers", "0"], "--workers"), (["--unknown"], "--unknown"),
-        (["--cache", "/proc/x"], "no folder /proc/x: "),
+        (["--cache", "/proc/x"], "no folder /proc/x: "), (["--listener", "0"], "--listener 0"), (["--listener", "99"], "--listener 99"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_one_line_and_exit_code_2_when_given(run: pathlib.Path, tmp_path: pathlib.Path, arguments: list[str], said: str) -> None:

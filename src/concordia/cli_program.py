@@ -71,12 +71,15 @@ def run(
 
     with before_threads():
         from concordia.integrations.program.launch import HOOKS, Launch, launch
-        from concordia.integrations.program.policy import read_policy
 
     wanted = frozenset(part.strip() for part in hooks.split(",") if part.strip())
     if not wanted <= set(HOOKS):
         raise UsageError(f"--hooks {hooks}: give some of {', '.join(HOOKS)}, with commas")
-    read = None if policy is None else read_policy(policy)
+    read = None
+    if policy is not None:
+        with before_threads():
+            from concordia.integrations.program.policy import read_policy
+        read = read_policy(policy)
     is_hooking = bool(wanted) or (read is not None and any(read.hooks.values()))
     forced = os.environ.get(_FORCE_TEXT, "0")
     if is_hooking and forced not in ("", "0"):

@@ -151,7 +151,6 @@ RUN_KEPT_S: Final = 7 * 86400.0  # and none that ended longer ago
 RUN_LOOK_S: Final = 5.0
 RUN_END_S: Final = 5.0  # for the rewriter to end after SIGTERM; then it is killed
 REWRITER_STARTS_MAX: Final = 2  # one that dies twice does not get better
-REWRITER_START_S: Final = 5.0  # until it listens; it takes half a second
 GATE_HOLD_S: Final = 30.0  # a launch held for longer goes on, loudly: its framework would give up
 GATE_PAUSE_S: Final = 5.0  # for the GPU to come to a kernel boundary: a long prefill takes a second
 

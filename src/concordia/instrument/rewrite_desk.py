@@ -1,10 +1,10 @@
 """Who asks for which image, and who waits for it, floor 3.
 
-Owns: the socket `rewriter.sock` in the run folder, the queue and the waiting programs. Promises:
-only this user is served; every request is answered within a bound, with "later" when the work goes
-on behind it; an image that is asked for twice is rewritten once; whatever an image does ends one
-child process and never this one. Called by rewriter, which is a process of one thread. It does not
-rewrite: a child does (rewrite_job).
+Owns: the queue and the waiting programs; the listener is a launcher's, or its own where nobody
+handed it one (rewriter_socket). Promises: only this user is served; every request is answered
+within a bound, with "later" when the work goes on behind it; an image that is asked for twice is
+rewritten once; whatever an image does ends one child process and never this one. Called by
+rewriter, which is a process of one thread. It does not rewrite: a child does (rewrite_job).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from concordia import config
-from concordia.errors import EnvironmentRefused, ImageRefused
+from concordia.errors import ImageRefused
 from concordia.instrument.cache import ImageCache
 from concordia.instrument.options import Options
 from concordia.instrument.request import (
@@ -36,8 +36,8 @@ from concordia.instrument.request import (
 )
 from concordia.instrument.rewrite import rewrite as rewrite_image
 from concordia.instrument.rewrite_job import Rewrite, RewriteJob
+from concordia.instrument.rewriter_socket import NAME, listen
 
-SOCKET: Final = "rewriter.sock"
 _PEER: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _DESCRIPTORS_MAX: Final = 4  # of a message, so that one too many is seen and closed
 _CUT: Final = socket.MSG_TRUNC | socket.MSG_CTRUNC
@@ -60,8 +60,9 @@ class RewriteDesk:
         rewrite: Rewrite = rewrite_image,
         workers: int = config.REWRITE_WORKERS,
         answer_s: float = config.REWRITE_ANSWER_S,
+        listener: socket.socket | None = None,
     ) -> None:
-        self.path = run / SOCKET
+        self.path = run / NAME
         self._cache = cache
         self._options = options
         self._assembler_options = replace(options, assembler=True)
@@ -77,7 +78,8 @@ class RewriteDesk:
         self._selector = selectors.DefaultSelector()
         self._is_stopped = False
         self._is_trim_due = True  # something was stored, or nobody has looked yet
-        self._listener = _listen(self.path)
+        self._is_name_ours = listener is None  # else the next rewriter listens under it
+        self._listener = listener or listen(self.path)
         self._accepts_at: float | None = None  # while nobody is accepted: until when
         self._watch(self._listener.fileno(), self._accept)
 
@@ -107,8 +109,9 @@ class RewriteDesk:
                 self._trim()
 
     def close(self) -> None:
-        """End what runs, tell nobody, leave no file."""
-        self.path.unlink(missing_ok=True)
+        """End what runs, tell nobody, leave no file of its own."""
+        if self._is_name_ours:
+            self.path.unlink(missing_ok=True)
         for job in self._jobs.values():
             if job.is_running:
                 job.kill()
@@ -260,25 +263,6 @@ class RewriteDesk:
 
 def _work(request: Request) -> _Work:
     return request.key, request.is_for_assembler
-
-
-def _listen(path: Path) -> socket.socket:
-    """A listener whose name appears once it answers; a dead rewriter's is replaced."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-    begun = path.with_name(f".{path.name}")
-    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        begun.unlink(missing_ok=True)
-        listener.bind(f"/proc/self/fd/{folder}/{begun.name}")  # names of sockets are short
-        begun.chmod(0o600)
-        listener.listen(socket.SOMAXCONN)
-        begun.rename(path)
-    except OSError as error:
-        listener.close()
-        raise EnvironmentRefused(f"no socket in {path.parent}: {error}") from None
-    finally:
-        os.close(folder)
-    return listener
 
 
 def _say(request: Request, text: str) -> None:

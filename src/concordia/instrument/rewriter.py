@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import select
 import signal
 import socket
 import sys
@@ -21,7 +22,8 @@ from concordia import config
 from concordia.errors import ConcordiaError
 from concordia.instrument.cache import ImageCache
 from concordia.instrument.options import Options
-from concordia.instrument.rewrite_desk import SOCKET, RewriteDesk
+from concordia.instrument.rewrite_desk import RewriteDesk
+from concordia.instrument.rewriter_socket import NAME, handed
 from concordia.private_folder import check_private
 
 
@@ -32,7 +34,11 @@ def main(arguments: list[str]) -> int:
     check_private(asked.run, "--run names a run folder")
     _raise_descriptors()
     desk = RewriteDesk(
-        asked.run, ImageCache(asked.cache, options.key()), options, workers=asked.workers
+        asked.run,
+        ImageCache(asked.cache, options.key()),
+        options,
+        workers=asked.workers,
+        listener=None if asked.listener is None else handed(asked.listener),
     )
     waker, woken = socket.socketpair()
     waker.setblocking(False)
@@ -45,13 +51,18 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     desk.stop_when_readable(woken.fileno())
+    has_gone = True
     try:
-        desk.stop_when_readable(os.pidfd_open(asked.launcher))
+        launcher = os.pidfd_open(asked.launcher)
+        desk.stop_when_readable(launcher)
         desk.serve()
+        has_gone = bool(select.select([launcher], [], [], 0)[0])
     except ProcessLookupError:
         pass  # the launcher had gone before we were here
     finally:
         desk.close()
+        if has_gone:  # nobody else removes the name of its listener now
+            desk.path.unlink(missing_ok=True)
     return 0
 
 
@@ -59,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m concordia.instrument.rewriter",
         description="Rewrites GPU images for the programs of one `concordia run`, which starts it. "
-        f"Programs ask over {SOCKET} in the run folder and find the result in the cache.",
+        f"Programs ask over {NAME} in the run folder and find the result in the cache.",
         epilog="It ends when the launcher ends, when the run folder has gone, or by SIGTERM.",
     )
     parser.add_argument("--run", type=Path, required=True, help="the run folder (0700, yours)")
@@ -78,6 +89,12 @@ def _parser() -> argparse.ArgumentParser:
         default=os.getppid(),
         metavar="PID",
         help="process whose end ends this one (default: the parent)",
+    )
+    parser.add_argument(
+        "--listener",
+        type=int,
+        metavar="FD",
+        help="descriptor on which the launcher listens already (default: listen in the run folder)",
     )
     parser.add_argument(
         "--workers",
@@ -106,7 +123,11 @@ def _raise_descriptors() -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        code = main(sys.argv[1:])
     except ConcordiaError as failure:
         print(f"rewriter: {failure}", file=sys.stderr)
         sys.exit(failure.exit_code)
+    # a launcher waits for this end, and to take an interpreter down is the longest part of it
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -25,6 +25,8 @@ _MAGIC: Final = b"glibc-ld.so.cache1.1"
 _ENTRY: Final = struct.Struct("<iIIIQ")  # flags, name, path, system version, capabilities
 _MACHINES: Final = {"x86_64": 62, "aarch64": 183}
 _DYNSYM: Final = 11
+_SYMBOL: Final = struct.Struct("<IBBH16x")
+_PART_BYTES_MAX: Final = 64 << 20  # of names or symbols; a driver has some ten thousand
 
 
 def find_driver(
@@ -45,8 +47,8 @@ def find_driver(
 def exported_names(path: Path) -> frozenset[str]:
     """All functions and objects that a library defines for others; raises EnvironmentRefused."""
     try:
-        image = path.read_bytes()
-        return frozenset(_dynamic_names(image))
+        with path.open("rb") as file:
+            return frozenset(_dynamic_names(file.fileno()))
     except (OSError, struct.error, IndexError, ValueError) as error:
         raise EnvironmentRefused(f"{path} cannot be read as a library: {error}") from None
 
@@ -109,17 +111,28 @@ def _is_for_this_machine(path: Path) -> bool:
     return int.from_bytes(head[18:20], sys.byteorder) == _MACHINES.get(os.uname().machine, -1)
 
 
-def _dynamic_names(image: bytes) -> Iterator[str]:
-    (sections,) = struct.unpack_from("<Q", image, 40)
-    size, count = struct.unpack_from("<HH", image, 58)
-    headers = [
-        struct.unpack_from("<IIQQQQIIQQ", image, sections + index * size) for index in range(count)
-    ]
+def _dynamic_names(file: int) -> Iterator[str]:
+    """Of its parts alone: a driver has a hundred megabytes."""
+    head = _part(file, 0, 64)
+    (sections,) = struct.unpack_from("<Q", head, 40)
+    size, count = struct.unpack_from("<HH", head, 58)
+    table = _part(file, sections, size * count)
+    headers = [struct.unpack_from("<IIQQQQIIQQ", table, index * size) for index in range(count)]
     for header in headers:
         if header[1] != _DYNSYM:
             continue
-        names = headers[header[6]]
-        for at in range(header[4], header[4] + header[5], 24):
-            name, _, _, section = struct.unpack_from("<IBBH", image, at)
+        symbols = _part(file, header[4], header[5])
+        names = _part(file, headers[header[6]][4], headers[header[6]][5])
+        for name, _, _, section in _SYMBOL.iter_unpack(symbols):
             if section and name:
-                yield _text(image, names[4] + name)
+                yield _text(names, name)
+
+
+def _part(file: int, at: int, size: int) -> bytes:
+    """All of it, or a ValueError."""
+    if size > _PART_BYTES_MAX:
+        raise ValueError(f"a part of {size} bytes")
+    found = os.pread(file, size, at)
+    if len(found) != size:
+        raise ValueError(f"it ends before byte {at + size}")
+    return found

@@ -5,7 +5,7 @@ can be wrong is found before anything is started, one line and exit code 2; the 
 code or signal is ours; LD_LIBRARY_PATH and CONCORDIA_RUN are all that changes for it, and what
 protection.py and assembler.py say where they have a part; the run folder stays for `concordia
 modules`. Called by the command line. What the shim does with an image is native/'s; the rewriter is
-instrument/'s.
+instrument/'s. What only some runs need is imported by those: each program's start waits for this.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import concordia
 from concordia import config
@@ -26,15 +26,20 @@ from concordia.errors import UsageError
 from concordia.instrument.cache import ImageCache
 from concordia.instrument.options import Options
 from concordia.integrations.program.architecture import architecture
-from concordia.integrations.program.assembler import StandIn, place_stand_in
-from concordia.integrations.program.coverage import read_run
 from concordia.integrations.program.driver import find_driver
 from concordia.integrations.program.gate import make_page
-from concordia.integrations.program.policy import Policy
-from concordia.integrations.program.protection import Protection
 from concordia.integrations.program.run_folder import VARIABLE, ProgramRun, make_run
 from concordia.integrations.program.shim_build import place_shim
-from concordia.integrations.program.supervisor import IGNORED_HERE, Supervisor, end_as
+from concordia.integrations.program.supervisor import (
+    IGNORED_HERE,
+    Supervisor,
+    before_threads,
+    end_as,
+)
+
+if TYPE_CHECKING:
+    from concordia.integrations.program.policy import Policy
+    from concordia.integrations.program.protection import Protection
 
 DISABLE: Final = "CONCORDIA_DISABLE"
 HOOKS: Final = ("entry", "exit", "marks", "sass-marks")
@@ -94,18 +99,17 @@ def launch(asked: Launch) -> int:
         make_page(run.path)
         is_looking = not (options.entry or options.exit or options.marks or options.sass_marks)
         cache = ImageCache(config.Paths.default().image_cache, options.key())
-        stand_in = StandIn(why_not="no marks were asked for")
+        run.settle(_settings(options, cache, is_looking=is_looking))
+        why_not = "no marks were asked for"
         if options.marks:
-            stand_in = place_stand_in(run.path, options, environment)
-        run.settle({**_settings(options, cache, is_looking=is_looking), **stand_in.settings})
-        environment |= stand_in.environment(environment)
+            why_not = _add_stand_in(run, options, environment)
         if asked.policy is not None:
             (run.path / "policy").write_text(asked.policy.lines(), "utf-8")
             if asked.policy.protects:
-                protection = Protection.open(asked.policy)
+                protection = _protection(asked.policy)
                 environment |= protection.environment()
                 protection.keep_addresses()
-        facts = {"driver": str(driver), "assembler": stand_in.why_not}
+        facts = {"driver": str(driver), "assembler": why_not}
         run.tell(command=list(asked.command), started=time.time(), **facts)
         supervisor = Supervisor(
             _rewriter(run, options), _rewriter_environment(os.environ), run.socket
@@ -119,12 +123,30 @@ def launch(asked: Launch) -> int:
             run.tell(protection=protection.end(os.waitstatus_to_exitcode(status)))
         run.tell(ended=time.time(), status=status, rewriter_deaths=supervisor.rewriter_deaths)
         if asked.is_verbose:
+            from concordia.integrations.program.coverage import read_run
+
             print(f"concordia: {read_run(run).summary()}", file=sys.stderr)
     finally:
         if protection is not None:
             protection.close()
         run.close()
     return end_as(status)
+
+
+def _add_stand_in(run: ProgramRun, options: Options, environment: dict[str, str]) -> str:
+    """Put it before the assemblers of this environment; else why it is not there."""
+    from concordia.integrations.program.assembler import place_stand_in
+
+    stand_in = place_stand_in(run.path, options, environment)
+    run.settle({**run.settings(), **stand_in.settings})
+    environment |= stand_in.environment(environment)
+    return stand_in.why_not
+
+
+def _protection(policy: Policy) -> Protection:
+    with before_threads():
+        from concordia.integrations.program.protection import Protection
+    return Protection.open(policy)
 
 
 def _settings(options: Options, cache: ImageCache, *, is_looking: bool) -> dict[str, object]:
@@ -173,6 +195,8 @@ def _rewriter_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _await_looks(run: ProgramRun, cache: ImageCache) -> None:
     """Let the rewriter read the images that it was told of, within a bound."""
+    from concordia.integrations.program.coverage import read_run
+
     deadline = time.monotonic() + config.RUN_LOOK_S
     waiting = {image.key for image in read_run(run).images if image.key}
     while waiting and time.monotonic() < deadline:

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from concordia import config
 from concordia.errors import UsageError
+from concordia.instrument.rewriter_socket import NAME
 from concordia.private_folder import make_private
 from concordia.serving.run_folder import default_base, is_locked
 
@@ -29,7 +30,6 @@ _RUNS: Final = "runs"
 _ABOUT: Final = "about.json"
 _LOCK: Final = "lock"
 _SOCKET_PATH_MAX: Final = 107  # of a Unix socket, as the kernel has it
-_SOCKET: Final = "rewriter.sock"
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ class ProgramRun:
 
     @property
     def socket(self) -> Path:
-        return self.path / _SOCKET
+        return self.path / NAME
 
     def settle(self, settings: Mapping[str, object]) -> None:
         """Write what the shim reads when a process starts: a name and a value on each line."""
@@ -105,7 +105,7 @@ def make_run(base: Path | None = None) -> ProgramRun:
     remove_old(runs)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     path = runs / name
-    if len(str(path / _SOCKET)) > _SOCKET_PATH_MAX:
+    if len(str(path / NAME)) > _SOCKET_PATH_MAX:
         raise UsageError(f"{path} is too long for a socket; name a shorter --run-dir")
     try:
         path.mkdir(mode=0o700)

@@ -1,10 +1,11 @@
 """A program and its rewriter, as child processes, floor 7.
 
-Owns: starting both, signals on their way to the program, and the end of both. Promises: the program
-has the signal mask, the terminal and the process group that it would have without us; a signal from
-the terminal reaches it once (the kernel sends it), one sent to us is passed on; a rewriter that
-dies is started once more; none is left behind. Called by launch. It knows no shim, and imports
-nothing that starts a thread.
+Owns: starting both, the socket between them, signals on their way to the program, and the end of
+both. Promises: the program has the signal mask, the terminal and the process group that it would
+have without us, and does not wait for the rewriter to start; a signal from the terminal reaches it
+once (the kernel sends it), one sent to us is passed on; a rewriter that dies is started once more,
+and until it is there, questions wait; when none comes any more, they are told so at once; none is
+left behind. Called by launch. It knows no shim, and imports nothing that starts a thread.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import os
 import select
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +24,7 @@ from typing import Final
 
 from concordia import config
 from concordia.errors import UsageError
+from concordia.instrument.rewriter_socket import HANDED, listen
 
 # What may be meant for the program. SIGTSTP is not taken: who stops the one stops the other, and
 # the shell sees it.
@@ -54,12 +57,13 @@ def before_threads() -> Iterator[None]:
 
 @dataclass(slots=True)
 class Supervisor:
-    """Starts and watches; `rewriter` is its command, or empty; `socket` is what it listens on."""
+    """Starts and watches; `rewriter` is its command, or empty; `path` is where it is asked."""
 
     rewriter: Sequence[str] = ()
     rewriter_environment: Mapping[str, str] = field(default_factory=dict)
-    socket: Path = Path()
+    path: Path = Path()
     rewriter_deaths: int = 0
+    _listener: socket.socket | None = None
     _rewriter_pid: int = 0
     _mask: frozenset[int] = frozenset()  # that the program gets
 
@@ -76,7 +80,6 @@ class Supervisor:
         self._mask = frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, _TAKEN))
         try:
             self._start_rewriter()
-            self._await_rewriter()
             # what came so far came when there was no program that could have seen it
             early = signal.sigtimedwait(_ENDING, 0)
             if early is not None:
@@ -87,6 +90,7 @@ class Supervisor:
             return status
         finally:
             self._end_rewriter()
+            self._close_listener()
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     def _spawn(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -102,25 +106,33 @@ class Supervisor:
             raise UsageError(f"{command[0]} cannot be started: {error.strerror}") from None
 
     def _start_rewriter(self) -> None:
+        """It takes half a second until it accepts, and the program's questions wait for it on our
+        socket, not the program. Where none comes any more, there is no socket.
+        """
         if not self.rewriter or self.rewriter_deaths >= config.REWRITER_STARTS_MAX:
+            self._close_listener()
             return
+        if self._listener is None:
+            self._listener = listen(self.path)
         # A session of its own: the terminal's signals are for the program.
         self._rewriter_pid = os.posix_spawnp(
             self.rewriter[0],
-            list(self.rewriter),
+            [*self.rewriter, "--listener", str(HANDED)],
             dict(self.rewriter_environment),
             setsigmask=self._mask,
             setsid=True,
-            file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, self._listener.fileno(), HANDED),
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            ],
         )
 
-    def _await_rewriter(self) -> None:
-        """Until it listens, within a bound: an image that comes before it stays as it is."""
-        deadline = time.monotonic() + config.REWRITER_START_S
-        while self._rewriter_pid and not self.socket.exists() and time.monotonic() < deadline:
-            if os.waitid(os.P_PID, self._rewriter_pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                return  # its end is seen to later
-            time.sleep(config.PROGRAM_POLL_S)
+    def _close_listener(self) -> None:
+        """Whoever still waits on it is told; so the name goes first."""
+        if self._listener is not None:
+            self.path.unlink(missing_ok=True)
+            self._listener.close()
+            self._listener = None
 
     def _watch(self, pid: int) -> int:
         while True:
