@@ -23,6 +23,7 @@ import pytest
 from concordia import config
 from concordia.errors import UsageError
 from concordia.instrument.request import Status, ask
+from concordia.integrations.program import architecture as architecture_room
 from concordia.integrations.program.coverage import read_run
 from concordia.integrations.program.run_folder import ProgramRun, find_run, make_run, remove_old
 from waiting import until
@@ -434,3 +435,35 @@ def test_program_does_not_wait_for_an_image_when_no_rewriter_comes_any_more(comm
     assert (image.outcome, image.why) == ("original", "no rewriter")
     assert find_run(base=command.base).about()["rewriter_deaths"] == 2
     assert not (command.runs[-1] / "rewriter.sock").exists()
+
+
+@pytest.mark.parametrize(("numbers", "asked"), [(("0x2335", "0x2335"), 2), (("0x2335", "0x20b0"), 4), ((), 4)])
+def test_gpu_is_asked_once_for_its_architecture_when_all_are_of_one_model(
+    numbers: tuple[str, ...], asked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONCORDIA_CACHE", str(tmp_path / "cache"))
+    gpus, devices = tmp_path / "gpus", tmp_path / "devices"
+    for index, number in enumerate(numbers):
+        (gpus / f"0000:0{index}:00.0").mkdir(parents=True)
+        (devices / f"0000:0{index}:00.0").mkdir(parents=True)
+        (devices / f"0000:0{index}:00.0" / "vendor").write_text("0x10de\n")
+        (devices / f"0000:0{index}:00.0" / "device").write_text(f"{number}\n")
+    answers: list[int | None] = [None, 90, 90, 90]
+    monkeypatch.setattr(architecture_room, "_asked", lambda: answers.pop(0))
+    found = [architecture_room.architecture(gpus=gpus, devices=devices) for _ in range(4)]
+    assert found == [None, 90, 90, 90]
+    assert 4 - len(answers) == asked, "one that has no answer is asked again"
+
+
+@pytest.mark.parametrize("text", ["", "90x", "9", "-90", "9000", "٩٠"])
+def test_gpu_is_asked_again_when_what_was_kept_is_no_architecture(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONCORDIA_CACHE", str(tmp_path))
+    for name in ("gpus/a", "devices/a", "concordia/gpus"):
+        (tmp_path / name).mkdir(mode=0o700, parents=True)
+    for name in ("vendor", "device"):
+        (tmp_path / "devices" / "a" / name).write_text("0x1\n")
+    (tmp_path / "concordia" / "gpus" / "0x1-0x1").write_text(text)
+    monkeypatch.setattr(architecture_room, "_asked", lambda: 80)
+    for _ in range(2):
+        assert architecture_room.architecture(gpus=tmp_path / "gpus", devices=tmp_path / "devices") == 80
+    assert (tmp_path / "concordia" / "gpus" / "0x1-0x1").read_text() == "80"
