@@ -149,6 +149,7 @@ void coverage_image(const struct coverage *coverage) {
   put_text(&line, "why", coverage->why);
   put_text(&line, "call", coverage->call);
   put_number(&line, "us", coverage->ns / 1000);
+  put_number(&line, "own_us", coverage->own_ns / 1000);
   append(&line);
 }
 

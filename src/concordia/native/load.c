@@ -23,7 +23,7 @@ struct loading {
   CUresult result;
   const char *call, *why;
   struct image image;
-  uint64_t key[2], began_ns;
+  uint64_t key[2], began_ns, own_ns;
   char library[PROCESS_PATH_MAX];
   struct replacement replacement;
 };
@@ -60,7 +60,7 @@ static const char *replaced(struct loading *loading) {
   return found == CACHE_FOREIGN ? "its file is another image's" : answered(REWRITER_READY);
 }
 
-static void prepare(struct loading *loading) {
+static void decide(struct loading *loading) {
   if (!loading->image.size) {
     loading->why = "no image that is known";
     return;
@@ -77,6 +77,11 @@ static void prepare(struct loading *loading) {
   }
   loading->is_replaced = 1;
   loading->use = loading->replacement.image;
+}
+
+static void prepare(struct loading *loading) {
+  decide(loading);
+  loading->own_ns = now_ns() - loading->began_ns;
 }
 
 static void begin(struct loading *loading, const char *call) {
@@ -185,7 +190,8 @@ static CUresult end(struct loading *loading, void *const *handle) {
                               .why = loading->why,
                               .image = &loading->image,
                               .key = is_looked_up(loading) ? loading->key : NULL,
-                              .ns = now_ns() - loading->began_ns};
+                              .ns = now_ns() - loading->began_ns,
+                              .own_ns = loading->own_ns};
   coverage_image(&coverage);
   is_inside = 0;
   return result;

@@ -155,7 +155,7 @@ struct coverage {
   const char *call, *library, *outcome, *why;
   const struct image *image;
   const uint64_t *key;
-  uint64_t ns;
+  uint64_t ns, own_ns;  // of the call; of it before the driver's
 };
 
 void coverage_image(const struct coverage *coverage);

@@ -32,7 +32,9 @@ _WIDTH_NAME: Final = 60
 
 @dataclass(frozen=True, slots=True)
 class LoadedImage:
-    """One image that a process loaded. `kernels` is None where nobody has read it yet."""
+    """One image that a process loaded. `kernels` is None where nobody has read it yet; `own_us` is
+    what of `us` the driver did not take.
+    """
 
     pid: int
     library: str
@@ -42,6 +44,7 @@ class LoadedImage:
     outcome: str
     why: str
     us: int
+    own_us: int
     kernels: tuple[KernelReport, ...] | None
 
     def as_json(self) -> dict[str, Any]:
@@ -66,6 +69,7 @@ class LoadedImage:
             "outcome": self.outcome,
             "why": self.why,
             "us": self.us,
+            "own_us": self.own_us,
             "kernels": kernels,
         }
 
@@ -193,6 +197,7 @@ def _image(
             str(found["outcome"]),
             str(found["why"]),
             _number(found, "us"),
+            _number(found, "own_us"),
             tables[key],
         )
     except KeyError:
