@@ -125,11 +125,12 @@ static enum cache_answer accept(uint8_t *memory, uint64_t bytes, const uint64_t 
 #define HUGE_BYTES (2ull << 20)
 
 // Zeroed memory. Faults of small pages take several times as long as the read into them, so large
-// pieces begin on a huge page, and what is left over is faulted in at once; where the kernel does
-// neither, it is memory all the same.
+// pieces begin on a huge page where the launcher says that this pays, and what is left over is
+// faulted in at once; where the kernel does neither, it is memory all the same.
 static uint8_t *made(uint64_t *bytes) {
-  uint64_t used = (*bytes + 4095) & ~4095ull, spare = used < HUGE_BYTES / 2 ? 0 : HUGE_BYTES;
-  if (used % HUGE_BYTES >= HUGE_BYTES / 2) used = (used + HUGE_BYTES - 1) & ~(HUGE_BYTES - 1);
+  uint64_t used = (*bytes + 4095) & ~4095ull;
+  uint64_t spare = used >= HUGE_BYTES / 2 && process_number("huge_pages", 0) ? HUGE_BYTES : 0;
+  if (spare && used % HUGE_BYTES >= HUGE_BYTES / 2) used = (used + HUGE_BYTES - 1) & ~(HUGE_BYTES - 1);
   uint8_t *memory = mmap(NULL, used + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
                          -1, 0);
   if (memory == MAP_FAILED) return NULL;
