@@ -116,13 +116,13 @@ class RewriteDesk:
             if job.is_running:
                 job.kill()
                 job.finish()
+                self._is_trim_due = True  # of what it was writing
             else:
                 job.close()
         for peer in self._peers:
             peer.close()
         self._listener.close()
         self._selector.close()
-        self._is_trim_due = True  # also of what the killed children were writing
         self._trim()
 
     def _watch(self, descriptor: int, ready: Callable[[], None]) -> None:
