@@ -4,7 +4,8 @@ Runs the same program with and without `concordia run`, in turn, or both at once
 change places each time; each pair gives one ratio:
 
   start    program_start_ratio: seconds of a program that uses many kernels of PyTorch and Triton
-           once, from exec to exit, hooked / plain; the cache is warm, as in a second start
+           once, from exec to exit, hooked / plain; the cache is warm, as in a second start;
+           program_start_own_s: of these, what the shim took in loads before the driver was called
   decode   program_decode_ratio: tokens/s of two vLLM engines, hooked / plain, that live beside each
            other and decode in turn; program_engine_start_ratio: of their start, both at once; both
            must give the same tokens
@@ -29,6 +30,8 @@ from decode_engine import PROGRAM_S, ROOT, DecodeEngine, command
 from figures import Figures, joined, read_figures, save, with_interval
 
 from concordia.errors import ConcordiaError, UsageError
+from concordia.integrations.program.coverage import read_run
+from concordia.integrations.program.run_folder import find_run
 from concordia.testing.command import Parser, count, file_in_folder, run_command
 from concordia.testing.model import SHAPES, make_skeleton
 
@@ -83,7 +86,7 @@ def pair(
 
 
 def measure_start(options: argparse.Namespace, cache: pathlib.Path) -> Figures:
-    """program_start_ratio."""
+    """program_start_ratio, program_start_own_s."""
     words = [
         str(ROOT / "tests" / "gpu" / "real_kernels.py"),
         "torch",
@@ -92,14 +95,22 @@ def measure_start(options: argparse.Namespace, cache: pathlib.Path) -> Figures:
         "triton",
     ]
     Program(words, hooks=options.hooks, gpu=0, cache=cache).end()  # fills the cache
-    ratios = []
+    ratios, own = [], []
     for turn in range(options.pairs):
         (hooked_s, hooked), (plain_s, plain) = pair(words, options, turn, cache)
         if hooked["digests"] != plain["digests"]:
             raise ConcordiaError("hooks changed a result")
         ratios.append(hooked_s / plain_s)
-        print(f"start {turn}: {hooked_s:.2f} s hooked, {plain_s:.2f} s plain", file=sys.stderr)
-    return {"program_start_ratio": with_interval(ratios, "ratio")}
+        own.append(sum(image.own_us for image in read_run(find_run()).images) / 1e6)
+        print(
+            f"start {turn}: {hooked_s:.2f} s hooked, of which {own[-1]:.3f} s in the shim, "
+            f"{plain_s:.2f} s plain",
+            file=sys.stderr,
+        )
+    return {
+        "program_start_ratio": with_interval(ratios, "ratio"),
+        "program_start_own_s": with_interval(own, "s"),
+    }
 
 
 def measure_decode(options: argparse.Namespace, cache: pathlib.Path) -> Figures:
