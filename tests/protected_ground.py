@@ -7,6 +7,9 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from concordia.instrument.cache import ImageCache, image_key
+from concordia.instrument.options import Options
+from concordia.instrument.report import KernelReport, Rewritten, Slot, SlotKind
 from concordia.integrations.program.policy import Policy, parse_policy
 from concordia.integrations.program.program_pages import Board, create_reads, create_stage
 from concordia.integrations.program.shim_build import place_shim
@@ -63,3 +66,16 @@ def protected_folder(folder: Path, policy: Policy) -> Board:
 def policy_of(regions: str, *, trigger: str = "kernel:update", more: str = "") -> Policy:
     text = f'[journal]\nplace = "/dev/shm/none"\n[limits]\nstage = "32MiB"\nreads = "1MiB"\n{regions}\n[[trigger]]\non = "{trigger}"\n{more}'
     return parse_policy(text, "test.toml")
+
+
+def marking_run(folder: Path) -> dict[str, str]:
+    """The settings of a run in which the program's image is found hooked: its kernels mark what they store."""
+    run, image = folder / "hooked-run", b".version 8.0"
+    (run / "modules").mkdir(parents=True)
+    run.chmod(0o700)
+    cache = ImageCache(folder / "cache", Options().key())
+    hooked = image + b"\n// hooked: 0x0000000000000000\n"
+    kernels = tuple(KernelReport(name, 5, 32, "") for name in ("fill", "axpy", "scatter", "indirect", "sum", "mix", "update"))
+    cache.store(image_key(image), Rewritten(hooked, (Slot(hooked.index(b"0x") + 2, SlotKind.TEXT),), kernels, is_changed=True))
+    (run / "settings").write_text(f"mode=rewrite\nopaque=\ncache={cache.folder}\npage_shift=16\n")
+    return {"CONCORDIA_RUN": str(run)}

@@ -37,7 +37,7 @@ from concordia.integrations.program.policy import Policy, parse_policy
 from concordia.integrations.program.program_pages import Board
 from concordia.integrations.program.protection import Protection, reads_path
 from concordia.journal.client import JournalClient
-from protected_ground import LIFE_S, ProtectedGround, build
+from protected_ground import LIFE_S, ProtectedGround, build, marking_run
 from waiting import until
 
 POLICY = """
@@ -245,16 +245,29 @@ def test_resume_is_refused_when_the_program_or_its_log_is_another(ground: Protec
         Protection.open(policy)
 
 
-def test_resume_is_refused_when_the_program_has_its_numbers_in_other_places(ground: ProtectedGround, policy: Policy) -> None:
+@pytest.mark.parametrize(("before", "after"), [({}, {"PROGRAM_PLACE": "other"}), ({"PROGRAM_GRAPH": "0"}, {"PROGRAM_GRAPH": "64"})], ids=["launches", "graphs"])
+def test_resume_is_refused_when_the_program_has_its_numbers_in_other_places(
+    ground: ProtectedGround, policy: Policy, before: dict[str, str], after: dict[str, str]
+) -> None:
     """Kernels are left out until the point, and reads answered: only their arguments tell."""
-    killed = Life(ground, policy, "train", LONG)
+    killed = Life(ground, policy, "train", LONG, **before)
     killed.kill_after(20)
-    other = Life(ground, policy, "train", LONG, PROGRAM_PLACE="other")
+    other = Life(ground, policy, "train", LONG, **after)
     assert other.end() == 70
     assert "or on other places of its regions" in other.errors
-    again = Life(ground, policy, "train", str(len(killed.lines) + 20))
+    again = Life(ground, policy, "train", str(len(killed.lines) + 20), **before)
     assert again.end() == 0, again.errors
-    assert again.lines == plain_run(ground, len(killed.lines) + 20)
+    assert again.lines[: len(killed.lines)] == killed.lines
+
+
+def test_memory_comes_in_the_same_order_when_points_came_before_it_and_when_none_did(ground: ProtectedGround, policy: Policy, tmp_path: Path) -> None:
+    """What points need is there with the first region; the second one comes behind the first point, which a resumed program has not."""
+    marking, found = marking_run(tmp_path), []
+    for lines in (30, 60):
+        life = Life(ground, policy, "train", LONG, **marking)
+        life.kill_after(lines)
+        found.append(life.regions["big.1"])
+    assert found[0] == found[1]
 
 
 def test_resume_is_refused_when_an_asynchronous_read_of_the_first_points_is_another(ground: ProtectedGround, policy: Policy) -> None:

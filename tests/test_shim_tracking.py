@@ -20,11 +20,15 @@ from pathlib import Path
 
 import pytest
 
-from concordia.instrument.cache import ImageCache, image_key
-from concordia.instrument.options import Options
-from concordia.instrument.report import KernelReport, Rewritten, Slot, SlotKind
 from concordia.integrations.program.program_pages import MARK_BYTES, Board, Post
-from protected_ground import LIFE_S, ProtectedGround, build, policy_of, protected_folder
+from protected_ground import (
+    LIFE_S,
+    ProtectedGround,
+    build,
+    marking_run,
+    policy_of,
+    protected_folder,
+)
 
 DIRTY_BYTES = [8 << 18, 8 << 17, (1 << 20) + 12 * 4096 + 512, 8 << 17]  # of the program's regions
 BY_SIZE = '[[region]]\nname = "big"\nsize = ["1MiB", "4MiB"]'
@@ -122,25 +126,19 @@ def test_stage_is_what_the_regions_are_when_anything_writes_them(ground: Protect
     assert (sum(spared(answers) for answers, _ in found) > 0) == bool(trust), "trusted kernels mark what their arguments point to"
 
 
-def marking_run(folder: Path) -> dict[str, str]:
-    """The settings of a run in which the program's image is found hooked: its kernels mark what they store."""
-    run, image = folder / "hooked-run", b".version 8.0"
-    (run / "modules").mkdir(parents=True)
-    run.chmod(0o700)
-    cache = ImageCache(folder / "cache", Options().key())
-    hooked = image + b"\n// hooked: 0x0000000000000000\n"
-    kernels = tuple(KernelReport(name, 5, 32, "") for name in ("fill", "axpy", "scatter", "indirect", "sum", "mix", "update"))
-    cache.store(image_key(image), Rewritten(hooked, (Slot(hooked.index(b"0x") + 2, SlotKind.TEXT),), kernels, is_changed=True))
-    (run / "settings").write_text(f"mode=rewrite\nopaque=\ncache={cache.folder}\npage_shift=16\n")
-    return {"CONCORDIA_RUN": str(run)}
-
-
 def test_stage_is_what_the_regions_are_when_kernels_mark_what_they_store(ground: ProtectedGround, tmp_path: Path, seed: int) -> None:
     found = list(rounds(ground, tmp_path, seed, more="[program]\naudit_every = 2", **marking_run(tmp_path)))
     assert all(said == "" for _, said in found)
     assert sum(answers.board.word("missed_pages") for answers, _ in found) == 0
     assert sum(answers.board.word("audits") for answers, _ in found) > 0
     assert sum(spared(answers) for answers, _ in found) > 0, "nobody marked for them"
+
+
+def test_stage_is_what_the_regions_are_when_there_was_no_room_for_the_map(ground: ProtectedGround, tmp_path: Path, seed: int) -> None:
+    """It is asked for once, with the first region; a later one must not have a map that points know nothing of."""
+    found = list(rounds(ground, tmp_path, seed, FAKE_NO_MAP="1", **marking_run(tmp_path)))
+    assert all(said == "" for _, said in found)
+    assert sum(spared(answers) for answers, _ in found) == 0
 
 
 def test_pages_are_not_brought_again_when_their_marks_were_taken(ground: ProtectedGround, tmp_path: Path) -> None:

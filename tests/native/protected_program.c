@@ -53,7 +53,7 @@ enum { WEIGHTS = 1 << 18, MOMENTS = 1 << 17, BATCH = 1 << 10, ACTIVATIONS = 1 <<
 
 static int train(int steps, int kill_at) {
   P weights, moments, activations, batch, loss, extra = 0;
-  H stream, other, event;
+  H stream, other, event, graph, executable = NULL;
   static uint64_t host[BATCH], got[4];
   uint64_t seen = 17;
   DO(cuStreamCreate(&stream, 1));
@@ -70,6 +70,13 @@ static int train(int steps, int kill_at) {
       DO(cuMemsetD8Async(moments, 0, 8 * MOMENTS, stream));
       if (getenv("PROGRAM_PLACE")) moments += 8 * 64;  // as an allocator that goes by addresses may decide
     }
+    if (step == 2 && getenv("PROGRAM_GRAPH")) {
+      DO(cuStreamBeginCapture_v2(stream, 0));
+      launch(mix, stream, moments + 8 * (P)atoi(getenv("PROGRAM_GRAPH")), weights, 64);
+      DO(cuStreamEndCapture(stream, &graph));
+      DO(cuGraphInstantiateWithFlags(&executable, graph, 0));
+    }
+    if (executable) DO(cuGraphLaunch(executable, stream));
     random_state = seen;
     for (int i = 0; i < BATCH; i++) host[i] = next();
     DO(cuMemcpyHtoDAsync_v2(batch, host, sizeof host, stream));

@@ -32,7 +32,8 @@ __all__ = [
 
 CONTROL_MAGIC: Final = 0x31304C52_54434E43  # "CNCTRL01"
 CONTROL_PAGE_SHIFT: Final = 16  # of the map: 64 KiB, unless the options say otherwise
-# 256 GiB of addresses: allocations of a GPU with 141 GiB lie in it, however they are apart.
+# 256 GiB of addresses: allocations of a GPU with 141 GiB mostly lie in it; what lies outside is
+# marked as a whole.
 CONTROL_WINDOW_BYTES: Final = 1 << 38
 CONTROL_MAP_BYTES: Final = CONTROL_WINDOW_BYTES >> CONTROL_PAGE_SHIFT
 # Copies of the map, of which a CTA takes one by the low bits of its multiprocessor's number: CTAs

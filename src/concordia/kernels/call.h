@@ -52,7 +52,7 @@ struct Call {
   const uint32_t* near_ids;  // the task's first ids, if they came along with the task
   uint64_t near_id_count;
   // A handler's working words.
-  uint8_t* place;  // where the reserved record's payload goes, 0 when nothing is reserved
+  uint8_t* place;  // where the reserved record's payload goes; 0 where none was to be had
   uint64_t place_count;  // records of that size that are reserved there
   uint64_t scratch[8];
   // Its answer.

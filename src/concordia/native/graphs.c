@@ -67,10 +67,10 @@ static uint64_t mixed(uint64_t hash, uint64_t word) {
 }
 
 // With the lock.
-static void mix_place(uint64_t word, void *context) {
+static void mix_place(uint64_t word, uint64_t at, void *context) {
   struct note *note = context;
   uint64_t place = regions_place(word);
-  if (place) note->hash = mixed(note->hash, place);
+  if (place) note->hash = mixed(note->hash, place ^ at << 52);
 }
 
 static void note_kernel(struct note *note, void *node) {
@@ -84,7 +84,7 @@ static void note_kernel(struct note *note, void *node) {
   note->hash = mixed(mixed(note->hash, kernel->hash),
                      found.grid[0] ^ (uint64_t)found.block[0] << 32);
   protect_lock();
-  kernel_words(kernel, found.parameters, found.extra, mix_place, note);
+  kernel_small_words(kernel, found.parameters, found.extra, mix_place, note);
   protect_unlock();
   if (window_map && kernel->is_marking) {
     note->has_marking = 1;
@@ -98,6 +98,13 @@ static void note_kernel(struct note *note, void *node) {
   if (!is_known) note->is_all = 1;
 }
 
+static void note_write(struct note *note, uint64_t address, uint64_t bytes) {
+  protect_lock();
+  mix_place(address, 0, note);
+  protect_unlock();
+  reach(note, address, bytes);
+}
+
 static void note_copy(struct note *note, void *node) {
   CUDA_MEMCPY3D copy = {0};
   uint64_t bytes = 0;
@@ -107,7 +114,7 @@ static void note_copy(struct note *note, void *node) {
   }
   if (copy.target.type == MEMORY_ARRAY) return;
   uint64_t start = written_3d(&copy, &bytes);
-  if (start && is_device_memory(start)) reach(note, start, bytes);
+  if (start && is_device_memory(start)) note_write(note, start, bytes);
   else note->reads_host = 1;
 }
 
@@ -118,7 +125,7 @@ static void note_fill(struct note *note, void *node) {
     return;
   }
   uint64_t row = fill.width * fill.element;
-  reach(note, fill.target, fill.height > 1 ? (fill.height - 1) * fill.pitch + row : row);
+  note_write(note, fill.target, fill.height > 1 ? (fill.height - 1) * fill.pitch + row : row);
 }
 
 static void note_graph(struct note *note, void *graph, int depth) {

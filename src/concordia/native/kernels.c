@@ -11,6 +11,7 @@
 
 #include "protect.h"
 
+enum { SMALL_BYTES = 64 };  // a pointer, or some; tables of them have places that nobody filled
 enum { SLOTS = 1 << 16, PROBES = 64, PARAMETERS_MAX = 512 };
 enum { PARAMETER_MAP_BYTES = 128 };  // a tensor map, by which a kernel writes, is as large
 enum { END_OF_PARAMETERS = 1 };      // CUDA_ERROR_INVALID_VALUE: there is no such parameter
@@ -262,6 +263,21 @@ int kernel_words(const struct kernel *kernel, void **parameters, void **extra,
     }
   }
   return 1;
+}
+
+void kernel_small_words(const struct kernel *kernel, void **parameters, void **extra,
+                        void (*see)(uint64_t word, uint64_t at, void *context), void *context) {
+  uint64_t bytes = 0, word;
+  const uint8_t *buffer = parameters ? NULL : buffer_of(extra, &bytes);
+  for (int i = 0; i < kernel->count; i++) {
+    uint32_t offset = kernel->parameters[i].offset, size = kernel->parameters[i].bytes;
+    const uint8_t *argument = parameters ? parameters[i] : buffer + offset;
+    if (size > SMALL_BYTES || (!parameters && (!buffer || offset + size > bytes))) continue;
+    for (uint32_t at = -offset % 8; at + 8 <= size; at += 8) {
+      memcpy(&word, argument + at, 8);
+      see(word, offset + at, context);
+    }
+  }
 }
 
 int kernel_argument(const struct kernel *kernel, void **parameters, void **extra, int index,

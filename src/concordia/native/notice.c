@@ -54,6 +54,7 @@ static int is_taken_silently(const char *line, size_t bytes) {
   sigemptyset(&signals);
   sigaddset(&signals, SIGPIPE);
   sigaddset(&signals, SIGXFSZ);
+  sigaddset(&signals, SIGTTOU);  // of a terminal that stops whoever writes in the background
   if (pthread_sigmask(SIG_BLOCK, &signals, &before) != 0) return 0;
   sigpending(&pending);
   int is_done = is_taken(line, bytes);

@@ -1,10 +1,9 @@
 // The points of a program's work at which it may be saved, or is gone on with.
 //
-// Owns: the count of points and the digest of what was launched so far, and on which places of the
-// regions. Promises: the count depends
-// on the program's calls alone, not on time; a point is passed after the call that made it one;
-// nothing here waits for the device, but for the one point at which a resumed program is given its
-// bytes. Called by marks.c and the hooks of synchronisation.
+// Owns: the count of points, and the digest of what was launched so far and on which places of the
+// regions. Promises: the count depends on the program's calls alone, not on time; a point is passed
+// after the call that made it one; nothing here waits for the device, but for the one point at
+// which a resumed program is given its bytes. Called by marks.c and the hooks of synchronisation.
 #define _GNU_SOURCE
 #include <stdio.h>
 #include <time.h>
@@ -25,11 +24,12 @@ static uint64_t now_us(void) {
 static void mix(uint64_t word) { digest = ((digest ^ word) * 0x100000001b3ull) + (digest >> 31); }
 
 // With the lock. A program whose allocator takes other places than it did, be it because addresses
-// have another order, is not one that goes on with the bytes that lay there.
-static void mix_place(uint64_t word, void *unused) {
+// have another order, is not one that goes on with the bytes that lay there. Launches alone say so:
+// a copy may come from a thread of its own, in any order.
+static void mix_place(uint64_t word, uint64_t at, void *unused) {
   (void)unused;
   uint64_t place = regions_place(word);
-  if (place) mix(place);
+  if (place) mix(place ^ at << 52);
 }
 
 // With the lock.
@@ -67,7 +67,8 @@ void points_launched(const struct launch *launch, const struct kernel *kernel,
   mix(kernel ? kernel->hash : graph_hash);
   for (int i = 0; i < 3; i++) mix(launch->grid[i] ^ (uint64_t)launch->block[i] << 32);
   mix(launch->shared_bytes);
-  if (kernel) kernel_words(kernel, launch->parameters, launch->extra, mix_place, NULL);
+  if (kernel)
+    kernel_small_words(kernel, launch->parameters, launch->extra, mix_place, NULL);
   for (int i = 0; i < policy.trigger_count; i++) {
     int is_one = kernel ? kernel->triggers >> i & 1 : policy.triggers[i].on == ON_GRAPH;
     if (is_one && is_due(i)) hits |= 1u << i;

@@ -109,6 +109,9 @@ void kernels_unloaded(void);  // before the driver does it: handles may mean oth
 // were seen.
 int kernel_words(const struct kernel *kernel, void **parameters, void **extra,
                  void (*see)(uint64_t word, void *context), void *context);
+// The same for arguments of some words at most, as far as they are known; `at` is their offset.
+void kernel_small_words(const struct kernel *kernel, void **parameters, void **extra,
+                        void (*see)(uint64_t word, uint64_t at, void *context), void *context);
 int kernel_argument(const struct kernel *kernel, void **parameters, void **extra, int index,
                     uint64_t *word);
 
@@ -206,6 +209,7 @@ void saver_give(void);
 // What all points need, with the first region: so that what a program allocates comes in the same
 // order behind it, resumed or not.
 void saver_prepare(void);
+int saver_drop_copy(void);  // while it is taken, and protection has ended: of the marks; 0: none
 int saver_is_copying(void);  // of what was a region when this is asked; or a moment longer
 void saver_sweep(void);  // frees what was of regions that are gone, if it can be taken at once
 void saver_forget(struct region *region);  // frees it once nobody uses it

@@ -21,6 +21,7 @@ enum { NON_BLOCKING = 1, FREED_SAID = 100 };
 struct region *regions[REGIONS_MAX];
 int region_count;
 uint64_t regions_generation;
+static uint64_t lowest, highest;  // all regions lie between
 uint64_t window_base;
 CUdeviceptr window_map;
 static uint64_t matched[RULES_MAX];      // allocations that a rule has met
@@ -65,10 +66,12 @@ static void free_ours(CUdeviceptr address) {
   REAL(cuThreadExchangeStreamCaptureMode, &mode);
 }
 
-// The window of what kernels mark: made once, around the first region.
+// The window of what kernels mark: made once, around the first region, or never: what points need
+// is prepared with it.
 static void make_window(uint64_t address) {
+  static int is_tried;
   CUdeviceptr map = 0;
-  if (window_map) return;
+  if (is_tried++) return;
   uint64_t base = address & ~(CONTROL_WINDOW_BYTES / 2 - 1);
   uint64_t bytes = (uint64_t)CONTROL_MAP_COPIES * CONTROL_MAP_STRIDE;
   if (REAL(cuMemAlloc_v2, &map, bytes) != CUDA_SUCCESS) return;
@@ -130,6 +133,7 @@ static int is_placed(struct region *region) {
 
 // With the lock.
 uint64_t regions_place(uint64_t word) {
+  if (word - lowest >= highest - lowest) return 0;
   for (int i = 0; i < region_count; i++) {
     uint64_t offset = word - regions[i]->address;
     if (offset < regions[i]->bytes) return ((uint64_t)i + 1) << 48 ^ offset;
@@ -153,6 +157,7 @@ static void add_alone(const char *name, uint64_t address, uint64_t bytes) {
   if (!board_word() || !reads_register()) return;
   make_window(address);
   saver_prepare();
+  if (!IS_PROTECTED()) return;
   struct region *region = made(name, address, bytes);
   if (!region) {
     protect_lose("no memory for the copy of region %s, %lu bytes", name, bytes);
@@ -165,6 +170,9 @@ static void add_alone(const char *name, uint64_t address, uint64_t bytes) {
   protect_lock();
   regions[region_count++] = region;
   regions_generation++;
+  // never smaller again: they only spare most words of arguments a search
+  if (region->address < lowest || lowest == highest) lowest = region->address;
+  if (region->address + region->bytes > highest) highest = region->address + region->bytes;
   protect_unlock();
 }
 
@@ -268,7 +276,7 @@ void regions_sweep(void) {
 int regions_drop_copies(void) {
   static _Atomic int is_stuck;  // then each further call only looks
   protect_lock();
-  int has_some = region_count > 0 || garbage_count > 0;
+  int has_some = region_count > 0 || garbage_count > 0 || window_map;
   protect_unlock();
   if (!has_some) return 0;
   protect_lose("the program needs the memory that protection took");
@@ -283,6 +291,8 @@ int regions_drop_copies(void) {
   protect_unlock();
   for (int i = 0; i < count; i++) free_ours(regions[i]->copy);
   regions_sweep();
+  // The map itself stays: kernels that run may still mark in it.
+  int has_dropped = saver_drop_copy() || count > 0;
   saver_give();
-  return 1;
+  return has_dropped;
 }

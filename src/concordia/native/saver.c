@@ -77,12 +77,10 @@ void saver_sweep(void) {
   saver_give();
 }
 
-static void *work(void *unused) {
-  CUstream stream = NULL;
-  int mode = CU_STREAM_CAPTURE_MODE_RELAXED;  // what we do disturbs no capture
+static void *work(void *stream) {
+  int mode = CU_STREAM_CAPTURE_MODE_RELAXED, is_good = 1;  // what we do disturbs no capture
   REAL(cuCtxPushCurrent_v2, regions_context());
   REAL(cuThreadExchangeStreamCaptureMode, &mode);
-  int is_good = !bring_failed(REAL(cuStreamCreate, &stream, NON_BLOCKING), "make a stream");
   while (is_good) {
     pthread_mutex_lock(&lock);
     while (!is_wanted) pthread_cond_wait(&wanted, &lock);
@@ -91,11 +89,11 @@ static void *work(void *unused) {
     is_good = bring_point(stream);
     saver_give();
   }
-  return unused;
+  return stream;
 }
 
 // Signals are for the program's threads; the mask is inherited.
-static int has_started(void) {
+static int has_started(CUstream stream) {
   pthread_t thread;
   pthread_attr_t attributes;
   sigset_t all, before;
@@ -104,7 +102,7 @@ static int has_started(void) {
   pthread_attr_setstacksize(&attributes, STACK_BYTES);
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
-  int is_made = pthread_create(&thread, &attributes, work, NULL) == 0;
+  int is_made = pthread_create(&thread, &attributes, work, stream) == 0;
   pthread_sigmask(SIG_SETMASK, &before, NULL);
   pthread_attr_destroy(&attributes);
   return is_made;
@@ -112,15 +110,21 @@ static int has_started(void) {
 
 // Once: what all points need.
 static int prepare(void) {
-  if (has_thread) return 1;
+  CUstream stream = NULL;
+  if (has_thread || !IS_PROTECTED()) return has_thread;
   word = board_word();
+  if (!word) return 0;
   point.map = malloc(SNAPSHOT_BYTES);  // of which a page is there once it is used
   point.page_copy = malloc(MARK_BYTES);
-  if (!word || !point.map || !point.page_copy) return 0;
+  if (!point.map || !point.page_copy) {
+    protect_lose("no memory for the marks of a point");
+    return 0;
+  }
   if (window_map && bring_failed(REAL(cuMemAlloc_v2, &point.map_copy, SNAPSHOT_BYTES),
                                  "allocate a copy of the marks"))
     return 0;
-  has_thread = has_started();
+  if (bring_failed(REAL(cuStreamCreate, &stream, NON_BLOCKING), "make a stream")) return 0;
+  has_thread = has_started(stream);
   if (!has_thread) protect_lose("no thread can be made");
   return has_thread;
 }
@@ -129,6 +133,16 @@ void saver_prepare(void) {
   if (!saver_take(0)) return;  // whoever has it has prepared all
   prepare();
   saver_give();
+}
+
+int saver_drop_copy(void) {
+  CUdeviceptr copy = point.map_copy;
+  point.map_copy = 0;
+  if (!copy) return 0;
+  park_begin();  // it waits for all work
+  REAL(cuMemFree_v2, copy);
+  park_end();
+  return 1;
 }
 
 // With protect_lock: the regions and marks of this point.
@@ -149,6 +163,7 @@ static void take(void) {
     first = start < first ? start : first;
     last = end > last ? end : last;
   }
+  if (last >= CONTROL_MAP_BYTES) last = CONTROL_MAP_BYTES - 1;  // the rest of a last page
   point.map_first = first;
   point.map_count = first <= last && point.map_copy ? last - first + 1 : 0;
   point.map_row = (point.map_count + MAP_ROW - 1) & ~(uint64_t)(MAP_ROW - 1);
