@@ -131,8 +131,8 @@ class Agent:
                 return False
             self._commit(post)
         except (ConcordiaError, OSError) as error:
+            self.board.lose(str(error))  # first: whoever reads our stderr may not
             logger.error("unprotected from here on: %s", error)
-            self.board.lose(str(error))
             return False
         self.board.answer(post)
         return True
