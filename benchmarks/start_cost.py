@@ -6,10 +6,8 @@
   key_gb_per_s      its key: XXH64 with two seeds
   checksum_gb_per_s the CRC32C of a file of the cache
   load_gb_per_s     such a file becomes an image: memory, read, checksum, table and slots
-  load_huge_gb_per_s, load_small_gb_per_s: likewise with huge pages, and without; `concordia run`
-                    takes huge ones where free memory does not go back to a host
 
-The last six by the shim's own files, on images that the page cache has. Where no driver is
+The last four by the shim's own files, on images that the page cache has. Where no driver is
 installed the launcher stands before the one of the tests.
 """
 
@@ -37,14 +35,13 @@ from concordia.instrument.cache import ImageCache, image_key, key_halves
 from concordia.instrument.report import Rewritten, Slot, SlotKind
 from concordia.integrations.program import architecture
 from concordia.integrations.program.driver import SONAME, find_driver
-from concordia.integrations.program.huge_pages import are_huge_pages_cheap
 from concordia.integrations.program.native_build import FLAGS, NATIVE, compile_c, find_compiler
 from concordia.testing.command import Parser, count, file_in_folder, run_command
 
 HERE: Final = pathlib.Path(__file__).resolve().parent
 RESULTS: Final = HERE / "results" / "start_cost_cpu.json"
 DRIVER: Final = HERE.parent / "tests" / "native"
-PARTS: Final = ("images.c", "hash.c", "cache_file.c", "process_settings.c")
+PARTS: Final = ("images.c", "hash.c", "cache_file.c", "rewriter.c", "process_settings.c")
 IMAGE_BYTES: Final = 5 << 20  # a container of PyTorch with its kernels for one architecture
 IMAGES: Final = 40
 READY: Final = 4  # of enum cache_answer
@@ -117,21 +114,10 @@ def measure_images(folder: pathlib.Path) -> Figures:
             raise ConcordiaError(f"the key is {name}, not {key[0]:016x}{key[1]:016x}")
         keys.append(key)
     where, control = os.fsencode(cache.folder), ctypes.c_uint64(1 << 40)
-    for kind, is_huge in (("small", 0), ("huge", 1)):
-        run = folder / kind
-        run.mkdir(mode=0o700)
-        (run / "settings").write_text(f"huge_pages={is_huge}\n")
-        if not parts.process_settle(os.fsencode(run)):
-            raise ConcordiaError(f"the settings in {run} are not read")
-        found = CReplacement()
-        for key in keys:  # not released: a program keeps its images, too
-            out = ctypes.byref(found)
-            timed(
-                f"load_{kind}",
-                lambda key=key, out=out: parts.cache_load(where, key, control, out),
-                READY,
-            )
-    times["load"] = times["load_huge" if are_huge_pages_cheap() else "load_small"]
+    found = CReplacement()
+    for key in keys:  # not released: a program keeps its images, too
+        out = ctypes.byref(found)
+        timed("load", lambda key=key, out=out: parts.cache_load(where, key, control, out), READY)
     return {f"{name}_gb_per_s": gb_per_s(IMAGE_BYTES, found) for name, found in times.items()}
 
 

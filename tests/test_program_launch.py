@@ -25,7 +25,6 @@ from concordia.errors import UsageError
 from concordia.instrument.request import Status, ask
 from concordia.integrations.program import architecture as architecture_room
 from concordia.integrations.program.coverage import read_run
-from concordia.integrations.program.huge_pages import are_huge_pages_cheap
 from concordia.integrations.program.run_folder import ProgramRun, find_run, make_run, remove_old
 from waiting import until
 
@@ -455,14 +454,6 @@ def test_gpu_is_asked_once_for_its_architecture_when_all_are_of_one_model(
     found = [architecture_room.architecture(gpus=gpus, devices=devices) for _ in range(4)]
     assert found == [None, 90, 90, 90]
     assert 4 - len(answers) == asked, "one that has no answer is asked again"
-
-
-def test_huge_pages_are_taken_unless_free_memory_goes_back_to_a_host(tmp_path: Path) -> None:
-    assert are_huge_pages_cheap(tmp_path), "no balloon"
-    for name, features, is_cheap in (("virtio0", "0110000100", True), ("virtio1", "011", True), ("virtio2", "0110010100", False)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "features").write_text(features + "\n")
-        assert are_huge_pages_cheap(tmp_path) == is_cheap
 
 
 @pytest.mark.parametrize("text", ["", "90x", "9", "-90", "9000", "٩٠"])

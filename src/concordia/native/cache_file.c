@@ -8,6 +8,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -123,14 +124,18 @@ static enum cache_answer accept(uint8_t *memory, uint64_t bytes, const uint64_t 
 }
 
 #define HUGE_BYTES (2ull << 20)
+#define HUGE_NS_MAX 600000  // small pages take as long; a huge one that the kernel has, 100 us
 
 // Zeroed memory. Faults of small pages take several times as long as the read into them, so large
-// pieces begin on a huge page where the launcher says that this pays, and what is left over is
-// faulted in at once; where the kernel does neither, it is memory all the same.
+// pieces lie on huge pages, and what is left over is faulted in at once; where the kernel does
+// neither, it is memory all the same. Some have no huge page at hand: memory is in pieces, or a
+// virtual machine has given it back to its host. The first page of a piece shows that, and from
+// then on this process takes small ones.
 static uint8_t *made(uint64_t *bytes) {
+  static _Atomic int are_huge_slow;
   uint64_t used = (*bytes + 4095) & ~4095ull;
-  uint64_t spare = used >= HUGE_BYTES / 2 && process_number("huge_pages", 0) ? HUGE_BYTES : 0;
-  if (spare && used % HUGE_BYTES >= HUGE_BYTES / 2) used = (used + HUGE_BYTES - 1) & ~(HUGE_BYTES - 1);
+  uint64_t spare = used >= HUGE_BYTES / 2 && !atomic_load(&are_huge_slow) ? HUGE_BYTES : 0;
+  if (spare && used % HUGE_BYTES >= HUGE_BYTES / 2) used = (used + HUGE_BYTES - 1) & -HUGE_BYTES;
   uint8_t *memory = mmap(NULL, used + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
                          -1, 0);
   if (memory == MAP_FAILED) return NULL;
@@ -139,7 +144,12 @@ static uint8_t *made(uint64_t *bytes) {
   if (spare) munmap(memory + before + used, spare - before);
   memory += before;
   int saved = errno;
-  if (spare) madvise(memory, used, MADV_HUGEPAGE);
+  uint64_t began = now_ns();
+  if (spare && madvise(memory, used, MADV_HUGEPAGE) == 0 &&
+      madvise(memory, HUGE_BYTES, POPULATE_WRITE) == 0 && now_ns() - began > HUGE_NS_MAX) {
+    atomic_store(&are_huge_slow, 1);
+    madvise(memory, used, MADV_NOHUGEPAGE);  // what is there stays
+  }
   madvise(memory, *bytes, POPULATE_WRITE);
   errno = saved;
   *bytes = used;

@@ -28,7 +28,6 @@ from concordia.instrument.options import Options
 from concordia.integrations.program.architecture import architecture
 from concordia.integrations.program.driver import find_driver
 from concordia.integrations.program.gate import make_page
-from concordia.integrations.program.huge_pages import are_huge_pages_cheap
 from concordia.integrations.program.run_folder import VARIABLE, ProgramRun, make_run
 from concordia.integrations.program.shim_build import place_shim
 from concordia.integrations.program.supervisor import (
@@ -158,7 +157,6 @@ def _settings(options: Options, cache: ImageCache, *, is_looking: bool) -> dict[
         "opaque": options.opaque_list(),
         "arch": options.arch,
         "page_shift": options.page_shift,
-        "huge_pages": int(are_huge_pages_cheap()),
         "image_wait_ms": int(1000 * config.RUN_IMAGE_WAIT_S),
         "process_wait_ms": int(1000 * config.RUN_WAIT_S),
         "log_bytes": config.RUN_LOG_BYTES_MAX,
