@@ -26,7 +26,7 @@ from collections.abc import Iterator
 import pytest
 
 from concordia import config
-from concordia.errors import ImageRefused
+from concordia.errors import EnvironmentRefused, ImageRefused
 from concordia.instrument.cache import ImageCache, image_key
 from concordia.instrument.options import Options
 from concordia.instrument.report import Hook
@@ -358,6 +358,20 @@ def run(tmp_path: pathlib.Path) -> pathlib.Path:
 
 def _command(run: pathlib.Path, root: pathlib.Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "concordia.instrument.rewriter", "--run", str(run), "--cache", str(root), *more]
+
+
+def test_folder_is_refused_in_one_line_when_it_can_have_no_socket(tmp_path: pathlib.Path) -> None:
+    for folder, why in ((tmp_path / "missing", "No such file"), (pathlib.Path("/proc"), "Not a directory|No such file|not permitted|denied")):
+        with pytest.raises(EnvironmentRefused, match=f"no socket in {folder}: ({why}).*; name another --run-dir$"):
+            listen(folder / "rewriter.sock")
+
+
+def test_rewriter_serves_and_ends_well_when_its_output_is_closed(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    process = subprocess.Popen(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *_command(run, tmp_path / "images")], env=ENVIRONMENT)
+    until((run / "rewriter.sock").exists, 30)
+    assert ask(run / "rewriter.sock", b"no image", timeout_s=30) is Status.READY
+    process.terminate()
+    assert process.wait(timeout=30) == 0
 
 
 @pytest.mark.parametrize("end", ["launcher", "term", "folder"])

@@ -9,6 +9,7 @@ desk's (rewrite_desk).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import resource
 import select
@@ -121,13 +122,26 @@ def _raise_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def _open_streams() -> None:
+    """A program may be started without output, and no image's memory must get its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
 if __name__ == "__main__":
+    _open_streams()
     try:
         code = main(sys.argv[1:])
     except ConcordiaError as failure:
         print(f"rewriter: {failure}", file=sys.stderr)
         sys.exit(failure.exit_code)
     # a launcher waits for this end, and to take an interpreter down is the longest part of it
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     os._exit(code)

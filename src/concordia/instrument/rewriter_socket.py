@@ -22,20 +22,24 @@ HANDED: Final = 3  # the descriptor under which a rewriter gets it from its laun
 
 def listen(path: Path) -> socket.socket:
     """A listener under this name; a dead one's is replaced. Raises EnvironmentRefused."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     begun = path.with_name(f".{path.name}")
-    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    listener, folder = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET), -1
     try:
+        folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         begun.unlink(missing_ok=True)
         listener.bind(f"/proc/self/fd/{folder}/{begun.name}")  # names of sockets are short
         begun.chmod(0o600)
+        listener.setblocking(False)
         listener.listen(socket.SOMAXCONN)
         begun.rename(path)
     except OSError as error:
         listener.close()
-        raise EnvironmentRefused(f"no socket in {path.parent}: {error}") from None
+        raise EnvironmentRefused(
+            f"no socket in {path.parent}: {error.strerror}; name another --run-dir"
+        ) from None
     finally:
-        os.close(folder)
+        if folder >= 0:
+            os.close(folder)
     return listener
 
 
