@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from shim_ground import NATIVE, compile_c
 LIFE_S = 60.0  # longest that one program may take
 
 
-def build(folder: Path, *flags: str) -> ProtectedGround:
-    """Driver, program and shim, in folders of their own."""
+def build(folder: Path, *flags: str, shim: Sequence[str] = ()) -> ProtectedGround:
+    """Driver, program and shim, in folders of their own; `flags` are the program's."""
     driver = folder / "driver" / "libcuda.so.1"
     driver.parent.mkdir(parents=True)
     shape = ["-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-soname,libcuda.so.1", "-Wl,-Bsymbolic"]
@@ -28,7 +29,7 @@ def build(folder: Path, *flags: str) -> ProtectedGround:
     compile_c([str(NATIVE / "protected_program.c"), f"-L{driver.parent}", "-l:libcuda.so.1", *flags], program)
     run = folder / "run"
     run.mkdir(mode=0o700)
-    place_shim(run, driver)
+    place_shim(run, driver, flags=shim)
     return ProtectedGround(driver.parent, program, run)
 
 

@@ -4,7 +4,8 @@
 // inside_open() no call that gives work is under way, nor between the driver and its marks: so what
 // a point takes and what its copies see is the same; nobody is held for longer than a bound, at
 // which protection ends and the call goes on; a point that finds somebody inside for longer than a
-// bound is not taken. Called by streams.c, saver.c and, through ENTERS, by hooks.
+// bound is not taken, and those that follow soon do not wait so long. Called by streams.c, saver.c
+// and, through ENTERS, by hooks.
 #define _GNU_SOURCE
 #include <time.h>
 
@@ -12,7 +13,12 @@
 
 enum { SHARDS = 16 };             // threads that call at the same time share no line, mostly
 #define LOOK_NS 20000             // a point takes about as long
+#ifndef WAIT_INSIDE_NS  // tests have no such time
 #define WAIT_INSIDE_NS 2000000    // for calls under way: a launch takes microseconds
+#endif
+#ifndef REST_NS
+#define REST_NS 40000000  // behind a wait in vain: such waits take a twentieth of the time at most
+#endif
 #define HOLD_NS_MAX 10000000000ull  // of a call: copies are only enqueued, but a queue may be full
 
 static struct {
@@ -68,13 +74,19 @@ static int is_empty(void) {
   return found == 0;
 }
 
+// Who is in a long call now is likely to be there at the next point. A rest is counted in time and
+// not in points: where those are rare, each is worth a wait.
 int inside_close(void) {
-  if (depth) return 0;  // in the middle of a call of this thread
+  static uint64_t failed_ns;  // of whoever has the point; 0: never
+  if (depth) return 0;        // in the middle of a call of this thread
   uint64_t began = now_ns();
+  int is_rest = failed_ns && began - failed_ns < REST_NS;
   atomic_store(&is_closed, 1);
   while (!is_empty()) {
-    if (now_ns() - began > WAIT_INSIDE_NS) {
+    uint64_t now = now_ns();
+    if (now - began > (is_rest ? LOOK_NS : WAIT_INSIDE_NS)) {
       inside_open();
+      if (!is_rest) failed_ns = now;
       return 0;
     }
     look_again_later();

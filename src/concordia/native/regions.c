@@ -16,7 +16,9 @@
 #include "protect.h"
 
 enum { NON_BLOCKING = 1, FREED_SAID = 100 };
+#ifndef WAIT_SAVER_MS  // tests have no such time
 #define WAIT_SAVER_MS 5000  // for copies to end that nobody wants any more
+#endif
 
 struct region *regions[REGIONS_MAX];
 int region_count;
