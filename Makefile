@@ -5,7 +5,7 @@ ENV ?= .venv
 ENV_PYTHON ?= $(ENV)/bin/python
 RUN = PYTHONPATH=src $(ENV_PYTHON)
 
-.PHONY: demo test check soak bench bench-engine bench-gpu bench-page bench-ctas kill-rounds sanitize fuzz test-gpu test-ring setup corpus hook-cost start-cost clean
+.PHONY: demo test check soak bench bench-engine bench-gpu bench-page bench-ctas kill-rounds sanitize fuzz test-gpu test-ring setup corpus hook-cost kernel-limits start-cost clean
 
 setup:
 	@$(if $(filter $(ENV)/bin/python,$(ENV_PYTHON)),sh scripts/setup.sh $(PYTHON) $(ENV),true)
@@ -72,6 +72,10 @@ corpus: setup
 # what a hook adds to a small kernel, on the first GPU
 hook-cost: setup
 	$(RUN) benchmarks/hook_cost.py $(ARGS)
+
+# what plain kernels read, hash and store, beside which the runtime's figures stand, on the first GPU
+kernel-limits: setup
+	$(RUN) benchmarks/kernel_limits.py $(ARGS)
 
 # what `concordia run` adds to a start, without a GPU
 start-cost: setup

@@ -30,6 +30,7 @@ import engine  # noqa: E402
 import figures  # noqa: E402
 import goals  # noqa: E402
 import host_scan  # noqa: E402
+import kernel_limits  # noqa: E402
 import lent_stream  # noqa: E402
 import plot  # noqa: E402
 import recovery  # noqa: E402
@@ -42,7 +43,10 @@ from loops import Loops  # noqa: E402
 
 from concordia import abi  # noqa: E402
 from concordia.checkpoint.checkpointer import Checkpointer  # noqa: E402
+from concordia.device.compiler import HandlerSource  # noqa: E402
+from concordia.device.cuda import CudaCompiler  # noqa: E402
 from concordia.device.host import HostDevice  # noqa: E402
+from concordia.device.kernel_cache import KernelCache  # noqa: E402
 from concordia.errors import ConcordiaError, DeviceError  # noqa: E402
 from concordia.testing import command  # noqa: E402
 
@@ -171,7 +175,7 @@ def test_plots_end_with_2_when_a_file_holds_no_results(tmp_path: pathlib.Path) -
 # --- commands
 
 
-@pytest.mark.parametrize("started", ["device_runtime.py", "gpu.py", "residency.py", "engine.py", "swap_storm.py --device cuda:0"])
+@pytest.mark.parametrize("started", ["device_runtime.py", "gpu.py", "residency.py", "engine.py", "kernel_limits.py", "swap_storm.py --device cuda:0"])
 def test_benchmark_of_the_gpu_ends_with_one_line_and_2_when_it_sees_none(started: str) -> None:
     script, *arguments = started.split()
     done = run(script, *arguments)
@@ -183,6 +187,7 @@ def test_benchmark_of_the_gpu_ends_with_one_line_and_2_when_it_sees_none(started
 WRONG = {
     "device_runtime.py": ["--only everything", "--only", "--frobnicate", "--output /nope/x.json"],
     "gpu.py": ["--ctas 0", "--ctas"],
+    "kernel_limits.py": ["--scans 0", "--stores few", "--output /nope/x.json"],
     "residency.py": ["--output /"],
     "swap_storm.py": ["--swaps 0", "--tasks many", "--device foo", "--output OTHER"],
     "kill_rounds.py": ["--rounds 0", "--rounds -3", "--device cuda:99", "--output /nope/x.json", "--output OTHER"],
@@ -441,6 +446,31 @@ def test_host_scan_finds_the_dirty_pages_of_all_chunks_when_cores_share_them(hos
 def test_host_scan_is_no_peer_when_it_misses_a_page() -> None:
     with pytest.raises(ConcordiaError, match="found 1 pages, 2 are dirty"):
         host_scan._median_us(lambda: [3], lambda: [3, 4], rounds=1)
+
+
+# --- plain kernels
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_90a"])
+def test_plain_kernels_compile_with_every_row_and_the_headers_as_they_stand(tmp_path: pathlib.Path, architecture: str) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings are not installed")
+    text = kernel_limits.SOURCE.read_text()
+    assert set(re.findall(r'^#include "(.*)"', text, re.MULTILINE)) == {"page_hash.h"}
+    cubin = CudaCompiler(architecture, KernelCache(tmp_path)).kernel(HandlerSource.of("kernel_limits.cu", text=text)).cubin
+    rows = {row.kernel: row.threads for row in (*kernel_limits.SCANS, *kernel_limits.STORES)}
+    assert {name: int(threads) for threads, name in re.findall(r"^KERNEL\((\d+)\) (\w+)", text, re.MULTILINE)} == {**rows, "hold": 32}
+    assert all(f".text.{kernel}\0".encode() in cubin for kernel in rows)
+
+
+def test_rows_of_plain_kernels_are_those_of_the_committed_results() -> None:
+    found = json.loads(kernel_limits.RESULT.read_text())
+    assert found["what"] == kernel_limits.WHAT
+    for rows, key, ctas, old in (
+        (kernel_limits.SCANS, "scan_us", kernel_limits.SCAN_CTAS, set()),
+        (kernel_limits.STORES, "store_gb_per_s", kernel_limits.STORE_CTAS, {"copy engine", "the same, stored behind its sums"}),
+    ):
+        assert {row.name for row in rows} == set(found[key]) - old
+        assert all(set(found[key][row.name]) == {f"{n} CTAs" for n in ctas} for row in rows)
 
 
 # --- recovery
