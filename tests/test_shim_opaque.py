@@ -28,7 +28,7 @@ pytest_plugins = ["shim_fixtures"]
 
 ORIGINAL = [("original", "left as it is, by policy", "")]
 HOOKED = [("rewritten", "", image_key(PTX))]
-PIECES = ("*", "*", "?", "a", "B", "c", "1", "[", "]", "!", "-", "^", "\\", "[a-c]", "[!b]*", "[1-C-]")
+PIECES = ("*", "*", "?", "a", "B", "c", "1", "]", "!", "-", "^", "\\")
 NAMES = ("libcublasLt.so.13", "libplain.so")
 
 
@@ -144,8 +144,7 @@ def settled(parts: ctypes.CDLL, tmp_path: Path) -> Settled:  # noqa: F811
     ("pattern", "name", "is_match"),
     [
         ("cublas*", "/x/libcublasLt.so.13", True), ("CuBLAS*", "libcublas.so", True), ("cublas*", "/x/LIBCUBLAS.so", False), ("cublas", "libcublas.so", False),
-        ("*", "", True), ("*.so.?", "libx.so.1", True), ("*.so.?", "libx.so.13", False), ("a[0-9]*", "a7x", True), ("a[!0-9]*", "a7x", False),
-        ("[]a]", "]", True), ("[!]a]", "]", False), ("[a", "[a", True), ("[a-]", "-", True), ("[z-a]", "m", False), ("[!z-a]", "m", True), ("[^a]", "b", False),
+        ("*", "", True), ("*.so.?", "libx.so.1", True), ("*.so.?", "libx.so.13", False), ("a]", "a]", True), ("?", "[", True),
         ("\\*", "\\x", True), ("\\*", "*", False), ("a*b*c", "a1b2b3c", True), ("a*b*c", "a1b2b3d", False), ("x", "/x/", False),
     ],
 )  # fmt: skip
@@ -153,6 +152,12 @@ def test_pattern_means_the_same_to_both_when_it_is_of_this_form(settled: Settled
     options = Options(opaque=(pattern,))
     assert options.is_opaque_library(name) == is_match
     assert settled.says(options, name) == is_match
+
+
+def test_pattern_is_refused_when_it_has_a_set_of_letters() -> None:
+    """What is in a set, shells and languages do not agree on."""
+    with pytest.raises(UsageError, match=r"only \* and \? stand for other letters"):
+        Options(opaque=("cublas[0-9]*",))
 
 
 def test_lists_mean_the_same_to_both_when_they_are_random(settled: Settled) -> None:

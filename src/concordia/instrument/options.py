@@ -36,7 +36,7 @@ OPAQUE: Final = (
     "cutensor*",
     "nvjpeg*",
     "npp*",
-    "sm[0-9]*_xmma_*",
+    "sm?*_xmma_*",
 )
 ARCHITECTURES: Final = range(75, 130)  # as the drivers of CUDA 13 know them
 PAGE_SHIFTS: Final = range(12, 31)  # 4 KiB, a page of the system, to 1 GiB
@@ -76,6 +76,8 @@ class Options:
         for pattern in self.opaque:
             if not pattern or _SEPARATOR in pattern or "\n" in pattern:
                 raise UsageError(f"opaque {pattern!r}: give the library's name without its folder")
+            if "[" in pattern:
+                raise UsageError(f"opaque {pattern!r}: only * and ? stand for other letters")
         if len(self.opaque_list().encode()) > config.OPAQUE_BYTES_MAX:
             raise UsageError(f"opaque: give at most {config.OPAQUE_BYTES_MAX} bytes of names")
 
