@@ -580,13 +580,18 @@ def test_proof_refuses_when_a_byte_of_a_mark_or_of_a_branch_to_it_differs() -> N
     spliced = marked(original)
     slots = {place for slot in spliced.slots for place in range(slot.offset + 4, slot.offset + 8)}
     (section,) = (s for s in read_cubin(spliced.cubin).sections if s.name == TEXT + "kernel")
-    for _ in range(400):
-        at = rng.randrange(section.offset, section.end)
+    (code,) = (s for s in read_cubin(original).sections if s.name == TEXT + "kernel")
+    was, now = (image[s.offset : s.offset + code.size] for image, s in ((original, code), (spliced.cubin, section)))
+    branches = [at for at in range(0, code.size, 16) if was[at : at + 16] != now[at : at + 16]]
+    assert len(branches) >= 2
+    bits = [(section.offset + at + bit // 8, bit % 8) for at in branches for bit in range(128)]  # of every branch to a mark
+    bits += [(rng.randrange(section.offset, section.end), rng.randrange(8)) for _ in range(400)]
+    for at, bit in bits:
         if at in slots:
             continue
         broken = bytearray(spliced.cubin)
-        broken[at] ^= 1 << rng.randrange(8)
-        assert first_difference(original, bytes(broken), SHIFT) is not None, at
+        broken[at] ^= 1 << bit
+        assert first_difference(original, bytes(broken), SHIFT) is not None, (at, bit)
     assert first_difference(original, spliced.cubin) is not None, "marks that nobody asked for"
     assert first_difference(original, spliced.cubin, SHIFT + 1) is not None, "pages of another size"
 

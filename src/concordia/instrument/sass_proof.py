@@ -54,7 +54,7 @@ def compare_marks(
     sites = stores.sites
     begin = _target(ours, sites[0].at)
     at, places, needed = begin, set(), 0
-    if not len(code) <= begin < len(ours):
+    if not len(code) <= begin < len(ours) or begin % _STEP:
         return f"the store at {sites[0].at} leads to {begin}"
     for site in sites:
         body = _compare_site(site, ours, at, page_shift, registers)
