@@ -354,7 +354,7 @@ def test_program_is_not_started_when_its_agent_finds_no_compiler(
 
 def test_report_says_what_was_marked_and_what_had_changed(ground: ProtectedGround, policy: Policy) -> None:
     life = Life(ground, policy, "train", LONG)
-    life.kill_after(20, commits=4)
+    life.kill_after(60, commits=12)  # of which those that begin with a larger stage have all pages
     rows = life.report["regions"]
     assert {row["name"] for row in rows} >= {"big.0", "big.1"}
     for row in rows:
