@@ -113,7 +113,10 @@ async def perform(
                         r["session_id"] for r in status["replicas"] if r["state"] == "ready"
                     )
                     run.hits.append(hit(session, Target.ENGINE_CORE, pending.pop(0)[2]))
-                    progress.console.log(f"{run.hits[-1].kind} sent to the engine at token {seen}")
+                    alone = "" if "standby" in states else "; the next standby still starts"
+                    progress.console.log(
+                        f"{run.hits[-1].kind} sent to the engine at token {seen}{alone}"
+                    )
         if not asking.done():
             asking.cancel()
             raise ConcordiaError(f"{run.name}: no end within {RUN_TIMEOUT_S:.0f} s")
