@@ -113,12 +113,11 @@ CUresult addresses_allocate(CUdeviceptr *address, size_t bytes) {
   return result;
 }
 
-int addresses_has(CUdeviceptr address) {
-  int has = 0;
-  pthread_mutex_lock(&lock);
-  for (int i = 0; i < count && !has; i++) has = kept[i].address == address;
-  pthread_mutex_unlock(&lock);
-  return has;
+// With the lock; -1: it is not ours.
+static int index_of(CUdeviceptr address) {
+  for (int i = 0; i < count; i++)
+    if (kept[i].address == address) return i;
+  return -1;
 }
 
 void addresses_forked(void) {
@@ -127,17 +126,20 @@ void addresses_forked(void) {
 }
 
 CUresult addresses_free(CUdeviceptr address) {
+  pthread_mutex_lock(&lock);
+  int has = index_of(address) >= 0;
+  pthread_mutex_unlock(&lock);
+  if (!has) return ADDRESSES_NONE;
   // The driver's own memory waits so, too. What is left when it cannot, beside a capture, stays.
   CUresult result = REAL(cuCtxSynchronize);
   if (result == CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED) return CUDA_SUCCESS;
   if (result != CUDA_SUCCESS) return result;
   pthread_mutex_lock(&lock);
-  for (int i = 0; i < count; i++) {
-    if (kept[i].address != address) continue;
-    result = REAL(cuMemUnmap, address, kept[i].bytes);
-    memmove(&kept[i], &kept[i + 1], (size_t)(count - i - 1) * sizeof *kept);
+  int at = index_of(address);
+  if (at >= 0) {
+    result = REAL(cuMemUnmap, address, kept[at].bytes);
+    memmove(&kept[at], &kept[at + 1], (size_t)(count - at - 1) * sizeof *kept);
     count--;
-    break;
   }
   pthread_mutex_unlock(&lock);
   return result;

@@ -216,7 +216,8 @@ CUresult cuMemUnmap(CUdeviceptr address, size_t bytes) {
 CUresult cuMemFree_v2(CUdeviceptr address) {
   goes(address);
   park_begin();  // it waits for all work
-  CUresult result = addresses_has(address) ? addresses_free(address) : REAL(cuMemFree_v2, address);
+  CUresult result = addresses_free(address);
+  if (result == ADDRESSES_NONE) result = REAL(cuMemFree_v2, address);
   park_end();
   return result;
 }

@@ -55,7 +55,8 @@ static void reach(struct note *note, uint64_t address, uint64_t bytes) {
   note->reached[note->count++].bytes = bytes;
 }
 
-static void see(uint64_t word, void *context) {
+static void see(uint64_t word, uint64_t at, void *context) {
+  (void)at;
   struct note *note = context;
   struct allocation found;
   // All of it: regions may be named in it later.
@@ -69,8 +70,8 @@ static uint64_t mixed(uint64_t hash, uint64_t word) {
 // With the lock.
 static void mix_place(uint64_t word, uint64_t at, void *context) {
   struct note *note = context;
-  uint64_t place = regions_place(word);
-  if (place) note->hash = mixed(note->hash, place ^ at << 52);
+  uint64_t place = regions_place(word, at);
+  if (place) note->hash = mixed(note->hash, place);
 }
 
 static void note_kernel(struct note *note, void *node) {

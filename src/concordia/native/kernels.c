@@ -243,40 +243,40 @@ static const uint8_t *buffer_of(void **extra, uint64_t *bytes) {
   return *bytes ? buffer : NULL;
 }
 
-int kernel_words(const struct kernel *kernel, void **parameters, void **extra,
-                 void (*see)(uint64_t word, void *context), void *context) {
-  uint64_t bytes, word;
+// The words of `size` bytes that lie `offset` behind the first argument's begin.
+static void words_of(const uint8_t *bytes, uint64_t offset, uint64_t size, see_word see,
+                     void *context) {
+  uint64_t word;
+  for (uint64_t at = -offset % 8; at + 8 <= size; at += 8) {
+    memcpy(&word, bytes + at, 8);
+    see(word, offset + at, context);
+  }
+}
+
+int kernel_words(const struct kernel *kernel, void **parameters, void **extra, see_word see,
+                 void *context) {
+  uint64_t bytes;
   if (!parameters) {
     const uint8_t *buffer = buffer_of(extra, &bytes);
-    for (uint64_t at = 0; buffer && at + 8 <= bytes; at += 8) {
-      memcpy(&word, buffer + at, 8);
-      see(word, context);
-    }
+    if (buffer) words_of(buffer, 0, bytes, see, context);
     return buffer != NULL || kernel->count == 0;
   }
   if (kernel->count < 0) return 0;
-  for (int i = 0; i < kernel->count; i++) {
-    uint32_t offset = kernel->parameters[i].offset, size = kernel->parameters[i].bytes;
-    for (uint32_t at = -offset % 8; at + 8 <= size; at += 8) {
-      memcpy(&word, (const uint8_t *)parameters[i] + at, 8);
-      see(word, context);
-    }
-  }
+  for (int i = 0; i < kernel->count; i++)
+    words_of(parameters[i], kernel->parameters[i].offset, kernel->parameters[i].bytes, see,
+             context);
   return 1;
 }
 
 void kernel_small_words(const struct kernel *kernel, void **parameters, void **extra,
-                        void (*see)(uint64_t word, uint64_t at, void *context), void *context) {
-  uint64_t bytes = 0, word;
+                        see_word see, void *context) {
+  uint64_t bytes = 0;
   const uint8_t *buffer = parameters ? NULL : buffer_of(extra, &bytes);
   for (int i = 0; i < kernel->count; i++) {
     uint32_t offset = kernel->parameters[i].offset, size = kernel->parameters[i].bytes;
     const uint8_t *argument = parameters ? parameters[i] : buffer + offset;
     if (size > SMALL_BYTES || (!parameters && (!buffer || offset + size > bytes))) continue;
-    for (uint32_t at = -offset % 8; at + 8 <= size; at += 8) {
-      memcpy(&word, argument + at, 8);
-      see(word, offset + at, context);
-    }
+    words_of(argument, offset, size, see, context);
   }
 }
 

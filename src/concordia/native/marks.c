@@ -54,8 +54,8 @@ void marks_all(CUstream stream, int is_per_thread) {
   protect_unlock();
 }
 
-static void see(uint64_t word, void *unused) {
-  (void)unused;
+static void see(uint64_t word, uint64_t at, void *unused) {
+  (void)at, (void)unused;
   for (int i = 0; i < region_count; i++)
     if (word - regions[i]->address < regions[i]->bytes) regions[i]->is_whole = 1;
 }

@@ -28,8 +28,8 @@ static void mix(uint64_t word) { digest = ((digest ^ word) * 0x100000001b3ull) +
 // a copy may come from a thread of its own, in any order.
 static void mix_place(uint64_t word, uint64_t at, void *unused) {
   (void)unused;
-  uint64_t place = regions_place(word);
-  if (place) mix(place ^ at << 52);
+  uint64_t place = regions_place(word, at);
+  if (place) mix(place);
 }
 
 // With the lock.

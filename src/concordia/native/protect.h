@@ -105,13 +105,14 @@ struct kernel {
 };
 const struct kernel *kernel_of(void *function);
 void kernels_unloaded(void);  // before the driver does it: handles may mean other code from here on
-// Calls `see` with each word of a launch's arguments that may be an address; whether all of them
-// were seen.
-int kernel_words(const struct kernel *kernel, void **parameters, void **extra,
-                 void (*see)(uint64_t word, void *context), void *context);
-// The same for arguments of some words at most, as far as they are known; `at` is their offset.
+// Calls `see` with each word of a launch's arguments that may be an address, and its offset among
+// them; whether all of them were seen.
+typedef void (*see_word)(uint64_t word, uint64_t at, void *context);
+int kernel_words(const struct kernel *kernel, void **parameters, void **extra, see_word see,
+                 void *context);
+// The same for arguments of some words at most, as far as they are known.
 void kernel_small_words(const struct kernel *kernel, void **parameters, void **extra,
-                        void (*see)(uint64_t word, uint64_t at, void *context), void *context);
+                        see_word see, void *context);
 int kernel_argument(const struct kernel *kernel, void **parameters, void **extra, int index,
                     uint64_t *word);
 
@@ -125,8 +126,7 @@ int is_device_memory(uint64_t address);                          // without
 // --- addresses.c
 enum { ADDRESSES_NONE = -1 };  // no result of the driver
 CUresult addresses_allocate(CUdeviceptr *address, size_t bytes);  // or ADDRESSES_NONE: ask the driver
-int addresses_has(CUdeviceptr address);
-CUresult addresses_free(CUdeviceptr address);  // of one that it has
+CUresult addresses_free(CUdeviceptr address);                     // likewise
 
 // --- stack.c
 int stack_matches(const char *pattern);
@@ -151,7 +151,8 @@ void regions_freed(uint64_t address, uint64_t bytes);            // without the 
 void regions_launched(const struct kernel *, const struct launch *);  // without the lock
 int regions_drop_copies(void);  // without the lock; whether there is more memory now
 void regions_sweep(void);  // without the lock, while no copy is in use: frees those of the gone
-uint64_t regions_place(uint64_t word);  // which region an address lies in, and where; 0: in none
+// Which region an address lies in, and where, for a digest that knows whose word it is; 0: in none.
+uint64_t regions_place(uint64_t word, uint64_t at);
 CUcontext regions_context(void);
 
 // --- marks.c; without the lock

@@ -134,11 +134,11 @@ static int is_placed(struct region *region) {
 }
 
 // With the lock.
-uint64_t regions_place(uint64_t word) {
+uint64_t regions_place(uint64_t word, uint64_t at) {
   if (word - lowest >= highest - lowest) return 0;
   for (int i = 0; i < region_count; i++) {
     uint64_t offset = word - regions[i]->address;
-    if (offset < regions[i]->bytes) return ((uint64_t)i + 1) << 48 ^ offset;
+    if (offset < regions[i]->bytes) return ((uint64_t)i + 1) << 48 ^ offset ^ at << 52;
   }
   return 0;
 }
