@@ -38,6 +38,7 @@ from concordia.integrations.program.supervisor import (
 )
 
 if TYPE_CHECKING:
+    from concordia.integrations.program.assembler import StandIn
     from concordia.integrations.program.policy import Policy
     from concordia.integrations.program.protection import Protection
 
@@ -99,10 +100,14 @@ def launch(asked: Launch) -> int:
         make_page(run.path)
         is_looking = not (options.entry or options.exit or options.marks or options.sass_marks)
         cache = ImageCache(config.Paths.default().image_cache, options.key())
-        run.settle(_settings(options, cache, is_looking=is_looking))
+        settings = _settings(options, cache, is_looking=is_looking)
         why_not = "no marks were asked for"
         if options.marks:
-            why_not = _add_stand_in(run, options, environment)
+            stand_in = _stand_in(run, options, environment)
+            settings |= stand_in.settings
+            environment |= stand_in.environment(environment)
+            why_not = stand_in.why_not
+        run.settle(settings)
         if asked.policy is not None:
             (run.path / "policy").write_text(asked.policy.lines(), "utf-8")
             if asked.policy.protects:
@@ -133,14 +138,11 @@ def launch(asked: Launch) -> int:
     return end_as(status)
 
 
-def _add_stand_in(run: ProgramRun, options: Options, environment: dict[str, str]) -> str:
-    """Put it before the assemblers of this environment; else why it is not there."""
+def _stand_in(run: ProgramRun, options: Options, environment: Mapping[str, str]) -> StandIn:
+    """Before the assemblers of this environment, or why there is none."""
     from concordia.integrations.program.assembler import place_stand_in
 
-    stand_in = place_stand_in(run.path, options, environment)
-    run.settle({**run.settings(), **stand_in.settings})
-    environment |= stand_in.environment(environment)
-    return stand_in.why_not
+    return place_stand_in(run.path, options, environment)
 
 
 def _protection(policy: Policy) -> Protection:
