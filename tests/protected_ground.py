@@ -19,14 +19,14 @@ from shim_ground import NATIVE, compile_c
 LIFE_S = 60.0  # longest that one program may take
 
 
-def build(folder: Path, *flags: str, shim: Sequence[str] = ()) -> ProtectedGround:
-    """Driver, program and shim, in folders of their own; `flags` are the program's."""
+def build(folder: Path, *flags: str, source: str = "protected_program.c", shim: Sequence[str] = ()) -> ProtectedGround:
+    """Driver, program and shim, in folders of their own; `flags` are the program's, whose `source` is one of native/."""
     driver = folder / "driver" / "libcuda.so.1"
     driver.parent.mkdir(parents=True)
     shape = ["-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-soname,libcuda.so.1", "-Wl,-Bsymbolic"]
     compile_c([str(NATIVE / "fake_gpu.c"), *shape, "-ldl"], driver)
     program = folder / "program"
-    compile_c([str(NATIVE / "protected_program.c"), f"-L{driver.parent}", "-l:libcuda.so.1", *flags], program)
+    compile_c([str(NATIVE / source), f"-L{driver.parent}", "-l:libcuda.so.1", *flags], program)
     run = folder / "run"
     run.mkdir(mode=0o700)
     place_shim(run, driver, flags=shim)

@@ -10,19 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from protected_ground import ProtectedGround, build, policy_of, protected_folder
-from shim_ground import NATIVE, compile_c
-from test_shim_tracking import BY_SIZE, Answers, marking_run
+from protected_ground import ProtectedGround, build, marking_run, policy_of, protected_folder
+from test_shim_tracking import BY_SIZE, Answers
 
 AUDITED = "[program]\naudit_every = 1\n"
 
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> ProtectedGround:
-    found = build(tmp_path_factory.mktemp("learning"))
-    found.program = found.program.with_name("learning")
-    compile_c([str(NATIVE / "learning_program.c"), f"-L{found.driver}", "-l:libcuda.so.1"], found.program)
-    return found
+    return build(tmp_path_factory.mktemp("learning"), source="learning_program.c")
 
 
 def life(ground: ProtectedGround, folder: Path, mode: str, more: str = AUDITED, **environment: str) -> tuple[Answers, str]:

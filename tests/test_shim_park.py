@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from protected_ground import ProtectedGround, build
+from protected_ground import ProtectedGround, build, marking_run
 from shim_ground import NATIVE, compile_c
-from test_shim_tracking import marking_run
 
 
 @pytest.fixture(scope="module")

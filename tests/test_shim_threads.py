@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from protected_ground import ProtectedGround, build, policy_of, protected_folder
-from shim_ground import NATIVE, compile_c
-from test_shim_tracking import BY_SIZE, Answers, marking_run
+from protected_ground import ProtectedGround, build, marking_run, policy_of, protected_folder
+from test_shim_tracking import BY_SIZE, Answers
 
 REGION_BYTES = 1 << 21
 TRUSTED = '[images]\ntrust_arguments = ["fill", "update"]'
@@ -23,10 +22,7 @@ AUDITED = "[program]\naudit_every = 1"
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> ProtectedGround:
-    found = build(tmp_path_factory.mktemp("threads"))
-    found.program = found.program.with_name("threads")
-    compile_c([str(NATIVE / "threads_program.c"), f"-L{found.driver}", "-l:libcuda.so.1"], found.program)
-    return found
+    return build(tmp_path_factory.mktemp("threads"), source="threads_program.c")
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from protected_ground import LIFE_S, ProtectedGround, build, policy_of, protected_folder
-from shim_ground import NATIVE, compile_c
 from test_shim_tracking import BY_SIZE
 
 BOUND_MS = 1000
@@ -23,10 +22,7 @@ OUT_OF_MEMORY = 2
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> ProtectedGround:
-    found = build(tmp_path_factory.mktemp("waits"), shim=BOUNDS)
-    found.program = found.program.with_name("waits")
-    compile_c([str(NATIVE / "waits_program.c"), f"-L{found.driver}", "-l:libcuda.so.1"], found.program)
-    return found
+    return build(tmp_path_factory.mktemp("waits"), source="waits_program.c", shim=BOUNDS)
 
 
 def life(ground: ProtectedGround, folder: Path, *words: str, said: str = "", **environment: str) -> list[tuple[int, int]]:

@@ -10,6 +10,8 @@ import json
 import os
 import sys
 
+from scenarios_vllm import QUICK, SETTINGS
+
 KV_BYTES = 192 << 20
 
 
@@ -21,11 +23,8 @@ def main(folder: str, workers: int, processes: int) -> int:
     }
     from vllm import LLM, SamplingParams
 
-    engine = LLM(
-        folder, dtype="bfloat16", max_model_len=512, max_num_seqs=8, block_size=16, kv_cache_memory_bytes=KV_BYTES, seed=7,
-        gpu_memory_utilization=0.05, enable_prefix_caching=False, disable_log_stats=True, tensor_parallel_size=workers,
-        compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
-    )  # fmt: skip
+    settings = SETTINGS | {"kv_cache_memory_bytes": KV_BYTES, "compilation_config": QUICK}
+    engine = LLM(folder, seed=7, tensor_parallel_size=workers, **settings)
     prompts = [
         {"prompt_token_ids": [(37 * i + 5 * j * (i + 1)) % 256 for j in range(40 + 16 * (i % 3))]}
         for i in range(8)

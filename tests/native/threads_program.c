@@ -74,14 +74,19 @@ static void *write_pages(void *order) {
   is_writing = 0;
   return NULL;
 }
-static int race(int phases) {
-  int order[PAGES];
+// A stream, and the first region, all zero.
+static H begin(void) {
   H stream;
-  pthread_t thread;
   DO(cuStreamCreate(&stream, 1));
   DO(cuMemAlloc_v2(&regions[region_count++], BYTES));
   DO(cuMemsetD8Async(regions[0], 0, BYTES, stream));
   quiet(stream);
+  return stream;
+}
+static int race(int phases) {
+  int order[PAGES];
+  pthread_t thread;
+  H stream = begin();
   for (int phase = 0; phase < phases; phase++) {
     for (int i = 0; i < PAGES; i++) order[i] = i;
     for (int i = PAGES - 1; i > 0; i--) { int at = (int)(next() % (uint64_t)(i + 1)), kept = order[i]; order[i] = order[at]; order[at] = kept; }
@@ -105,12 +110,8 @@ static void *copy_slowly(void *unused) {
   return unused;
 }
 static int be_long(void) {
-  H stream;
   pthread_t thread;
-  DO(cuStreamCreate(&stream, 1));
-  DO(cuMemAlloc_v2(&regions[region_count++], BYTES));
-  DO(cuMemsetD8Async(regions[0], 0, BYTES, stream));
-  quiet(stream);
+  H stream = begin();
   is_writing = 1;
   pthread_create(&thread, NULL, copy_slowly, NULL);
   while (is_writing) { come_to_point(stream); usleep(100); }
