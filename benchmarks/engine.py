@@ -55,27 +55,29 @@ def decode_figures(streams: list[Stream]) -> tuple[float, float]:
     """Tokens per second while all of them decode, and the 99th percentile of the time between two
     tokens of one stream in that window, in seconds.
     """
-    opened = max(s.stamps[0] for s in streams)
+    opened, gaps = gaps_of(streams)
     closed = min(s.stamps[-1] for s in streams)
     tokens = sum(opened < stamp <= closed for s in streams for stamp in s.stamps)
-    gaps = sorted(
-        b - a for s in streams for a, b in zip(s.stamps, s.stamps[1:], strict=False) if a >= opened
-    )
-    return tokens / (closed - opened), gaps[math.ceil(0.99 * len(gaps)) - 1]
+    return tokens / (closed - opened), gaps[math.ceil(0.99 * len(gaps)) - 1][0]
+
+
+def gaps_of(streams: list[Stream]) -> tuple[float, list[tuple[float, float]]]:
+    """When all of them decode, and from then on the times between two tokens of one stream, the
+    shortest first, each with when it began.
+    """
+    opened = max(s.stamps[0] for s in streams)
+    pairs = ((a, b) for s in streams for a, b in zip(s.stamps, s.stamps[1:], strict=False))
+    return opened, sorted((b - a, a) for a, b in pairs if a >= opened)
 
 
 def slowest_steps(streams: list[Stream], most: int = 4) -> str:
     """For people: when in the window of decode_figures the longest gaps began, how long they were,
     and how many streams had them at once.
     """
-    opened = max(s.stamps[0] for s in streams)
-    gaps = sorted(
-        ((b - a, a - opened) for s in streams for a, b in zip(s.stamps, s.stamps[1:], strict=False)
-         if a >= opened),
-        reverse=True,
-    )  # fmt: skip
+    opened, gaps = gaps_of(streams)
     steps: list[list[float]] = []
-    for gap, at in gaps:
+    for gap, began in reversed(gaps):
+        at = began - opened
         step = next((one for one in steps if abs(one[1] - at) < SAME_STEP_S), None)
         if step is not None:
             step[2] += 1
