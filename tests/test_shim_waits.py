@@ -53,6 +53,12 @@ def test_program_gets_memory_without_a_wait_when_protection_ended_as_it_came_to_
     assert (result, took_ms < BOUND_MS) == (0, True), took_ms
 
 
+def test_program_gets_the_memory_of_a_region_that_is_gone_when_there_is_no_other(ground: ProtectedGround, tmp_path: Path) -> None:
+    said = "the program needs the memory that protection took"
+    ((result, took_ms),) = life(ground, tmp_path / "protect", "freed", said=said, FAKE_BYTES=str(5 << 20))
+    assert (result, took_ms < BOUND_MS) == (0, True), took_ms
+
+
 def test_points_rest_from_waits_and_one_is_taken_when_a_long_call_of_another_thread_is_over(ground: ProtectedGround, tmp_path: Path) -> None:
     first, second, last = life(ground, tmp_path / "protect", "inside", str(BOUND_MS))
     assert [fired for fired, _ in (first, second, last)] == [0, 0, 1]

@@ -3,6 +3,7 @@
 //   unmap     the copies of a point never end; then memory is unmapped, again and again
 //   allocate  the copies of a point never get to the host; then there is no memory, again and again
 //   ends      protection ends while the program is on its way to a point; then it needs the memory that protection took
+//   freed     the only region is freed, and no point comes that would free its copy; then there is no memory but that
 //   inside    a thread stays in a call: points until a second one has waited for it, and one more when the call is over
 #include <dirent.h>
 #include <fcntl.h>
@@ -18,7 +19,7 @@
 typedef int R;
 typedef uint64_t P;
 typedef void *H;
-R cuInit(unsigned), cuDevicePrimaryCtxRetain(H *, int), cuCtxSetCurrent(H), cuModuleLoadData(H *, const void *), cuModuleGetFunction(H *, H, const char *), cuMemAlloc_v2(P *, size_t), cuStreamCreate(H *, unsigned), cuMemcpyHtoD_v2(P, const void *, size_t);
+R cuInit(unsigned), cuDevicePrimaryCtxRetain(H *, int), cuCtxSetCurrent(H), cuModuleLoadData(H *, const void *), cuModuleGetFunction(H *, H, const char *), cuMemAlloc_v2(P *, size_t), cuMemFree_v2(P), cuStreamCreate(H *, unsigned), cuMemcpyHtoD_v2(P, const void *, size_t);
 R cuMemAddressReserve(P *, size_t, size_t, P, unsigned long long), cuMemMap(P, size_t, size_t, uint64_t, unsigned long long), cuMemUnmap(P, size_t), cuMemSetAccess(P, size_t, const void *, size_t);
 R cuLaunchKernel(H, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, H, void **, void **);
 void fake_visited(int (*)(const char *));
@@ -126,6 +127,16 @@ static int ends(void) {
   return is_over ? 0 : 3;
 }
 
+static int freed(void) {
+  P region;
+  DO(cuMemAlloc_v2(&region, REGION));
+  DO(cuMemFree_v2(region));
+  uint64_t began = now_ms();
+  R result = allocated(2 * REGION);
+  printf("%d %lu\n", result, now_ms() - began);
+  return 0;
+}
+
 static int stays_inside(const char *call) {
   if (strcmp(call, "cuMemcpyHtoD_v2")) return 0;
   is_there = 1;
@@ -167,6 +178,7 @@ int main(int count, char **words) {
   if (!strcmp(words[1], "unmap")) result = unmap();
   if (!strcmp(words[1], "allocate")) result = allocate();
   if (!strcmp(words[1], "ends")) result = ends();
+  if (!strcmp(words[1], "freed")) result = freed();
   if (count > 2 && !strcmp(words[1], "inside")) result = inside(strtoull(words[2], NULL, 10));
   return result;
 }

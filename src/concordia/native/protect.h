@@ -210,7 +210,8 @@ void saver_give(void);
 // What all points need, with the first region: so that what a program allocates comes in the same
 // order behind it, resumed or not.
 void saver_prepare(void);
-int saver_drop_copy(void);  // while it is taken, and protection has ended: of the marks; 0: none
+// While it is taken, and protection has ended: the copy of the marks, for its caller to free, or 0.
+CUdeviceptr saver_drop_copy(void);
 int saver_is_copying(void);  // of what was a region when this is asked; or a moment longer
 void saver_sweep(void);  // frees what was of regions that are gone, if it can be taken at once
 void saver_forget(struct region *region);  // frees it once nobody uses it

@@ -288,13 +288,14 @@ int regions_drop_copies(void) {
     return 0;
   }
   protect_lock();
-  int count = region_count;
+  int count = region_count, has_garbage = garbage_count > 0;
   region_count = 0;
   protect_unlock();
   for (int i = 0; i < count; i++) free_ours(regions[i]->copy);
   regions_sweep();
   // The map itself stays: kernels that run may still mark in it.
-  int has_dropped = saver_drop_copy() || count > 0;
+  CUdeviceptr copy = saver_drop_copy();
+  if (copy) free_ours(copy);
   saver_give();
-  return has_dropped;
+  return copy || count > 0 || has_garbage;
 }

@@ -135,14 +135,10 @@ void saver_prepare(void) {
   saver_give();
 }
 
-int saver_drop_copy(void) {
+CUdeviceptr saver_drop_copy(void) {
   CUdeviceptr copy = point.map_copy;
   point.map_copy = 0;
-  if (!copy) return 0;
-  park_begin();  // it waits for all work
-  REAL(cuMemFree_v2, copy);
-  park_end();
-  return 1;
+  return copy;
 }
 
 // With protect_lock: the regions and marks of this point.
