@@ -101,19 +101,17 @@ def launch(asked: Launch) -> int:
         is_looking = not (options.entry or options.exit or options.marks or options.sass_marks)
         cache = ImageCache(config.Paths.default().image_cache, options.key())
         settings = _settings(options, cache, is_looking=is_looking)
-        why_not = "no marks were asked for"
-        if options.marks:
-            stand_in = _stand_in(run, options, environment)
-            settings |= stand_in.settings
+        stand_in = _stand_in(run, options, environment) if options.marks else None
+        run.settle(settings | dict(stand_in.settings) if stand_in else settings)
+        if stand_in is not None:  # it is tried, and reads the settings
             environment |= stand_in.environment(environment)
-            why_not = stand_in.why_not
-        run.settle(settings)
         if asked.policy is not None:
             (run.path / "policy").write_text(asked.policy.lines(), "utf-8")
             if asked.policy.protects:
                 protection = _protection(asked.policy)
                 environment |= protection.environment()
                 protection.keep_addresses()
+        why_not = stand_in.why_not if stand_in else "no marks were asked for"
         facts = {"driver": str(driver), "assembler": why_not}
         run.tell(command=list(asked.command), started=time.time(), **facts)
         supervisor = Supervisor(
