@@ -30,11 +30,12 @@ struct loading {
 
 static _Thread_local int is_inside;  // the driver may load by its own public functions
 
-static const char *answered(enum rewriter_answer answer) {
+// Why there is no file to load: what was found of it, and what the rewriter said.
+static const char *missing(enum cache_answer found, enum rewriter_answer answer) {
   static const char *const texts[] = {
       "no file though the rewriter said so", "the rewriter has none for it", "the rewriter is still at it",
       "the rewriter was too slow", "no rewriter", "this process has waited long enough"};
-  return texts[answer];
+  return found == CACHE_FOREIGN ? "its file is another image's" : texts[answer];
 }
 
 // Takes the rewritten image, or says why not.
@@ -44,20 +45,18 @@ static const char *replaced(struct loading *loading) {
   if (!process_setting("cache", folder, sizeof folder)) return "look only";
   enum cache_answer found = cache_load(folder, loading->key, control, &loading->replacement);
   int is_looked_at = !process_setting("mode", mode, sizeof mode) || mode[0] != 'r';
-  int is_foreign = found == CACHE_FOREIGN;
-  if (is_foreign) coverage_count("files of other images", 1);
+  if (found == CACHE_FOREIGN) coverage_count("files of other images", 1);
   if (found < CACHE_UNCHANGED) {
     int is_awaited = !is_looked_at && control;
     enum rewriter_answer answer = rewriter_ask(&loading->image, loading->key, is_awaited);
-    if (is_awaited && answer != REWRITER_READY)
-      return is_foreign ? "its file is another image's" : answered(answer);
+    if (is_awaited && answer != REWRITER_READY) return missing(found, answer);
     if (is_awaited) found = cache_load(folder, loading->key, control, &loading->replacement);
   }
   if (is_looked_at) return "look only";
   if (!control) return control_why_not();
   if (found == CACHE_UNCHANGED) return "nothing to hook";
   if (found == CACHE_READY) return NULL;
-  return found == CACHE_FOREIGN ? "its file is another image's" : answered(REWRITER_READY);
+  return missing(found, REWRITER_READY);
 }
 
 static void decide(struct loading *loading) {
