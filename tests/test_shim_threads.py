@@ -1,4 +1,4 @@
-"""native/inside.c, streams.c, regions.c: points while other threads give work, and regions that come at once or beside a capture.
+"""native/inside.c, streams.c, regions.c, region_rules.c: points while other threads give work, and regions that come at once or beside a capture.
 
 Invariants: what a point has is marked whoever wrote it and in whichever stream, so with nothing in flight the stage holds what the regions hold;
 regions that threads make at the same moment are all there; a capture is not disturbed; nothing stops checkpoints without a word.

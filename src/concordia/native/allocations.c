@@ -3,7 +3,7 @@
 // Owns: the hooks of allocation, and the table of what is allocated. Promises: the driver answers
 // as it would without us; where it has no memory left, what protection took is given back and it is
 // asked once more; the table is bounded, and an overflow ends the protection. Called by the
-// program. Which allocation is a region says regions.c.
+// program. Which allocation is a region says region_rules.c.
 #define _GNU_SOURCE
 #include <string.h>
 #include <time.h>
@@ -62,7 +62,7 @@ static void came(CUdeviceptr address, uint64_t bytes) {
   }
   protect_unlock();
   if (is_full) protect_lose("more than %d allocations", ALLOCATIONS_MAX);
-  else regions_allocated(address, bytes);
+  else rules_allocated(address, bytes);
 }
 
 // Before the driver: nobody can be given the same address meanwhile.

@@ -83,7 +83,7 @@ void marks_before(const struct launch *launch) {
   entered |= (uint64_t)streams_before(launch->stream, launch->is_per_thread);
   if (launch->kind == LAUNCH_GRAPH || launch->kind == LAUNCH_LEGACY) return;
   launched = kernel_of(launch->function);
-  if (launched->rules) regions_launched(launched, launch);
+  if (launched->rules) rules_launched(launched, launch);
 }
 
 // Whether it may be a point.

@@ -146,14 +146,17 @@ extern int region_count;
 extern uint64_t regions_generation;
 extern uint64_t window_base;  // kernels mark what lies in [window_base, + CONTROL_WINDOW_BYTES)
 extern CUdeviceptr window_map;  // its first copy
-void regions_allocated(uint64_t address, uint64_t bytes);        // without the lock
-void regions_freed(uint64_t address, uint64_t bytes);            // without the lock
-void regions_launched(const struct kernel *, const struct launch *);  // without the lock
+void regions_add(const char *name, uint64_t address, uint64_t bytes);  // without the lock
+void regions_freed(uint64_t address, uint64_t bytes);                  // without the lock
 int regions_drop_copies(void);  // without the lock; whether there is more memory now
 void regions_sweep(void);  // without the lock, while no copy is in use: frees those of the gone
 // Which region an address lies in, and where, for a digest that knows whose word it is; 0: in none.
 uint64_t regions_place(uint64_t word, uint64_t at);
 CUcontext regions_context(void);
+
+// --- region_rules.c; without the lock
+void rules_allocated(uint64_t address, uint64_t bytes);
+void rules_launched(const struct kernel *, const struct launch *);
 
 // --- marks.c; without the lock
 void marks_wrote(uint64_t address, uint64_t bytes, CUstream stream, int is_per_thread);

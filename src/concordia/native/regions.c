@@ -1,11 +1,9 @@
 // The memory that is protected.
 //
-// Owns: the table of regions, their copies on the device and places in the stage, and the rules
-// that find them. Promises: a region is an allocation that a rule of the policy names, or the part
-// of one that a kernel's argument names; names are by the order of the program's own allocations,
-// so a resumed program has the same; one that is freed is said, and no longer there; where one
-// cannot be had, nothing is protected; one thread at a time adds, in a stream of our own, so that a
-// capture beside it is not disturbed. Called by allocations.c and launches.
+// Owns: the table of regions, their copies on the device and places in the stage. Promises: one that
+// is freed is said, and no longer there; where one cannot be had, nothing is protected; one thread
+// at a time adds, in a stream of our own, so that a capture beside it is not disturbed. Called by
+// region_rules.c, which says what is a region, and by allocations.c.
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdio.h>
@@ -26,8 +24,6 @@ uint64_t regions_generation;
 static uint64_t lowest, highest;  // all regions lie between
 uint64_t window_base;
 CUdeviceptr window_map;
-static uint64_t matched[RULES_MAX];      // allocations that a rule has met
-static _Atomic uint64_t done_rules;      // kernel rules that have their region
 static CUcontext context;
 static CUdeviceptr garbage[REGIONS_MAX];  // copies whose region is gone
 static int garbage_count;
@@ -178,57 +174,13 @@ static void add_alone(const char *name, uint64_t address, uint64_t bytes) {
   protect_unlock();
 }
 
-static void add(const char *name, uint64_t address, uint64_t bytes) {
+void regions_add(const char *name, uint64_t address, uint64_t bytes) {
   int mode = CU_STREAM_CAPTURE_MODE_RELAXED;
   REAL(cuThreadExchangeStreamCaptureMode, &mode);  // another stream may be capturing
   pthread_mutex_lock(&adding);
   if (IS_PROTECTED()) add_alone(name, address, bytes);
   pthread_mutex_unlock(&adding);
   REAL(cuThreadExchangeStreamCaptureMode, &mode);
-}
-
-void regions_allocated(uint64_t address, uint64_t bytes) {
-  for (int i = 0; i < policy.rule_count; i++) {
-    const struct rule *rule = &policy.rules[i];
-    char name[NAME_MAX_BYTES + 24];
-    if (rule->kernel[0] || bytes < rule->size_min || bytes > rule->size_max) continue;
-    if (rule->stack[0] && !stack_matches(rule->stack)) continue;
-    protect_lock();
-    uint64_t ordinal = matched[i]++;
-    protect_unlock();
-    if (rule->ordinal >= 0 && (uint64_t)rule->ordinal != ordinal) continue;
-    if (rule->ordinal >= 0) snprintf(name, sizeof name, "%s", rule->name);
-    else snprintf(name, sizeof name, "%s.%lu", rule->name, ordinal);
-    add(name, address, bytes);
-    return;  // the first rule that names it
-  }
-}
-
-void regions_launched(const struct kernel *kernel, const struct launch *launch) {
-  uint64_t rules = kernel->rules & ~atomic_load(&done_rules);
-  for (int i = 0; rules; i++, rules >>= 1) {
-    struct allocation found = {0, 0};
-    const struct rule *rule = &policy.rules[i];
-    uint64_t word;
-    if (!(rules & 1)) continue;
-    if (atomic_fetch_or(&done_rules, 1ull << i) & 1ull << i) continue;
-    if (!kernel_argument(kernel, launch->parameters, launch->extra, rule->argument, &word)) {
-      protect_lose("region %s: kernel %s has no pointer %d", rule->name, kernel->name,
-                   rule->argument);
-      return;
-    }
-    protect_lock();
-    int is_there = allocation_of(word, &found);
-    protect_unlock();
-    uint64_t start = rule->bytes ? word : found.address;
-    uint64_t bytes = rule->bytes ? rule->bytes : found.bytes;
-    if (!is_there || start + bytes > found.address + found.bytes) {
-      protect_lose("region %s: argument %d of kernel %s is no memory of %lu bytes", rule->name,
-                   rule->argument, kernel->name, bytes);
-      return;
-    }
-    add(rule->name, start, bytes);
-  }
 }
 
 // A program may free one in each of its steps, for days.

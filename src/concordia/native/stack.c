@@ -4,7 +4,8 @@
 // them. Promises: takes no lock of the interpreter and loads no library: an allocator calls us with
 // locks of its own held; at most FRAMES_MAX frames are looked at. Names of functions come from the
 // loader, under its lock: a library that allocates while it is being loaded may wait for us there.
-// Called by regions.c, once for each allocation and only where the policy has a rule that needs it.
+// Called by region_rules.c, once for each allocation and only where the policy has a rule that needs
+// it.
 //
 // Python frames: the bootstrap lets faulthandler write the traceback of the thread that gets
 // CONCORDIA_STACK_SIGNAL into the file CONCORDIA_STACK_FILE. It needs no interpreter lock for that,

@@ -4,7 +4,7 @@ Owns: reading the TOML file, and the plain lines that the shim reads of it. Prom
 UsageError of one line that names the file, the line or the key, and says what to write; what is
 read here is bounded, so the shim's fixed tables have room for it; defaults protect nothing.
 Called by the launcher and the agent. It does not know the program: which allocation is which
-region is found by the shim while the program runs (native/regions.c).
+region is found by the shim while the program runs (native/region_rules.c).
 """
 
 from __future__ import annotations
