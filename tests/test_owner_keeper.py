@@ -18,7 +18,8 @@ from concordia.journal.client import JournalClient
 from concordia.journal.spawn import spawn_owner
 from concordia.recovery.fault import Fault, FaultKind
 from concordia.serving.owner_keeper import OwnerKeeper
-from concordia.serving.process_tree import become_subreaper, read_process
+from concordia.serving.process import read_process
+from concordia.serving.process_tree import become_subreaper
 from concordia.serving.protection import Protection
 
 

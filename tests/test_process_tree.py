@@ -13,18 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from multiprocessing import shared_memory
 
 import pytest
 
-from concordia.serving.process_tree import (
-    MARKER_ENV,
-    ProcessTree,
-    become_subreaper,
-    read_process,
-    read_thread_times,
-)
+from concordia.serving.process import read_process
+from concordia.serving.process_tree import MARKER_ENV, ProcessTree, become_subreaper
 from concordia.serving.shared_names import SHARED_MEMORY
 
 BOUND_S = 20.0
@@ -159,25 +153,3 @@ def test_tracker_cleans_up_when_it_is_spared(
     found.wait_helpers(timeout_s=BOUND_S)
     assert found.members == []
     assert not (SHARED_MEMORY / name).exists()
-
-
-def test_thread_times_grow_when_a_process_computes() -> None:
-    before = read_thread_times(os.getpid())
-    total = 0
-    wait_until = time.monotonic() + 0.05
-    while time.monotonic() < wait_until:
-        total += 1
-    after = read_thread_times(os.getpid())
-    assert sum(after[os.getpid()]) - sum(before[os.getpid()]) > 20_000_000
-    assert read_thread_times(2**22 + 1) == {}
-
-
-def test_process_is_ending_when_the_kernel_says_so_and_before_it_is_dead() -> None:
-    own = read_process(os.getpid())
-    stat = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    assert own is not None
-    assert own.flags == int(stat[6]) != 0
-    assert own.is_alive
-    assert not own.is_ending
-    assert replace(own, flags=own.flags | 4).is_ending
-    assert replace(own, state="Z").is_ending

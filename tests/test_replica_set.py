@@ -23,7 +23,8 @@ from concordia.errors import ReplicaError, UsageError
 from concordia.recovery.fault import Fault, FaultKind
 from concordia.serving.engine_flags import EngineFlags
 from concordia.serving.engine_spec import EngineSpec
-from concordia.serving.process_tree import become_subreaper, can_raise_priority, read_process
+from concordia.serving.process import can_raise_priority, read_process
+from concordia.serving.process_tree import become_subreaper
 from concordia.serving.replica import MOVES, Replica, State
 from concordia.serving.replica_set import ReplicaSet
 from concordia.serving.resources import Share

@@ -227,7 +227,7 @@ def _privacy() -> Finding:
 
 
 def _priority() -> Finding:
-    from concordia.serving.process_tree import can_raise_priority
+    from concordia.serving.process import can_raise_priority
 
     if can_raise_priority():
         return Finding("priority", Grade.GOOD, "a loading standby can be given a low priority")

@@ -13,51 +13,27 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import pathlib
-import resource
 import select
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Final
 
 from concordia import config
 from concordia.errors import ReplicaError
-from concordia.recovery.detector import ThreadTimes
+from concordia.serving.process import (
+    Process,
+    list_processes,
+    read_command,
+    read_environment,
+    read_process,
+)
 from concordia.serving.shared_names import SharedNames, living_pids
 
 MARKER_ENV: Final = "CONCORDIA_REPLICA"
 _PR_SET_CHILD_SUBREAPER: Final = 36
-_CAP_SYS_NICE: Final = 23
-_PF_EXITING: Final = 0x4  # of the kernel's task flags
 _RETRY_MS: Final = 2  # between two rounds when there is nothing to wait on
-_DEAD: Final = frozenset("ZXx")
-
-
-@dataclass(frozen=True, slots=True)
-class Process:
-    """One process as /proc/PID/stat shows it; pid and start time together name it for good."""
-
-    pid: int
-    name: str
-    state: str
-    parent: int
-    session: int
-    start: int
-    flags: int = 0
-
-    @property
-    def is_alive(self) -> bool:
-        return self.state not in _DEAD
-
-    @property
-    def is_ending(self) -> bool:
-        """Dead, or on its way: giving back a large memory takes a while before the kernel calls it
-        dead.
-        """
-        return self.state in _DEAD or bool(self.flags & _PF_EXITING)
 
 
 def become_subreaper() -> None:
@@ -65,49 +41,6 @@ def become_subreaper() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise ReplicaError(f"cannot become subreaper: {os.strerror(ctypes.get_errno())}")
-
-
-def can_raise_priority() -> bool:
-    """Whether a priority that we lowered could be given back."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NICE)
-    if soft == resource.RLIM_INFINITY or soft >= 20:
-        return True
-    status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
-    mask = next((x.split()[1] for x in status.splitlines() if x.startswith("CapEff:")), "0")
-    return bool(int(mask, 16) >> _CAP_SYS_NICE & 1)
-
-
-def read_process(pid: int) -> Process | None:
-    """What /proc says of a process, or None when there is none."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
-            raw = file.read(1024)
-    except OSError:
-        return None
-    close = raw.rfind(b")")  # the name may hold spaces and parentheses
-    if close < 0:
-        return None
-    fields = raw[close + 2 :].split()
-    name = raw[raw.find(b"(") + 1 : close].decode("utf-8", "replace")
-    parent, session, flags, start = (int(fields[at]) for at in (1, 3, 6, 19))
-    return Process(pid, name, fields[0].decode(), parent, session, start, flags)
-
-
-def read_thread_times(pid: int) -> ThreadTimes:
-    """Nanoseconds that each thread of a process ran, and waited for a core."""
-    times: dict[int, tuple[int, int]] = {}
-    try:
-        threads = os.listdir(f"/proc/{pid}/task")
-    except OSError:
-        return times
-    for thread in threads:
-        try:
-            with open(f"/proc/{pid}/task/{thread}/schedstat", "rb", buffering=0) as file:
-                run, wait, _ = file.read(128).split()
-        except (OSError, ValueError):
-            continue
-        times[int(thread)] = (int(run), int(wait))
-    return times
 
 
 class ProcessTree:
@@ -142,7 +75,7 @@ class ProcessTree:
             return self.members
 
     def _refresh(self) -> None:
-        everyone = {p.pid: p for p in _processes()}
+        everyone = {p.pid: p for p in list_processes()}
         belongs: set[int] = set()
         for process in everyone.values():
             if self._is_member(process):
@@ -218,7 +151,7 @@ class ProcessTree:
         """Members that only clean up names after the others have ended (Python's resource
         trackers).
         """
-        return [p for p in self.members if b"resource_tracker" in _command(p.pid)]
+        return [p for p in self.members if b"resource_tracker" in read_command(p.pid)]
 
     def wait_helpers(self, *, timeout_s: float) -> None:
         """Let the trackers remove what the dead processes had registered; bounded, then they are
@@ -249,7 +182,7 @@ class ProcessTree:
             return True
         if process.parent not in (1, os.getpid()) or (process.pid, process.start) in self._foreign:
             return False
-        if self._marker in _environment(process.pid):
+        if self._marker in read_environment(process.pid):
             return True
         self._foreign.add((process.pid, process.start))
         return False
@@ -293,25 +226,3 @@ class ProcessTree:
             if ours and orphan and not process.is_alive:
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(process.pid, os.WNOHANG)
-
-
-def _processes() -> Iterator[Process]:
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            process = read_process(int(name))
-            if process is not None:
-                yield process
-
-
-def _environment(pid: int) -> list[bytes]:
-    try:
-        return pathlib.Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return []
-
-
-def _command(pid: int) -> bytes:
-    try:
-        return pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""

@@ -1,7 +1,7 @@
 """One engine: a vLLM process tree, from its start to its confirmed end, floor 6.
 
 Owns: how the processes of one engine are started, when they are ready, their states and allowed
-moves, their folder and log. Promises: an engine is a session of its own that dies with this
+moves, their folder. Promises: an engine is a session of its own that dies with this
 process; it listens on loopback with a key of its own; all its files lie in its folder; after
 `fence` no process of it lives; after `bury` no file, socket or shared-memory name of it is left.
 Called by the replica set. It does not decide when to start, promote or fence.
@@ -14,7 +14,6 @@ import enum
 import http.client
 import json
 import os
-import re
 import select
 import shutil
 import socket
@@ -27,6 +26,7 @@ from typing import Final
 
 from concordia import config
 from concordia.errors import ReplicaError, UsageError
+from concordia.serving.engine_log import EngineLog
 from concordia.serving.engine_spec import LOOPBACK, EngineSpec
 from concordia.serving.process_tree import ProcessTree
 from concordia.serving.resources import Share
@@ -44,8 +44,6 @@ if os.getppid() != int(parent):
 os.nice(int(nice))
 os.execv(command[0], command)
 """
-_FAILURE: Final = re.compile(r"(?:error: |\b\w*(?:Error|Exception|Exit): ).*")
-_CONSEQUENCE: Final = "Engine core initialization failed"
 
 
 class State(enum.Enum):
@@ -93,10 +91,10 @@ class Replica:
         self._fence_lock = threading.Lock()
         self._is_buried = False
         self.folder = spec.make_folder(name)
-        self.log = spec.log_path(name, self.incarnation)
+        self.log = EngineLog(spec.log_path(name, self.incarnation))
         command = spec.command(port=self.port, incarnation=self.incarnation, share=share)
         launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(nice)]
-        with self.log.open("wb") as sink:
+        with self.log.path.open("wb") as sink:
             self.process = subprocess.Popen(
                 [*launcher, *command],
                 stdin=subprocess.DEVNULL,
@@ -154,7 +152,8 @@ class Replica:
                     return
         finally:
             os.close(descriptor)
-        raise ReplicaError(f"{self.name} is not ready after {timeout_s:.0f} s: {self.last_words()}")
+        words = self.log.last_words()
+        raise ReplicaError(f"{self.name} is not ready after {timeout_s:.0f} s: {words}")
 
     def health(self, *, timeout_s: float) -> int:
         """HTTP status of the engine's /health; 0 when nobody answers."""
@@ -231,32 +230,12 @@ class Replica:
                     if len(bound) == 1 and (core := next(iter(bound))) in moves:
                         os.sched_setaffinity(int(thread), {moves[core]})
 
-    def last_lines(self, count: int = config.LOG_LINES_SHOWN) -> list[str]:
-        """The end of the engine's log."""
-        try:
-            with self.log.open("rb") as file:
-                file.seek(max(0, self.log.stat().st_size - config.LOG_TAIL_BYTES))
-                text = file.read().decode("utf-8", "replace")
-        except OSError:
-            return []
-        return [line for line in text.splitlines() if line.strip()][-count:]
-
-    def last_words(self) -> str:
-        """The line of the log that says why the engine failed, as well as that can be told."""
-        lines = self.last_lines(config.LOG_LINES_SEARCHED)
-        causes = [
-            m[0] for line in lines if (m := _FAILURE.search(line)) and _CONSEQUENCE not in line
-        ]
-        if causes:
-            return str(causes[-1]).removeprefix("error: ")
-        return lines[-1] if lines else "it said nothing"
-
     def _start_error(self) -> ReplicaError | UsageError:
         # Looked at, not collected: as long as the leader is a zombie, its number is not given to
         # another.
         end = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         code = None if end is None else end.si_status
-        words = self.last_words()
+        words = self.log.last_words()
         if code == 2:  # argparse
             return UsageError(f"vLLM refuses its flags: {words}")
         return ReplicaError(f"{self.name} ended while it started (code {code}): {words}")
@@ -286,13 +265,13 @@ class Replica:
             status = line.getresponse().status
         except (OSError, http.client.HTTPException) as error:
             raise ReplicaError(
-                f"{self.name} failed at its first request: {error}; {self.last_words()}"
+                f"{self.name} failed at its first request: {error}; {self.log.last_words()}"
             ) from error
         finally:
             line.close()
         if status >= 500:
             raise ReplicaError(
-                f"{self.name} answered its first request with {status}: {self.last_words()}"
+                f"{self.name} answered its first request with {status}: {self.log.last_words()}"
             )
 
 

@@ -20,7 +20,7 @@ from concordia.recovery.fault import Fault, FaultKind
 from concordia.serving.crew import Crew
 from concordia.serving.engine_spec import EngineSpec
 from concordia.serving.fencer import Fencer
-from concordia.serving.process_tree import can_raise_priority
+from concordia.serving.process import can_raise_priority
 from concordia.serving.replica import Replica, State
 from concordia.serving.roster import Place, Roster
 from concordia.serving.watch import Watch
@@ -156,7 +156,7 @@ class ReplicaKeeper:
         with self._roster.changed:
             if self._roster.is_closed or not replica.move(State.FENCING):
                 return  # somebody else ends it, and that is why it failed
-            log.error("%s\n%s", error, "\n".join(replica.last_lines()))
+            log.error("%s\n%s", error, "\n".join(replica.log.last_lines()))
             now_ns = time.monotonic_ns()
             self._tell(Fault(FaultKind.START_FAILED, replica.incarnation, now_ns, str(error)))
             self.note_failure(error)

@@ -35,7 +35,7 @@ def describe_engines(replicas: ReplicaSet | None, engine: Engine) -> dict[str, A
                 "start_s": r.ready_s,
                 "age_s": round((time.monotonic_ns() - r.started_ns) / 1e9, 1),
                 "requests": r.requests_in_flight,
-                "log": str(r.log),
+                "log": str(r.log.path),
             }
             for r in found
         ],

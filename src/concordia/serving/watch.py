@@ -29,7 +29,7 @@ from concordia.recovery.deadline import StepDeadline
 from concordia.recovery.detector import Detector, ProcessSample, Sample, StreamSample
 from concordia.recovery.fault import Fault, FaultKind
 from concordia.serving.heartbeat import Heartbeat
-from concordia.serving.process_tree import Process, read_process, read_thread_times
+from concordia.serving.process import Process, read_process, read_thread_times
 from concordia.serving.replica import Replica
 
 log = logging.getLogger(__name__)
