@@ -1,11 +1,10 @@
 """The owner: a small process that owns segments and seals, and outlives router and engines, floor
 3.
 
-Owns: the lock of a journal and its loop. Promises: one owner per journal (flock); what a dead owner
-left is adopted while somebody still writes, else reported and removed; with nobody attached for
-`linger_s` it removes every file and ends; no round of the loop waits for anybody. Run as `python -m
-concordia.journal.owner` by spawn.spawn_owner. It never touches CUDA and never reads KV, except to
-copy records when it cleans.
+Owns: the lock of a journal and its loop. Promises: one owner per journal (flock); with nobody
+attached for `linger_s` it removes every file and ends; no round of the loop waits for anybody. What
+it starts with says estate.py. Run as `python -m concordia.journal.owner` by spawn.spawn_owner. It
+never touches CUDA and never reads KV, except to copy records when it cleans.
 """
 
 from __future__ import annotations
@@ -22,17 +21,19 @@ from typing import Any, Final
 
 from concordia import config
 from concordia.errors import ConcordiaError, JournalError
-from concordia.journal import fence, privacy, segment
+from concordia.journal import fence, privacy
 from concordia.journal.cleaner import Cleaner
 from concordia.journal.desk import Desk
-from concordia.journal.folder import Folder, choose_segment_bytes, fit_size
+from concordia.journal.estate import take
+from concordia.journal.folder import Folder
 from concordia.journal.office import Office
+from concordia.journal.owner_log import log_to, say
 from concordia.journal.place import Place
 from concordia.journal.replicas import Replicas
 from concordia.journal.segment import Board, Pool
 from concordia.journal.spawn import spawn_owner
 from concordia.journal.streams import Streams
-from concordia.journal.survey import Survey, survey
+from concordia.journal.survey import Survey
 
 __all__ = ["Owner", "spawn_owner"]
 
@@ -81,7 +82,7 @@ class Owner:
             self.watch(pid, start)
         released = self.replicas.release_fenced()
         if released:
-            _say(f"goes on to end the sealed replicas {released}")
+            say(f"goes on to end the sealed replicas {released}")
 
     def watch(self, pid: int, start: int) -> None:
         """Learn of the end of this process; at once when it is over already."""
@@ -144,7 +145,7 @@ class Owner:
         except ConcordiaError as error:
             if str(error) != self._clean_error:
                 self._clean_error = str(error)
-                _say(f"the cleaner could not go on: {error}")
+                say(f"the cleaner could not go on: {error}")
                 self.streams.index.events.note(
                     {"event": "full", "stream": "cleaner", "reason": str(error)}
                 )
@@ -177,7 +178,7 @@ class Owner:
                     self.streams.release(stream)
         orphans = self.replicas.router_died(pid, start, now=time.monotonic())
         if orphans:
-            _say(f"router {pid} died: sealed and ended replicas {orphans}")
+            say(f"router {pid} died: sealed and ended replicas {orphans}")
 
 
 def main(arguments: list[str]) -> int:
@@ -191,10 +192,10 @@ def main(arguments: list[str]) -> int:
     home = Folder(journal)
     try:
         lock = _lock(home)
-        _log_to(home)
-        owner = _take(home, settings)
+        log_to(home)
+        owner = _begin(home, settings)
         if not owner.is_locked and privacy.has_swap():
-            _say(
+            say(
                 "the journal cannot be locked and may be swapped to disk: raise the memlock "
                 "limit (ulimit -l)"
             )
@@ -211,82 +212,19 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _take(home: Folder, settings: dict[str, Any]) -> Owner:
-    """A new journal, or the one that is there and still in use."""
-    linger_s = float(settings["linger_s"])
+def _begin(home: Folder, settings: dict[str, Any]) -> Owner:
+    """With a new journal, or with the one that is there."""
     place = Place.of(settings)
-    left = [path.name for path in (home.pool, home.board, home.socket) if path.exists()]
-    reason = ""
-    if home.board.exists() and home.pool.exists():
-        try:
-            pool, board = segment.attach(home, writable=True)
-            found = survey(pool, board)
-        except ConcordiaError as error:
-            reason = f"what a dead owner left cannot be used: {error}"
-        else:
-            if _is_in_use(board, found):
-                _say(f"adopting {len(found.streams)} streams of owner {board.owner_pid}")
-                owner = Owner(home, pool, board, linger_s=linger_s, node=place.node)
-                owner.adopt(found)
-                return owner
-            reason = _describe_leftovers(home, found, board)
-            pool.close()
-            board.close()
-    home.clear()
-    owner = _make(home, settings, place)
-    if left:
-        event = {"event": "reclaimed", "files": left, "reason": reason}
-        owner.streams.index.events.note(event)
-        _say(f"removed leftovers: {json.dumps(event)}")
+    estate = take(home, settings, place)
+    pool, linger_s = estate.pool, float(settings["linger_s"])
+    owner = Owner(home, pool, estate.board, linger_s=linger_s, node=place.node)
+    if estate.found is None:
+        owner.streams.free.extend(range(pool.segment_count))
+    else:
+        owner.adopt(estate.found)
+    if estate.reclaimed is not None:
+        owner.streams.index.events.note(estate.reclaimed)
     return owner
-
-
-def _make(home: Folder, settings: dict[str, Any], place: Place) -> Owner:
-    """A new journal."""
-    place.check_pool(home.pool)
-    own_bytes = place.own_bytes()
-    folder = place.folder(home.path)
-    size = fit_size(folder, settings["size_bytes"], settings["segment_bytes"], own_bytes=own_bytes)
-    segment_bytes = settings["segment_bytes"] or choose_segment_bytes(size)
-    try:
-        pool = Pool.create(
-            home.pool,
-            size=size,
-            segment_bytes=segment_bytes,
-            at=place.pool,
-            put=lambda address: _say(place.put(address, size, unit=segment_bytes)),
-        )
-        place.check(pool.mapping.address, size)
-        board = Board.create(
-            home.board, segment_bytes=segment_bytes, segment_count=pool.segment_count
-        )
-    except ConcordiaError:
-        home.clear()
-        raise
-    linger_s = float(settings["linger_s"])
-    owner = Owner(home, pool, board, linger_s=linger_s, node=place.node)
-    owner.streams.free.extend(range(pool.segment_count))
-    return owner
-
-
-def _is_in_use(board: Board, found: Survey) -> bool:
-    """Whether a writer or a router of before still lives."""
-    writers = [
-        (old.identity.writer_pid, old.identity.writer_start)
-        for old in found.streams
-        if old.control.state == 1
-    ]
-    routers = [(r.router_pid, r.router_start) for r in board.registrations().values()]
-    leaders = [(r.session, r.session_start) for r in board.registrations().values()]
-    return any(fence.is_alive(pid, start) for pid, start in writers + routers + leaders)
-
-
-def _describe_leftovers(home: Folder, found: Survey, board: Board) -> str:
-    records = sum(len(old.records) for old in found.streams)
-    return (
-        f"owner {board.owner_pid} of {home.path} died and nobody writes there: "
-        f"{len(found.streams)} streams, {records} records, {len(found.damage)} damaged places"
-    )
 
 
 def _lock(home: Folder) -> int:
@@ -308,27 +246,11 @@ def _lock(home: Folder) -> int:
     raise JournalError(f"the lock of {home.path} keeps changing")
 
 
-def _log_to(home: Folder) -> None:
-    """Diagnostic lines go into the journal's folder, and end with it."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(home.log, flags, 0o600)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
-
-
-def _say(text: str) -> None:
-    print(
-        f"{time.strftime('%Y-%m-%dT%H:%M:%S')} owner {os.getpid()}: {text}",
-        file=sys.stderr,
-        flush=True,
-    )
-
-
 def _answer(ready: int, value: dict[str, Any]) -> None:
     try:
         os.write(ready, json.dumps(value).encode() + b"\n")
     except BrokenPipeError:
-        _say("who started us did not wait")
+        say("who started us did not wait")
     os.close(ready)
 
 
