@@ -28,7 +28,8 @@ from concordia.device.driver import Device, open_device
 from concordia.device.memory import JournalTarget
 from concordia.device.numa import check_node
 from concordia.device.policy import DEFAULT
-from concordia.runtime.executor import Runtime, RuntimeStats
+from concordia.runtime.counters import RuntimeStats
+from concordia.runtime.executor import Runtime
 from concordia.runtime.op_table import Operator
 from concordia.runtime.ring import Completion, Task, Ticket
 

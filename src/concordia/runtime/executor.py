@@ -4,7 +4,7 @@ Owns: a ring, an operator table, an executor and its scratch memory, for one wri
 Promises: `install` compiles beside the running executor and swaps an installed name without losing
 or repeating a task; a candidate that does not compile, pass the lint or its self-test changes
 nothing; every wait has a bound; `close` runs what was handed in, then stops. Called by checkpoint/.
-Does not know regions or records: handlers do.
+Does not know regions or records: handlers do. How a name gets other code says swap.py.
 """
 
 from __future__ import annotations
@@ -14,50 +14,26 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 from concordia import abi, config
 from concordia.device.compiler import HandlerSource
-from concordia.device.driver import Device, Executor, Image, Publication
+from concordia.device.driver import Device, Executor, Image
 from concordia.device.memory import JournalTarget
 from concordia.device.policy import AUTO, DEFAULT
-from concordia.errors import (
-    AnswerForgotten,
-    ConcordiaError,
-    DeviceError,
-    RingFull,
-    UsageError,
-    WaitTimeout,
-)
+from concordia.errors import AnswerForgotten, DeviceError, RingFull, UsageError, WaitTimeout
+from concordia.runtime.counters import RuntimeStats
 from concordia.runtime.executor_plan import plan_executor
-from concordia.runtime.op_table import Change, Operator, OperatorTable
+from concordia.runtime.op_table import Operator, OperatorTable
 from concordia.runtime.residency_choice import choose
 from concordia.runtime.ring import Completion, Ring, Task, Ticket, when_room
 from concordia.runtime.stream_tasks import StreamTasks
+from concordia.runtime.swap import Swap
 from concordia.runtime.trial import TRIAL_SLOTS, Trial
 
 logger = logging.getLogger(__name__)
-
-PROGRESS_LOOK_S: Final = 0.0001
-
-
-@dataclass(frozen=True, slots=True)
-class RuntimeStats:
-    """Counters of one runtime since it was opened."""
-
-    submitted: int
-    done: int
-    busy_ns: int
-    appended_bytes: int
-    heartbeat: int
-    launches: int
-    generation: int
-    is_inside: bool
-    rescues: int
-    residency: str
 
 
 class Runtime:
@@ -143,75 +119,7 @@ class Runtime:
         """Publish a handler that was built before."""
         with self._lock:
             self._require_open()
-            if self.device.needs_parking:
-                operator = self._publish(name, image, region_address)
-                # Whoever has entered since reads the new entry.
-                if self.operators.retired_count > config.RETIRED_MAX:
-                    with self.device.parked():
-                        self.operators.unload_retired()
-                return operator
-            self._unload_retired()
-            operator = self._publish(name, image, region_address)
-            try:
-                self._unload_retired()
-            except WaitTimeout as error:
-                logger.warning("%s is swapped, its old code stays loaded for now: %s", name, error)
-            return operator
-
-    def _publish(self, name: str, image: Image, region_address: int) -> Operator:
-        """Loading waits for a GPU's executor to leave, at the end of its lease, and tasks go on
-        meanwhile; only between two of its stays may the table change.
-        """
-        if self.device.needs_parking:
-            self._require_progress()
-        code = self.device.load(image)
-        prepare = partial(self.operators.prepare, name, image, code, region_address=region_address)
-        try:
-            change = self._swap(prepare) if self.device.needs_parking else None
-            if change is None:
-                with self.parked() if self.device.needs_parking else nullcontext():
-                    change = prepare()
-                    self.operators.publish(change)
-            return self.operators.note(change)
-        except ConcordiaError:
-            code.close()
-            raise
-
-    def _swap(self, prepare: Callable[[], Change]) -> Change | None:
-        """Publish between two stays of the executor, in one go; None where that cannot be."""
-        prepared: list[Change] = []
-
-        def fill_in() -> Publication:
-            prepared.append(prepare())
-            return prepared[0].publication
-
-        return prepared[0] if self.executor.swap_operator(fill_in) else None
-
-    def _require_progress(self) -> None:
-        """Raise WaitTimeout when the task at hand does not end: a driver call that waits for the
-        executor would then never return, and it has no bound of its own.
-        """
-        load = self.ring.load
-        done, until = load("done_count"), time.monotonic() + config.WAIT_PARK_S
-        while load("left") != load("launched") and load("head") < load("tail"):
-            if load("done_count") != done:
-                return
-            if time.monotonic() > until:
-                raise WaitTimeout(
-                    f"no code is loaded beside the executor: task {load('head')} has been running "
-                    f"for {config.WAIT_PARK_S} s"
-                )
-            time.sleep(PROGRESS_LOOK_S)
-
-    def _unload_retired(self) -> None:
-        """Close replaced code once a task of the newest generation has started, which an empty task
-        brings about.
-        """
-        if not self.operators.has_retired:
-            return
-        if not self._park_count and not self.operators.is_acknowledged():
-            self.drain(config.WAIT_TASK_S)
-        self.operators.unload_retired()
+            return Swap(self).run(name, image, region_address=region_address)
 
     def submit(self, task: Task) -> Ticket:
         """Hand a task in; raises RingFull. Any thread."""
@@ -319,22 +227,15 @@ class Runtime:
                 self._park_count -= 1
                 self.executor.unpark()
 
+    @property
+    def is_parked(self) -> bool:
+        """Whether somebody keeps the executor out now."""
+        return self._park_count > 0
+
     def stats(self) -> RuntimeStats:
         """Counters for metrics; cheap."""
         self._require_open()
-        load = self.ring.load
-        return RuntimeStats(
-            submitted=load("tail"),
-            done=load("done_count"),
-            busy_ns=load("busy_ns"),
-            appended_bytes=load("appended_bytes"),
-            heartbeat=load("heartbeat"),
-            launches=load("launched"),
-            generation=load("generation"),
-            is_inside=load("left") != load("launched"),
-            rescues=self.executor.rescues(),
-            residency=self.executor.residency,
-        )
+        return RuntimeStats.read(self.ring, self.executor)
 
     def busy_ns(self) -> int:
         """Time spent in handlers so far; one load."""
@@ -402,4 +303,4 @@ def _abandon(executor: Executor) -> None:
     executor.close(config.WAIT_PARK_S)
 
 
-__all__ = ["Completion", "Operator", "Runtime", "RuntimeStats", "Task", "Ticket"]
+__all__ = ["Completion", "Operator", "Runtime", "Task", "Ticket"]
