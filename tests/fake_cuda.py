@@ -1,5 +1,5 @@
 # ruff: noqa: N802 - the names are the driver's
-"""A CUDA driver of threads, as far as device/residency.py and device/stream_launch.py use one.
+"""A CUDA driver of threads, as far as device/{residency,launches,stream_launch}.py use one.
 
 Owns: streams that run what they are given in order, events, and the executor's two kernels as the CPU device compiles them. Promises: a launch
 returns at once and its kernel runs later, with the arguments of the call; what waits for the whole device (load, free, unshare) notes whether

@@ -78,7 +78,7 @@ def test_nothing_runs_when_parked_whatever_the_policy(runtime: Runtime, words: n
     runtime.wait(runtime.submit(wanted))
     other = Runtime(runtime.device, slots=64)
     with runtime.parked(), runtime.parked():
-        assert runtime.device._executors[0]._is_out()  # type: ignore[attr-defined]
+        assert runtime.device._executors[0]._launches.are_over()  # type: ignore[attr-defined]
         ticket = runtime.submit(wanted)
         runtime.executor.launch()
         other.drain()  # what is not parked has run meanwhile

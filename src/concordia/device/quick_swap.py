@@ -2,8 +2,8 @@
 
 Owns: what compiled code needs to query and launch by itself. Promises: from the moment that the
 executor is asked to leave until it is sent in again no interpreter runs, so tasks wait for the GPU
-alone; the call spins for QUICK_SWAP_NS at most. Called by residency.py, under the lock of its
-launches. Does not fill entries, and does not know when a swap is allowed.
+alone; the call spins for QUICK_SWAP_NS at most. Made by launches.py, called by residency.py under
+its lock. Does not fill entries, and does not know when a swap is allowed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The executor kernel of one ring on a GPU: sent in, leaves, sent in again, floor 2.
 
-Owns: its stream, its state in device memory, the count of launches. Promises: launches are in
-stream order and numbered, so the kernel of launch n never meets that of n + 1; a launch may be put
-behind the work of another stream, and then nothing submitted after it is run before that work is
-done; what is waited for here has a bound. Called by runtime/executor.py through driver.Executor.
+Owns: its state in device memory, and whether it is to be in. Promises: a launch may be put behind
+the work of another stream, and then nothing submitted after it is run before that work is done;
+what is waited for here has a bound. Called by runtime/executor.py through driver.Executor.
 Does not submit tasks. How long a stay is says policy.py; the kernel leaves by itself
 (kernels/executor.h): nothing here can hold up the GPU longer than a lease.
 """
@@ -19,13 +18,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from concordia import abi, config
-from concordia.device.cuda_call import CudaError, checked, released
+from concordia.device.cuda_call import CudaError
 from concordia.device.cuda_context import CudaContext, CudaMemory
 from concordia.device.driver_park import DriverPark
 from concordia.device.executor_code import ExecutorCode
+from concordia.device.launches import SLEEP_S, Launches
 from concordia.device.loader import CudaImage
 from concordia.device.policy import Policy
-from concordia.device.quick_swap import QuickSwap
 from concordia.device.stream_launch import StreamLaunch
 from concordia.errors import DeviceError, UsageError, WaitTimeout
 
@@ -37,10 +36,6 @@ if TYPE_CHECKING:
 # saved and restored or half the loads under way, made scans half as fast.
 THREADS: Final = 512
 TURN_BYTES: Final = 128
-# a kernel that was told to leave is out within microseconds: poll this long, then sleep between
-# looks
-SPIN_S: Final = 0.001
-SLEEP_S: Final = 0.0005
 KEEPER_WAIT_S: Final = 1.0  # a keeper that is needed is notified; it looks this often anyway
 
 _OFFSETS: Final = abi.RING_HEADER.offsets()
@@ -68,36 +63,28 @@ class CudaExecutor:
                 f"{plan.lanes} CTAs for the executor: use 1 to {config.EXECUTOR_CTAS_MAX}"
             )
         self._context, self._memory, self._library = context, memory, library
-        self._ctas = plan.lanes
-        self._launched_at = plan.ring + _OFFSETS["launched"]
-        self._left_at = plan.ring + _OFFSETS["left"]
-        self._stop_at = plan.ring + _OFFSETS["stop"]
         self._ring, self._plan = plan.ring, plan
         self._lock = threading.Lock()
         self._wanted = threading.Condition(self._lock)
         self._park_depth = 0
         self._is_owed = False  # a launch, once the framework's driver call is over
-        self._driver_park = DriverPark(library, plan.ring, self._stop_at)
+        self._driver_park = DriverPark(library, plan.ring, plan.ring + _OFFSETS["stop"])
         self._is_closed = self._is_hung = False
         self._hurry = threading.Event()  # the keeper looks now
         self.lost: DeviceError | None = None
         with ExitStack() as undo:
             self._code = ExecutorCode(image, threads=THREADS, context=context)
             undo.callback(self._code.close)
-            self._make_marks(undo)
+            self._launches = Launches(
+                context=context, library=library, ring=plan.ring,
+                function=self._code.function, ctas=plan.lanes, threads=THREADS,
+            )  # fmt: skip
+            undo.callback(self._launches.close)
             self._state = self._place(replace(plan, lanes=plan.lanes * THREADS))
             undo.callback(memory.free, self._state)
             self._turn = memory.allocate(TURN_BYTES)
             undo.callback(memory.free, self._turn)
             self._held = undo.pop_all()
-        self._values = (ctypes.c_uint64 * 3)(self._state, 0, 0)
-        at = ctypes.addressof(self._values)
-        self._arguments = (ctypes.c_void_p * 3)(*(at + 8 * i for i in range(3)))
-        self._quick_swap = QuickSwap(
-            context=context, library=library, ring=plan.ring, function=self._code.function,
-            stream=self._stream, arguments=ctypes.addressof(self._arguments),
-            launch_number=at + 8, ctas=self._ctas, threads=THREADS,
-        )  # fmt: skip
         self._adopt(policy)
         self._keeper = threading.Thread(target=self._keep, name="concordia-lease", daemon=True)
         self._keeper.start()
@@ -131,7 +118,8 @@ class CudaExecutor:
         self.policy = policy
         self._library.store(self._ring + _OFFSETS["lease_ns"], policy.lease_ns)
         self._library.store(self._ring + _OFFSETS["idle_ns"], policy.idle_ns)
-        self._values[2] = self._turn if policy.takes_turns else 0
+        turn = self._turn if policy.takes_turns else 0
+        self._launches.serve(state=self._state, turn=turn)
         if policy.stays:  # others are late by a lease of milliseconds
             self._driver_park.begin(int(self._code.function))
         else:
@@ -155,24 +143,9 @@ class CudaExecutor:
             executor=self._state,
             turn=self._turn,
         )
-        made.enqueue(self._stream)  # nothing to do; what a first launch takes is no part of a graph
+        # nothing to do; what a first launch takes is no part of a graph
+        made.enqueue(self._launches.stream)
         return made
-
-    def _make_marks(self, undo: ExitStack) -> None:
-        with self._context.current() as driver:
-            flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
-            self._stream = checked(driver.cuStreamCreate(flags), "create the executor's stream")
-            undo.callback(self._release, "cuStreamDestroy", self._stream)
-            events, made = driver.CUevent_flags, []
-            quiet = int(events.CU_EVENT_DISABLE_TIMING)
-            for kind in (quiet | int(events.CU_EVENT_BLOCKING_SYNC), quiet):
-                made.append(checked(driver.cuEventCreate(kind), "create an event"))
-                undo.callback(self._release, "cuEventDestroy", made[-1])
-            self._out, self._before = made
-
-    def _release(self, call: str, handle: Any) -> None:
-        with self._context.current() as driver:
-            released(getattr(driver, call)(handle), "release the executor")
 
     def _place(self, plan: ExecutorPlan) -> int:
         size = self._library.executor_bytes()
@@ -190,22 +163,14 @@ class CudaExecutor:
             if self._driver_park.is_on:
                 self._is_owed = True  # the keeper sees to it
                 self._wanted.notify()
-            elif self._park_depth == 0 and self._is_out():
+            elif self._park_depth == 0 and self._launches.are_over():
                 self._send()
 
     def launch_after(self, stream: int, submit_gate: Callable[[int], object]) -> None:
         """Put a launch behind the work that is in `stream` now. `submit_gate(n)` hands in a task
         that no launch below n passes.
         """
-
-        def wait_for_stream() -> None:
-            with self._context.current() as driver:
-                checked(driver.cuEventRecord(self._before, stream), "mark the framework's stream")
-                checked(
-                    driver.cuStreamWaitEvent(self._stream, self._before, 0), "wait for a stream"
-                )
-
-        self._launch_behind(wait_for_stream, submit_gate)
+        self._launch_behind(lambda: self._launches.wait_for_stream(stream), submit_gate)
 
     def launch_burst(
         self, enqueue: Callable[[Any], None], submit_gate: Callable[[int], object]
@@ -213,34 +178,21 @@ class CudaExecutor:
         """Put a launch behind what `enqueue` puts into this executor's own stream, which runs
         between two of its stays.
         """
-        self._launch_behind(lambda: enqueue(self._stream), submit_gate)
+        self._launch_behind(lambda: enqueue(self._launches.stream), submit_gate)
 
     def _launch_behind(self, put: Callable[[], None], submit_gate: Callable[[int], object]) -> None:
         with self._lock:
             self._raise_if_lost()
-            launch = self._library.load(self._launched_at) + 1
-            submit_gate(launch)  # first: where the ring has no room for it, nothing was put
+            # first: where the ring has no room for it, nothing was put
+            submit_gate(self._launches.number + 1)
             put()
             if self._park_depth == 0:
                 self._send()
 
     def _send(self) -> None:
-        """Under the lock. The count first: the kernel may be over before the call that launched it
-        is.
-        """
-        launch = self._library.load(self._launched_at) + 1
-        self._library.store(self._launched_at, launch)
-        self._values[1] = launch
+        """Under the lock."""
         try:
-            with self._context.current() as driver:
-                grid, block = (self._ctas, 1, 1), (THREADS, 1, 1)
-                arguments = ctypes.addressof(self._arguments)
-                checked(
-                    driver.cuLaunchKernel(
-                        self._code.function, *grid, *block, 0, self._stream, arguments, 0
-                    ),
-                    "launch the executor",
-                )
+            self._launches.send()
         except CudaError as error:
             self.lost = error
             raise
@@ -252,13 +204,11 @@ class CudaExecutor:
         if self.lost is not None:
             raise self.lost
 
-    def _is_out(self) -> bool:
-        launched, left = (self._library.load(at) for at in (self._launched_at, self._left_at))
-        return bool(left == launched)
-
     def _is_needed(self) -> bool:
         """Whether nobody is inside and somebody should be."""
-        return self._is_out() if self.policy.stays else self._library.needs_launch(self._ring)
+        if self.policy.stays:
+            return self._launches.are_over()
+        return self._library.needs_launch(self._ring)
 
     def _keep(self) -> None:
         """A lease may end with work waiting and no producer that looks again, or with an executor
@@ -267,15 +217,12 @@ class CudaExecutor:
         seen = 0
         while True:
             with self._wanted:
-                while (
-                    not (self._is_closed or self._is_owed)
-                    and self._library.load(self._launched_at) == seen
-                ):
+                while not (self._is_closed or self._is_owed) and self._launches.number == seen:
                     self._wanted.wait(KEEPER_WAIT_S)
                 if self._is_closed or self.lost is not None:
                     return
                 is_owed, self._is_owed = self._is_owed, False
-                seen = self._library.load(self._launched_at)
+                seen = self._launches.number
             while is_owed and self._driver_park.is_on and not self._is_closed:
                 time.sleep(SLEEP_S)  # as long as the framework's call takes
             # Most launches are over by then, and nobody had to be woken for them.
@@ -284,11 +231,7 @@ class CudaExecutor:
             if self._is_closed:
                 return
             try:
-                with self._context.current() as driver:
-                    checked(
-                        driver.cuEventRecord(self._out, self._stream), "mark the executor's end"
-                    )
-                    checked(driver.cuEventSynchronize(self._out), "wait for the executor's end")
+                self._launches.wait_over()
                 if self._is_needed():
                     self.launch()
             except CudaError as error:
@@ -307,29 +250,14 @@ class CudaExecutor:
             if self.policy.takes_turns and self.lost is None:
                 # It finds that it is to stop; but it has had its turn.
                 self._send()
-        if self._wait_out(timeout_s):
+        if self._launches.wait_empty(timeout_s):
             return True
         self.unpark()
         return False
 
-    def _wait_out(self, timeout_s: float) -> bool:
-        started = time.monotonic()
-        with self._context.current() as driver:
-            not_ready = driver.CUresult.CUDA_ERROR_NOT_READY
-            while True:
-                (status,) = driver.cuStreamQuery(self._stream)
-                if status != not_ready:
-                    checked((status,), "wait for the executor to leave")
-                    return True
-                waited = time.monotonic() - started
-                if waited > timeout_s:
-                    return False
-                if waited > SPIN_S:
-                    time.sleep(SLEEP_S)
-
     def is_stuck(self) -> bool:
         """Whether it did not leave when it was closed, and has not since."""
-        return self._is_hung and not self._is_closed and not self._wait_out(0)
+        return self._is_hung and not self._is_closed and not self._launches.wait_empty(0)
 
     def unpark(self) -> None:
         """Undo one `park`; what waits in the ring is run."""
@@ -349,7 +277,7 @@ class CudaExecutor:
             if self._park_depth or self.policy.takes_turns or self.lost or self._is_closed:
                 return False
             try:
-                is_done = self._quick_swap.run(prepare(), stays=self.policy.stays)
+                is_done = self._launches.quick_swap.run(prepare(), stays=self.policy.stays)
             except CudaError as error:
                 self.lost = error
                 raise
