@@ -81,7 +81,7 @@ class Launches:
     @property
     def number(self) -> int:
         """Of the last one."""
-        return self._library.load(self._launched_at)
+        return int(self._library.load(self._launched_at))
 
     def are_over(self) -> bool:
         """Whether all kernels that were sent in have said that they leave."""

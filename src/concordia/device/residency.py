@@ -208,7 +208,7 @@ class CudaExecutor:
         """Whether nobody is inside and somebody should be."""
         if self.policy.stays:
             return self._launches.are_over()
-        return self._library.needs_launch(self._ring)
+        return bool(self._library.needs_launch(self._ring))
 
     def _keep(self) -> None:
         """A lease may end with work waiting and no producer that looks again, or with an executor
