@@ -514,7 +514,7 @@ def test_kv_comes_back_in_other_blocks_when_it_was_replayed(setup: Setup) -> Non
     for wanted in ranges:
         assert setup.checkpointer.wait(append(setup, *wanted)).is_ok
     want = tail_of(setup.name, setup.layers, 0, last + 2, home)
-    cut = replayed(setup.stream).cut((7 << 64) | 9, tokens_known=last + 3, layout_hash=geometry.layout_hash(), world=1)
+    cut = replayed(setup.stream).cuts.longest((7 << 64) | 9, tokens_known=last + 3, layout_hash=geometry.layout_hash(), world=1)
     plan = plan_restore(
         cut, world=1, layout_hash=geometry.layout_hash(), pool=pool.view, segment_bytes=setup.stream.segment_bytes, model_hash=(1 << 64) - 21
     )

@@ -36,7 +36,7 @@ def append_block(writer: StreamWriter, key: int, index: int, *, incarnation: int
 def cut_of(streams: Streams, key: int) -> Cut:
     for stream in streams.by_slot.values():
         stream.source.is_final = True
-    return streams.index.cut(key, tokens_known=1 << 20, layout_hash=1, world=1)
+    return streams.index.cuts.longest(key, tokens_known=1 << 20, layout_hash=1, world=1)
 
 
 def check_bytes(journal: SmallJournal, cut: Cut, key: int) -> None:
@@ -115,7 +115,7 @@ def test_oldest_unused_block_goes_first_when_room_is_needed(tmp_path: Path, monk
         before = index.keys.known((1, 1))
         assert before == names
         used = [1000 + block for block in range(12)]
-        assert index.match_prefix(used, layout_hash=1, world=1).tokens == 12 * BLOCK
+        assert index.cuts.match_prefix(used, layout_hash=1, world=1).tokens == 12 * BLOCK
         while len(journal.streams.free) < journal.cleaner.low:
             journal.round()
         left = index.keys.known((1, 1))
@@ -324,7 +324,7 @@ def test_slots_never_run_out_when_every_replica_leaves_a_block_that_is_kept(tmp_
         assert journal.streams.index.keys.known((1, 1)) == list(range(1, count + 1)), "a block was lost"
         assert len(journal.streams.by_slot) <= abi.STREAM_CAPACITY * 3 // 4
         for life in (1, count):
-            check_bytes(journal, journal.streams.index.match_prefix([life], layout_hash=1, world=1), life)
+            check_bytes(journal, journal.streams.index.cuts.match_prefix([life], layout_hash=1, world=1), life)
         assert not survey(journal.pool, journal.board).damage
 
 
@@ -367,4 +367,4 @@ def test_cleaner_goes_on_and_says_so_when_no_slot_at_all_is_left(tmp_path: Path,
         assert "slots" in told[0]
         append_block(writer, 2, 0)
         journal.round()
-        assert journal.streams.index.committed(2) == BLOCK, "the owner does not read any more"
+        assert journal.streams.index.cuts.committed(2) == BLOCK, "the owner does not read any more"

@@ -89,9 +89,9 @@ def test_told_places_stay_until_every_rank_has_gone_on_or_their_time_is_up(tmp_p
             append(writer, 7, 0, incarnation=1000)
             journal.round(clean=False)
             streams.seal(stream)
-        cut = streams.index.cut(7, tokens_known=100, layout_hash=1, world=2)
+        cut = streams.index.cuts.longest(7, tokens_known=100, layout_hash=1, world=2)
         assert cut.tokens == 4
-        streams.pins.add(cut.pieces, Told(7, streams.index.newest(7), (1, 2)))
+        streams.pins.add(cut.pieces, Told(7, streams.index.cuts.newest(7), (1, 2)))
         pinned = {piece.pool_offset >> 15 for pieces in cut.pieces.values() for piece in pieces}
         for rank, (_, writer) in enumerate([journal.open(rank=rank, world=2, replica=2) for rank in range(2)]):
             assert streams.pins.segments() == pinned, f"{rank} of 2 ranks have gone on"

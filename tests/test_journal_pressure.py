@@ -259,7 +259,7 @@ def check_whole(world: World, engine: Engine, names: Iterable[str]) -> None:
         stream.source.is_final = True
     for name in names:
         tokens = len(engine.writes.tracks[name].tokens)
-        cut = world.streams.index.cut(request_key(name), tokens_known=tokens, layout_hash=1, world=1)
+        cut = world.streams.index.cuts.longest(request_key(name), tokens_known=tokens, layout_hash=1, world=1)
         assert cut.tokens == tokens - 1, name
     for stream in (engine.rank, engine.scheduler):
         stream.source.is_final = False
@@ -353,5 +353,5 @@ def test_older_lives_go_by_name_and_only_after_what_nobody_wants_when_two_of_eac
         assert len(left) == BATCH - len(told)
         for name in left:
             bounds = {"bounds": {1: len(tokens[name])}}
-            cut = index.cut(request_key(name), tokens_known=len(tokens[name]), layout_hash=1, world=1, **bounds)
+            cut = index.cuts.longest(request_key(name), tokens_known=len(tokens[name]), layout_hash=1, world=1, **bounds)
             assert (cut.tokens, cut.incarnation) == (len(tokens[name]) - 1, 1000)

@@ -216,7 +216,7 @@ def test_cut_equals_the_brute_force_one_for_random_histories(bench: Bench) -> No
         source.is_final = True
     for key in REQUESTS:
         tokens, incarnation, words = bench.expected_cut(key)
-        cut = bench.index.cut(key, tokens_known=10_000, layout_hash=LAYOUT, world=bench.world)
+        cut = bench.index.cuts.longest(key, tokens_known=10_000, layout_hash=LAYOUT, world=bench.world)
         assert (cut.tokens, cut.incarnation) == (tokens, incarnation)
         for rank in range(bench.world if tokens else 0):
             got = applied(bench, cut, rank)
@@ -224,8 +224,8 @@ def test_cut_equals_the_brute_force_one_for_random_histories(bench: Bench) -> No
         newest = max((i for request, i in bench.lives if request == key), default=None)
         if newest is not None and bench.lives[key, newest].tokens:
             life = bench.lives[key, newest]
-            assert bench.index.committed(key) == min(bench.reach(life, r)[0] for r in range(bench.world))
-        capped = bench.index.cut(key, tokens_known=6, layout_hash=LAYOUT, world=bench.world)
+            assert bench.index.cuts.committed(key) == min(bench.reach(life, r)[0] for r in range(bench.world))
+        capped = bench.index.cuts.longest(key, tokens_known=6, layout_hash=LAYOUT, world=bench.world)
         assert capped.tokens == min(tokens, 5)
         assert all(p.token_start < 5 for pieces in capped.pieces.values() for p in pieces)
 
@@ -254,14 +254,14 @@ def small(world: int = 1) -> Bench:
 def test_cut_is_empty_when_streams_are_not_sealed_and_full_once_they_are() -> None:
     bench = small()
     bench.write(1, 1, 0, 7, 0, 10, lost=set())
-    assert bench.index.cut(1, tokens_known=11, layout_hash=LAYOUT, world=1) == Cut()
-    assert bench.index.committed(1) == 10
+    assert bench.index.cuts.longest(1, tokens_known=11, layout_hash=LAYOUT, world=1) == Cut()
+    assert bench.index.cuts.committed(1) == 10
     for source in bench.sources.values():
         source.is_final = True
-    assert bench.index.cut(1, tokens_known=11, layout_hash=LAYOUT, world=1).tokens == 10
-    assert bench.index.cut(1, tokens_known=10, layout_hash=LAYOUT, world=1).tokens == 9
-    assert bench.index.cut(1, tokens_known=11, layout_hash=LAYOUT + 1, world=1) == Cut()
-    assert bench.index.cut(1, tokens_known=11, layout_hash=LAYOUT, world=2) == Cut()
+    assert bench.index.cuts.longest(1, tokens_known=11, layout_hash=LAYOUT, world=1).tokens == 10
+    assert bench.index.cuts.longest(1, tokens_known=10, layout_hash=LAYOUT, world=1).tokens == 9
+    assert bench.index.cuts.longest(1, tokens_known=11, layout_hash=LAYOUT + 1, world=1) == Cut()
+    assert bench.index.cuts.longest(1, tokens_known=11, layout_hash=LAYOUT, world=2) == Cut()
 
 
 def test_prefix_of_another_request_is_found_when_its_keys_are_known() -> None:
@@ -271,12 +271,12 @@ def test_prefix_of_another_request_is_found_when_its_keys_are_known() -> None:
     for index in range(3):
         bench.note_key(1, 1, 7, index, 50 + index)
     keys = [50, 51, 52, 53]
-    cut = bench.index.match_prefix(keys, layout_hash=LAYOUT, world=2)
+    cut = bench.index.cuts.match_prefix(keys, layout_hash=LAYOUT, world=2)
     assert (cut.tokens, cut.block_keys, set(cut.pieces)) == (12, keys[:3], {0, 1})
     assert bench.index.keys.known((LAYOUT, 2)) == keys[:3]
     bench.index.finish(1, now=0.0)
     bench.index.settle(1e9)
-    assert bench.index.match_prefix(keys, layout_hash=LAYOUT, world=2) == cut
+    assert bench.index.cuts.match_prefix(keys, layout_hash=LAYOUT, world=2) == cut
     assert Cut.from_json(cut.to_json()) == cut
 
 
@@ -291,7 +291,7 @@ def test_bytes_of_two_replicas_are_never_mixed_when_they_gave_one_key() -> None:
         source.is_final = True
     for rank in range(2):
         bench.write(3, 1, rank, 8, 4, 6, lost=set())
-    cut = bench.index.cut(3, tokens_known=100, layout_hash=LAYOUT, world=2)
+    cut = bench.index.cuts.longest(3, tokens_known=100, layout_hash=LAYOUT, world=2)
     assert cut.tokens == 6
     assert [bench.words[cut.pieces[rank][0].pool_offset] for rank in range(2)] == ["2 1 0 8 0 4", "2 1 1 8 0 4"]
 
@@ -320,7 +320,7 @@ def test_block_length_is_proven_by_its_neighbour_when_the_writer_does_not_say() 
     assert index.sizes.known == {LAYOUT: 4}
     assert index.keys.known((LAYOUT, 1)) == [50]
     block(1, 4, 8)
-    assert index.match_prefix([50, 51], layout_hash=LAYOUT, world=1).tokens == 8
+    assert index.cuts.match_prefix([50, 51], layout_hash=LAYOUT, world=1).tokens == 8
 
 
 def test_tokens_written_over_are_not_restored_when_a_step_was_taken_back() -> None:
@@ -329,7 +329,7 @@ def test_tokens_written_over_are_not_restored_when_a_step_was_taken_back() -> No
     source = bench.source(abi.WRITER_RANK, 0, 7)
     bench.put(abi.KIND_KV_TAIL, source, 1, 1, 1, 2, b"again")
     source.is_final = True
-    cut = bench.index.cut(1, tokens_known=10, layout_hash=LAYOUT, world=1)
+    cut = bench.index.cuts.longest(1, tokens_known=10, layout_hash=LAYOUT, world=1)
     assert cut.tokens == 2
     assert [(p.token_start, p.token_end) for p in cut.pieces[0]] == [(0, 3), (1, 2)]
 
@@ -337,7 +337,7 @@ def test_tokens_written_over_are_not_restored_when_a_step_was_taken_back() -> No
 def cut_tokens(bench: Bench, known: int, bounds: dict[int, int] | None = None) -> tuple[int, int]:
     for source in bench.sources.values():
         source.is_final = True
-    cut = bench.index.cut(1, tokens_known=known, layout_hash=LAYOUT, world=bench.world, bounds=bounds)
+    cut = bench.index.cuts.longest(1, tokens_known=known, layout_hash=LAYOUT, world=bench.world, bounds=bounds)
     assert all(piece.token_start < cut.tokens for pieces in cut.pieces.values() for piece in pieces)
     assert len(cut.block_keys) <= cut.tokens // BLOCK
     return cut.tokens, cut.incarnation
@@ -434,12 +434,12 @@ def test_block_and_life_are_promised_to_nobody_when_an_engine_found_a_difference
     bench.note_key(3, 1000, 7, 0, 51)
     for source in bench.sources.values():
         source.is_final = True
-    assert bench.index.committed(1) == 6
+    assert bench.index.cuts.committed(1) == 6
     assert set(bench.index.keys.known((LAYOUT, 1))) == {51, 52}
     events = [{"event": "differs", "key": f"{1:032x}", "incarnation": 1000, "token_start": 0}, {"event": "differs", "key": "?"}]
     for told in events:
         bench.put(abi.KIND_EVENT, bench.source(abi.WRITER_RANK, 0, 7), 0, 0, 0, 0, json.dumps(told).encode())
-    assert bench.index.cut(1, tokens_known=99, layout_hash=LAYOUT, world=1).tokens == 0
-    assert bench.index.cut(2, tokens_known=99, layout_hash=LAYOUT, world=1).tokens == 6
+    assert bench.index.cuts.longest(1, tokens_known=99, layout_hash=LAYOUT, world=1).tokens == 0
+    assert bench.index.cuts.longest(2, tokens_known=99, layout_hash=LAYOUT, world=1).tokens == 6
     assert bench.index.keys.known((LAYOUT, 1)) == [52]
     assert [e["event"] for _, e in bench.index.events] == ["differs", "unprotected", "differs", "malformed"]

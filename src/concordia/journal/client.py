@@ -196,7 +196,7 @@ class JournalClient:
         `bounds`: router incarnation to the tokens that were known when it was superseded, that is
         when the next router incarnation was submitted. What an incarnation computed beyond its
         bound, or beyond that of a later one, is not used. Without them only what the records prove
-        is used of older ones; ReplayIndex.cut has the rule.
+        is used of older ones; Cuts.longest has the rule.
         """
         return Cut.from_json(
             self._ask(

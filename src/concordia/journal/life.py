@@ -144,7 +144,7 @@ class Request:
         self, group: Group, table: KeyTable, size: int, bounds: Mapping[int, int]
     ) -> dict[int, int | None]:
         """Up to where each life's tokens are the request's tokens; None for no limit. See
-        ReplayIndex.cut.
+        Cuts.longest.
         """
         homes = {number: number // INCARNATION_STRIDE for number in self.incarnations}
         found: dict[int, int | None] = {}

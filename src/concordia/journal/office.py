@@ -147,14 +147,14 @@ class Office:
         key = _number(arguments, "key", _U128)
         layout_hash = _number(arguments, "layout_hash", _U64)
         world = _number(arguments, "world", 1 << 16)
-        cut = self._owner.streams.index.cut(
+        cut = self._owner.streams.index.cuts.longest(
             key,
             tokens_known=_number(arguments, "tokens_known", _U32),
             layout_hash=layout_hash,
             world=world,
             bounds=_bounds(arguments.get("bounds", {})),
         )
-        newest = self._owner.streams.index.newest(key)
+        newest = self._owner.streams.index.cuts.newest(key)
         return self._pinned(cut, Told(key, newest, (layout_hash, world)))
 
     def _checkpoint(self, peer: Peer, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -164,7 +164,7 @@ class Office:
 
     def _match_prefix(self, peer: Peer, arguments: dict[str, Any]) -> dict[str, Any]:
         self._owner.streams.scan_all()
-        cut = self._owner.streams.index.match_prefix(
+        cut = self._owner.streams.index.cuts.match_prefix(
             [int(key) for key in arguments["keys"]],
             layout_hash=_number(arguments, "layout_hash", _U64),
             world=_number(arguments, "world", 1 << 16),
@@ -186,11 +186,11 @@ class Office:
 
     def _committed(self, peer: Peer, arguments: dict[str, Any]) -> int:
         self._owner.streams.scan_all()
-        return self._owner.streams.index.committed(_number(arguments, "key", _U128))
+        return self._owner.streams.index.cuts.committed(_number(arguments, "key", _U128))
 
     def _committed_all(self, peer: Peer, arguments: dict[str, Any]) -> list[int]:
         self._owner.streams.scan_all()
-        committed = self._owner.streams.index.committed
+        committed = self._owner.streams.index.cuts.committed
         return [committed(int(key)) for key in arguments["keys"]]
 
     def _finish(self, peer: Peer, arguments: dict[str, Any]) -> bool:

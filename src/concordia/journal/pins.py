@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from concordia import config
 from concordia.journal.coverage import Piece
+from concordia.journal.cuts import Cuts
 from concordia.journal.keys import Group
-from concordia.journal.replay import ReplayIndex
 
 
 class Told(NamedTuple):
@@ -29,8 +29,8 @@ class Told(NamedTuple):
 class Pins:
     """Segments by who was told of them."""
 
-    def __init__(self, index: ReplayIndex, segment_bytes: int) -> None:
-        self._index = index
+    def __init__(self, cuts: Cuts, segment_bytes: int) -> None:
+        self._cuts = cuts
         self._segment_bytes = segment_bytes
         self._pinned: list[tuple[float, Told | None, frozenset[int]]] = []  # until when
 
@@ -47,6 +47,6 @@ class Pins:
         self._pinned = [
             (until, told, segments)
             for until, told, segments in self._pinned
-            if until > now and not (told and self._index.has_gone_on(*told))
+            if until > now and not (told and self._cuts.has_gone_on(*told))
         ]
         return {segment for _, _, segments in self._pinned for segment in segments}

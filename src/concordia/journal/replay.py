@@ -1,11 +1,9 @@
-"""Index of what a journal holds, by request and by block key, and the cut that may be restored,
-floor 3.
+"""Index of what a journal holds, by request and by block key, floor 3.
 
 Owns: `ReplayIndex`. Promises: it grows record by record, so that a failover never waits for a scan;
-a cut never mixes incarnations except through block keys, which name bytes by their tokens; a
-request that is not finished keeps its records until it loses protection by name. Called by the
+a request that is not finished keeps its records until it loses protection by name. Called by the
 owner's only thread; the cleaner asks it what to drop. It does not read streams or check payloads of
-KV: who restores checks those.
+KV: who restores checks those. What of it may be restored says cuts.py.
 """
 
 from __future__ import annotations
@@ -13,14 +11,14 @@ from __future__ import annotations
 import struct
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from concordia import abi, config
 from concordia.errors import Corruption
 from concordia.journal.block_sizes import BlockSizes
 from concordia.journal.checkpoints import CheckpointTable
-from concordia.journal.coverage import Cut, Piece, pieces_of
+from concordia.journal.cuts import Cuts
 from concordia.journal.events import Events
 from concordia.journal.keys import Group, KeyTable
 from concordia.journal.ledger import Held, Ledger, Source
@@ -28,8 +26,6 @@ from concordia.journal.life import Incarnation, Request
 from concordia.journal.record import Record
 from concordia.journal.request_table import RequestTable
 from concordia.journal.successions import Successions
-
-__all__ = ["Cut", "Piece", "ReplayIndex"]
 
 _KEY_ENTRY: Final = struct.Struct("<IIQQ")  # block index, 0, key low, key high
 _KV: Final = (abi.KIND_KV_TAIL, abi.KIND_KV_BLOCK)
@@ -48,8 +44,9 @@ class ReplayIndex:
         self.requests = self.table.requests  # the coldest first
         self.checkpoints = CheckpointTable(self.ledger)
         self._latest: dict[tuple[int, int], Held] = {}  # memberships
+        self.cuts = Cuts(self.requests, self.keys, self.sizes)
         self.successions = Successions(
-            self.requests, reach=self._reach, drop=self._drop_incarnations
+            self.requests, reach=self.cuts.reach, drop=self._drop_incarnations
         )
         self._finishing: deque[tuple[float, int]] = deque()
 
@@ -115,84 +112,6 @@ class ReplayIndex:
                     self.ledger.release(held)
                 request.others.clear()
                 self.table.forget_if_gone(key, request)
-
-    # --- asking
-
-    def cut(
-        self,
-        key: int,
-        *,
-        tokens_known: int,
-        layout_hash: int,
-        world: int,
-        bounds: Mapping[int, int] | None = None,
-    ) -> Cut:
-        """The longest prefix that every rank of one incarnation has committed, below the last
-        token.
-
-        An incarnation that was superseded may have computed tokens that nobody received, and its
-        successor may have emitted others in their place. So `bounds` says, by router incarnation,
-        how many tokens were known when it was superseded (when the next one was submitted), and a
-        life of router incarnation i counts up to the smallest bounds[j], j >= i, before the best is
-        chosen. Where bounds[i] is not given, a life of i counts only up to where every newer router
-        incarnation in the journal wrote its first record itself, if nothing before that record was
-        lost (else not at all): it resumed there, from tokens that both have. Such a guard sees only
-        incarnations that left records; bounds see all.
-        """
-        request = self.requests.get(key)
-        if request is None:
-            return Cut()
-        self.requests.move_to_end(key)
-        group, size = (layout_hash, world), self.sizes.of(layout_hash)
-        limits = request.limits(group, self.keys, size, bounds or {})
-        cuts = (
-            life.cut(number, group, self.keys, size).clamped(limits[number], block_tokens=size)
-            for number, life in request.incarnations.items()
-        )
-        best = max(cuts, key=lambda cut: (cut.tokens, cut.incarnation), default=Cut())
-        return best.clamped(max(0, tokens_known - 1), block_tokens=size)
-
-    def match_prefix(self, keys: Sequence[int], *, layout_hash: int, world: int) -> Cut:
-        """The longest run of these block keys that every rank has."""
-        group = layout_hash, world
-        at = 0
-        pieces: dict[int, list[Held]] = {rank: [] for rank in range(world)}
-        matched = []
-        for key in keys:
-            found = self.keys.complete(group, key)
-            if found is None or any(h.record.token_start != at for h in found):
-                break
-            ends = {held.record.token_end for held in found}
-            if len(ends) != 1:
-                break
-            at = ends.pop()
-            self.keys.touch(group, key)
-            matched.append(key)
-            for rank, held in enumerate(found):
-                pieces[rank].append(held)
-        cut = {rank: pieces_of(found, rank=rank, tokens=at) for rank, found in pieces.items()}
-        return Cut(at, 0, cut, matched) if at else Cut()
-
-    def newest(self, key: int) -> int:
-        """The latest incarnation of a request that has records, 0 without any."""
-        request = self.requests.get(key)
-        return max(request.incarnations, default=0) if request is not None else 0
-
-    def has_gone_on(self, key: int, incarnation: int, group: Group) -> bool:
-        """Whether every rank has written KV of a later life of this request."""
-        request = self.requests.get(key)
-        return request is not None and any(
-            number > incarnation and len(life.covered.get(group, ())) >= group[1]
-            for number, life in request.incarnations.items()
-        )
-
-    def committed(self, key: int) -> int:
-        """Tokens that every rank of the newest incarnation has committed."""
-        request = self.requests.get(key)
-        if request is None or not request.incarnations:
-            return 0
-        newest = request.incarnations[max(request.incarnations)]
-        return max((self._reach(newest, group) for group in newest.covered), default=0)
 
     # --- giving up
 
@@ -334,6 +253,3 @@ class ReplayIndex:
     def _drop_incarnations(self, request: Request, numbers: Iterable[int]) -> None:
         for number in numbers:
             request.incarnations.pop(number).drop(self.ledger, self.keys)
-
-    def _reach(self, life: Incarnation, group: Group) -> int:
-        return life.reach(group, self.keys, self.sizes.of(group[0]))

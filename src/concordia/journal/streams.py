@@ -40,7 +40,7 @@ class Streams:
         self.by_slot: dict[int, Stream] = {}
         self.free = self.lending.free
         self._blocked: set[int] = set()  # slots that were found damaged
-        self.pins = Pins(self.index, pool.segment_bytes)
+        self.pins = Pins(self.index.cuts, pool.segment_bytes)
         self._next = board.take() << 32  # stream ids of this owner; the epoch makes them unique
 
     def adopt(self, found: Survey) -> None:
