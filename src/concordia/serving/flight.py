@@ -17,9 +17,10 @@ from typing import Any, Protocol
 from concordia import config
 from concordia.errors import RequestRefused, UpstreamBroken
 from concordia.journal.record import request_key
+from concordia.serving.account import Account
 from concordia.serving.detokenizer import Detokenizer
 from concordia.serving.need import Defaults, Level
-from concordia.serving.openai_format import Piece, TokenLogprobs, read_logprobs
+from concordia.serving.piece import Piece, TokenLogprobs, read_logprobs
 from concordia.serving.recovery_times import RecoveryTimes
 from concordia.serving.request import GenerationRequest, Sampler
 from concordia.serving.seam import EchoDiffers, Seam
@@ -38,17 +39,6 @@ class ReplicaLike(Protocol):
     def incarnation(self) -> int: ...
     @property
     def base_url(self) -> str: ...
-
-
-class OutcomeLike(Protocol):
-    """What a connector said of a resumed request."""
-
-    @property
-    def level(self) -> Level: ...
-    @property
-    def restored_tokens(self) -> int: ...
-    @property
-    def recomputed_tokens(self) -> int: ...
 
 
 class Flight:
@@ -92,19 +82,13 @@ class Flight:
         self.fingerprint: str | None = None
         self.usage_details: Mapping[str, Any] | None = None
         self.is_unprotected = False
-        self.is_settled = False
-        self.settling = asyncio.Lock()  # held by who finds out what became of its state
         self.last_at = time.monotonic()  # last sign of life of its stream
-        self.level = Level.STATE_EXACT
-        self.restored_tokens = 0
-        self.recomputed_tokens = 0
+        self.account = Account(request.draw)
         limit = token_limit(request, len(prompt), context_tokens, defaults)
         self._asking = Asking(request, prompt, seed, limit, defaults)
         self._seam = Seam(len(prompt))
         # ids after which the next submission goes on, if fewer than there are
         self._step_back: int | None = None
-        self._is_regenerated = False
-        self._resumed_at = 0  # tokens known at the last submission
         self._seat = Seat()
         self._times: RecoveryTimes | None = None  # of the failover that moved it last
         self._text = Detokenizer(
@@ -144,8 +128,7 @@ class Flight:
     def submission(self, ticket: CohortTicket | None, *, restores: bool) -> dict[str, Any]:
         """The body of the next upstream request; raises the incarnation."""
         self.attempts += 1
-        self._resumed_at = self.tokens_known
-        self._is_regenerated |= self.regenerates
+        self.account.go_on(self.tokens_known, regenerates=self.regenerates)
         done, self._step_back = 0 if self.regenerates else self._step_back, None
         done = len(self.ids) if done is None else done
         self._seam.go_on(after=done, known=len(self.ids))
@@ -224,19 +207,6 @@ class Flight:
         """End the answer with an error at the reader's next look."""
         self._seat.fail(error)
 
-    def settle(self, outcome: OutcomeLike | None) -> None:
-        """Note which level the resumed answer reached; without an outcome everything known was
-        computed again.
-        """
-        self.is_settled = True
-        self.restored_tokens = 0 if outcome is None else outcome.restored_tokens
-        self.recomputed_tokens = self._resumed_at if outcome is None else outcome.recomputed_tokens
-        self.level = Level.RE_PREFILL if outcome is None else outcome.level
-        if self._is_regenerated:
-            self.level = Level.REGENERATE
-        elif self.request.draw is Sampler.GENERATOR:
-            self.level = max(self.level, Level.SAMPLER_LOST)
-
     # --- the reader's side
 
     async def next_stream(self) -> EventStream:
@@ -276,24 +246,6 @@ class Flight:
         if len(self.ids) < self._asking.limit or self.is_done:
             return None
         return self._take([], None if self.request.logprobs is None else [], "length", None)
-
-    def whole(self, pieces: Sequence[Piece]) -> Piece:
-        """All pieces as one."""
-        rows: list[TokenLogprobs] | None = None if self.request.logprobs is None else []
-        for piece in pieces:
-            if rows is not None and piece.logprobs is not None:
-                rows.extend(piece.logprobs)
-        last = pieces[-1]
-        return Piece(
-            self.index,
-            "".join(piece.text for piece in pieces),
-            0,
-            self.ids,
-            rows,
-            last.finish_reason,
-            last.stop_reason,
-            True,
-        )
 
     def _take(
         self,

@@ -16,7 +16,8 @@ from concordia import config
 from concordia.errors import RequestRefused, UpstreamBroken
 from concordia.serving.flight import Flight
 from concordia.serving.need import Level
-from concordia.serving.openai_format import DONE, Piece, Usage, Writer, error_event
+from concordia.serving.openai_format import DONE, Usage, Writer, error_event
+from concordia.serving.piece import Piece, joined
 from concordia.serving.settlement import Settlement
 from concordia.serving.upstream import EventStream
 
@@ -81,7 +82,11 @@ class Generation:
                 pieces[piece.index].append(piece)
             self._learn_fingerprint()
             self.writer.begin(self.flights[0].model)
-            answers = [(flight, flight.whole(pieces[flight.index])) for flight in self.flights]
+            has_logprobs = self.writer.request.logprobs is not None
+            answers = [
+                (flight, joined(pieces[flight.index], has_logprobs=has_logprobs))
+                for flight in self.flights
+            ]
             return self.writer.whole(answers, self._usage(), await self._report())
         finally:
             self.close()
@@ -161,10 +166,10 @@ class Generation:
         if not self.writer.request.wants_report:
             return None
         await self._keeper.settlement.settle(self.flights)
-        worst = max((flight.level for flight in self.flights), default=Level.STATE_EXACT)
+        worst = max((flight.account.level for flight in self.flights), default=Level.STATE_EXACT)
         return {
             "level": worst.label,
-            "restored_tokens": sum(flight.restored_tokens for flight in self.flights),
-            "recomputed_tokens": sum(flight.recomputed_tokens for flight in self.flights),
+            "restored_tokens": sum(flight.account.restored_tokens for flight in self.flights),
+            "recomputed_tokens": sum(flight.account.recomputed_tokens for flight in self.flights),
             "failovers": max(flight.failovers for flight in self.flights),
         }

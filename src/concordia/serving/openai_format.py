@@ -14,31 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from concordia.errors import RequestRefused
+from concordia.serving.piece import Piece, TokenLogprobs
 from concordia.serving.request import GenerationRequest
 from concordia.serving.tokenizer import Tokenizer
 
 DONE: Final = b"data: [DONE]\n\n"
-
-# Log-probabilities of one position: of the drawn token (None where vLLM has none), and the
-# alternatives in vLLM's order.
-TokenLogprobs = tuple[float | None, Sequence[tuple[int, float]]]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What one upstream event adds to one answer; `start` is the index of ids[0] within the
-    answer.
-    """
-
-    index: int
-    text: str
-    start: int
-    ids: Sequence[int]
-    logprobs: Sequence[TokenLogprobs] | None
-    finish_reason: str | None
-    stop_reason: str | int | None
-    is_first: bool
-
 
 class AnswerView(Protocol):
     """What a writer looks up of an answer in the making."""
@@ -283,15 +263,6 @@ def error_body(error: RequestRefused) -> bytes:
 def error_event(error: RequestRefused) -> bytes:
     """The one error event that may end a stream."""
     return b"data: " + error_body(error) + b"\n\n"
-
-
-def read_logprobs(found: Mapping[str, Any]) -> list[TokenLogprobs]:
-    """vLLM's completion log-probabilities, asked for with tokens named by id."""
-    rows: list[TokenLogprobs] = []
-    for logprob, top in zip(found["token_logprobs"], found["top_logprobs"], strict=True):
-        alternatives = [(int(name[9:]), value) for name, value in (top or {}).items()]
-        rows.append((logprob, alternatives))
-    return rows
 
 
 def _rows(view: AnswerView, piece: Piece) -> list[tuple[int, Sequence[int], TokenLogprobs]]:

@@ -24,7 +24,7 @@ from concordia.errors import ConcordiaError
 from concordia.serving.flight import Flight
 from concordia.serving.journal_events import EventSource, JournalEvents, Outcome
 from concordia.serving.metrics import Metrics
-from concordia.serving.openai_format import Piece
+from concordia.serving.piece import Piece
 
 log = logging.getLogger(__name__)
 

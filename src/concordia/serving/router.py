@@ -28,7 +28,8 @@ from concordia.serving.flight_table import FlightTable
 from concordia.serving.generation import Generation
 from concordia.serving.metrics import Metrics
 from concordia.serving.need import Defaults
-from concordia.serving.openai_format import Piece, Writer
+from concordia.serving.openai_format import Writer
+from concordia.serving.piece import Piece
 from concordia.serving.recorder import Recorder
 from concordia.serving.renderer import Renderer
 from concordia.serving.request import Endpoint, GenerationRequest, Sampler

@@ -28,14 +28,14 @@ class Settlement:
             if not flight.failovers:
                 continue
             # its report and its end both ask, and the answer takes a while
-            async with flight.settling:
-                if not flight.is_settled:
+            async with flight.account.settling:
+                if not flight.account.is_settled:
                     await self._settle(flight)
 
     async def close(self, flight: Flight) -> None:
         """Count the level of an answer that has ended."""
         await self.settle([flight])
-        self._metrics.level(flight.level)
+        self._metrics.level(flight.account.level)
 
     async def count_uncommitted(self, flights: Sequence[Flight]) -> None:
         """Count what the journal cannot give back: tokens known, minus the last, minus what was
@@ -53,6 +53,6 @@ class Settlement:
         outcome = None
         if self._recorder is not None and self._restores and flight.request.allows_restore:
             outcome = await self._recorder.outcome(flight)
-        flight.settle(outcome)
+        flight.account.settle(outcome)
         if outcome is None:  # no connector speaks of it, so nobody else counts it
-            self._metrics.count("recomputed_tokens", flight.recomputed_tokens)
+            self._metrics.count("recomputed_tokens", flight.account.recomputed_tokens)
