@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import logging
 import time
 import uuid
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
@@ -22,11 +21,13 @@ from typing import Any, Final
 from concordia import config
 from concordia.errors import RequestRefused, UpstreamBroken
 from concordia.serving.admission import Admission, Turnstile, unavailable
+from concordia.serving.errands import Errands
 from concordia.serving.fault_desk import FaultDesk, ReplicaSet
 from concordia.serving.flight import Flight, ReplicaLike
 from concordia.serving.flight_table import FlightTable
 from concordia.serving.generation import Generation
 from concordia.serving.metrics import Metrics
+from concordia.serving.model_facts import ModelFacts
 from concordia.serving.need import Defaults
 from concordia.serving.openai_format import Writer
 from concordia.serving.piece import Piece
@@ -39,7 +40,6 @@ from concordia.serving.tokenizer import Tokenizer
 from concordia.serving.upstream import EventStream, Upstream, json_headers
 
 COMPLETIONS: Final = Endpoint.COMPLETIONS.value
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +95,9 @@ class Router:
         )
         self._turnstile = Turnstile()
         self._orders = itertools.count(1)
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._errands = Errands()
         self._entered_count = 0
-        self._context_tokens = 0
-        self._fingerprint: str | None = None
+        self._model = ModelFacts()
 
     # --- life
 
@@ -114,19 +113,13 @@ class Router:
         self.metrics.gauge(
             "requests_held", "requests that wait for an engine", lambda: self.admission.held_count
         )
-        replica = await self.admission.acquire()
-        models = await self.upstream.get(f"{replica.base_url}/v1/models")
-        self._context_tokens = int(models["data"][0]["max_model_len"])
-        self._fingerprint = await self._ask_fingerprint(replica, models["data"][0]["id"])
+        await self._model.learn(self.upstream, await self.admission.acquire())
 
     async def stop(self) -> None:
         """End what is left and close the session."""
         for flight in self.flights:
             flight.fail(unavailable("the server stops"))
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._errands.stop()
         await self.upstream.close()
         self.faults.stop()
 
@@ -187,7 +180,7 @@ class Router:
         order = next(self._orders)
         prefix = "chatcmpl" if request.is_chat else "cmpl"
         writer = Writer(request, self.tokenizer, f"{prefix}-{client_id}", int(time.time()))
-        writer.fingerprint = self._fingerprint
+        writer.fingerprint = self._model.fingerprint
         with self._turnstile.enter(request.cohort.name if request.cohort else None) as turn:
             with self.entered():
                 prompts = await self._renderer.render(request, headers)
@@ -221,7 +214,7 @@ class Router:
         """Note what was received and, in that mode, wait until the state it depends on is
         committed.
         """
-        self._fingerprint = flight.fingerprint or self._fingerprint
+        self._model.fingerprint = flight.fingerprint or self._model.fingerprint
         self.metrics.count("tokens", len(piece.ids))
         if flight.broken_at is not None and piece.ids:
             self.metrics.resumed(time.monotonic() - flight.broken_at)
@@ -252,6 +245,9 @@ class Router:
             self.spawn(self.settlement.close(flight))
 
     # --- what the fault desk asks
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        return self._errands.spawn(work)
 
     async def submit(
         self, flight: Flight, replica: ReplicaLike, ticket: CohortTicket | None
@@ -305,7 +301,7 @@ class Router:
             prompt=prompt,
             headers=headers,
             seed=request.seed + index % request.count,
-            context_tokens=self._context_tokens,
+            context_tokens=self._model.context_tokens,
             defaults=self.settings.defaults,
             tokenizer=self.tokenizer,
         )
@@ -315,26 +311,3 @@ class Router:
         self.flights.add(flight)
         if self._recorder is not None:
             self._recorder.admit(flight)
-
-    async def _ask_fingerprint(self, replica: ReplicaLike, model: str) -> str | None:
-        """An answer that is cut at a stop string ends before vLLM has said its fingerprint, so it
-        is asked for once.
-        """
-        body = {"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0}
-        body["kv_transfer_params"] = {"concordia": False}
-        found = await self.upstream.post(
-            replica.base_url + COMPLETIONS, body, headers=json_headers({})
-        )
-        said = found.get("system_fingerprint")
-        return said if isinstance(said, str) else None
-
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._forget)
-        return task
-
-    def _forget(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("a task of the router failed", exc_info=task.exception())
