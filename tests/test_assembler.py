@@ -35,6 +35,7 @@ from concordia.instrument.report import Hook, KernelReport, Slot, SlotKind, fill
 from concordia.instrument.rewrite import rewrite
 from concordia.integrations.program.assembler import VARIABLES, StandIn, build, place_stand_in
 from concordia.integrations.program.run_folder import ProgramRun
+from concordia.paths import Paths
 from shim_ground import make_ground
 from waiting import until
 
@@ -132,7 +133,7 @@ def ground(built: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gro
         run = ProgramRun(pathlib.Path(folder, "run"))
         run.path.mkdir(mode=0o700)
         run.modules.mkdir(mode=0o700)
-        made = Ground(run, config.Paths.default().image_cache)
+        made = Ground(run, Paths.default().image_cache)
         yield made
         made.close()
 

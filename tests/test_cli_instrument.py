@@ -26,6 +26,7 @@ from concordia.instrument.library_file import images_in
 from concordia.instrument.options import Options
 from concordia.instrument.report import Slot, SlotKind, fill
 from concordia.instrument.rewrite import rewrite
+from concordia.paths import Paths
 
 CONTROL = 0x7F12_3456_7800
 
@@ -274,7 +275,7 @@ def test_page_quotes_the_reasons_and_slots_of_the_source_when_they_change() -> N
     for kind in SlotKind:
         assert f"`{kind.name.lower()}`" in page
     assert "~/.cache/concordia/images/" in page
-    assert config.Paths.default().image_cache.parts[-2:] == ("concordia", "images")
+    assert Paths.default().image_cache.parts[-2:] == ("concordia", "images")
     assert CONTROL_ALLOCATED_BYTES == 64 << 10
 
 

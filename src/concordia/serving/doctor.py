@@ -20,6 +20,7 @@ from concordia import __version__, config
 from concordia.errors import ConcordiaError
 from concordia.journal import privacy
 from concordia.journal.folder import Folder, fit_size, free_bytes
+from concordia.paths import Paths
 from concordia.serving.machine import find_engine, find_gpus, read_machine
 from concordia.serving.shared_names import SHARED_MEMORY
 
@@ -186,7 +187,7 @@ def _shared_memory() -> Finding:
 
 
 def _journal() -> Finding:
-    path = config.Paths.default().journal
+    path = Paths.default().journal
     try:
         if path.exists():
             Folder(path).check()

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from concordia import config
 from concordia.device.compiler import HostCompiler
 from concordia.device.policy import AUTO, DEFAULT
 from concordia.errors import ConcordiaError, EnvironmentRefused, UsageError
@@ -24,6 +23,7 @@ from concordia.journal import fence
 from concordia.journal.folder import Folder, fit_size
 from concordia.journal.place import Place
 from concordia.journal.segment import Board
+from concordia.paths import Paths
 from concordia.serving import resources
 from concordia.serving.engine_flags import EngineFlags
 from concordia.serving.engine_spec import check_socket_room
@@ -185,7 +185,7 @@ def _journal_path(options: Mapping[str, Any]) -> pathlib.Path | None:
     if not options["protect"]:
         return None
     given: pathlib.Path | None = options["journal_dir"]
-    return (given or config.Paths.default().journal).absolute()
+    return (given or Paths.default().journal).absolute()
 
 
 def _machine(journal: pathlib.Path | None, place: Place) -> Machine:

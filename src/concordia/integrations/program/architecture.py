@@ -15,9 +15,9 @@ import os
 from pathlib import Path
 from typing import Final
 
-from concordia import config
 from concordia.errors import EnvironmentRefused
 from concordia.instrument.options import ARCHITECTURES
+from concordia.paths import Paths
 from concordia.private_folder import check_private, make_private
 
 _LIBRARY: Final = "libnvidia-ml.so.1"
@@ -32,7 +32,7 @@ def architecture(*, gpus: Path = _GPUS, devices: Path = _DEVICES) -> int | None:
     model = _model(gpus, devices)
     if model is None:
         return _asked()
-    path = config.Paths.default().image_cache.with_name("gpus") / model
+    path = Paths.default().image_cache.with_name("gpus") / model
     found = _kept(path)
     if found is None:
         found = _asked()

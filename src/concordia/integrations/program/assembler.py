@@ -32,6 +32,7 @@ from concordia.integrations.program.native_build import (
     version_of,
 )
 from concordia.integrations.program.run_folder import ProgramRun
+from concordia.paths import Paths
 
 # Names of the assemblers, and where Triton reads which one to take.
 VARIABLES: Final = {
@@ -76,7 +77,7 @@ def place_stand_in(run: Path, options: Options, environment: Mapping[str, str]) 
             shutil.copyfile(built, path)
             path.chmod(0o700)
         wanted = replace(options, assembler=True)
-        cache = ImageCache(config.Paths.default().image_cache, wanted.key())
+        cache = ImageCache(Paths.default().image_cache, wanted.key())
     except (ConcordiaError, OSError) as error:
         return StandIn(why_not=str(error))
     settings: dict[str, object] = {

@@ -36,6 +36,7 @@ from concordia.integrations.program.supervisor import (
     before_threads,
     end_as,
 )
+from concordia.paths import Paths
 
 if TYPE_CHECKING:
     from concordia.integrations.program.assembler import StandIn
@@ -99,7 +100,7 @@ def launch(asked: Launch) -> int:
         place_shim(run.path, driver)
         make_page(run.path)
         is_looking = not (options.entry or options.exit or options.marks or options.sass_marks)
-        cache = ImageCache(config.Paths.default().image_cache, options.key())
+        cache = ImageCache(Paths.default().image_cache, options.key())
         settings = _settings(options, cache, is_looking=is_looking)
         stand_in = _stand_in(run, options, environment) if options.marks else None
         run.settle(settings | dict(stand_in.settings) if stand_in else settings)
@@ -177,7 +178,7 @@ def _rewriter(run: ProgramRun, options: Options) -> Sequence[str]:
     return (
         *(sys.executable, "-m", "concordia.instrument.rewriter"),
         *("--run", str(run.path)),
-        *("--cache", str(config.Paths.default().image_cache)),
+        *("--cache", str(Paths.default().image_cache)),
         *("--options", options.to_json()),
         *("--launcher", str(os.getpid())),
     )

@@ -15,6 +15,7 @@ from typing import Any
 from concordia import config
 from concordia.device.policy import AUTO, DEFAULT, policy_of
 from concordia.errors import UsageError
+from concordia.paths import Paths
 
 LAYOUTS = ("auto", "blocks")
 
@@ -45,7 +46,7 @@ class Settings:
     def of(extra: Mapping[str, Any] | None) -> Settings:
         """Checked settings; raises UsageError."""
         given = dict(extra or {})
-        journal = pathlib.Path(str(given.pop("journal", config.Paths.default().journal)))
+        journal = pathlib.Path(str(given.pop("journal", Paths.default().journal)))
         names = {field.name: field.type for field in fields(Settings)}
         names.pop("journal")
         given["is_prefix_restored"] = given.pop("prefix_restore", True)

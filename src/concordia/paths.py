@@ -1,0 +1,32 @@
+"""Where things lie for one user, floor 1.
+
+Owns: the folders that are used unless one is named. Promises: all of them are private to that user
+once they are made; nothing is made, or looked for, here. Called from everywhere above.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """The journal, and what is kept of compiled and rewritten code."""
+
+    journal: pathlib.Path
+    kernel_cache: pathlib.Path
+    image_cache: pathlib.Path
+
+    @staticmethod
+    def default() -> Paths:
+        """Journal on /dev/shm, compiled kernels in the user's cache folder."""
+        cache = os.environ.get("CONCORDIA_CACHE") or os.environ.get("XDG_CACHE_HOME")
+        root = pathlib.Path(cache) if cache else pathlib.Path.home() / ".cache"
+        return Paths(
+            journal=pathlib.Path("/dev/shm") / f"concordia-{os.getuid()}",
+            kernel_cache=root / "concordia" / f"kernels-{sys.implementation.cache_tag}",
+            image_cache=root / "concordia" / "images",
+        )
