@@ -15,9 +15,9 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from concordia import abi, config
+from concordia.checkpoint.expected import KvRange, compare, expected_bytes, written_bytes
 from concordia.checkpoint.region import KvGeometry, Region, RegionEntry
 from concordia.checkpoint.restore_burst import RESTORE_KERNEL, RestoreBurst
 from concordia.checkpoint.restore_tasks import KvPiece
@@ -56,16 +56,6 @@ def page_source(page_bytes: int) -> HandlerSource:
 def burst_source() -> HandlerSource:
     """The scan by all multiprocessors, for pages of one leaf."""
     return HandlerSource.of("page_burst.cu")
-
-
-@dataclass(frozen=True, slots=True)
-class KvRange:
-    """A token range and the blocks that hold it."""
-
-    kind: int
-    token_start: int
-    token_end: int
-    blocks: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +203,7 @@ class KvProof:
 
     def _applied(self, wanted: KvRange) -> list[bytes]:
         """The scratch cache if only this range had been restored into zeroes."""
-        is_written = written_bytes(self._geometry, wanted)
+        is_written = written_bytes(self._geometry, wanted, block_count=BLOCKS)
         return [(np.frombuffer(layer, np.uint8) * is_written).tobytes() for layer in self._layers]
 
     def _found(self, name: str) -> Operator:
@@ -249,60 +239,3 @@ class KvProof:
     def _fill(self, layers: Sequence[bytes]) -> None:
         for address, layer in zip(self._addresses, layers, strict=True):
             self._trial.write(address, layer)
-
-
-def expected_bytes(geometry: KvGeometry, layers: Sequence[bytes], wanted: KvRange) -> bytes:
-    """What a record of this range must hold, picked out by index."""
-    if wanted.kind == abi.KIND_KV_BLOCK:
-        starts = [block * geometry.stride for block in wanted.blocks]
-        return b"".join(layer[at : at + geometry.block_bytes] for at in starts for layer in layers)
-    parts = []
-    for layer in layers:
-        taken = np.frombuffer(layer, np.uint8)
-        parts += [taken[at].tobytes() for at in _tail_indices(geometry, wanted)]
-    return b"".join(parts)
-
-
-def written_bytes(geometry: KvGeometry, wanted: KvRange) -> npt.NDArray[np.bool_]:
-    """Which bytes of a layer of the scratch cache belong to this range."""
-    mask = np.zeros(BLOCKS * geometry.stride, dtype=bool)
-    if wanted.kind == abi.KIND_KV_BLOCK:
-        for block in wanted.blocks:
-            mask[block * geometry.stride : block * geometry.stride + geometry.block_bytes] = True
-        return mask
-    for at in _tail_indices(geometry, wanted):
-        mask[at] = True
-    return mask
-
-
-def _tail_indices(geometry: KvGeometry, wanted: KvRange) -> list[npt.NDArray[np.int64]]:
-    """Byte positions in a layer, K's and then V's, in the order of a tail: [head, token, element,
-    byte].
-    """
-    tokens = np.arange(wanted.token_start, wanted.token_end)
-    blocks = np.array(wanted.blocks)[
-        tokens // geometry.block_tokens - wanted.token_start // geometry.block_tokens
-    ]
-    slots = tokens % geometry.block_tokens
-    found = []
-    for plane, dim in (
-        (geometry.key, geometry.head_dim_key),
-        (geometry.value, geometry.head_dim_value),
-    ):
-        inside = (
-            geometry.offsets(plane, dim)[:, slots, :] + (blocks * geometry.stride)[None, :, None]
-        )
-        found.append((inside[..., None] + np.arange(geometry.element_bytes)).ravel())
-    return found
-
-
-def compare(name: str, expected: bytes, found: bytes) -> None:
-    """Raise HandlerRefused with the first byte that differs."""
-    if expected == found:
-        return
-    differs = np.flatnonzero(np.frombuffer(expected, np.uint8) != np.frombuffer(found, np.uint8))
-    at = int(differs[0])
-    raise HandlerRefused(
-        f"{name}: byte {at} of {len(expected)} is {found[at]:#04x}, expected "
-        f"{expected[at]:#04x} ({len(differs)} differ)"
-    )

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from concordia import abi
-from concordia.checkpoint.handler import bytes_source, compare, page_source
+from concordia.checkpoint.expected import compare
+from concordia.checkpoint.handler import bytes_source, page_source
 from concordia.checkpoint.region import PageRegion, RegionEntry
 from concordia.checkpoint.scratch_journal import ScratchJournal
 from concordia.device.compiler import HandlerSource
