@@ -1,8 +1,7 @@
 """Ring, executor and operator table of the CPU device, as Python uses them.
 
-Invariants: tasks run in order, once, and answers are each task's own; a full ring raises and nothing is lost; a hot swap loses no task and
-runs none twice, and code that fails its checks never replaces code that works; parked means nothing runs; every wait ends; an idle
-executor sleeps and a waiting thread lets others run.
+Invariants: tasks run in order, once, and answers are each task's own; a full ring raises and nothing is lost; parked means nothing runs; every
+wait ends; an idle executor sleeps and a waiting thread lets others run. Swaps are in test_swap.py.
 """
 
 import os
@@ -16,17 +15,14 @@ import pytest
 
 from concordia import abi, config
 from concordia.checkpoint.checkpointer import Checkpointer
-from concordia.checkpoint.region import KvGeometry, Plane
-from concordia.device.compiler import HandlerSource, HostCompiler
+from concordia.device.compiler import HostCompiler
 from concordia.device.cuda_call import CudaError
 from concordia.device.driver import open_device
 from concordia.device.host import HostDevice
-from concordia.device.memory import Buffer, JournalTarget
+from concordia.device.memory import JournalTarget
 from concordia.errors import (
-    CompileError,
     DeviceError,
     EnvironmentRefused,
-    HandlerRefused,
     JournalRefused,
     RingFull,
     UsageError,
@@ -35,49 +31,16 @@ from concordia.errors import (
 from concordia.runtime.executor import Runtime
 from concordia.runtime.executor_plan import plan_executor
 from concordia.runtime.ring import Ring, Task, Ticket, when_room
+from held_task import VERSIONED, Gate, source
 from scratch_stream import ScratchStream, tree_hash
 from waiting import until
 
-# Answers which version ran, and adds one to the word whose address the task names: a lost or repeated task shows there.
-VERSIONED = """#include "call.h"
-HANDLER {
-  if (lane != 0) return;
-  if (call->task.arg != 0) *reinterpret_cast<uint64_t*>(call->task.arg) += 1;
-  call->result = VERSION;
-}
-"""
-# Runs until the word that the task names is not 0, and never longer than ten seconds.
-HOLDING = """#include "call.h"
-HANDLER {
-  const uint64_t started_ns = now_ns();
-  while (load<kAcquire, kSystem>(reinterpret_cast<const uint64_t*>(call->task.arg)) == 0 && now_ns() - started_ns < 10000000000u)
-    yield_lane();
-}
-"""
 ECHO = """#include "hash.h"
 HANDLER {
   if (lane == 0) call->result = call->task.block_count * 1000000000ull + call->task.source_bytes;
   hash_payload(call, lane, reinterpret_cast<uint8_t*>(call->task.source), call->task.source_bytes);
 }
 """
-
-
-def source(text: str, **constants: int) -> HandlerSource:
-    return HandlerSource.of("test.cu", constants, text=text)
-
-
-class Gate:
-    """A task that holds the executor until it is opened."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self.word = np.zeros(1, np.uint64)
-        operator = runtime.install("hold", source(HOLDING))
-        self.ticket = runtime.submit(
-            Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE, arg=self.word.ctypes.data)
-        )
-
-    def open(self) -> None:
-        self.word[0] = 1
 
 
 def test_tasks_run_in_order_when_many_are_handed_in(runtime: Runtime) -> None:
@@ -239,156 +202,6 @@ def test_nothing_runs_when_parked(runtime: Runtime) -> None:
     assert runtime.wait(ticket).is_ok
 
 
-def test_no_task_is_lost_or_repeated_when_code_is_swapped_under_load(device: HostDevice) -> None:
-    runtime = Runtime(device, lanes=2)
-    runtime.install("swapped", source(VERSIONED, VERSION=1))
-    images = [runtime.device.build(source(VERSIONED, VERSION=version)) for version in (1, 2)]
-    count = np.zeros(1, np.uint64)
-    seen: list[set[int]] = [set(), set(), set()]
-    stop = threading.Event()
-    handed_in = [0, 0, 0]
-
-    def produce(index: int) -> None:
-        opcode = runtime.operators.find("swapped").opcode  # type: ignore[union-attr]
-        while not stop.is_set():
-            tickets = []
-            for _ in range(8):
-                try:
-                    tickets.append(
-                        runtime.submit(
-                            Task(opcode=opcode, kind=abi.TASK_COMPUTE, arg=count.ctypes.data)
-                        )
-                    )
-                except RingFull:
-                    break
-            handed_in[index] += len(tickets)
-            seen[index] |= {runtime.wait(ticket).result for ticket in tickets}
-
-    threads = [threading.Thread(target=produce, args=(index,)) for index in range(3)]
-    for thread in threads:
-        thread.start()
-    generations = []
-    for swap in range(60):
-        generations.append(runtime.adopt("swapped", images[swap % 2]).generation)
-    stop.set()
-    for thread in threads:
-        thread.join()
-    runtime.drain()
-    assert count[0] == sum(handed_in)
-    assert set.union(*seen) == {1, 2}
-    assert generations == sorted(set(generations))
-    assert not runtime.operators.has_retired
-    runtime.close()
-
-
-def test_new_code_runs_when_the_swap_has_returned(runtime: Runtime) -> None:
-    for version in (1, 2, 1, 3):
-        operator = runtime.install("swapped", source(VERSIONED, VERSION=version))
-        answer = runtime.wait(runtime.submit(Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE)))
-        assert (answer.result, answer.generation) == (version, operator.generation)
-
-
-def test_swap_succeeds_when_the_executor_is_parked(runtime: Runtime) -> None:
-    runtime.install("swapped", source(VERSIONED, VERSION=1))
-    with runtime.parked():
-        runtime.install("swapped", source(VERSIONED, VERSION=2))
-        operator = runtime.install("swapped", source(VERSIONED, VERSION=3))
-    assert (
-        runtime.wait(runtime.submit(Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE))).result
-        == 3
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("int nothing;", "not a handler"),
-        ('#include "call.h"\nEXPORT void concordia_handler(Call*, uint64_t) {}', "not a handler"),
-        ('#include "call.h"\nextern "C" void missing_function();\nHANDLER { if (call->lanes > lane + 1000) missing_function(); }',
-         "missing_function"),
-        ('extern "C" { __attribute__((visibility("default"))) extern const unsigned long concordia_handler_abi;\n'
-         '__attribute__((visibility("default"))) const unsigned long concordia_handler_abi = 99;\n'
-         '__attribute__((visibility("default"))) void concordia_handler(void*, unsigned long) {} }', "ABI 99"),
-    ],
-)  # fmt: skip
-def test_handler_is_refused_when_it_fails_the_lint(
-    runtime: Runtime, text: str, reason: str
-) -> None:
-    before = runtime.install("linted", source(VERSIONED, VERSION=5))
-    with pytest.raises(HandlerRefused, match=reason):
-        runtime.install("linted", source(text))
-    assert (
-        runtime.wait(runtime.submit(Task(opcode=before.opcode, kind=abi.TASK_COMPUTE))).result == 5
-    )
-
-
-def test_compiler_is_quoted_when_a_handler_does_not_compile(runtime: Runtime) -> None:
-    with pytest.raises(CompileError, match="what_is_this"):
-        runtime.install("broken", source("what_is_this;"))
-    assert runtime.operators.find("broken") is None
-
-
-GEOMETRY = KvGeometry(
-    2,
-    4,
-    16,
-    16 * 2 * 64,
-    1,
-    16,
-    16,
-    2,
-    Plane(0, 2048, 64, 2),
-    Plane(32, 2048, 64, 2),
-    "bf16",
-    "any",
-)
-# Right, but for one byte of long ranges.
-WRONG = """#include "journal.h"
-#include "kv.h"
-HANDLER {
-  check_range(call, lane);
-  const Range range = range_of(call);
-  uint8_t* place = reserve_record(call, lane, range.bytes);
-  if (place == nullptr) return;
-  move_range<true>(call, lane, range, place);
-  grid_sync(call);
-  if (lane == 0 && range.tokens > 1) place[70] ^= 1;
-  grid_sync(call);
-  hash_payload(call, lane, place, range.bytes);
-  commit_record(call, lane, {call->task.record_kind, call->task.token_start, call->task.token_end}, range.bytes);
-}
-"""
-
-
-def test_append_handler_is_refused_when_it_moves_one_byte_wrongly() -> None:
-    stream = ScratchStream()
-    memory = [Buffer(4 * GEOMETRY.block_bytes) for _ in range(2)]
-    with Checkpointer.open("host", stream.target) as checkpointer:
-        region = checkpointer.register_kv(GEOMETRY, [buffer.address for buffer in memory])
-        wrong = HandlerSource.of("wrong.cu", GEOMETRY.constants(), text=WRONG)
-        with pytest.raises(HandlerRefused, match="byte 70 of"):
-            checkpointer.replace_append(region, wrong)
-        right = HandlerSource.of(
-            "right.cu", GEOMETRY.constants(), text=WRONG.replace("range.tokens > 1", "false")
-        )
-        operator = checkpointer.replace_append(region, right)
-        assert (operator.opcode, operator.digest) != (region.append.opcode, region.append.digest)
-        ticket = checkpointer.append_kv(
-            region,
-            kind=abi.KIND_KV_TAIL,
-            key=1,
-            incarnation=1,
-            token_start=0,
-            token_end=3,
-            blocks=[1],
-            step=1,
-        )
-        assert checkpointer.wait(ticket).is_ok
-    (record,) = stream.records()
-    assert record.header["handler_hash"] == operator.digest
-    stream.close()
-
-
 def test_answers_are_their_own_when_threads_hand_in_together(device: HostDevice) -> None:
     runtime = Runtime(device)
     operator = runtime.install("echo", source(ECHO))
@@ -485,28 +298,6 @@ def test_close_says_so_when_a_handler_hangs(
     gate.open()
 
 
-def test_swap_says_so_and_loads_nothing_when_a_handler_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "WAIT_PARK_S", 0.05)
-    device = open_device("host")
-    runtime = Runtime(device)
-    gate = Gate(runtime)
-    until(lambda: runtime.stats().is_inside)
-    # a device whose loading waits, without a bound, until the executor is out
-    device.needs_parking = True
-    loaded = []
-    monkeypatch.setattr(device, "load", loaded.append)
-    with pytest.raises(WaitTimeout, match=f"task {gate.ticket} has been running for 0.05 s"):
-        runtime.install("count", source(VERSIONED, VERSION=1))
-    assert loaded == []
-    monkeypatch.undo()
-    gate.open()
-    assert runtime.wait(gate.ticket).is_ok
-    operator = runtime.install("count", source(VERSIONED, VERSION=2))
-    assert runtime.wait(runtime.submit(Task(opcode=operator.opcode, kind=abi.TASK_COMPUTE))).result == 2
-    runtime.close()
-    device.close()
-
-
 def test_every_call_says_why_when_the_executor_was_killed(device: HostDevice) -> None:
     runtime = Runtime(device)
     gate = Gate(runtime)
@@ -546,32 +337,6 @@ def test_device_is_refused_when_its_name_is_unknown() -> None:
     for name in ("gpu", "cuda:x", "host:1", ""):
         with pytest.raises(EnvironmentRefused, match="unknown device"):
             open_device(name)
-
-
-def test_geometry_is_refused_when_elements_overlap_or_leave_the_block() -> None:
-    def changed(**fields: object) -> KvGeometry:
-        words = {name: getattr(GEOMETRY, name) for name in KvGeometry.__dataclass_fields__}
-        return KvGeometry(**{**words, **fields})
-
-    GEOMETRY.check()
-    for wrong in (
-        changed(value=GEOMETRY.key),
-        changed(value=Plane(34, 2048, 64, 2)),
-        changed(key=Plane(-2, 2048, 64, 2)),
-        changed(key=Plane(0, 2048, 64, 1)),
-        changed(block_bytes=1022),
-        changed(layers=0),
-        changed(element_bytes=3),
-        changed(block_stride=1024),
-    ):
-        with pytest.raises(UsageError):
-            wrong.check()
-    assert (
-        GEOMETRY.layout_hash()
-        == changed(block_count=9).layout_hash()
-        == changed(block_stride=4096).layout_hash()
-    )
-    assert GEOMETRY.layout_hash() != changed(instruction_set="amx").layout_hash()
 
 
 def test_step_words_are_there_when_announced() -> None:
