@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 
-from fake_engine import Bench, FakeEngine
+from fake_engine import Bench, FakeEngine, served
 
 PROMPT = [10, 20, 30]
 
@@ -38,6 +38,12 @@ async def ask(bench: Bench, path: str = "/v1/completions", **body: Any) -> tuple
         text = (await response.read()).decode()
     text = re.sub(r'"id":"[a-z]+-[^"]*"', '"id":"X"', text)
     return response.status, re.sub(r'"created":\d+', '"created":0', text)
+
+
+async def unfailed(path: str, body: dict[str, Any], **options: Any) -> tuple[int, str]:
+    """The same request at an engine that does not fail."""
+    async with served(*engines(1, **options)) as bench:
+        return await ask(bench, path, **body)
 
 
 def completion(**more: Any) -> dict[str, Any]:
