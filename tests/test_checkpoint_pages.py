@@ -25,7 +25,6 @@ from concordia import abi, config
 from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.checkpoint.cut import CutWriter, joined
 from concordia.checkpoint.region import PageRegion
-from concordia.device.compiler import HostCompiler
 from concordia.device.host import HostDevice
 from concordia.device.memory import Buffer, JournalTarget
 from concordia.errors import Corruption, JournalFull, LayoutMismatch, RecoveryError, UsageError
@@ -43,15 +42,6 @@ from scratch_stream import ScratchStream
 
 KEY = (3 << 64) | 8
 SIZES = {"weights": (24, 4096), "moments": (6, 16384)}  # pages, bytes of one
-SHAPES = {"one-lane": (1, 0), "four-lanes": (4, 0), "gpu-shape": (4, 1)}
-
-
-@pytest.fixture(scope="module", params=SHAPES)
-def shape(request: pytest.FixtureRequest) -> Iterator[tuple[HostDevice, int]]:
-    lanes, is_device = SHAPES[request.param]
-    device = HostDevice(HostCompiler(flags=("-O1", f"-DCONCORDIA_DEVICE_SHAPE={is_device}")))
-    yield device, lanes
-    device.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Every handler against numpy, bit for bit, on the CPU device.
+"""Every KV handler against numpy, bit for bit, on the CPU device.
 
 Invariants: a record holds exactly the bytes of its range in the promised order, for every layout met so far, for one lane and for four,
 in the CPU's shape and in the GPU's; its hash is what the xxhash library computes; a restore writes exactly its range, and nothing at all
@@ -15,8 +15,7 @@ import pytest
 
 from concordia import abi
 from concordia.checkpoint.checkpointer import Checkpointer
-from concordia.checkpoint.region import KvGeometry, Plane, Region
-from concordia.checkpoint.scratch_journal import record_bytes
+from concordia.checkpoint.region import Region
 from concordia.device.compiler import HostCompiler
 from concordia.device.host import HostDevice
 from concordia.device.memory import Buffer
@@ -26,140 +25,8 @@ from concordia.journal.ledger import Source
 from concordia.journal.replay import ReplayIndex
 from concordia.journal.stream import StreamReader
 from concordia.recovery.restore import plan_restore, verify
-from scratch_stream import LAYOUT, STREAM, ReadRecord, ScratchStream, tree_hash, wide
-
-Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
-BLOCKS = 6
-
-
-def packed_cpu(*, layers: int, heads: int, tokens: int, dim: int, size: int) -> KvGeometry:
-    """vLLM on a CPU: per (block, head) K as [element][token], then V as [token][element]."""
-    half = tokens * dim * size
-    return KvGeometry(
-        layers, BLOCKS, tokens, heads * 2 * half, heads, dim, dim, size,
-        key=Plane(0, 2 * half, size, tokens * size),
-        value=Plane(half, 2 * half, dim * size, size),
-        dtype="bfloat16", instruction_set="vec",
-    )  # fmt: skip
-
-
-def packed_gpu(
-    *, layers: int, heads: int, tokens: int, key: int, value: int, size: int, gap: int = 0
-) -> KvGeometry:
-    """vLLM on a GPU: [token][head][K | V]."""
-    row = (key + value) * size
-    block = tokens * heads * row
-    return KvGeometry(
-        layers, BLOCKS, tokens, block, heads, key, value, size,
-        key=Plane(0, row, heads * row, size),
-        value=Plane(key * size, row, heads * row, size),
-        dtype="uint8", instruction_set="any", block_stride=block + gap,
-    )  # fmt: skip
-
-
-def head_first(*, layers: int, heads: int, tokens: int, dim: int, size: int) -> KvGeometry:
-    """vLLM on a GPU, heads outside tokens: [head][token][K | V]."""
-    row = 2 * dim * size
-    return KvGeometry(
-        layers, BLOCKS, tokens, tokens * heads * row, heads, dim, dim, size,
-        key=Plane(0, tokens * row, row, size),
-        value=Plane(dim * size, tokens * row, row, size),
-        dtype="uint8", instruction_set="any",
-    )  # fmt: skip
-
-
-def stacked(*, layers: int, heads: int, tokens: int, dim: int, size: int) -> KvGeometry:
-    """vLLM on a GPU, all of K before all of V: [K | V][token][head]."""
-    half = tokens * heads * dim * size
-    return KvGeometry(
-        layers, BLOCKS, tokens, 2 * half, heads, dim, dim, size,
-        key=Plane(0, dim * size, heads * dim * size, size),
-        value=Plane(half, dim * size, heads * dim * size, size),
-        dtype="uint8", instruction_set="any",
-    )  # fmt: skip
-
-
-def tiled_cpu(*, layers: int, heads: int, tokens: int, dim: int, size: int) -> KvGeometry:
-    """vLLM on a CPU with AMX: per (block, head) K in tiles of 16 tokens by 2 elements, then V in tiles of 16 elements by 2 tokens."""
-    half, pair = tokens * dim * size, 32 * size
-    return KvGeometry(
-        layers, BLOCKS, tokens, heads * 2 * half, heads, dim, dim, size,
-        key=Plane(0, 2 * half, 2 * size, size, 16, 16 * dim * size, 2, pair),
-        value=Plane(half, 2 * half, size, 2 * size, 2, pair, 16, 16 * tokens * size),
-        dtype="bfloat16", instruction_set="amx",
-    )  # fmt: skip
-
-
-GEOMETRIES = {
-    "amx-bf16": tiled_cpu(layers=2, heads=2, tokens=64, dim=32, size=2),
-    "amx-fp8": tiled_cpu(layers=2, heads=1, tokens=32, dim=64, size=1),
-    "cpu-bf16": packed_cpu(layers=2, heads=2, tokens=128, dim=64, size=2),
-    "cpu-fp8": packed_cpu(layers=3, heads=1, tokens=32, dim=80, size=1),
-    "gpu-bf16": packed_gpu(layers=3, heads=4, tokens=16, key=64, value=64, size=2),
-    "gpu-fp8-gap": packed_gpu(layers=2, heads=2, tokens=16, key=128, value=128, size=1, gap=4096),
-    "head-first": head_first(layers=2, heads=4, tokens=16, dim=32, size=2),
-    "stacked-fp8": stacked(layers=2, heads=2, tokens=16, dim=64, size=1),
-    "mla": packed_gpu(layers=3, heads=1, tokens=64, key=576, value=0, size=2),
-    "mla-fp8": packed_gpu(layers=2, heads=1, tokens=64, key=656, value=0, size=1),
-    "odd": packed_gpu(layers=2, heads=3, tokens=8, key=20, value=12, size=2),
-}
-SHAPES = {"one-lane": (1, 0), "four-lanes": (4, 0), "gpu-shape": (4, 1)}
-
-
-def planes(name: str, layer: Bytes) -> list[Bytes]:
-    """K and V of one layer as [block, head, token, byte], by reshaping alone."""
-    g = GEOMETRIES[name]
-    blocks = layer.reshape(BLOCKS, g.stride)[:, : g.block_bytes]
-    if name.startswith("amx"):
-        halves = blocks.reshape(BLOCKS, g.heads, 2, -1)
-        keys = halves[:, :, 0].reshape(
-            BLOCKS, g.heads, g.block_tokens // 16, g.head_dim_key // 2, 16, 2, g.element_bytes
-        )
-        values = halves[:, :, 1].reshape(
-            BLOCKS, g.heads, g.head_dim_value // 16, g.block_tokens // 2, 16, 2, g.element_bytes
-        )
-        shape = (BLOCKS, g.heads, g.block_tokens, -1)
-        return [
-            keys.transpose(0, 1, 2, 4, 3, 5, 6).reshape(shape),
-            values.transpose(0, 1, 3, 5, 2, 4, 6).reshape(shape),
-        ]
-    if name.startswith("cpu"):
-        heads = blocks.reshape(BLOCKS, g.heads, 2, g.block_tokens * g.head_dim_key, g.element_bytes)
-        key = heads[:, :, 0].reshape(
-            BLOCKS, g.heads, g.head_dim_key, g.block_tokens, g.element_bytes
-        )
-        value = heads[:, :, 1].reshape(BLOCKS, g.heads, g.block_tokens, -1)
-        return [key.transpose(0, 1, 3, 2, 4).reshape(BLOCKS, g.heads, g.block_tokens, -1), value]
-    if name.startswith("stacked"):
-        halves = blocks.reshape(BLOCKS, 2, g.block_tokens, g.heads, -1)
-        return [halves[:, half].transpose(0, 2, 1, 3) for half in (0, 1)]
-    if name.startswith("head"):
-        rows = blocks.reshape(BLOCKS, g.heads, g.block_tokens, -1)
-    else:
-        rows = blocks.reshape(BLOCKS, g.block_tokens, g.heads, -1).transpose(0, 2, 1, 3)
-    at = g.head_dim_key * g.element_bytes
-    return [rows[..., :at], rows[..., at:]]
-
-
-def tail_of(name: str, layers: list[Bytes], start: int, end: int, blocks: list[int]) -> bytes:
-    size = GEOMETRIES[name].block_tokens
-    parts = []
-    for layer in layers:
-        for plane in planes(name, layer):
-            tokens = [
-                plane[blocks[t // size - start // size], :, t % size] for t in range(start, end)
-            ]
-            parts.append(np.stack(tokens, axis=1).tobytes())
-    return b"".join(parts)
-
-
-def raw_of(name: str, layers: list[Bytes], blocks: list[int]) -> bytes:
-    g = GEOMETRIES[name]
-    return b"".join(
-        layer[block * g.stride : block * g.stride + g.block_bytes].tobytes()
-        for block in blocks
-        for layer in layers
-    )
+from kv_layouts import BLOCKS, GEOMETRIES, Bytes, raw_of, tail_of
+from scratch_stream import STREAM, ScratchStream, tree_hash, wide
 
 
 @dataclass
@@ -188,14 +55,6 @@ class Setup:
         if kind == abi.KIND_KV_BLOCK:
             return raw_of(self.name, self.layers, blocks)
         return tail_of(self.name, self.layers, start, end, blocks)
-
-
-@pytest.fixture(scope="module", params=SHAPES)
-def shape(request: pytest.FixtureRequest) -> Iterator[tuple[HostDevice, int]]:
-    lanes, is_device = SHAPES[request.param]
-    device = HostDevice(HostCompiler(flags=("-O1", f"-DCONCORDIA_DEVICE_SHAPE={is_device}")))
-    yield device, lanes
-    device.close()
 
 
 @pytest.fixture(params=GEOMETRIES)
@@ -287,42 +146,6 @@ def test_whole_blocks_of_one_task_are_records_of_their_own(setup: Setup) -> None
     assert len(setup.stream.records()) == 6
 
 
-@pytest.mark.parametrize("segments", [1, 3, 60])
-def test_blocks_count_in_order_over_segments_and_to_the_journal_s_end(shape: tuple[HostDevice, int], segments: int) -> None:
-    """Groups of a task's blocks are chained while the next are on their way: a segment may end within a group, behind one, or for good."""
-    geometry, count = GEOMETRIES["odd"], 90
-    size, each = geometry.block_tokens, record_bytes(geometry.raw_bytes())
-    random = np.random.default_rng(segments)
-    buffers = [Buffer(BLOCKS * geometry.stride) for _ in range(geometry.layers)]
-    layers = [np.frombuffer(buffer.view, np.uint8) for buffer in buffers]
-    for layer in layers:
-        layer[:] = random.integers(0, 256, layer.size, np.uint8)
-    blocks = [int(block) for block in random.integers(0, BLOCKS, count)]
-    for leaves in (1, 2, 5, 13, 14, 15, 20, 40):  # of a segment, which holds 1, 2, 5, 15, 16, 17, 23, 47 records
-        room = min(count, segments * ((leaves * abi.LEAF_BYTES - 256) // each))
-        most = min(60, leaves * abi.IDS_PER_LEAF)  # that a task may name
-        parts = [range(first, min(first + most, count)) for first in range(0, count, most)]
-        stream = ScratchStream(segments=segments, segment_bytes=leaves * abi.LEAF_BYTES)
-        with Checkpointer(shape[0], stream.target, lanes=shape[1]) as checkpointer:
-            region = checkpointer.register_kv(geometry, [buffer.address for buffer in buffers])
-            answers = [
-                checkpointer.wait(checkpointer.append_kv(
-                    region, kind=abi.KIND_KV_BLOCK, key=9, incarnation=4, token_start=part.start * size, token_end=part.stop * size,
-                    blocks=blocks[part.start : part.stop], step=3, is_each=True,
-                ))
-                for part in parts
-            ]  # fmt: skip
-            records = stream.records()
-        for part, answer in zip(parts, answers, strict=True):
-            done = max(0, min(part.stop, room) - part.start)
-            assert answer.status == (abi.STATUS_OK if done == len(part) else abi.STATUS_JOURNAL_FULL)
-            assert answer.result == done
-            assert not done or answer.sequence == part.start + done - 1
-        assert [record.header["token_start"] // size for record in records] == list(range(room))
-        assert [record.payload for record in records] == [raw_of("odd", layers, [block]) for block in blocks[:room]]
-        stream.close()
-
-
 def test_tokens_of_many_requests_are_a_record_each_in_their_order(setup: Setup) -> None:
     """On the GPU's shape those that wait together share one way through the handler; what is among them that is no single token, or names
     no block, has its own."""
@@ -358,27 +181,6 @@ def test_tokens_of_many_requests_are_a_record_each_in_their_order(setup: Setup) 
         assert (header["incarnation"], header["step"], header["model_hash"], header["stamp_ns"] > 0) == (4, 12, 21, True)
     stats = checkpointer.runtime.stats()
     assert stats.submitted == stats.done >= 60
-
-
-def test_tokens_find_the_next_segment_and_the_end_of_the_journal(shape: tuple[HostDevice, int]) -> None:
-    geometry = GEOMETRIES["odd"]  # 192 bytes a token, a record of 640: 51 in a segment of 32 KiB
-    buffers = [Buffer(BLOCKS * geometry.stride) for _ in range(geometry.layers)]
-    stream = ScratchStream(segments=3, segment_bytes=1 << 15)
-    with Checkpointer(shape[0], stream.target, lanes=shape[1]) as checkpointer:
-        region = checkpointer.register_kv(geometry, [buffer.address for buffer in buffers])
-        tasks = [
-            checkpointer.kv_task(region, kind=abi.KIND_KV_TAIL, key=i, incarnation=1, token_start=i, token_end=i + 1, blocks=[i % BLOCKS], step=i)
-            for i in range(200)
-        ]  # fmt: skip
-        with checkpointer.runtime.parked():
-            tickets = checkpointer.submit_many(tasks)
-        answers = [checkpointer.wait(ticket) for ticket in tickets]
-        records = stream.records()
-    room = 3 * ((32768 - 256) // record_bytes(geometry.tail_bytes(1)))
-    assert room < 200
-    assert [answer.status for answer in answers] == [abi.STATUS_OK] * room + [abi.STATUS_JOURNAL_FULL] * (200 - room)
-    assert [wide(record.header["key"]) for record in records] == list(range(room))
-    stream.close()
 
 
 def test_hash_is_that_of_an_append_when_nothing_changed(setup: Setup) -> None:
@@ -614,206 +416,6 @@ def test_payload_beyond_the_stage_is_restored_on_the_gpu_s_shape() -> None:
         look = checkpointer.hash_kv(region, kind=wanted[0], token_start=wanted[1], token_end=wanted[2], blocks=wanted[3])
         assert checkpointer.wait(look).payload_hash == promised
     device.close()
-    stream.close()
-
-
-def test_record_is_refused_when_no_segment_holds_it(shape: tuple[HostDevice, int]) -> None:
-    stream = ScratchStream(segment_bytes=8192)
-    with Checkpointer(shape[0], stream.target, lanes=shape[1]) as checkpointer:
-        largest = 8192 - 256 - 256 - 128
-        for size, status in (
-            (largest, abi.STATUS_OK),
-            (largest + 1, abi.STATUS_TOO_LARGE),
-            (100_000, abi.STATUS_TOO_LARGE),
-        ):
-            ticket = checkpointer.append_bytes(
-                bytes(size), kind=abi.KIND_EVENT, key=1, incarnation=1
-            )
-            assert checkpointer.wait(ticket).status == status
-    assert [len(record.payload) for record in stream.records()] == [largest]
-    stream.close()
-
-
-@pytest.mark.parametrize("size", [0, 1, 15, 16, 127, 128, 129, 4095, 4096, 4097, 65536, 70001])
-def test_bytes_are_kept_when_appended(shape: tuple[HostDevice, int], size: int) -> None:
-    payload = np.random.default_rng(size).bytes(size)
-    stream = ScratchStream()
-    with Checkpointer(shape[0], stream.target, lanes=shape[1]) as checkpointer:
-        ticket = checkpointer.append_bytes(
-            payload,
-            kind=abi.KIND_TOKENS,
-            key=3 << 100,
-            incarnation=2,
-            token_start=5,
-            token_end=9,
-            step=1,
-        )
-        answer = checkpointer.wait(ticket)
-        assert (answer.status, answer.payload_hash) == (abi.STATUS_OK, tree_hash(payload))
-    (record,) = stream.records()
-    assert record.payload == payload
-    header = record.header
-    assert (header["kind"], wide(header["key"]), header["token_start"], header["token_end"]) == (
-        abi.KIND_TOKENS,
-        3 << 100,
-        5,
-        9,
-    )
-    assert (header["layout_hash"], header["region"]) == (LAYOUT, 0)
-    stream.close()
-
-
-def test_stream_goes_on_when_records_fill_many_segments(shape: tuple[HostDevice, int]) -> None:
-    stream = ScratchStream(segments=40, segment_bytes=16384)
-    random = np.random.default_rng(3)
-    payloads = [random.bytes(int(random.integers(0, 9000))) for _ in range(70)]
-    with Checkpointer(shape[0], stream.target, lanes=shape[1]) as checkpointer:
-        tickets = [
-            checkpointer.append_bytes(p, kind=abi.KIND_EVENT, key=1, incarnation=1)
-            for p in payloads
-        ]
-        assert all(checkpointer.wait(ticket).is_ok for ticket in tickets)
-        assert stream.word("committed_count") == len(payloads)
-    assert [record.payload for record in stream.records()] == payloads
-    stream.close()
-
-
-def test_records_are_dropped_and_counted_when_no_segment_is_lent(
-    shape: tuple[HostDevice, int],
-) -> None:
-    stream = ScratchStream(segment_bytes=8192, lend=0)
-    with Checkpointer(shape[0], stream.target, lanes=shape[1]) as checkpointer:
-
-        def put(payload: bytes) -> int:
-            return checkpointer.wait(
-                checkpointer.append_bytes(payload, kind=abi.KIND_EVENT, key=1, incarnation=1)
-            ).status
-
-        assert put(b"lost") == abi.STATUS_JOURNAL_FULL
-        stream.lend(1)
-        assert put(b"kept") == abi.STATUS_OK
-        assert put(bytes(7168)) == abi.STATUS_JOURNAL_FULL
-        assert put(b"small enough") == abi.STATUS_OK
-        stream.lend(1)
-        assert put(bytes(7168)) == abi.STATUS_OK
-        assert checkpointer.stats()[1].dropped_count == 2
-    assert [len(record.payload) for record in stream.records()] == [4, 12, 7168]
-    stream.close()
-
-
-@pytest.mark.parametrize("bit", [1, 15, 31, 32, 47, 63])
-def test_appends_are_dropped_when_the_owner_lends_nonsense(shape: tuple[HostDevice, int], bit: int) -> None:
-    stream = ScratchStream(segments=2, segment_bytes=8192)
-    at = abi.STREAM_CONTROL.offsets()["lent"]
-    stream.control.view[at + bit // 8] ^= 1 << bit % 8  # of segment number and ordinal, both 0
-    before = bytes(stream.pool.view)
-    with Checkpointer(shape[0], stream.target, lanes=shape[1]) as checkpointer:
-        ticket = checkpointer.append_bytes(b"x", kind=abi.KIND_EVENT, key=1, incarnation=1)
-        assert checkpointer.wait(ticket).status == abi.STATUS_JOURNAL_FULL
-    assert bytes(stream.pool.view) == before
-    stream.close()
-
-
-def test_hash_and_apply_work_when_there_is_no_journal(shape: tuple[HostDevice, int]) -> None:
-    geometry = GEOMETRIES["gpu-bf16"]
-    buffers = [Buffer(BLOCKS * geometry.stride) for _ in range(geometry.layers)]
-    with Checkpointer(shape[0], None, lanes=shape[1]) as checkpointer:
-        region = checkpointer.register_kv(geometry, [buffer.address for buffer in buffers])
-        ticket = checkpointer.hash_kv(
-            region, kind=abi.KIND_KV_TAIL, token_start=0, token_end=2, blocks=[1]
-        )
-        assert checkpointer.wait(ticket).payload_hash == tree_hash(bytes(geometry.tail_bytes(2)))
-        ticket = checkpointer.append_bytes(b"x", kind=abi.KIND_EVENT, key=1, incarnation=1)
-        assert checkpointer.wait(ticket).status == abi.STATUS_JOURNAL_FULL
-
-
-@pytest.mark.parametrize("page_bytes", [4096, 16384, 131072])
-def test_scan_appends_just_the_pages_that_changed(
-    shape: tuple[HostDevice, int], page_bytes: int
-) -> None:
-    pages = 24
-    memory = Buffer(pages * page_bytes)
-    data = np.frombuffer(memory.view, np.uint8)
-    data[:] = np.random.default_rng(1).integers(0, 256, data.size, np.uint8)
-    stream = ScratchStream(segments=16)
-
-    def scan(first: int = 0, count: int | None = None) -> int:
-        answer = checkpointer.wait(
-            checkpointer.scan_pages(region, first=first, count=count, step=3)
-        )
-        assert answer.is_ok
-        return answer.result
-
-    with Checkpointer(shape[0], stream.target, lanes=shape[1]) as checkpointer:
-        region = checkpointer.register_pages(
-            memory.address, size=memory.size, page_bytes=page_bytes
-        )
-        assert scan() == pages
-        assert scan() == 0
-        data[5 * page_bytes] ^= 1
-        data[9 * page_bytes - 1] ^= 128
-        data[23 * page_bytes + 77] ^= 4
-        assert scan(first=0, count=6) == 1
-        assert scan() == 2
-        assert scan() == 0
-        for first, count in ((pages, 1), (0, pages + 1), (3, 0)):
-            assert (
-                checkpointer.wait(checkpointer.scan_pages(region, first=first, count=count)).status
-                == abi.STATUS_BAD_TASK
-            )
-    found = [page for record in stream.records() for page in pages_of(record, page_bytes)]
-    numbers = [number for number, _ in found]
-    assert sorted(numbers[:pages]) == list(range(pages))
-    assert [numbers[pages], *sorted(numbers[pages + 1 :])] == [5, 8, 23]
-    for number, payload in found[pages:]:
-        assert payload == data[number * page_bytes : (number + 1) * page_bytes].tobytes()
-    stream.close()
-
-
-def pages_of(record: ReadRecord, page_bytes: int) -> list[tuple[int, bytes]]:
-    """Numbers and bytes of the pages of one record."""
-    count = int(record.header["token_end"])
-    assert int(record.header["kind"]) == abi.KIND_PAGE
-    numbers = np.frombuffer(record.payload[: abi.LEAF_BYTES], "<u4")
-    assert not numbers[count:].any()
-    assert len(record.payload) == abi.LEAF_BYTES + count * page_bytes
-    return [(int(numbers[i]), record.payload[abi.LEAF_BYTES + i * page_bytes :][:page_bytes]) for i in range(count)]
-
-
-@pytest.mark.parametrize("page_bytes", [4096, 16384])
-def test_named_pages_are_appended_whatever_their_hash(shape: tuple[HostDevice, int], page_bytes: int) -> None:
-    pages = 40
-    memory = Buffer(pages * page_bytes)
-    data = np.frombuffer(memory.view, np.uint8)
-    data[:] = np.random.default_rng(2).integers(0, 256, data.size, np.uint8)
-    stream = ScratchStream(segments=16)
-    with Checkpointer(shape[0], stream.target, lanes=shape[1]) as checkpointer:
-        region = checkpointer.register_pages(memory.address, size=memory.size, page_bytes=page_bytes)
-        for named in ([7], [3, 39, 0], list(range(5, 37))):
-            assert checkpointer.wait(checkpointer.append_pages(region, named)).result == len(named)
-        # What was committed is known: a scan (a burst only where there is one) finds just the pages that nobody named.
-        assert checkpointer.wait(checkpointer.scan_pages(region, is_burst=True)).result == pages - len({7, 3, 39, 0, *range(5, 37)})
-        for wrong in ([pages], [0, 1 << 31], [*range(pages), 0]):
-            assert checkpointer.wait(checkpointer.append_pages(region, wrong)).status == abi.STATUS_BAD_TASK
-    found = [pages_of(record, page_bytes) for record in stream.records()]
-    assert [[number for number, _ in pages] for pages in found[:3]] == [[7], [3, 39, 0], list(range(5, 37))]
-    for number, payload in found[1] + found[2]:
-        assert payload == data[number * page_bytes : (number + 1) * page_bytes].tobytes()
-    stream.close()
-
-
-def test_dirty_pages_stay_dirty_when_the_journal_is_full(shape: tuple[HostDevice, int]) -> None:
-    memory = Buffer(8 * 4096)
-    stream = ScratchStream(segments=8, segment_bytes=16384, lend=1)
-    with Checkpointer(shape[0], stream.target, lanes=shape[1]) as checkpointer:
-        region = checkpointer.register_pages(memory.address, size=memory.size, page_bytes=4096)
-        first = checkpointer.wait(checkpointer.scan_pages(region))
-        assert (first.status, first.result) == (abi.STATUS_JOURNAL_FULL, 2)
-        stream.lend(7)
-        second = checkpointer.wait(checkpointer.scan_pages(region))
-        assert (second.status, second.result) == (abi.STATUS_OK, 6)
-    found = [number for record in stream.records() for number, _ in pages_of(record, 4096)]
-    assert sorted(found) == list(range(8))
     stream.close()
 
 

@@ -4,7 +4,6 @@ Invariants: our own handlers pass; one that differs from them in a byte, a hash,
 what; the handler that was installed before stays; no journal but the trial's own is written to.
 """
 
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,22 +11,13 @@ import pytest
 from concordia import abi, config
 from concordia.checkpoint.checkpointer import Checkpointer
 from concordia.checkpoint.record_proof import proven_bytes, proven_pages
-from concordia.device.compiler import KERNELS, HandlerSource, HostCompiler
+from concordia.device.compiler import KERNELS, HandlerSource
 from concordia.device.host import HostDevice
 from concordia.device.memory import Buffer
 from concordia.errors import HandlerRefused
 from scratch_stream import ScratchStream
 
-SHAPES = {"one-lane": (1, 0), "four-lanes": (4, 0), "gpu-shape": (4, 1)}
 PAGE_SIZES = [4096, 16384]
-
-
-@pytest.fixture(scope="module", params=SHAPES)
-def shape(request: pytest.FixtureRequest) -> Iterator[tuple[HostDevice, int]]:
-    lanes, is_device = SHAPES[request.param]
-    device = HostDevice(HostCompiler(flags=("-O1", f"-DCONCORDIA_DEVICE_SHAPE={is_device}")))
-    yield device, lanes
-    device.close()
 
 
 def changed(file: str, old: str, new: str, **constants: int) -> HandlerSource:
