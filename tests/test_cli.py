@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from concordia.cli import cli
+from concordia.cli_commands import cli
 from concordia.serving.start import api_keys
 
 WITHOUT_VLLM = """

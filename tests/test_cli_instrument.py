@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 import gpu_images
-from concordia import cli, config
+from concordia import cli, cli_commands, config
 from concordia.abi.control_layout import CONTROL_ALLOCATED_BYTES
 from concordia.instrument.library_file import images_in
 from concordia.instrument.options import Options
@@ -280,6 +280,6 @@ def test_page_quotes_the_reasons_and_slots_of_the_source_when_they_change() -> N
 
 
 def test_help_says_what_it_does_when_asked() -> None:
-    found = CliRunner().invoke(cli.cli, ["instrument", "--help"])
+    found = CliRunner().invoke(cli_commands.cli, ["instrument", "--help"])
     assert found.exit_code == 0
     assert "--keep-slots" in found.output

@@ -338,7 +338,7 @@ def test_versions_are_those_of_the_packages_when_their_folders_are_read() -> Non
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
             version = ""
-        assert options_room._installed_version(name) == version, name
+        assert options_room._installed_versions()[name] == version, name
 
 
 @pytest.mark.parametrize(

@@ -362,7 +362,7 @@ def test_old_runs_go_and_living_ones_stay_when_a_new_one_is_made(base: Path) -> 
     assert living.path.exists()
     assert not ancient.exists()
     left = [path for path in made if path.exists()]
-    assert len(left) < config.RUNS_KEPT
+    assert len(left) == config.RUNS_KEPT
     assert left == made[-1 - len(left) : -1]
     living.close()
     remove_old(base / "runs")
@@ -387,6 +387,20 @@ def test_interrupt_before_the_program_starts_ends_us_when_it_comes_then() -> Non
     environment = os.environ | {"PYTHONPATH": str(SOURCE)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (-signal.SIGINT, ""), done.stderr
+
+
+def test_program_runs_to_its_end_when_no_rewriter_can_be_started(tmp_path: Path) -> None:
+    script = (
+        "import os, sys\nfrom pathlib import Path\nfrom concordia.integrations.program.supervisor import Supervisor\n"
+        "found = Supervisor(['/nonexistent/python'], os.environ, Path(sys.argv[1]))\n"
+        "status = found.run(['sh', '-c', 'echo started; exit 3'], os.environ)\nprint(status >> 8, found.rewriter_deaths)\n"
+    )
+    socket = tmp_path / "rewriter.sock"
+    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
+    words = [sys.executable, "-c", script, str(socket)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"started\n3 {config.REWRITER_STARTS_MAX}\n"
+    assert not socket.exists()
 
 
 def _slow_rewriters(command: Command, begin: str) -> str:

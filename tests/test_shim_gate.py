@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from concordia.errors import UsageError, WaitTimeout
-from concordia.integrations.program.gate import PAGE, RunGate, make_page
+from concordia.integrations.program.gate import RunGate
+from concordia.integrations.program.gate_page import PAGE, make_page
 from shim_ground import ShimGround, make_ground
 
 pytest_plugins = ["shim_fixtures"]

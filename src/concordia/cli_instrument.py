@@ -1,7 +1,7 @@
 """The command `concordia instrument`, beside the command line's other commands.
 
 Owns: its flags. Promises: a mistake is one line on stderr, exit code 2, and nothing is written;
-needs no GPU. Registered by cli. The work is offline's.
+needs no GPU. Registered by cli_commands. The work is offline's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The commands `concordia journal ...`, beside the command line's other commands.
 
-Owns: their flags and exit codes. Promises: they only read, and need no server. Registered by cli.
-The work is the journal's inspection.
+Owns: their flags and exit codes. Promises: they only read, and need no server. Registered by
+cli_commands. The work is the journal's inspection.
 """
 
 from __future__ import annotations

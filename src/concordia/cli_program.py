@@ -1,27 +1,24 @@
 """The commands `concordia run` and `concordia modules`, beside the command line's other commands.
 
 Owns: their flags. Promises: a mistake is one line on stderr, exit code 2, and nothing is started;
-everything behind -- is the program's. Registered by cli. The work is launch's and coverage's.
+everything behind -- is the program's. Registered by cli_commands. The work is cli_run's and
+coverage's.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import sys
-from typing import Final
 
 import click
 
-from concordia.errors import UsageError
-
-_FORCE_TEXT: Final = "CUDA_FORCE_PTX_JIT"
+from concordia.cli_run import RUN_DIR, Asked, start
 
 _run_dir = click.option(
     "--run-dir",
     type=click.Path(path_type=pathlib.Path),
-    envvar="CONCORDIA_RUN_DIR",
+    envvar=RUN_DIR,
     show_envvar=True,
     help="Folder in which runs have theirs.",
 )
@@ -67,32 +64,7 @@ def run(
     The program keeps its terminal, its signals and its exit code. CONCORDIA_DISABLE=1 in the
     environment switches everything off, for one program or for all.
     """
-    from concordia.integrations.program.supervisor import before_threads
-
-    with before_threads():
-        from concordia.integrations.program.launch import HOOKS, Launch, launch
-
-    wanted = frozenset(part.strip() for part in hooks.split(",") if part.strip())
-    if not wanted <= set(HOOKS):
-        raise UsageError(f"--hooks {hooks}: give some of {', '.join(HOOKS)}, with commas")
-    read = None
-    if policy is not None:
-        with before_threads():
-            from concordia.integrations.program.policy import read_policy
-        read = read_policy(policy)
-    is_hooking = bool(wanted) or (read is not None and any(read.hooks.values()))
-    forced = os.environ.get(_FORCE_TEXT, "0")
-    if is_hooking and forced not in ("", "0"):
-        # the driver would take an image's PTX, where hooks are in its machine code
-        raise UsageError(f"{_FORCE_TEXT}={forced} runs code that has no hooks: unset it, or hooks")
-    asked = Launch(
-        command=command,
-        hooks=wanted,
-        policy=read,
-        run_dir=run_dir,
-        is_verbose=verbose,
-    )
-    sys.exit(launch(asked))
+    sys.exit(start(Asked(command, hooks, policy, run_dir, verbose)))
 
 
 @click.command()

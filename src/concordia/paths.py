@@ -30,3 +30,13 @@ class Paths:
             kernel_cache=root / "concordia" / f"kernels-{sys.implementation.cache_tag}",
             image_cache=root / "concordia" / "images",
         )
+
+
+def default_base() -> pathlib.Path:
+    """Where servers and runs of this user have their folders. Short: Unix sockets have names of
+    at most 107 bytes.
+    """
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and os.access(runtime, os.W_OK):
+        return pathlib.Path(runtime) / "concordia"
+    return pathlib.Path(f"/tmp/concordia-{os.getuid()}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +44,8 @@ class KernelCache:
         path = self.folder / f"{key}{suffix}"
         if path.exists():
             return path
+        import tempfile  # most starts find it
+
         descriptor, name = tempfile.mkstemp(
             suffix=f"{suffix}.part", prefix=f"{os.getpid()}-", dir=self.folder
         )

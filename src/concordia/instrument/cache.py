@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -23,19 +22,17 @@ import xxhash
 
 from concordia import config
 from concordia.errors import ImageRefused
+from concordia.instrument.cache_folder import SUFFIX, CacheFolder, check_key
 from concordia.instrument.report import CONTROL_BLOCK, Hook, KernelReport, Rewritten, Slot, SlotKind
-from concordia.private_folder import make_private
 
 MAGIC: Final = b"CNCIMG01"
 VERSION: Final = 2
 UNCHANGED: Final = 1  # flag: load the original; the file has no image
 HEADER_BYTES: Final = 64
-SUFFIX: Final = ".image"
 # magic, version, flags, image bytes, slots, kernels, kernel bytes, CRC32C of the rest, zero, key
 _HEADER: Final = struct.Struct("<8sIIQIIQIIQQ")
 _SLOT: Final = struct.Struct("<QII")
 _KERNEL: Final = struct.Struct("<IIHH")
-_KEY: Final = re.compile(r"[0-9a-f]{32}")
 _ALL_HOOKS: Final = sum(Hook)
 _DIGITS: Final = frozenset(b"0123456789abcdef")
 _PART: Final = ".part"
@@ -48,7 +45,7 @@ def image_key(image: bytes | memoryview) -> str:
 
 def key_halves(key: str) -> tuple[int, int]:
     """The two numbers of a key."""
-    assert _KEY.fullmatch(key)
+    check_key(key)
     return int(key[:16], 16), int(key[16:], 16)
 
 
@@ -118,16 +115,13 @@ class ImageCache:
     def __init__(
         self, root: Path, options_key: str, *, bytes_max: int = config.IMAGE_CACHE_BYTES_MAX
     ) -> None:
-        self.root = root
-        self.folder = root / options_key
+        self._place = CacheFolder(root, options_key)
+        self.root, self.folder = root, self._place.path
         self._bytes_max = bytes_max
-        for folder in (root, self.folder):
-            make_private(folder, "set CONCORDIA_CACHE to another")
 
     def path(self, key: str) -> Path:
         """Where the file of an image lies, or would."""
-        assert _KEY.fullmatch(key)
-        return self.folder / f"{key}{SUFFIX}"
+        return self._place.file(key)
 
     def load(self, key: str) -> Rewritten | None:
         """What was written for this image; None when nothing was, or what was is damaged."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import re
@@ -20,6 +19,8 @@ from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
+
+import xxhash
 
 from concordia import __version__, config
 from concordia.errors import UsageError
@@ -104,7 +105,7 @@ class Options:
     def key(self) -> str:
         """Names these options of this rewriter: 32 lower-case hexadecimal digits."""
         text = json.dumps(asdict(self), sort_keys=True)
-        return hashlib.sha256(f"{_version()} {text}".encode()).hexdigest()[:32]
+        return xxhash.xxh3_128_hexdigest(f"{_version()} {text}".encode())
 
     def opaque_list(self) -> str:
         """The same for the shim, which decides for each load; native/opaque.c."""
@@ -153,31 +154,37 @@ def _version() -> str:
     and which assembler judges what comes out, if any. A rewriter of which one of them was changed
     finds no file of the one before.
     """
-    digest = hashlib.sha256(__version__.encode())
+    digest = xxhash.xxh3_128(__version__.encode())
     for path in _sources():
         content = path.read_bytes()
         digest.update(f"{path.name} {len(content)} ".encode() + content)
-    for name in _TOOLS:
-        digest.update(f"{name} {_installed_version(name)} ".encode())
+    for name, version in _installed_versions().items():
+        digest.update(f"{name} {version} ".encode())
     return digest.hexdigest()
 
 
-def _installed_version(name: str) -> str:
-    """Of the package that an import would find, by the name of its folder of facts; empty without.
-    To read the facts takes a parser of mail, and a launcher 20 ms.
+def _installed_versions() -> dict[str, str]:
+    """Of the tools that an import would find, by the names of their folders of facts; empty
+    without. To read the facts takes a parser of mail, and a launcher 20 ms.
     """
-    begin = name.replace("-", "_") + "-"
+    versions = dict.fromkeys(_TOOLS, "")
+    missing = {name.replace("-", "_"): name for name in _TOOLS}
     for place in sys.path:
         with contextlib.suppress(OSError):
-            for found in sorted(os.listdir(place or ".")):
-                if found.lower().replace(".", "_").startswith(begin) and found.endswith(_FACTS):
-                    return found[len(begin) :].removesuffix(_FACTS)
-    return ""
+            facts = sorted(name for name in os.listdir(place or ".") if name.endswith(_FACTS))
+            for found in facts:
+                begin, _, version = found.removesuffix(_FACTS).partition("-")
+                name = missing.pop(begin.lower().replace(".", "_"), None)
+                if name is not None:
+                    versions[name] = version
+    return versions
 
 
 def _sources() -> list[Path]:
     here = Path(__file__).parent
-    others = [Path(config.__file__), here.parent / "device" / "nvrtc.py"]
-    others += sorted((here.parent / "abi").glob("*.py"))
-    package = [path for path in sorted(here.rglob("*")) if "__pycache__" not in path.parts]
-    return [path for path in [*package, *others] if path.is_file()]
+    found = [Path(config.__file__), here.parent / "device" / "nvrtc.py"]
+    for folder in (here, here.parent / "abi"):
+        for place, folders, names in os.walk(folder):
+            folders[:] = sorted(name for name in folders if name != "__pycache__")
+            found += [Path(place, name) for name in sorted(names)]
+    return found

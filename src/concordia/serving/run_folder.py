@@ -59,16 +59,6 @@ class RunFolder:
             self.path.parent.rmdir()  # when this was the last server
 
 
-def default_base() -> pathlib.Path:
-    """Where servers of this user have their folders. Short: Unix sockets have names of at most 107
-    bytes.
-    """
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and os.access(runtime, os.W_OK):
-        return pathlib.Path(runtime) / "concordia"
-    return pathlib.Path(f"/tmp/concordia-{os.getuid()}")
-
-
 def find_control(base: pathlib.Path, port: int | None) -> pathlib.Path:
     """The control socket of a living server; the only one there is when no port is named. Raises
     UsageError.

@@ -23,12 +23,12 @@ from concordia.journal import fence
 from concordia.journal.folder import Folder, fit_size
 from concordia.journal.place import Place
 from concordia.journal.segment import Board
-from concordia.paths import Paths
+from concordia.paths import Paths, default_base
 from concordia.serving import resources
 from concordia.serving.engine_flags import EngineFlags
 from concordia.serving.engine_spec import check_socket_room
 from concordia.serving.machine import Engine, Machine, find_engine, find_gpu_nodes, read_machine
-from concordia.serving.run_folder import RunFolder, default_base
+from concordia.serving.run_folder import RunFolder
 from concordia.serving.shared_names import SHARED_MEMORY
 
 log = logging.getLogger("concordia")

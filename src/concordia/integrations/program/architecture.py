@@ -10,7 +10,6 @@ device cannot be asked, nothing is said. Called by launch. It knows one number.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 from pathlib import Path
 from typing import Final
@@ -76,6 +75,8 @@ def _keep(path: Path, found: int) -> None:
 
 
 def _asked() -> int | None:
+    import ctypes  # most starts do without
+
     try:
         library = ctypes.CDLL(_LIBRARY)
         if library.nvmlInit_v2():

@@ -29,7 +29,7 @@ from concordia.integrations.program.native_build import (
     NATIVE,
     compile_c,
     find_compiler,
-    version_of,
+    identity_of,
 )
 from concordia.integrations.program.run_folder import ProgramRun
 from concordia.paths import Paths
@@ -108,7 +108,7 @@ def sources() -> tuple[Path, ...]:
 
 
 def _built() -> Path:
-    digest = hashlib.sha256(version_of(find_compiler()) + " ".join(FLAGS).encode())
+    digest = hashlib.sha256(identity_of(find_compiler()) + " ".join(FLAGS).encode())
     for path in (*sources(), *sorted(NATIVE.glob("**/*.h")), *sorted(NATIVE.glob("*.def"))):
         content = path.read_bytes()
         digest.update(f"{path.name} {len(content)} ".encode() + content)

@@ -1,10 +1,10 @@
 """Pausing a program's GPU at a kernel boundary, floor 7.
 
-Owns: the calls into the shim of this process, and the page by which the processes of a run are
-asked from outside. Promises: after `pause` no kernel that was launched before runs any more, and
-none starts until `resume` or the shim's own bound; at the bound nothing stays paused, and the error
-says which process waited for what. Called by checkpoints of programs and by tests. What a launch
-waits for is native/gate.c's; the page is that of native/gate_page.c.
+Owns: the calls into the shim of this process, and asking the processes of a run from outside, by
+their page (gate_page). Promises: after `pause` no kernel that was launched before runs any more,
+and none starts until `resume` or the shim's own bound; at the bound nothing stays paused, and the
+error says which process waited for what. Called by checkpoints of programs and by tests. What a
+launch waits for is native/gate.c's.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from typing import Any, Final
 
 from concordia import config
 from concordia.errors import EnvironmentRefused, UsageError, WaitTimeout
+from concordia.integrations.program.gate_page import (
+    HEADER_BYTES,
+    MAGIC,
+    PAGE,
+    PAGE_BYTES,
+    SLOT_BYTES,
+)
 
-PAGE: Final = "gate"  # in the run folder
-_MAGIC: Final = 0x3130455441474E43  # "CNGATE01"
-_SLOTS: Final = 256
-_SLOT_BYTES: Final = 128
-_HEADER_BYTES: Final = 128
-_PAGE_BYTES: Final = _HEADER_BYTES + _SLOTS * _SLOT_BYTES
 _WANTED_AT: Final = 8
 _SLOT: Final = struct.Struct("<IIIIIIQ96s")  # pid, seen, code, streams, captured, pad, ns, text
 _DONE, _LATE, _ALREADY, _NOT_ACTIVE = range(4)
@@ -93,10 +94,10 @@ class RunGate:
     def __init__(self, run: Path) -> None:
         try:
             with (run / PAGE).open("r+b") as file:
-                self._page = mmap.mmap(file.fileno(), _PAGE_BYTES)
+                self._page = mmap.mmap(file.fileno(), PAGE_BYTES)
         except (OSError, ValueError) as error:
             raise UsageError(f"{run} has no gate: {error}") from None
-        if int.from_bytes(self._page[:8], "little") != _MAGIC:
+        if int.from_bytes(self._page[:8], "little") != MAGIC:
             self._page.close()
             raise UsageError(f"{run / PAGE} is no gate of this version")
 
@@ -150,20 +151,13 @@ class RunGate:
                 yield Paused(pid, slot[6], slot[3], slot[4])
 
     def _slots(self) -> Iterator[tuple[Any, ...]]:
-        for at in range(_HEADER_BYTES, _PAGE_BYTES, _SLOT_BYTES):
+        for at in range(HEADER_BYTES, PAGE_BYTES, SLOT_BYTES):
             slot = _SLOT.unpack_from(self._page, at)
             if slot[0] and Path(f"/proc/{slot[0]}").exists():
                 yield slot
 
     def _slot_of(self, pid: int) -> tuple[Any, ...] | None:
         return next((slot for slot in self._slots() if slot[0] == pid), None)
-
-
-def make_page(run: Path) -> None:
-    """The page of a new run, with nobody on it."""
-    path = run / PAGE
-    path.write_bytes(_MAGIC.to_bytes(8, "little") + bytes(_PAGE_BYTES - 8))
-    path.chmod(0o600)
 
 
 def _check(pid: int, code: int, waited_for: str, timeout_s: float) -> None:

@@ -23,12 +23,17 @@ from typing import TYPE_CHECKING, Final
 import concordia
 from concordia import config
 from concordia.errors import UsageError
-from concordia.instrument.cache import ImageCache
+from concordia.instrument.cache_folder import CacheFolder
 from concordia.instrument.options import Options
 from concordia.integrations.program.architecture import architecture
 from concordia.integrations.program.driver import find_driver
-from concordia.integrations.program.gate import make_page
-from concordia.integrations.program.run_folder import VARIABLE, ProgramRun, make_run
+from concordia.integrations.program.gate_page import make_page
+from concordia.integrations.program.run_folder import (
+    VARIABLE,
+    ProgramRun,
+    make_run,
+    remove_old,
+)
 from concordia.integrations.program.shim_build import place_shim
 from concordia.integrations.program.supervisor import (
     IGNORED_HERE,
@@ -100,7 +105,7 @@ def launch(asked: Launch) -> int:
         place_shim(run.path, driver)
         make_page(run.path)
         is_looking = not (options.entry or options.exit or options.marks or options.sass_marks)
-        cache = ImageCache(Paths.default().image_cache, options.key())
+        cache = CacheFolder(Paths.default().image_cache, options.key())
         settings = _settings(options, cache, is_looking=is_looking)
         stand_in = _stand_in(run, options, environment) if options.marks else None
         run.settle(settings | dict(stand_in.settings) if stand_in else settings)
@@ -121,6 +126,7 @@ def launch(asked: Launch) -> int:
         status = supervisor.run(
             asked.command,
             _environment(environment, run.path),
+            when_started=lambda: remove_old(run.path.parent),
             when_ended=lambda: _await_looks(run, cache) if is_looking else None,
         )
         if protection is not None:
@@ -150,11 +156,11 @@ def _protection(policy: Policy) -> Protection:
     return Protection.open(policy)
 
 
-def _settings(options: Options, cache: ImageCache, *, is_looking: bool) -> dict[str, object]:
+def _settings(options: Options, cache: CacheFolder, *, is_looking: bool) -> dict[str, object]:
     """What the shim reads; native/process_settings.c."""
     return {
         "mode": "look" if is_looking else "rewrite",
-        "cache": cache.folder,
+        "cache": cache.path,
         "opaque": options.opaque_list(),
         "arch": options.arch,
         "page_shift": options.page_shift,
@@ -194,12 +200,12 @@ def _rewriter_environment(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _await_looks(run: ProgramRun, cache: ImageCache) -> None:
+def _await_looks(run: ProgramRun, cache: CacheFolder) -> None:
     """Let the rewriter read the images that it was told of, within a bound."""
     from concordia.integrations.program.coverage import read_run
 
     deadline = time.monotonic() + config.RUN_LOOK_S
     waiting = {image.key for image in read_run(run).images if image.key}
     while waiting and time.monotonic() < deadline:
-        waiting = {key for key in waiting if not cache.path(key).exists()}
+        waiting = {key for key in waiting if not cache.file(key).exists()}
         time.sleep(config.PROGRAM_POLL_S)

@@ -1,17 +1,16 @@
 """What native/ is compiled with, floor 7.
 
 Owns: which C compiler that is, and one call of it. Promises: a call is bounded; what it refuses, or
-does not finish, is a CompileError that names what was wanted and has what the compiler said. Called
-by shim_build and assembler, which know what becomes of which sources, and keep it.
+does not finish, is a CompileError that names what was wanted and has what the compiler said; to
+know the compiler none is started. Called by shim_build and assembler, which know what becomes of
+which sources, and keep it.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -41,16 +40,22 @@ def find_compiler() -> str:
     )
 
 
-@cache
-def version_of(compiler: str) -> bytes:
-    """What it says of itself; a part of the name of what it compiled."""
-    return subprocess.run(
-        [compiler, "--version"], capture_output=True, timeout=config.COMPILE_WAIT_S, check=False
-    ).stdout
+def identity_of(compiler: str) -> bytes:
+    """The file that it is; a part of the name of what it compiled. Not what it says of itself:
+    each start would wait for a process.
+    """
+    path = os.path.realpath(shutil.which(compiler) or compiler)
+    try:
+        found = os.stat(path)
+    except OSError:  # it has gone since it was found: then it compiles nothing either
+        return path.encode()
+    return f"{path} {found.st_size} {found.st_mtime_ns}".encode()
 
 
 def compile_c(what: str, command: Sequence[str]) -> None:
     """Run the compiler; raises CompileError."""
+    import subprocess  # most starts compile nothing
+
     try:
         done = subprocess.run(
             command, capture_output=True, timeout=config.COMPILE_WAIT_S, check=False

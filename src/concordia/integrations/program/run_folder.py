@@ -22,8 +22,8 @@ from typing import Any, Final
 from concordia import config
 from concordia.errors import UsageError
 from concordia.instrument.rewriter_socket import NAME
+from concordia.paths import default_base
 from concordia.private_folder import make_private
-from concordia.serving.run_folder import default_base, is_locked
 
 VARIABLE: Final = "CONCORDIA_RUN"
 _RUNS: Final = "runs"
@@ -98,11 +98,10 @@ class ProgramRun:
 
 
 def make_run(base: Path | None = None) -> ProgramRun:
-    """A new folder, after old ones were removed; raises UsageError."""
+    """A new folder; raises UsageError."""
     runs = (base or default_base()) / _RUNS
     for folder in (runs.parent, runs):
         make_private(folder, "name another --run-dir")
-    remove_old(runs)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     path = runs / name
     if len(str(path / NAME)) > _SOCKET_PATH_MAX:
@@ -132,16 +131,20 @@ def find_run(given: Path | None = None, base: Path | None = None) -> ProgramRun:
 
 
 def remove_old(runs: Path) -> None:
-    """Remove runs that ended too long ago, or whose place newer ones take."""
+    """Remove runs that ended too long ago, or whose place newer ones take. Called once a new one's
+    program runs.
+    """
     folders = _folders(runs)
     for index, path in enumerate(folders):
         is_old = time.time() - _age_stamp(path) > config.RUN_KEPT_S
-        if (is_old or index <= len(folders) - config.RUNS_KEPT) and not is_alive(path):
+        if (is_old or index < len(folders) - config.RUNS_KEPT) and not is_alive(path):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def is_alive(path: Path) -> bool:
     """Whether the launcher of this run lives."""
+    from concordia.serving.run_folder import is_locked  # no program waits for it
+
     return is_locked(path / _LOCK)
 
 

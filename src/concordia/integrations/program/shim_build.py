@@ -9,13 +9,14 @@ nothing and starts no program but the compiler.
 
 from __future__ import annotations
 
-import hashlib
+import os
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
+
+import xxhash
 
 from concordia.device.kernel_cache import KernelCache
 from concordia.errors import EnvironmentRefused
@@ -25,7 +26,7 @@ from concordia.integrations.program.native_build import (
     NATIVE,
     compile_c,
     find_compiler,
-    version_of,
+    identity_of,
 )
 
 _SHARED: Final = ("-fPIC", "-shared", "-fvisibility=hidden")
@@ -72,6 +73,8 @@ def sources() -> tuple[Path, ...]:
 
 
 def _build(command: str, path: Path, *, names: Sequence[str], flags: Sequence[str]) -> None:
+    import tempfile  # most starts build nothing
+
     with tempfile.TemporaryDirectory(prefix="concordia-shim-") as work:
         stub = Path(work, REAL_NAME)
         # Linking against the driver itself would record its own name, which is ours too.
@@ -96,10 +99,11 @@ def _build(command: str, path: Path, *, names: Sequence[str], flags: Sequence[st
 
 
 def _key(command: str, flags: Sequence[str], names: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    files = sorted(path for path in NATIVE.iterdir() if path.suffix in {".c", ".h", ".def"})
-    for part in (version_of(command), *(text.encode() for text in (*flags, *names))):
+    digest = xxhash.xxh3_128()
+    for part in (identity_of(command), *(text.encode() for text in (*flags, *names))):
         digest.update(len(part).to_bytes(8, "little") + part)
-    for path in files:
-        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    for name in sorted(os.listdir(NATIVE)):
+        if name.endswith((".c", ".h", ".def")):
+            content = (NATIVE / name).read_bytes()
+            digest.update(f"{name} {len(content)} ".encode() + content)
     return digest.hexdigest()

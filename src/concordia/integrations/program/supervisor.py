@@ -72,19 +72,23 @@ class Supervisor:
         command: Sequence[str],
         environment: Mapping[str, str],
         *,
+        when_started: Callable[[], None] = lambda: None,
         when_ended: Callable[[], None] = lambda: None,
     ) -> int:
-        """Run the program to its end; its wait status. `when_ended` runs after it, with the
-        rewriter still there.
+        """Run the program to its end; its wait status. `when_started` runs beside it; `when_ended`
+        after it, with the rewriter still there.
         """
         self._mask = frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, _TAKEN))
         try:
-            self._start_rewriter()
+            if self.rewriter:
+                self._listener = listen(self.path)
             # what came so far came when there was no program that could have seen it
             early = signal.sigtimedwait(_ENDING, 0)
             if early is not None:
                 return early.si_signo  # as a wait status: ended by this signal
             pid = self._spawn(command, environment)
+            self._start_rewriter()  # behind it: the two would share a core when they begin
+            when_started()
             status = self._watch(pid)
             when_ended()
             return status
@@ -109,23 +113,25 @@ class Supervisor:
         """It takes half a second until it accepts, and the program's questions wait for it on our
         socket, not the program. Where none comes any more, there is no socket.
         """
-        if not self.rewriter or self.rewriter_deaths >= config.REWRITER_STARTS_MAX:
+        if self._listener is None or self.rewriter_deaths >= config.REWRITER_STARTS_MAX:
             self._close_listener()
             return
-        if self._listener is None:
-            self._listener = listen(self.path)
-        # A session of its own: the terminal's signals are for the program.
-        self._rewriter_pid = os.posix_spawnp(
-            self.rewriter[0],
-            [*self.rewriter, "--listener", str(HANDED)],
-            dict(self.rewriter_environment),
-            setsigmask=self._mask,
-            setsid=True,
-            file_actions=[
-                (os.POSIX_SPAWN_DUP2, self._listener.fileno(), HANDED),
-                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-            ],
-        )
+        try:
+            # A session of its own: the terminal's signals are for the program.
+            self._rewriter_pid = os.posix_spawnp(
+                self.rewriter[0],
+                [*self.rewriter, "--listener", str(HANDED)],
+                dict(self.rewriter_environment),
+                setsigmask=self._mask,
+                setsid=True,
+                file_actions=[
+                    (os.POSIX_SPAWN_DUP2, self._listener.fileno(), HANDED),
+                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                ],
+            )
+        except OSError:  # the program runs already, and goes on without
+            self.rewriter_deaths = config.REWRITER_STARTS_MAX
+            self._close_listener()
 
     def _close_listener(self) -> None:
         """Whoever still waits on it is told; so the name goes first."""
