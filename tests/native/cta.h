@@ -89,6 +89,7 @@ static inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return (uint64_t)(((
 #define store_settled store_settled_ptx
 #define thread_anew thread_anew_ptx
 #define mul_wide mul_wide_ptx
+#define load_passing load_passing_ptx
 #define pause_lane pause_lane_ptx
 #define yield_lane yield_lane_ptx
 #include "portable.h"
@@ -106,6 +107,7 @@ static inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return (uint64_t)(((
 #undef store_settled
 #undef thread_anew
 #undef mul_wide
+#undef load_passing
 #undef pause_lane
 #undef yield_lane
 
@@ -136,5 +138,6 @@ FUNCTION uint64_t now_ns() {
 }
 FUNCTION uint32_t thread_anew() { return threadIdx.x; }
 FUNCTION uint64_t mul_wide(uint32_t a, uint32_t b) { return (uint64_t)a * b; }
+FUNCTION Wide load_passing(const Wide* from) { return *from; }
 FUNCTION void pause_lane() { sched_yield(); }
 FUNCTION void yield_lane() { sched_yield(); }

@@ -38,11 +38,14 @@ static void __syncthreads() {}
 // What is PTX there, and what would add over the bus.
 #define thread_anew thread_anew_ptx
 #define mul_wide mul_wide_ptx
+#define load_passing load_passing_ptx
 #include "portable.h"
 #undef thread_anew
 #undef mul_wide
+#undef load_passing
 static uint32_t thread_anew() { return threadIdx.x; }
 static uint64_t mul_wide(uint32_t a, uint32_t b) { return (uint64_t)a * b; }
+static Wide load_passing(const Wide* from) { return *from; }
 #include "page_table.h"
 static std::vector<uint32_t> noted;
 #define note_page(pages, page) noted.push_back(page)

@@ -20,24 +20,7 @@ constexpr uint32_t kBlockWides = kStripesPerBlock * kStripeBytes / sizeof(Wide);
 constexpr uint32_t kBlocks = kLeafBytes / kStripeBytes / kStripesPerBlock;
 static_assert(kGroups == 2 && kBlocks % 2 == 0, "one exchange adds up; blocks come in twos");
 
-// What a lane needs of the secret in every block, in registers.
-struct PageKeys {
-  Pair usual[kLoads];
-  uint64_t scramble;  // of the accumulator that this lane has after a block
-};
-FUNCTION PageKeys page_keys() {
-  const uint32_t p = threadIdx.x % 4, group = threadIdx.x / 4 % kGroups;
-  PageKeys keys;
-#pragma unroll
-  for (uint32_t k = 0; k < kLoads; ++k) {
-    const uint64_t* key = kSecret + 2 * p + group + kGroups * k;
-    keys.usual[k] = {key[0], key[1]};
-  }
-  keys.scramble = kSecret[16 + 2 * p + group];
-  return keys;
-}
-
-// What it needs once a page is chosen among constants each time.
+// Constants of a pair of accumulators.
 template <class ValueOf>
 FUNCTION uint64_t choose(uint32_t p, ValueOf value) {
   const uint64_t low = p % 2 != 0 ? value(1) : value(0), high = p % 2 != 0 ? value(3) : value(2);
@@ -55,11 +38,33 @@ FUNCTION uint64_t mix_key(uint32_t p, bool is_high, uint32_t word) {
   return is_high ? high : low;
 }
 
+// What a lane needs of the secret, in registers: in every block, and where a page begins and ends. The
+// keys of its last stripe are chosen among constants each time.
+struct PageKeys {
+  Pair usual[kLoads];
+  uint64_t scramble;  // of the accumulator that this lane has after a block
+  uint64_t first;     // what that starts with
+  Pair mix;
+};
+FUNCTION PageKeys page_keys() {
+  const uint32_t p = threadIdx.x % 4, group = threadIdx.x / 4 % kGroups;
+  PageKeys keys;
+#pragma unroll
+  for (uint32_t k = 0; k < kLoads; ++k) {
+    const uint64_t* key = kSecret + 2 * p + group + kGroups * k;
+    keys.usual[k] = {key[0], key[1]};
+  }
+  keys.scramble = kSecret[16 + 2 * p + group];
+  keys.first = kept(first_sum(2 * p + group));
+  keys.mix = {kept(mix_key(p, group != 0, 0)), kept(mix_key(p, group != 0, 1))};
+  return keys;
+}
+
 // All lanes of a warp; the loads are asked for before anything behind this is computed: a compiler
 // puts them where a register comes free, and then they wait for those before them.
 FUNCTION void load_block(const Wide* from, Wide* data) {
 #pragma unroll
-  for (uint32_t k = 0; k < kLoads; ++k) data[k] = from[kPageLanes * k];
+  for (uint32_t k = 0; k < kLoads; ++k) data[k] = load_passing(from + kPageLanes * k);
   team_sync();
 }
 
@@ -81,9 +86,8 @@ FUNCTION uint64_t add_block(const PageKeys& keys, const Wide* data, Pair last, b
 // loads never pause.
 FUNCTION bool is_other(const PageKeys& keys, const uint64_t* known_ptr, const Wide** at_ptr,
                        uint32_t step, Wide* near) {
-  const uint32_t t = thread_anew(), p = t % 4;
-  const bool is_odd = t / 4 % kGroups != 0;
-  uint64_t sum = first_sum(2 * p + is_odd), known;
+  const bool is_odd = thread_anew() / 4 % kGroups != 0;
+  uint64_t sum = keys.first, known = 0;
 #pragma unroll 1
   for (uint32_t block = 0; block < kBlocks; block += 2) {
     const bool is_end = block == kBlocks - 2;
@@ -92,8 +96,10 @@ FUNCTION bool is_other(const PageKeys& keys, const uint64_t* known_ptr, const Wi
     sum += add_block(keys, near, keys.usual[kLoads - 1], is_odd);
     sum = scrambled(sum, keys.scramble);
     *at_ptr += is_end ? (int32_t)(step - (kBlocks - 2) * kBlockWides) : 2 * (int32_t)kBlockWides;
-    known = *known_ptr;  // the last time counts: it comes just before it is needed
     load_block(*at_ptr, near);
+    // the last time counts; behind those loads, for it is the last to be needed
+    known = *known_ptr;
+    team_sync();
     Pair last = keys.usual[kLoads - 1];
     // the odd group has the last stripe
     if (is_end && is_odd) last = page_last_keys(thread_anew() % 4);
@@ -101,9 +107,8 @@ FUNCTION bool is_other(const PageKeys& keys, const uint64_t* known_ptr, const Wi
     if (!is_end) sum = scrambled(sum, keys.scramble);
   }
   const uint64_t other = exchange_lanes(sum, 4);
-  const uint32_t q = thread_anew() % 4;  // p, not kept over the loop
-  uint64_t mixed = mix_product((is_odd ? other : sum) ^ mix_key(q, is_odd, 0),
-                               (is_odd ? sum : other) ^ mix_key(q, is_odd, 1));
+  uint64_t mixed = mix_product((is_odd ? other : sum) ^ keys.mix.a,
+                               (is_odd ? sum : other) ^ keys.mix.b);
   mixed += exchange_lanes(mixed, 1);
   mixed += exchange_lanes(mixed, 2);
   return known !=
@@ -118,9 +123,8 @@ FUNCTION void find_dirty(RegionOf region, uint64_t first, uint64_t end, uint64_t
   // a region has less than 2^31 pages: 8 TiB
   const uint32_t stride = (uint32_t)warps * kPagesEach, stop = (uint32_t)end;
   const uint32_t t = threadIdx.x % 32;
-  const uint32_t start = (uint32_t)first + (uint32_t)warp * kPagesEach + t / kPageLanes;
-  uint32_t left = start < stop ? (stop - start + stride - 1) / stride : 0;  // pages of this lane
-  const uint32_t there = start < stop ? start : stop - 1;  // who has none reads another's
+  uint32_t page = (uint32_t)first + (uint32_t)warp * kPagesEach + t / kPageLanes;  // of this lane
+  const uint32_t there = page < stop ? page : stop - 1;  // who has none reads another's
   const Pages pages = pages_of(region());
   const uint64_t* known_ptr = pages.table + 2ull * there + t / 4 % 2;  // half of a known hash
   const Wide* at =
@@ -129,17 +133,15 @@ FUNCTION void find_dirty(RegionOf region, uint64_t first, uint64_t end, uint64_t
   Wide near[kLoads];
   load_block(at, near);
 #pragma unroll 1
-  while (any_in_team(left != 0)) {
-    const uint32_t step = left > 1 ? stride * (uint32_t)(kLeafBytes / sizeof(Wide)) : 0;
+  while (any_in_team(page < stop)) {
+    const bool is_more = page + stride < stop;
+    const uint32_t step = is_more ? stride * (uint32_t)(kLeafBytes / sizeof(Wide)) : 0;
     const uint32_t others = team_bits(is_other(keys, known_ptr, &at, step, near));
     const uint32_t lane = thread_anew() % 32, differ = others >> (lane - lane % kPageLanes);
-    if (lane % kPageLanes == 0 && left != 0 && (differ & 0x11) != 0) {
-      const Pages here = pages_of(region());
-      const uint8_t* page_ptr = reinterpret_cast<const uint8_t*>(at - step);
-      note_page(here, (page_ptr - here.base_ptr) / kLeafBytes);
-    }
-    if (left > 1) known_ptr += 2ull * stride;
-    if (left != 0) left -= 1;
+    if (lane % kPageLanes == 0 && page < stop && (differ & 0x11) != 0)
+      note_page(pages_of(region()), page);
+    if (is_more) known_ptr += 2ull * stride;
+    page += stride;
   }
 }
 #endif

@@ -159,6 +159,18 @@ FUNCTION uint64_t mul_wide(uint32_t a, uint32_t b) {
 }
 
 struct alignas(16) Wide { uint64_t word[2]; };
+// Words that are read once: lines in the near cache make no room for them.
+FUNCTION Wide load_passing(const Wide* from) {
+  Wide data;
+  asm volatile("ld.global.L1::no_allocate.v2.u64 {%0, %1}, [%2];"
+               : "=l"(data.word[0]), "=l"(data.word[1]) : "l"(from) : "memory");
+  return data;
+}
+// A value that stays in a register: a compiler that knows it as constants would choose anew.
+FUNCTION uint64_t kept(uint64_t value) {
+  asm("" : "+l"(value));
+  return value;
+}
 FUNCTION void copy_wide(uint8_t* target_ptr, const uint8_t* source_ptr) {
   *reinterpret_cast<Wide*>(target_ptr) = *reinterpret_cast<const Wide*>(source_ptr);
 }
