@@ -12,7 +12,8 @@ import pathlib
 import sys
 from typing import Any, Final
 
-VOCABULARY: Final = 512
+VOCABULARY: Final = 512  # of a model whose answers are to be read
+LLAMA_VOCABULARY: Final = 128_256  # of Llama 3.1
 SHAPES: Final[dict[str, dict[str, int]]] = {
     "tiny": {
         "hidden_size": 256,
@@ -72,20 +73,22 @@ def make_model(folder: pathlib.Path, *, shape: str = "140m", seed: int = 3) -> i
 
 def make_skeleton(folder: pathlib.Path, *, shape: str) -> None:
     """Write what a model is without its weights, for engines that make up their own (vLLM's
-    `--load-format dummy`). Raises KeyError for an unknown shape.
+    `--load-format dummy`). Its vocabulary is as large as Llama's, and nearly every token is text by
+    itself: bytes at random are none, and a server that waits for the rest of a character decodes
+    all that it holds back again with each token. Raises KeyError for an unknown shape.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _config(_write_tokenizer(folder), shape).save_pretrained(str(folder))
+    _config(_write_tokenizer(folder, LLAMA_VOCABULARY), shape).save_pretrained(str(folder))
 
 
-def _write_tokenizer(folder: pathlib.Path) -> dict[str, int]:
+def _write_tokenizer(folder: pathlib.Path, size: int = VOCABULARY) -> dict[str, int]:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     for name in ("<s>", "</s>", "<pad>"):
         vocabulary[name] = len(vocabulary)
-    while len(vocabulary) < VOCABULARY:
+    while len(vocabulary) < size:
         vocabulary[f"<x{len(vocabulary)}>"] = len(vocabulary)
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -116,7 +119,7 @@ def _config(vocabulary: dict[str, int], shape: str) -> Any:
     from transformers import LlamaConfig
 
     return LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=len(vocabulary),
         max_position_embeddings=131072 if shape == "8b" else 8192,
         bos_token_id=vocabulary["<s>"],
         eos_token_id=vocabulary["</s>"],
