@@ -95,9 +95,7 @@ class WorkerSide:
         )
         self._layout = layout
         is_given_up = self._settings.layout == "blocks"
-        self._proof = LayoutProof(
-            layout, rank=rank.number, say=self.event, is_given_up=is_given_up
-        )
+        self._proof = LayoutProof(layout, rank=rank.number, say=self.event, is_given_up=is_given_up)
 
     # --- while the engine captures its graphs
 
@@ -271,7 +269,8 @@ class WorkerSide:
     def _record_event(self) -> Event | None:
         if not self._is_cuda:
             return None
-        event = torch.cuda.Event()
+        # the pump sleeps for it: a thread that spins in the driver takes a core, and its locks
+        event = torch.cuda.Event(blocking=True)
         event.record()
         return event  # type: ignore[no-any-return]
 
