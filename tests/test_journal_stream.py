@@ -5,24 +5,19 @@ as what was committed in it."""
 from __future__ import annotations
 
 import itertools
-import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
-from concordia import abi, config
-from concordia.errors import ConcordiaError, Corruption, JournalFull, JournalRefused
-from concordia.journal import record, segment
+from concordia import abi
+from concordia.errors import ConcordiaError, JournalFull
+from concordia.journal import record
 from concordia.journal.control import Control, Lent
 from concordia.journal.record import Record
-from concordia.journal.segment import Pool
 from concordia.journal.stream import End, StreamReader, has_sound_payload
-from concordia.journal.survey import survey
 from concordia.journal.writer import Entry, StreamWriter
-from concordia.testing.journal import SmallJournal
 
 SEGMENT = 2048
 STREAM = 0xABCDEF
@@ -324,159 +319,9 @@ def test_reader_goes_on_where_it_stopped_when_more_is_written() -> None:
     assert control.dropped_count == control.lent_count > 2
 
 
-def test_pool_is_refused_when_it_is_cut_short_anywhere(tmp_path: Path) -> None:
-    path = tmp_path / "pool"
-    path.write_bytes(bytes(2 * SEGMENT))
-    path.chmod(0o600)
-    for size in reversed(range(2 * SEGMENT)):
-        os.truncate(path, size)
-        with pytest.raises(Corruption):
-            Pool.attach(path, size=2 * SEGMENT, segment_bytes=SEGMENT)
-
-
-def test_survey_reports_damage_or_gives_all_when_any_single_bit_of_the_board_is_flipped(tmp_path: Path) -> None:
-    with SmallJournal(tmp_path / "journal", segments=8, segment_bytes=1 << 12) as journal:
-        stream, writer = journal.open(rank=1, world=2)
-        other, other_writer = journal.open(rank=0, world=2)
-        made = {stream.identity: [], other.identity: []}
-        for index in range(5):
-            for one, hand in ((stream, writer), (other, other_writer)):
-                made[one.identity].append(hand.append(Entry(abi.KIND_KV_TAIL, 1, 1, index, index + 1), bytes(700)))
-                journal.streams.lend(one)
-        journal.streams.seal(stream)
-        view = journal.board.mapping.view
-        lost = 0
-        for slot in (stream, other):
-            page = 4096 * (1 + slot.control.slot)
-            for bit in [*range(page * 8, (page + 128) * 8), *range((page + 128) * 8, (page + 1664) * 8, 5)]:
-                view[bit // 8] ^= 1 << bit % 8
-                found = survey(journal.pool, journal.board)
-                view[bit // 8] ^= 1 << bit % 8
-                damage = found.damage + [text for one in found.streams for text in one.damage]
-                records = {one.identity: one.records for one in found.streams}
-                for identity, truth in made.items():
-                    got = records.get(identity, [])
-                    assert got == truth[: len(got)], f"bit {bit - page * 8}"
-                    assert len(got) == len(truth) or damage, f"bit {bit - page * 8} was lost silently"
-                assert set(records) <= set(made), f"bit {bit - page * 8} made a stream of its own"
-                lost += bool(damage)
-        assert lost > 500
-        assert not survey(journal.pool, journal.board).damage
-
-
-def test_journal_is_refused_when_any_bit_of_the_board_header_is_flipped_that_says_its_shape(tmp_path: Path) -> None:
-    with SmallJournal(tmp_path / "journal", segments=8, segment_bytes=1 << 12) as journal:
-        view = journal.board.mapping.view
-        for bit in range(32 * 8):
-            view[bit // 8] ^= 1 << bit % 8
-            with pytest.raises(ConcordiaError) as caught:
-                segment.attach(journal.home)
-            view[bit // 8] ^= 1 << bit % 8
-            assert isinstance(caught.value, Corruption | JournalRefused), bit
-        pool, board = segment.attach(journal.home)
-        pool.close()
-        board.close()
-
-
 def test_record_size_is_refused_when_it_fits_no_segment() -> None:
     writer = RecordingWriter(memoryview(bytearray(2 * SEGMENT)), control_with(LENT))
     with pytest.raises(ConcordiaError, match="does not fit"):
         writer.append(Entry(abi.KIND_KV_TAIL, 1), bytes(SEGMENT))
     assert record.record_bytes(SEGMENT - 256 - 384) == SEGMENT - 256
     writer.append(Entry(abi.KIND_KV_TAIL, 1), bytes(SEGMENT - 256 - 384))
-
-
-def test_seal_reads_the_whole_backlog_when_it_takes_longer_than_a_bad_place_is_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(config, "HINT_SETTLE_S", 0.0)
-    with SmallJournal(tmp_path / "journal", segments=64) as journal:
-        stream, writer = journal.open()
-        stream.control.store("step_tokens", 600)
-        stream.control.store("step_started", 1)
-        journal.streams.lend_all()
-        made = 0
-        for _ in range(8):
-            for _ in range(600):
-                writer.append(Entry(abi.KIND_KV_TAIL, 1, 1, made, made + 1), b"x")
-                made += 1
-            journal.streams.lend_all()
-        assert made > 2 * config.SCAN_RECORDS_MAX, "no backlog"
-        assert journal.streams.seal(stream) == made
-        assert (stream.end, journal.streams.intake.corrupt_count) == (End.CLEAN, 0)
-
-
-def test_seal_ends_without_an_alarm_when_a_zombie_appends_after_every_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(config, "HINT_SETTLE_S", 0.0)
-    with SmallJournal(tmp_path / "journal", segments=64) as journal:
-        stream, writer = journal.open()
-        made = itertools.count()
-        read = stream.reader.read
-
-        def append() -> None:
-            writer.append(Entry(abi.KIND_KV_TAIL, 1, 1, index := next(made), index + 1), b"x")
-
-        def read_and_append(limit: int) -> list[Record]:
-            found = read(limit)
-            append()
-            return found
-
-        for _ in range(5):
-            append()
-        monkeypatch.setattr(stream.reader, "read", read_and_append)
-        sealed = journal.streams.seal(stream)
-        assert 5 <= sealed < next(made)
-        assert (stream.end, journal.streams.intake.corrupt_count) == (End.CLEAN, 0)
-
-
-def test_seal_reports_damage_when_what_was_counted_never_becomes_readable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(config, "HINT_SETTLE_S", 0.0)
-    with SmallJournal(tmp_path / "journal") as journal:
-        stream, writer = journal.open()
-        made = [writer.append(Entry(abi.KIND_KV_TAIL, 1, 1, i, i + 1), b"x") for i in range(6)]
-        journal.pool.view[made[3].offset + 200] ^= 1
-        assert journal.streams.seal(stream) == 3
-        assert (stream.end, journal.streams.intake.corrupt_count) == (End.CORRUPT, 1)
-
-
-def test_seal_searches_what_was_taken_only_when_much_was_lent_ahead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with SmallJournal(tmp_path / "journal", segments=64) as journal:
-        stream, writer = journal.open()
-        while stream.control.taken_count < 2:
-            writer.append(Entry(abi.KIND_KV_TAIL, 1, 1, 0, 1), bytes(9000))
-            journal.streams.lend_all()
-        stream.ahead = 20
-        journal.streams.lend_all()
-        assert stream.control.lent_count >= 20
-        searched = []
-        search = stream.reader._search
-
-        def note(start: int, end: int, salt: int) -> Record | None:
-            searched.append(start // journal.pool.segment_bytes)
-            return search(start, end, salt)
-
-        monkeypatch.setattr(stream.reader, "_search", note)
-        assert journal.streams.seal(stream) == stream.control.committed_count
-        assert stream.end is End.CLEAN
-        assert searched == [stream.segments[1]]
-
-
-def test_seal_reports_damage_when_the_next_segment_that_was_taken_has_records(tmp_path: Path) -> None:
-    with SmallJournal(tmp_path / "journal") as journal:
-        stream, writer = journal.open()
-        made = []
-        while stream.control.taken_count < 3:
-            made.append(writer.append(Entry(abi.KIND_KV_TAIL, 1, 1, len(made), len(made) + 1), bytes(20000)))
-            journal.streams.lend_all()
-        first = [one for one in made if one.offset // journal.pool.segment_bytes == stream.segments[0]]
-        last = first[-1]
-        journal.pool.view[last.offset + 200] ^= 1
-        stream.control.store("committed_count", 0)  # nothing but the records says so
-        assert journal.streams.seal(stream) == len(first) - 1
-        assert (stream.end, journal.streams.intake.corrupt_count) == (End.CORRUPT, 1)
