@@ -7,8 +7,8 @@ change places each time; each pair gives one ratio:
            once, from exec to exit, hooked / plain; the cache is warm, as in a second start;
            program_start_own_s: of these, what the shim took in loads before the driver was called
   decode   program_decode_ratio: tokens/s of two vLLM engines, hooked / plain, that live beside each
-           other and decode in turn; program_engine_start_ratio: of their start, both at once; both
-           must give the same tokens
+           other and decode in turn; program_engine_start_ratio, program_engine_own_s: of their
+           start, both at once; both must give the same tokens
 
 Needs a GPU; `decode` needs vLLM for GPUs. Figures add up in the result file.
 """
@@ -101,7 +101,7 @@ def measure_start(options: argparse.Namespace, cache: pathlib.Path) -> Figures:
         if hooked["digests"] != plain["digests"]:
             raise ConcordiaError("hooks changed a result")
         ratios.append(hooked_s / plain_s)
-        own.append(sum(image.own_us for image in read_run(find_run()).images) / 1e6)
+        own.append(own_s())
         print(
             f"start {turn}: {hooked_s:.2f} s hooked, of which {own[-1]:.3f} s in the shim, "
             f"{plain_s:.2f} s plain",
@@ -113,14 +113,21 @@ def measure_start(options: argparse.Namespace, cache: pathlib.Path) -> Figures:
     }
 
 
+def own_s() -> float:
+    """Seconds that the shim took in loads of the latest run."""
+    return sum(image.own_us for image in read_run(find_run()).images) / 1e6
+
+
 def measure_decode(options: argparse.Namespace, cache: pathlib.Path) -> Figures:
     """program_decode_ratio, program_engine_start_ratio."""
     speeds: list[float] = []
     starts: list[float] = []
+    own: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         make_skeleton(pathlib.Path(folder), shape=options.shape)
         words = [str(HERE / "decode_program.py"), folder, str(options.tokens)]
         for turn in range(options.engines):
+            is_warm = any(cache.iterdir())
             with contextlib.ExitStack() as stack:
                 engines = [
                     stack.enter_context(
@@ -131,18 +138,20 @@ def measure_decode(options: argparse.Namespace, cache: pathlib.Path) -> Figures:
                     )
                 ]
                 begun = [engine.answer()["start_s"] for engine in engines]
-                if turn or options.cache:  # else the first fills the cache
+                if is_warm:  # else it filled the cache
                     starts.append(begun[0] / begun[1])
+                    own.append(own_s())
                 ratios = in_turn(engines, options.windows)
             speeds += ratios
             print(
                 f"decode {turn}: {statistics.median(ratios):.4f}, start {begun[0]:.1f} s hooked, "
-                f"{begun[1]:.1f} s plain",
+                f"of which {own[-1] if own else 0:.3f} s in the shim, {begun[1]:.1f} s plain",
                 file=sys.stderr,
             )
     found = {"program_decode_ratio": with_interval(speeds, "ratio")}
     if starts:
         found["program_engine_start_ratio"] = with_interval(starts, "ratio")
+        found["program_engine_own_s"] = with_interval(own, "s")
     return found
 
 
