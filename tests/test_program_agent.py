@@ -154,22 +154,26 @@ def test_resumed_program_has_its_memory_when_it_frees_and_allocates_on_its_way(g
 
 @pytest.mark.parametrize("is_kept", [True, False])
 def test_regions_have_their_addresses_when_the_policy_keeps_them(ground: ProtectedGround, policy: Policy, is_kept: bool) -> None:
-    keeping = replace(policy, keep_addresses=is_kept)
+    """Of all sizes: three of the first five share pages with each other."""
+    keeping = replace(policy, keep_addresses=is_kept, regions=(replace(policy.regions[0], size_min=1),))
     addresses: list[list[int]] = []
     lines: list[str] = []
-    for skew in (0, 3 << 20):  # where the driver's own memory begins
+    for skew in (0, (3 << 20) + 128):  # where the driver's own memory begins: no address of it comes twice
         life = Life(ground, keeping, "train", LONG, FAKE_SKEW=str(skew))
         life.kill_after(len(lines) + 60)
-        addresses.append([life.regions["big.0"], life.regions["big.1"]])  # the third is from the driver's pool
+        addresses.append([life.regions[f"big.{i}"] for i in range(5)])  # the next are from the driver's pool
         lines = life.lines
-    assert (addresses[0] == addresses[1]) is is_kept
-    last = Life(ground, keeping, "train", str(len(lines) + 10), FAKE_SKEW=str(5 << 20))
+    assert [first == second for first, second in zip(*addresses, strict=True)] == [is_kept] * 5
+    last = Life(ground, keeping, "train", str(len(lines) + 10), FAKE_SKEW=str((5 << 20) + 256))
     assert last.end() == 0, last.errors
     assert last.lines == plain_run(ground, len(lines) + 10)
+    assert f"{1 if is_kept else 6} regions have other addresses" in last.errors, last.errors
+    named = r"region big\.\d+ of 1\d+ bytes was at 0x6\w+ and is at 0x6\w+: allocated by cuMemAllocAsync, which is not kept"
+    assert len(re.findall(named, last.errors)) == is_kept, last.errors
 
 
 def test_program_gets_memory_at_kept_addresses_until_there_is_none(ground: ProtectedGround, policy: Policy) -> None:
-    killed = Life(ground, replace(policy, keep_addresses=True), "train", LONG, FAKE_BYTES=str(40 << 20))
+    killed = Life(ground, replace(policy, keep_addresses=True), "train", LONG)  # copies of what it frees stay while an agent is slow
     killed.kill_after(300)
     steps = len(killed.lines) + 10
     resumed = Life(ground, replace(policy, keep_addresses=True), "train", str(steps), FAKE_BYTES=str(40 << 20))

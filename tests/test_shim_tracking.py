@@ -2,7 +2,7 @@
 
 Invariants: at each point that is posted, the stage holds what the regions held at that point, byte for byte, though only marked pages were brought:
 so marked pages are a superset of what changed, and work that was given before a point comes before its copies; a program does the same with and
-without protection; whatever is not understood ends protection, in one line, and not the program; an agent that dies or is slow hurts nobody.
+without protection; kept addresses are the same in each life, and nobody else's; whatever is not understood ends protection, in one line, and not the program; an agent that dies or is slow hurts nobody.
 """
 
 from __future__ import annotations
@@ -312,6 +312,27 @@ def test_program_gets_the_memory_that_protection_took_when_it_needs_it(ground: P
         assert len(lines) <= 1
         outcomes |= {line.removeprefix("concordia: unprotected from here on: ").partition(" of region")[0] for line in lines}
     assert outcomes == {"the program needs the memory that protection took", "no memory for the copy"}
+
+
+def test_memory_is_at_the_same_places_and_nobody_elses_when_addresses_are_kept(ground: ProtectedGround, tmp_path: Path, seed: int) -> None:
+    """Small ones share pages, which go with the last of them: what is leaked does not fit into the memory that there is."""
+    lives = []
+    for skew in (0, 3 << 20):
+        folder = tmp_path / str(skew)
+        protected_folder(folder, policy_of('[[region]]\nname = "none"\nsize = "31MiB"', more="[program]\nkeep_addresses = true"))
+        names = {"PROGRAM_SEED": str(seed), "FAKE_SKEW": str(skew), "FAKE_BYTES": str(80 << 20), "CONCORDIA_PROTECT": str(folder)}
+        program = ground.start("place", "3000", **names)
+        said, errors = program.communicate(timeout=LIFE_S)
+        assert program.returncode == 0, said[-500:] + errors
+        assert errors == "", f"TRACKING_SEED={seed}"
+        lives.append([(int(where, 16), int(size)) for where, size in (line.split() for line in said.splitlines())])
+    assert lives[0] == lives[1]
+    assert len(lives[0]) == 3000
+    small = [(where, size) for where, size in lives[0] if size < 1 << 20]
+    assert all(where % 512 == 0 for where, _ in lives[0])
+    assert all(where >> 21 == (where + size - 1) >> 21 for where, size in small), "two mappings"
+    assert len({where >> 21 for where, _ in small}) < 20, "they share pages"
+    assert not {where >> 21 for where, _ in small} & {where >> 21 for where, size in lives[0] if size >= 1 << 20}
 
 
 def test_nothing_is_protected_when_the_folder_is_damaged_or_switched_off(ground: ProtectedGround, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 // A program on a GPU that knows nothing of protection: it allocates, trains and prints what it reads. For tests.
 //
 //   train STEPS [KILL]  each step's numbers depend on what was read before; KILL: SIGKILL in the middle of this step
+//   place STEPS         random allocations and frees, small and large, each with bytes of its own until it is freed; prints where they lie
 //   dirty STEPS         random copies, fills, launches and graphs on two streams; before each point writes what the regions hold to a file
 #include <signal.h>
 #include <stdint.h>
@@ -248,12 +249,39 @@ static int dirty(int steps) {
   return 0;
 }
 
+enum { PLACES = 96 };
+
+static int place(int steps) {
+  static struct { P at; size_t bytes; unsigned char byte; } held[PLACES];
+  static unsigned char host[4 << 20];
+  for (int step = 1; step <= steps; step++) {
+    int i = (int)(next() % PLACES);
+    // each hundred steps all of them go, and their memory with them
+    for (int k = step % 100 ? i : 0; k < (step % 100 ? i + 1 : PLACES); k++) {
+      if (!held[k].at) continue;
+      const unsigned char *here = (const unsigned char *)(uintptr_t)held[k].at;  // "device" memory is this process's own
+      for (size_t b = 0; b < held[k].bytes; b++)
+        if (here[b] != held[k].byte) { printf("step %d: byte %zu of %lx is another's\n", step, b, held[k].at); return 1; }
+      DO(cuMemFree_v2(held[k].at));
+      held[k].at = 0;
+    }
+    held[i].bytes = next() % 8 ? 1 + next() % (1 << (4 + next() % 16)) : (1 << 20) - 1 + next() % 3 * next() % (1 << 21);
+    held[i].byte = (unsigned char)next();
+    DO(cuMemAlloc_v2(&held[i].at, held[i].bytes));
+    memset(host, held[i].byte, held[i].bytes);
+    DO(cuMemcpyHtoD_v2(held[i].at, host, held[i].bytes));
+    printf("%lx %zu\n", held[i].at, held[i].bytes);
+  }
+  return 0;
+}
+
 int main(int count, char **words) {
   alarm(400);  // a test that was cut off leaves nothing that runs on
   const char *seed = getenv("PROGRAM_SEED");
   random_state = seed ? strtoull(seed, NULL, 10) : 1;
   start();
   if (count > 2 && !strcmp(words[1], "train")) return train(atoi(words[2]), count > 3 ? atoi(words[3]) : 0);
+  if (count > 2 && !strcmp(words[1], "place")) return place(atoi(words[2]));
   if (count > 2 && !strcmp(words[1], "dirty")) return dirty(atoi(words[2]));
   return 2;
 }

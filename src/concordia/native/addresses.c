@@ -1,13 +1,14 @@
 // Memory at addresses that are the same in every life of a program.
 //
 // Owns: a range of addresses and what is mapped in it. Promises: whoever allocates and frees the
-// same sizes in the same order gets the same addresses, if the driver gives the range; what cannot
-// be had here is the driver's own; what is freed is free only once all work is done, as with the
-// driver's. Called by allocations.c where the policy asks for it. One GPU: memory of the driver's
-// own is for its peers, too, which this would not be.
+// same sizes in the same order gets the same addresses, if the driver gives the range; what is small
+// shares memory, as with the driver; what cannot be had here is the driver's own; what is freed is
+// free only once all work is done, as with the driver's. Called by allocations.c where the policy
+// asks for it. One GPU: memory of the driver's own is for its peers, too, which this would not be.
 //
 // Why: a region may hold addresses, and allocators choose by them. With these a resumed program
-// has its bytes where they were.
+// has its bytes where they were. The small ones, too: a library that frameworks use keeps what it
+// works with in some kilobytes that it allocates itself.
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <string.h>
@@ -16,16 +17,26 @@
 
 #define RANGE_BYTES (1ull << 40)      // several times what any GPU has
 #define RANGE_HINT 0x200000000000ull  // far from where a system puts a process's own mappings
+#define SMALL_RANGE_BYTES (1ull << 30)  // its beginning: a program has some megabytes of them
 enum { KEPT_MAX = 1 << 14 };
-enum { LEAST_BYTES = 1 << 20 };  // frameworks ask for more, and the driver packs what is smaller
+enum { LARGE_BYTES = 1 << 20 };   // of the driver's own, too, each of these has pages for itself
+enum { SMALL_ALIGNMENT = 512 };  // more than the driver promises, and what it gives
 enum { NOT_TRIED, OPEN, CLOSED };
 
 struct kept {
   uint64_t address, bytes;
 };
-static struct kept kept[KEPT_MAX];  // by address
-static int count, state = NOT_TRIED;
-static uint64_t base, granule;
+// The part of the range from `start` to `end`, and what is there, by address. Of the large each has
+// a mapping of its own; the small share one for each granule.
+struct part {
+  uint64_t start, end;
+  int count;
+  struct kept kept[KEPT_MAX];
+};
+static struct part small, large;
+static int state = NOT_TRIED;
+static _Atomic uint64_t base;  // 0: there is no range
+static uint64_t granule;  // of the driver, or some of its own: what is small fits in
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static const CUmemAllocationProp property = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
@@ -45,8 +56,11 @@ static int is_reserved(void) {
       !found)
     return 0;
   if (REAL(cuMemAddressReserve, &at, RANGE_BYTES, 0, RANGE_HINT, 0) != CUDA_SUCCESS) return 0;
-  base = at;
-  granule = found;
+  for (granule = found; granule < LARGE_BYTES;) granule += found;
+  small.start = at;
+  small.end = large.start = at + SMALL_RANGE_BYTES;
+  large.end = at + RANGE_BYTES;
+  atomic_store(&base, at);
   return 1;
 }
 
@@ -58,17 +72,39 @@ static int is_open(void) {
       notice("concordia: addresses cannot be kept: that takes one GPU, and a driver with virtual "
              "memory");
   }
-  return state == OPEN && count < KEPT_MAX;
+  return state == OPEN;
 }
 
-// With the lock: the lowest gap; its index among them, or -1.
-static int gap_for(uint64_t bytes, uint64_t *address) {
-  uint64_t at = base;
+int addresses_has(uint64_t address) {
+  uint64_t start = atomic_load(&base);
+  return start && address - start < RANGE_BYTES;
+}
+
+static uint64_t granule_of(uint64_t address) { return address - (address - small.start) % granule; }
+
+// Where so many bytes can begin at or behind an address. What is small lies in one granule: a copy
+// across two mappings is not for every call.
+static uint64_t fitting(uint64_t at, uint64_t bytes) {
+  uint64_t end = granule_of(at) + granule;
+  return bytes <= granule && at + bytes > end ? end : at;
+}
+
+// With the lock: the lowest gap; its index among what is there, or -1.
+static int gap_for(const struct part *part, uint64_t bytes, uint64_t *address) {
+  uint64_t at = fitting(part->start, bytes);
   int index = 0;
-  for (; index < count && kept[index].address - at < bytes; index++)
-    at = kept[index].address + kept[index].bytes;
+  if (part->count == KEPT_MAX) return -1;
+  for (; index < part->count && at + bytes > part->kept[index].address; index++)
+    at = fitting(part->kept[index].address + part->kept[index].bytes, bytes);
   *address = at;
-  return at + bytes <= base + RANGE_BYTES ? index : -1;
+  return at + bytes <= part->end ? index : -1;
+}
+
+// With the lock.
+static int granule_is_used(uint64_t start) {
+  for (int i = 0; i < small.count && small.kept[i].address < start + granule; i++)
+    if (small.kept[i].address >= start) return 1;
+  return 0;
 }
 
 static CUresult map_at(uint64_t address, uint64_t bytes) {
@@ -87,36 +123,44 @@ static CUresult map_at(uint64_t address, uint64_t bytes) {
 }
 
 // With the lock.
-static CUresult made(CUdeviceptr *address, uint64_t bytes) {
-  uint64_t at, size = (bytes + granule - 1) / granule * granule;
-  int index = gap_for(size, &at);
+static CUresult made(struct part *part, CUdeviceptr *address, uint64_t bytes) {
+  uint64_t at, start;
+  int index = gap_for(part, bytes, &at);
   if (index < 0) return ADDRESSES_NONE;
-  CUresult result = map_at(at, size);
+  CUresult result = CUDA_SUCCESS;
+  if (part == &large) result = map_at(at, bytes);
+  else if (!granule_is_used(start = granule_of(at))) result = map_at(start, granule);
   if (result != CUDA_SUCCESS) return result == CUDA_ERROR_OUT_OF_MEMORY ? result : ADDRESSES_NONE;
-  memmove(&kept[index + 1], &kept[index], (size_t)(count - index) * sizeof *kept);
-  kept[index] = (struct kept){at, size};
-  count++;
+  struct kept *place = &part->kept[index];
+  memmove(place + 1, place, (size_t)(part->count - index) * sizeof *place);
+  *place = (struct kept){at, bytes};
+  part->count++;
   *address = at;
   return CUDA_SUCCESS;
+}
+
+static uint64_t rounded(uint64_t bytes, uint64_t unit) {
+  return (bytes + unit - 1) / unit * unit;
 }
 
 CUresult addresses_allocate(CUdeviceptr *address, size_t bytes) {
   CUcontext current = NULL;
   CUresult result = ADDRESSES_NONE;
-  if (!policy.keeps_addresses || !IS_PROTECTED() || bytes < LEAST_BYTES || bytes > RANGE_BYTES ||
-      !board_claim())
+  if (!policy.keeps_addresses || !IS_PROTECTED() || !bytes || bytes > RANGE_BYTES || !board_claim())
     return ADDRESSES_NONE;
   if (REAL(cuCtxGetCurrent, &current) != CUDA_SUCCESS || !current) return ADDRESSES_NONE;
   pthread_mutex_lock(&lock);
-  if (is_open()) result = made(address, bytes);
+  if (is_open())
+    result = bytes < LARGE_BYTES ? made(&small, address, rounded(bytes, SMALL_ALIGNMENT))
+                                 : made(&large, address, rounded(bytes, granule));
   pthread_mutex_unlock(&lock);
   return result;
 }
 
 // With the lock; -1: it is not ours.
-static int index_of(CUdeviceptr address) {
-  for (int i = 0; i < count; i++)
-    if (kept[i].address == address) return i;
+static int index_of(const struct part *part, CUdeviceptr address) {
+  for (int i = 0; i < part->count; i++)
+    if (part->kept[i].address == address) return i;
   return -1;
 }
 
@@ -125,9 +169,23 @@ void addresses_forked(void) {
   lock = fresh;
 }
 
+// With the lock.
+static CUresult removed(struct part *part, CUdeviceptr address) {
+  int index = index_of(part, address);
+  if (index < 0) return CUDA_SUCCESS;
+  struct kept *place = &part->kept[index], gone = *place;
+  memmove(place, place + 1, (size_t)(part->count - index - 1) * sizeof *place);
+  part->count--;
+  if (part == &large) return REAL(cuMemUnmap, gone.address, gone.bytes);
+  uint64_t start = granule_of(gone.address);
+  return granule_is_used(start) ? CUDA_SUCCESS : REAL(cuMemUnmap, start, granule);
+}
+
 CUresult addresses_free(CUdeviceptr address) {
+  if (!addresses_has(address)) return ADDRESSES_NONE;
+  struct part *part = address < large.start ? &small : &large;
   pthread_mutex_lock(&lock);
-  int has = index_of(address) >= 0;
+  int has = index_of(part, address) >= 0;
   pthread_mutex_unlock(&lock);
   if (!has) return ADDRESSES_NONE;
   // The driver's own memory waits so, too. What is left when it cannot, beside a capture, stays.
@@ -135,12 +193,7 @@ CUresult addresses_free(CUdeviceptr address) {
   if (result == CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED) return CUDA_SUCCESS;
   if (result != CUDA_SUCCESS) return result;
   pthread_mutex_lock(&lock);
-  int at = index_of(address);
-  if (at >= 0) {
-    result = REAL(cuMemUnmap, address, kept[at].bytes);
-    memmove(&kept[at], &kept[at + 1], (size_t)(count - at - 1) * sizeof *kept);
-    count--;
-  }
+  result = removed(part, address);
   pthread_mutex_unlock(&lock);
   return result;
 }

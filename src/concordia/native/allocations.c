@@ -51,24 +51,25 @@ int is_device_memory(uint64_t address) {
          type == MEMORY_TYPE_DEVICE;
 }
 
-static void came(CUdeviceptr address, uint64_t bytes) {
+static void came(CUdeviceptr address, uint64_t bytes, const char *call) {
+  const struct allocation made = {address, bytes, call};
   if (!IS_PROTECTED() || !bytes || !board_claim()) return;
   protect_lock();
   int is_full = count == ALLOCATIONS_MAX, at = above(address);
   if (!is_full) {
     memmove(&table[at + 1], &table[at], (size_t)(count - at) * sizeof *table);
-    table[at] = (struct allocation){address, bytes};
+    table[at] = made;
     count++;
   }
   protect_unlock();
   if (is_full) protect_lose("more than %d allocations", ALLOCATIONS_MAX);
-  else rules_allocated(address, bytes);
+  else rules_allocated(&made);
 }
 
 // Before the driver: nobody can be given the same address meanwhile.
 static void goes(CUdeviceptr address) {
   if (!IS_PROTECTED()) return;
-  struct allocation found = {0, 0};
+  struct allocation found = {0};
   protect_lock();
   if (allocation_of(address, &found) && found.address == address) {
     int at = above(address) - 1;
@@ -88,7 +89,8 @@ static void goes(CUdeviceptr address) {
     CUresult result = call;                                            \
     if (result == CUDA_ERROR_OUT_OF_MEMORY && regions_drop_copies())   \
       result = call;                                                   \
-    if (result == CUDA_SUCCESS && !(is_node)) came(*(address), bytes); \
+    if (result == CUDA_SUCCESS && !(is_node))                          \
+      came(*(address), bytes, __func__);                               \
     return result;                                                     \
   } while (0)
 
@@ -137,7 +139,7 @@ CUresult cuMemAllocManaged(CUdeviceptr *address, size_t bytes, unsigned int flag
 
 // Takes a mapping without access out of the list; address 0: there is none in this range.
 static struct allocation mapping_taken(uint64_t address, uint64_t bytes) {
-  struct allocation found = {0, 0};
+  struct allocation found = {0};
   protect_lock();
   for (int i = 0; i < mapping_count && !found.address; i++) {
     if (mappings[i].address - address >= bytes) continue;
@@ -155,7 +157,7 @@ CUresult cuMemMap(CUdeviceptr address, size_t bytes, size_t offset,
   if (result != CUDA_SUCCESS || !IS_PROTECTED()) return result;
   protect_lock();
   int is_full = mapping_count == MAPPINGS_MAX;
-  if (!is_full) mappings[mapping_count++] = (struct allocation){address, bytes};
+  if (!is_full) mappings[mapping_count++] = (struct allocation){address, bytes, __func__};
   protect_unlock();
   if (is_full) protect_lose("more than %d mappings without access", MAPPINGS_MAX);
   return result;
@@ -168,7 +170,7 @@ CUresult cuMemSetAccess(CUdeviceptr address, size_t bytes, const CUmemAccessDesc
   if (result != CUDA_SUCCESS || !IS_PROTECTED()) return result;
   for (size_t i = 0; i < count_of_access; i++) is_given |= access[i].flags != 0;
   for (struct allocation found; is_given && (found = mapping_taken(address, bytes)).address;)
-    came(found.address, found.bytes);
+    came(found.address, found.bytes, found.call);
   return result;
 }
 
@@ -200,7 +202,7 @@ CUresult cuMemUnmap(CUdeviceptr address, size_t bytes) {
   int has_gone = 0;
   while (IS_PROTECTED() && mapping_taken(address, bytes).address) continue;
   while (IS_PROTECTED()) {
-    struct allocation found = {0, 0};
+    struct allocation found = {0};
     protect_lock();
     int is_there = is_within(address, bytes, &found);
     protect_unlock();

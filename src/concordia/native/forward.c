@@ -16,7 +16,7 @@
 
 #include "protect.h"
 
-enum { LINE_BYTES = 256, COMPARE_BYTES = 1 << 20 };
+enum { LINE_BYTES = 256, COMPARE_BYTES = 1 << 20, MOVED_SAID = 3 };
 enum { WAIT_SWEEP_MS = 5000 };  // for a thread that frees what was of regions that are gone
 
 struct saved {
@@ -103,6 +103,14 @@ static void restore_one(const struct region *region, const struct saved *row, ui
     protect_lose("region %s cannot be written: error %d of the driver", region->name, result);
 }
 
+// Where addresses are kept: what is not, and whose it is.
+static void say_moved(const struct region *region, uint64_t before) {
+  const char *why = addresses_has(region->address) ? "in another order than before"
+                                                   : "which is not kept";
+  notice("concordia: region %s of %lu bytes was at 0x%lx and is at 0x%lx: allocated by %s, %s",
+         region->name, region->bytes, before, region->address, region->call, why);
+}
+
 void forward_restore(void) {
   static struct region *here[REGIONS_MAX];
   uint8_t *buffer = malloc(COMPARE_BYTES);
@@ -123,8 +131,10 @@ void forward_restore(void) {
   if (!buffer || REAL(cuCtxSynchronize) != CUDA_SUCCESS)
     protect_lose("what ran before does not end well");
   for (int i = 0; i < count; i++) {
-    moved += here[i]->address != saved_of(here[i])->address;
-    restore_one(here[i], saved_of(here[i]), buffer);
+    const struct saved *row = saved_of(here[i]);
+    if (here[i]->address != row->address && moved++ < MOVED_SAID && policy.keeps_addresses)
+      say_moved(here[i], row->address);
+    restore_one(here[i], row, buffer);
   }
   free(buffer);
   if (REAL(cuCtxSynchronize) != CUDA_SUCCESS) protect_lose("the regions cannot be written");

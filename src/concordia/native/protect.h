@@ -119,6 +119,7 @@ int kernel_argument(const struct kernel *kernel, void **parameters, void **extra
 // --- allocations.c
 struct allocation {
   uint64_t address, bytes;
+  const char *call;  // of the program's, that made it
 };
 int allocation_of(uint64_t address, struct allocation *found);  // with the lock
 int is_device_memory(uint64_t address);                          // without
@@ -127,6 +128,7 @@ int is_device_memory(uint64_t address);                          // without
 enum { ADDRESSES_NONE = -1 };  // no result of the driver
 CUresult addresses_allocate(CUdeviceptr *address, size_t bytes);  // or ADDRESSES_NONE: ask the driver
 CUresult addresses_free(CUdeviceptr address);                     // likewise
+int addresses_has(uint64_t address);  // whether it lies in the range of what is kept
 
 // --- stack.c
 int stack_matches(const char *pattern);
@@ -134,6 +136,7 @@ int stack_matches(const char *pattern);
 // --- regions.c; all with the lock unless it says otherwise
 struct region {
   char name[NAME_MAX_BYTES];
+  const char *call;  // that allocated it
   uint64_t address, bytes, pages, stage_offset;
   CUdeviceptr copy;  // on the device, as it was at the last point
   uint8_t *marks;    // by page, of what the host saw being written
@@ -146,7 +149,7 @@ extern int region_count;
 extern uint64_t regions_generation;
 extern uint64_t window_base;  // kernels mark what lies in [window_base, + CONTROL_WINDOW_BYTES)
 extern CUdeviceptr window_map;  // its first copy
-void regions_add(const char *name, uint64_t address, uint64_t bytes);  // without the lock
+void regions_add(const char *name, const struct allocation *at);  // without the lock
 void regions_freed(uint64_t address, uint64_t bytes);                  // without the lock
 int regions_drop_copies(void);  // without the lock; whether there is more memory now
 void regions_sweep(void);  // without the lock, while no copy is in use: frees those of the gone
@@ -155,7 +158,7 @@ uint64_t regions_place(uint64_t word, uint64_t at);
 CUcontext regions_context(void);
 
 // --- region_rules.c; without the lock
-void rules_allocated(uint64_t address, uint64_t bytes);
+void rules_allocated(const struct allocation *made);
 void rules_launched(const struct kernel *, const struct launch *);
 
 // --- marks.c; without the lock

@@ -13,11 +13,11 @@
 static uint64_t matched[RULES_MAX];  // allocations that a rule has met; with the lock
 static _Atomic uint64_t done_rules;  // kernel rules that have their region
 
-void rules_allocated(uint64_t address, uint64_t bytes) {
+void rules_allocated(const struct allocation *made) {
   for (int i = 0; i < policy.rule_count; i++) {
     const struct rule *rule = &policy.rules[i];
     char name[NAME_MAX_BYTES + 24];
-    if (rule->kernel[0] || bytes < rule->size_min || bytes > rule->size_max) continue;
+    if (rule->kernel[0] || made->bytes < rule->size_min || made->bytes > rule->size_max) continue;
     if (rule->stack[0] && !stack_matches(rule->stack)) continue;
     protect_lock();
     uint64_t ordinal = matched[i]++;
@@ -25,7 +25,7 @@ void rules_allocated(uint64_t address, uint64_t bytes) {
     if (rule->ordinal >= 0 && (uint64_t)rule->ordinal != ordinal) continue;
     if (rule->ordinal >= 0) snprintf(name, sizeof name, "%s", rule->name);
     else snprintf(name, sizeof name, "%s.%lu", rule->name, ordinal);
-    regions_add(name, address, bytes);
+    regions_add(name, made);
     return;  // the first rule that names it
   }
 }
@@ -33,7 +33,7 @@ void rules_allocated(uint64_t address, uint64_t bytes) {
 void rules_launched(const struct kernel *kernel, const struct launch *launch) {
   uint64_t rules = kernel->rules & ~atomic_load(&done_rules);
   for (int i = 0; rules; i++, rules >>= 1) {
-    struct allocation found = {0, 0};
+    struct allocation found = {0};
     const struct rule *rule = &policy.rules[i];
     uint64_t word;
     if (!(rules & 1)) continue;
@@ -53,6 +53,8 @@ void rules_launched(const struct kernel *kernel, const struct launch *launch) {
                    rule->argument, kernel->name, bytes);
       return;
     }
-    regions_add(rule->name, start, bytes);
+    found.address = start;
+    found.bytes = bytes;
+    regions_add(rule->name, &found);
   }
 }

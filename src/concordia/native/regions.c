@@ -91,10 +91,12 @@ static void drop(struct region *region) {
   free(region);
 }
 
-static struct region *made(const char *name, uint64_t address, uint64_t bytes) {
+static struct region *made(const char *name, const struct allocation *at) {
   struct region *region = calloc(1, sizeof *region);
+  uint64_t address = at->address, bytes = at->bytes;
   if (!region) return NULL;
   snprintf(region->name, sizeof region->name, "%s", name);
+  region->call = at->call;
   region->address = address;
   region->bytes = bytes;
   region->pages = (bytes + MARK_BYTES - 1) / MARK_BYTES;
@@ -140,7 +142,7 @@ uint64_t regions_place(uint64_t word, uint64_t at) {
 }
 
 // With `adding`.
-static void add_alone(const char *name, uint64_t address, uint64_t bytes) {
+static void add_alone(const char *name, const struct allocation *at) {
   CUcontext current = NULL;
   REAL(cuCtxGetCurrent, &current);
   if (!context) context = current;
@@ -153,12 +155,12 @@ static void add_alone(const char *name, uint64_t address, uint64_t bytes) {
     return;
   }
   if (!board_word() || !reads_register()) return;
-  make_window(address);
+  make_window(at->address);
   saver_prepare();
   if (!IS_PROTECTED()) return;
-  struct region *region = made(name, address, bytes);
+  struct region *region = made(name, at);
   if (!region) {
-    protect_lose("no memory for the copy of region %s, %lu bytes", name, bytes);
+    protect_lose("no memory for the copy of region %s, %lu bytes", name, at->bytes);
     return;
   }
   if (!is_placed(region)) {
@@ -174,11 +176,11 @@ static void add_alone(const char *name, uint64_t address, uint64_t bytes) {
   protect_unlock();
 }
 
-void regions_add(const char *name, uint64_t address, uint64_t bytes) {
+void regions_add(const char *name, const struct allocation *at) {
   int mode = CU_STREAM_CAPTURE_MODE_RELAXED;
   REAL(cuThreadExchangeStreamCaptureMode, &mode);  // another stream may be capturing
   pthread_mutex_lock(&adding);
-  if (IS_PROTECTED()) add_alone(name, address, bytes);
+  if (IS_PROTECTED()) add_alone(name, at);
   pthread_mutex_unlock(&adding);
   REAL(cuThreadExchangeStreamCaptureMode, &mode);
 }
