@@ -24,6 +24,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_S = 240.0  # longest that one life may take; a first start compiles and imports
+COUNT = 500  # lines of a whole run
+LIFE_LINES = (100, 220)  # of one life until it is killed: the first checkpoint has all pages, and takes as long as many steps
+KILLS = int(os.environ.get("CONCORDIA_TEST_KILLS", "2"))  # at two, one is of a program that was resumed itself
 PROGRAMS = {"training": ("plain_training.py", "--steps"), "generation": ("plain_generation.py", "--tokens")}
 SCAN = "[images]\nentry_hooks = false\nstore_marks = false\n"
 TRIGGERS = {
@@ -32,11 +35,15 @@ TRIGGERS = {
 }
 
 
+PLAIN: dict[tuple[str, int], list[str]] = {}  # what runs without us have said
+
+
 class Place:
     """Policy, journal and run folders of one test."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.plain_runs: dict[tuple[str, int], subprocess.Popen[str]] = {}
         self.journal = Path("/dev/shm") / f"concordia-gpu-program-{os.getpid()}"
         self.runs = Path("/tmp") / f"concordia-runs-{os.getpid()}"
 
@@ -58,10 +65,24 @@ class Place:
         program = [sys.executable, str(ROOT / "examples" / script), flag, str(count)]
         return program if policy is None else [sys.executable, "-m", "concordia.cli", "run", "--policy", str(policy), "--", *program]
 
+    def start_plain(self, name: str, count: int) -> None:
+        """Beside what is tested: `plain` waits for it."""
+        if (name, count) not in PLAIN and (name, count) not in self.plain_runs:
+            errors = (self.folder / f"plain-{name}").open("w")
+            self.plain_runs[name, count] = subprocess.Popen(
+                self.command(name, count, None), env=self.environment(), stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+            errors.close()
+
     def plain(self, name: str, count: int) -> list[str]:
-        done = subprocess.run(self.command(name, count, None), env=self.environment(), capture_output=True, text=True, timeout=RUN_S, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout.splitlines()
+        """What it says without us: one run of it for all tests."""
+        if (name, count) not in PLAIN:
+            self.start_plain(name, count)
+            run = self.plain_runs[name, count]
+            said, _ = run.communicate(timeout=RUN_S)
+            assert run.returncode == 0, (self.folder / f"plain-{name}").read_text()[-3000:]
+            PLAIN[name, count] = said.splitlines()
+        return PLAIN[name, count]
 
     def report(self) -> dict[str, Any]:
         newest = max((self.runs / "runs").iterdir(), key=lambda path: path.stat().st_mtime)
@@ -109,6 +130,9 @@ class Life:
 def place(tmp_path: Path) -> Iterator[Place]:
     found = Place(tmp_path)
     yield found
+    for run in found.plain_runs.values():
+        run.kill()
+        run.communicate(timeout=30)
     owner = [sys.executable, "-c", f"from concordia.journal.client import JournalClient as C\nfrom pathlib import Path\nC.connect(Path({str(found.journal)!r})).shutdown()"]
     subprocess.run(owner, env=found.environment(), capture_output=True, timeout=30, check=False)
     shutil.rmtree(found.journal, ignore_errors=True)
@@ -136,27 +160,28 @@ def test_resumed_program_says_what_an_unfailed_one_says_when_it_was_killed(place
     seed = int(os.environ.get("PROGRAM_SEED", random.randrange(1 << 20)))
     print(f"PROGRAM_SEED={seed}")
     rng = random.Random(seed)
-    count = 800
-    wanted = place.plain(name, count)
-    assert wanted == place.plain(name, count), "the program itself is not the same twice"
+    place.start_plain(name, COUNT)
     policy = place.policy(trigger, images=images, is_kept=is_kept)
     reached = 0
-    for _ in range(3):
-        life = Life(place, name, count, policy)
-        life.read(min(count - 20, reached + rng.randint(100, 220)))
+    started = time.monotonic()
+    for _ in range(KILLS):
+        life = Life(place, name, COUNT, policy)
+        life.read(min(COUNT - 20, reached + rng.randint(*LIFE_LINES)))
         time.sleep(rng.random() * 0.05)  # anywhere in the next steps
         life.kill()
+        print(f"{time.monotonic() - started:.0f} s: killed after {len(life.lines)} lines")
         report = place.report()
         print({key: value for key, value in report.items() if key != "regions"}, life.errors.read_text()[-400:])
         assert report["lost"] == ""
         assert report["missed_pages"] == 0
         assert report["audits"] > 0
-        assert life.lines == wanted[: len(life.lines)]
+        assert life.lines == place.plain(name, COUNT)[: len(life.lines)]
         reached = len(life.lines)
-    last = Life(place, name, count, policy)
+    last = Life(place, name, COUNT, policy)
     assert last.end() == 0, last.errors.read_text()[-3000:]
-    assert last.lines == wanted
+    assert last.lines == place.plain(name, COUNT)
     errors = last.errors.read_text()
+    print(f"{time.monotonic() - started:.0f} s: ended", errors[-1000:])
     assert "concordia: resumed at point" in errors, errors[-3000:]
     assert not is_kept or "have other addresses" not in errors, errors[-3000:]
     report = place.report()
@@ -170,12 +195,13 @@ def test_resumed_program_says_what_an_unfailed_one_says_when_it_was_killed(place
 def test_program_is_refused_when_it_is_another_one(place: Place) -> None:
     pytest.importorskip("torch", reason="torch is not installed")
     policy = place.policy("synchronize", audit=0)
-    life = Life(place, "training", 800, policy)
+    place.start_plain("training", COUNT)
+    life = Life(place, "training", COUNT, policy)
     life.read(200)
     life.kill()
     other = Life(place, "generation", 50, policy)
     assert other.end() == 70
     assert "cannot resume" in other.errors.read_text()
-    again = Life(place, "training", 300, policy)
+    again = Life(place, "training", COUNT, policy)
     assert again.end() == 0, again.errors.read_text()[-3000:]
-    assert again.lines == place.plain("training", 300)
+    assert again.lines == place.plain("training", COUNT)

@@ -1,7 +1,8 @@
 """A vLLM engine under a policy: what its steps change is marked.
 
-Invariants: over every point of an engine that fills its KV in full graphs, no page of a region changed that was not marked; the engine says
-the tokens that it says without us; protection lasts to its end.
+Invariants: the regions are the KV of each layer and nothing else; over every point of an engine that fills it in full graphs, round after
+round, no page of a region changed that was not marked, and pages of each did change; the engine says the tokens that it says without us;
+protection lasts to its end.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from child import HERE
 from test_gpu_program import Place, place  # noqa: F401  # a fixture
+from vllm_program import KV_LAYER_BYTES, LAYERS
 
-from concordia.testing.model import make_model
+from concordia.testing.model import SHAPES, make_model
 
 ENGINE_S = 220.0
+ROUNDS = 8  # of 400 steps: with copies, comparisons and hashes some 10 seconds
+AUDITS = 10  # at least: each compares all pages by the host, which takes as long as many steps
 POLICY = """
 [program]
 series = "vllm"
@@ -30,9 +35,9 @@ size = "6GiB"
 stage = "1GiB"
 [[region]]
 name = "kv"
-size = ["12MiB", "20MiB"]
+size = "{size}B"
 [[trigger]]
-on = "stream-synchronize"
+on = "graph-launch"
 interval_ms = 5
 """
 
@@ -41,23 +46,28 @@ interval_ms = 5
 def test_no_page_of_the_kv_changes_unmarked_when_an_engine_decodes_in_graphs(place: Place, tmp_path: Path) -> None:  # noqa: F811
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm for CUDA is not installed")
+    assert SHAPES["140m"]["num_hidden_layers"] == LAYERS
     make_model(tmp_path / "model", shape="140m")
     policy = tmp_path / "vllm.toml"
-    policy.write_text(POLICY.format(journal=place.journal))
-    program = [sys.executable, str(HERE / "vllm_program.py"), str(tmp_path / "model"), "1", "0"]
+    policy.write_text(POLICY.format(journal=place.journal, size=KV_LAYER_BYTES))
+    program = [sys.executable, str(HERE / "vllm_program.py"), str(tmp_path / "model"), "1", "0", str(ROUNDS)]
     front = [sys.executable, "-m", "concordia.cli", "run", "--policy", str(policy), "--"]
     said = []
     for words in (program, [*front, *program]):
+        started = time.monotonic()
         done = subprocess.run(words, env=place.environment(), capture_output=True, text=True, timeout=ENGINE_S, check=False)
-        print(done.stderr[-3000:])
+        print(f"{time.monotonic() - started:.0f} s:", done.stderr[-3000:])
         assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-6000:]
         said.append(json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1]))
     report = place.report()
-    for row in report["regions"]:
-        print(f"{row['name']}: {row['pages_changed']} changed of {row['pages_marked']} marked of {row['posts'] * row['pages']} pages")
     print({key: value for key, value in report.items() if key != "regions"})
+    for row in report["regions"]:
+        changed, marked = row["pages_changed"], row["pages_marked"]
+        print(f"{row['name']}: precision {changed / max(marked, 1):.3f}: {changed} changed of {marked} marked of {row['posts'] * row['pages']} pages")
     assert said[1] == said[0]
     assert report["lost"] == ""
+    assert [(row["name"], row["bytes"]) for row in report["regions"]] == [(f"kv.{i}", KV_LAYER_BYTES) for i in range(LAYERS)]
     assert report["missed_pages"] == 0
-    assert report["audits"] >= 3  # each compares all pages by the host, which takes as long as many steps
-    assert sum(row["pages_changed"] for row in report["regions"]) > 0
+    assert report["audits"] >= AUDITS
+    assert [row["name"] for row in report["regions"] if row["posts"] >= 2 and not row["pages_changed"]] == []
+    assert min(row["posts"] for row in report["regions"]) >= 2
