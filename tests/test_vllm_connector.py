@@ -26,85 +26,17 @@ from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.model_executor.layers.attention import attention, kv_transfer_utils
-from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
-from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
-    KVCacheConfig,
-    KVCacheGroupSpec,
-    SlidingWindowSpec,
-)
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from concordia import config
 from concordia.integrations.vllm import compat, plugin
 from concordia.integrations.vllm.connector import ConcordiaConnector
-from concordia.integrations.vllm.identity import seed_bytes
 from concordia.integrations.vllm.load import Load
 from concordia.integrations.vllm.metadata import StepMetadata, WorkerReport
 from concordia.journal.client import JournalClient
 from concordia.journal.owner import spawn_owner
 from concordia.journal.record import request_key
-
-BLOCKS, HEADS, TOKENS, DIM = 16, 2, 32, 8
-
-
-def vllm_config(journal: pathlib.Path, **more: Any) -> Any:
-    """As much of a VllmConfig as a connector reads."""
-    parallel = {"world_size": 1, "decode_context_parallel_size": 1, "pipeline_parallel_size": 1, **more.pop("parallel", {})}
-    extra = {"journal": str(journal), "replica": 3, **more.pop("extra", {})}
-    return SimpleNamespace(
-        kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra, is_kv_producer=True),
-        parallel_config=SimpleNamespace(**parallel),
-        scheduler_config=SimpleNamespace(async_scheduling=more.pop("is_async", False)),
-        speculative_config=more.pop("speculative", None),
-        cache_config=SimpleNamespace(cache_dtype=more.pop("cache_dtype", "auto"), **more.pop("cache", {})),
-        model_config=SimpleNamespace(**{"model": "m", "dtype": torch.bfloat16, "hf_config": None} | more),
-    )
-
-
-def spec(kind: Any = FullAttentionSpec, **more: Any) -> Any:
-    return kind(block_size=TOKENS, num_kv_heads=HEADS, head_size=DIM, dtype=torch.bfloat16, **more)
-
-
-def cache_config(*specs: Any) -> KVCacheConfig:
-    groups = [KVCacheGroupSpec(layer_names=[f"l{i}"], kv_cache_spec=one) for i, one in enumerate(specs or (spec(),))]
-    return KVCacheConfig(num_blocks=BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
-
-
-def tensors() -> dict[str, torch.Tensor]:
-    return {f"l{i}": torch.zeros(BLOCKS, HEADS, TOKENS, 2 * DIM, dtype=torch.bfloat16) for i in range(2)}
-
-
-def asked(name: str, tokens: int, **more: Any) -> Any:
-    fields = {
-        "request_id": name, "all_token_ids": list(range(tokens)), "prompt_token_ids": list(range(tokens)),
-        "kv_transfer_params": None, "mm_features": [], "lora_request": None, "cache_salt": None, "prompt_embeds": None,
-    }  # fmt: skip
-    return SimpleNamespace(**fields | more)
-
-
-def step_of(*new: tuple[str, list[int], int, int], cached: tuple[tuple[str, list[int], int, int], ...] = (), **more: Any) -> Any:
-    """A step of new and running requests: (name, blocks, computed, count)."""
-    counts = {name: count for name, _, _, count in (*new, *cached)}
-    data = CachedRequestData.make_empty()
-    for name, blocks, computed, _ in cached:
-        data.req_ids.append(name)
-        data.new_block_ids.append((blocks,) if blocks else None)
-        data.num_computed_tokens.append(computed)
-    output = SchedulerOutput.make_empty()
-    output.scheduled_new_reqs = [
-        NewRequestData(name, list(range(count)), [], None, None, (blocks,), computed, None)
-        for name, blocks, computed, count in new
-    ]
-    output.scheduled_cached_reqs = data
-    output.num_scheduled_tokens = counts
-    output.total_num_scheduled_tokens = sum(counts.values())
-    for name, value in more.items():
-        setattr(output, name, value)
-    return output
-
-
-def blocks_of(*ids: int) -> Any:
-    return SimpleNamespace(get_block_ids=lambda: (list(ids),))
+from vllm_facts import asked, blocks_of, cache_config, spec, step_of, tensors, vllm_config
 
 
 @pytest.fixture(scope="module")
@@ -430,43 +362,6 @@ def test_request_is_not_restored_when_another_model_of_that_geometry_computed_it
     client.close()
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"model": "another"},
-        {"model_weights": "s3://bucket/another"},
-        {"revision": "2"},
-        {"code_revision": "2"},
-        {"dtype": torch.float16},
-        {"quantization": "fp8"},
-        {"quantization_config": {"linear": "fp8"}},
-        {"model_impl": "transformers"},
-        {"hf_config": {"rope_theta": 10000}},
-        {"hf_config": SimpleNamespace(_commit_hash="2")},
-        {"hf_text_config": SimpleNamespace(original_max_position_embeddings=4096), "max_model_len": 8192},
-        {"cache_dtype": "fp8"},
-        {"cache": {"kv_cache_dtype_skip_layers": ["0"]}},
-        {"parallel": {"world_size": 2}},
-        {"speculative": SimpleNamespace(method="ngram")},
-    ],
-    ids=lambda other: next(iter(other)),
-)
-def test_identity_differs_when_what_computes_the_kv_does(other: dict[str, Any]) -> None:
-    path = pathlib.Path("/nowhere")
-    plain, repeated = (seed_bytes(compat.model_identity(vllm_config(path))) for _ in range(2))
-    assert plain == repeated
-    assert seed_bytes(compat.model_identity(vllm_config(path, **other))) != plain
-
-
-def test_longer_context_is_another_model_only_when_it_passes_the_trained_length() -> None:
-    def identity(length: int) -> Any:
-        text = SimpleNamespace(rope_parameters={"original_max_position_embeddings": 4096})
-        return compat.model_identity(vllm_config(pathlib.Path("/nowhere"), hf_text_config=text, max_model_len=length))
-
-    assert identity(2048) == identity(4096)
-    assert identity(4097) != identity(4096)
-
-
 def test_request_is_named_and_served_when_its_adapter_changed_under_the_engine(
     pair: tuple[ConcordiaConnector, ConcordiaConnector], journal: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -506,12 +401,6 @@ def test_engine_says_once_why_it_is_not_protected_when_it_cannot_be(
     assert words in (scheduler._door.reason or "")
     eventually(journal, lambda e: e["event"] == "unprotected" and words in e["reason"])
     scheduler.shutdown()
-
-
-def test_blocks_are_looked_at_in_steps_only_when_the_engine_may_give_its_memory_away() -> None:
-    path = pathlib.Path("/nowhere")
-    assert compat.may_sleep(vllm_config(path, enable_sleep_mode=True))
-    assert not compat.may_sleep(vllm_config(path))
 
 
 def test_reports_add_up_to_the_worst_rank_when_they_are_joined() -> None:
