@@ -1,4 +1,4 @@
-"""integrations/vllm/write_set.py, identity.py.
+"""integrations/vllm/write_set.py.
 
 Invariants: every token of a protected request is appended or named by a key once its step is over; drafts never are; a key never names
 other bytes than the ones it was given for; KV computed anew has a new incarnation; blocks handed out are all reported.
@@ -7,40 +7,15 @@ other bytes than the ones it was given for; KV computed anew has a new incarnati
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import pytest
 
-from concordia import config
-from concordia.errors import UsageError
-from concordia.integrations.vllm.identity import (
-    Identity,
-    KeyChain,
-    Roll,
-    parse_identity,
-    private_key,
-)
+from concordia.integrations.vllm.identity import KeyChain, private_key
 from concordia.integrations.vllm.named_blocks import NamedBlocks
 from concordia.integrations.vllm.retry import Retries
-from concordia.integrations.vllm.step_writes import Scheduled, StepWrites, runs_of
-from concordia.integrations.vllm.track import Track
+from concordia.integrations.vllm.step_writes import Scheduled, runs_of
 from concordia.integrations.vllm.write_set import WriteSet
-
-SIZE = 4
-SEED = b"model"
-
-
-def track(name: str, tokens: list[int], *, seed: bytes | None = SEED) -> Track:
-    chain = None if seed is None else KeyChain(seed, block_tokens=SIZE)
-    return Track(Identity(name=name), chain, tokens)
-
-
-def new(request: str, blocks: list[int], end: int, *, start: int = 0, hit: int = 0, **more: Any) -> Scheduled:
-    return Scheduled(request, blocks, True, start, end, hit=hit, **more)
-
-
-def more(request: str, start: int, end: int, blocks: tuple[int, ...] = (), drafts: int = 0) -> Scheduled:
-    return Scheduled(request, blocks, False, start, end, drafts)
+from write_set_steps import SEED, SIZE, more, new, track
 
 
 def test_prefill_appends_full_blocks_and_a_tail_when_a_request_starts() -> None:
@@ -330,126 +305,6 @@ def test_every_token_is_covered_once_when_engines_do_random_things() -> None:
         assert covered == set(range(computed))
         if computed == len(tokens):
             tokens.append(rng.randrange(100))
-
-
-@pytest.mark.parametrize(
-    "own",
-    [
-        3,
-        {"request": ""},
-        {"request": "x" * 300},
-        {"incarnation": -1},
-        {"incarnation": True},
-        {"restore": "yes"},
-        {"cohort": {"size": 2}},
-        {"cohort": {"id": "c", "deadline_s": "soon"}},
-    ],
-)
-def test_identity_is_refused_when_no_router_would_send_it(own: object) -> None:
-    with pytest.raises(UsageError):
-        parse_identity({"concordia": own}, fallback="f")
-
-
-def test_name_is_taken_once_when_many_requests_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "NAMES_REMEMBERED", 2)
-    roll = Roll()
-    roll.enter(Identity(name="a"))
-    roll.enter(Identity(name="a", incarnation=2))
-    with pytest.raises(UsageError, match="was here"):
-        roll.enter(Identity(name="a"))
-    roll.enter(Identity(name="b"))
-    roll.enter(Identity(name="a"))  # the oldest is forgotten, so that memory has a bound
-
-
-def test_identity_is_the_fallback_when_a_client_sends_none() -> None:
-    assert parse_identity(None, fallback="f") == Identity(name="f")
-    assert parse_identity({"concordia": False}, fallback="f").is_disabled
-    routed = parse_identity({"concordia": {"request": "r", "restore": True, "tokens": 9}}, fallback="f")
-    assert (routed.name, routed.is_routed, routed.is_restore, routed.tokens_known) == ("r", True, True, 9)
-
-
-def fill_together(held: WriteSet, count: int) -> StepWrites:
-    """Requests whose next block is full after this step, all in one."""
-    for i in range(count):
-        held.tracks[f"r{i}"] = track(f"r{i}", [i, 1, 2, 3])
-    held.step([new(f"r{i}", [10 + i], 3) for i in range(count)], step=1)
-    return held.step([more(f"r{i}", 3, 4) for i in range(count)], step=2)
-
-
-def test_blocks_that_fill_together_follow_over_the_next_steps_when_tails_are_rows() -> None:
-    held = WriteSet(block_tokens=SIZE)
-    held.spread(True)
-    done = fill_together(held, 12)
-    assert sum(len(write.full) for write in done.writes) == config.FULL_BLOCKS_AT_ONCE
-    assert [write.tail for write in done.writes if write.tail] == [(3, 4, 10 + i) for i in range(2, 12)]
-    # a key names a whole block only
-    assert {note.request for note in done.notes} == {"r0", "r1"}
-    sent = {block for write in done.writes for _, block in write.full}
-    for i in range(12):
-        held.tracks[f"r{i}"].tokens += [9]  # type: ignore[operator]
-    for step in range(3, 9):
-        done = held.step([more(f"r{i}", step + 1, step + 2, (100 * step + i,) if step % 4 == 3 else ()) for i in range(12)], step=step)
-        late = [write for write in done.writes if write.full == write.full[:1] and write.tail is None and write.full]
-        assert len(late) <= 4
-        sent |= {block for write in late for _, block in write.full}
-    assert sent >= set(range(10, 22))
-    assert all(not held.tracks[f"r{i}"].late or held.tracks[f"r{i}"].late[0] > 0 for i in range(12))
-
-
-def test_block_goes_out_at_once_when_its_tail_would_be_the_block() -> None:
-    held = WriteSet(block_tokens=SIZE)
-    done = fill_together(held, 12)
-    assert sum(len(write.full) for write in done.writes) == 12
-
-
-@pytest.mark.parametrize("how", ["preempted", "back elsewhere", "gone", "lost", "resting", "rewound", "other model"])
-def test_late_block_is_never_read_when_it_may_hold_other_bytes(how: str) -> None:
-    held = WriteSet(block_tokens=SIZE)
-    held.spread(True)
-    fill_together(held, 6)
-    assert held.tracks["r5"].late == [0]
-    others = [more(f"r{i}", 4, 5, (50 + i,)) for i in range(5)]
-    if how == "gone":
-        held.finish("r5", step=3)
-    elif how == "lost":
-        held.lose("r5")
-    elif how == "resting":
-        held.rewind("r5", 0)
-        held.tracks["r5"].is_resting = True
-    elif how == "rewound":
-        held.rewind("r5", 2)
-    elif how == "other model":
-        held.forget_blocks(7)
-    elif how == "back elsewhere":
-        others.append(new("r5", [99], 3))
-    written: list[Any] = []
-    for step in range(3, 12):
-        done = held.step(others, step=step, given=[15] if how == "preempted" else [])
-        written += [w for w in done.writes if any(block == 15 for _, block in w.full) or (w.tail and w.tail[2] == 15)]
-        others = []
-    assert written == []
-
-
-def test_late_block_follows_when_its_request_runs_again() -> None:
-    held = WriteSet(block_tokens=SIZE)
-    held.spread(True)
-    fill_together(held, 6)
-    for step in range(3, 9):
-        assert held.step([], step=step).writes == []
-    done = held.step([more("r5", 4, 5, (55,))], step=9)
-    done.writes += held.step([more("r5", 5, 6)], step=10).writes
-    assert ((0, 15),) in [write.full for write in done.writes]
-
-
-def test_whoever_shares_a_late_block_appends_it_itself() -> None:
-    held = WriteSet(block_tokens=SIZE)
-    held.spread(True)
-    fill_together(held, 6)
-    held.tracks["b"] = track("b", [5, 1, 2, 3, 9])
-    done = held.step([new("b", [15, 60], 5, start=4, hit=4)], step=3)
-    (write,) = [write for write in done.writes if write.request == "b"]
-    assert write.full == ((0, 15),)
-    assert not [write for write in done.writes if write.request == "r5"]
 
 
 def test_changes_teach_the_same_as_the_whole_list_when_keys_come_and_go() -> None:
