@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -258,7 +258,7 @@ def test_prose_states_the_bound_when_it_changes() -> None:
 
 def test_version_is_another_when_options_are(ground: Ground, tmp_path: pathlib.Path) -> None:
     found = set()
-    for options in (OPTIONS, replace(OPTIONS, exit=False), replace(OPTIONS, page_shift=12), replace(OPTIONS, deny=("a",))):
+    for options in (OPTIONS, OPTIONS.replaced(exit=False), OPTIONS.replaced(page_shift=12), OPTIONS.replaced(deny=("a",))):
         shutil.rmtree(ground.run.path)
         ground.run.path.mkdir(mode=0o700)
         ground.options = options
@@ -309,7 +309,7 @@ def test_original_comes_out_when_it_is_switched_off_or_has_no_run(ground: Ground
 
 def test_original_comes_out_when_the_cache_is_damaged(ground: Ground, source: pathlib.Path, original: bytes) -> None:
     ground.place()
-    cache = ImageCache(ground.cache, replace(OPTIONS, assembler=True).key())
+    cache = ImageCache(ground.cache, OPTIONS.replaced(assembler=True).key())
     cache.path(image_key(source.read_bytes())).write_bytes(b"CNCIMG01 and something else")
     assert ground.assemble(source).returncode == 0
     assert output(source).read_bytes() == original
@@ -386,7 +386,7 @@ def test_triton_is_not_told_when_the_stand_in_does_not_start(ground: Ground) -> 
 
 
 def test_nothing_is_placed_when_machine_code_cannot_be_read(tmp_path: pathlib.Path) -> None:
-    assert place_stand_in(tmp_path, replace(OPTIONS, arch=100), {}) == StandIn(why_not="machine code for sm_100 cannot be read")
+    assert place_stand_in(tmp_path, OPTIONS.replaced(arch=100), {}) == StandIn(why_not="machine code for sm_100 cannot be read")
 
 
 def test_all_are_marked_when_many_are_assembled_at_once(ground: Ground, text: str, tmp_path: pathlib.Path) -> None:
@@ -455,13 +455,13 @@ def test_modules_are_marked_when_a_program_runs_triton_under_us(
 @pytest.fixture(scope="session")
 def hooked(text: str, real: str, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     source = tmp_path_factory.mktemp("hooked") / "hooked.ptx"
-    source.write_bytes(rewrite(text.encode(), replace(OPTIONS, assembler=True)).image)
+    source.write_bytes(rewrite(text.encode(), OPTIONS.replaced(assembler=True)).image)
     done = assemble(real, source)
     assert done.returncode == 0, done.stderr
     return output(source).read_bytes()
 
 
-OTHERS = [replace(OPTIONS, page_shift=12), replace(OPTIONS, marks=False), replace(OPTIONS, deny=("softmax*",))]
+OTHERS = [OPTIONS.replaced(page_shift=12), OPTIONS.replaced(marks=False), OPTIONS.replaced(deny=("softmax*",))]
 
 
 @pytest.mark.parametrize("options", OTHERS)
@@ -501,12 +501,12 @@ def test_kernel_without_marks_gets_hooks_in_machine_code_when_another_has_marks(
         f".visible .entry {name}(.param .u64 p) {{ .reg .b64 %rd<3>; ld.param.u64 %rd1, [p]; {call} st.global.u64 [%rd1], %rd1; ret; }}\n"
         for name, call in (("clear", ""), ("unclear", "ld.global.u64 %rd2, [%rd1]; call %rd2, (), proto;"))
     ).replace("{ .reg", "{ proto: .callprototype _ (); .reg")
-    done = rewrite((head + kernels).encode(), replace(OPTIONS, assembler=True))
+    done = rewrite((head + kernels).encode(), OPTIONS.replaced(assembler=True))
     assert [bool(kernel.hooks & Hook.MARKS) for kernel in done.kernels] == [True, False]
     source = tmp_path / "two.ptx"
     source.write_bytes(done.image)
     assert assemble(real, source).returncode == 0
-    taken = rewrite(output(source).read_bytes(), replace(OPTIONS, exit=False))
+    taken = rewrite(output(source).read_bytes(), OPTIONS.replaced(exit=False))
     found = {kernel.name: kernel for kernel in taken.kernels}
     assert found["clear"].hooks & Hook.MARKS
     assert not found["unclear"].hooks & Hook.MARKS
@@ -518,8 +518,8 @@ def test_kernel_without_marks_gets_hooks_in_machine_code_when_another_has_marks(
 
 
 def test_text_is_refused_when_it_has_been_here_before(text: str) -> None:
-    once = rewrite(text.encode(), replace(OPTIONS, assembler=True))
-    again = rewrite(once.image, replace(OPTIONS, assembler=True))
+    once = rewrite(text.encode(), OPTIONS.replaced(assembler=True))
+    again = rewrite(once.image, OPTIONS.replaced(assembler=True))
     assert not again.is_changed
     assert again.kernels[0].reason == "PTX that has been here before"
 

@@ -71,7 +71,7 @@ def test_start_loads_little_when_its_flags_are_plain() -> None:
     code = (
         "import sys\nfrom concordia import cli_run\nimport concordia.cli, concordia.integrations.program.launch\n"
         "cli_run.plain(['run', 'true'], {})\n"
-        "print(sorted({'click', 'numpy', 'ctypes', 'subprocess', 'tempfile', 'hashlib', 'google_crc32c', 'concordia.serving'} & set(sys.modules)))\n"
+        "print(sorted({'click', 'numpy', 'ctypes', 'dataclasses', 'shutil', 'subprocess', 'tempfile', 'hashlib', 'google_crc32c', 'concordia.serving'} & set(sys.modules)))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(SOURCE)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True)

@@ -623,7 +623,7 @@ def test_rewrite_marks_machine_code_when_it_is_asked_to() -> None:
     original = cuda("if (n) p[threadIdx.x] = 1;")
     options = Options(entry=True, marks=True)
     assert rewrite(original, options).kernels[0].hooks == Hook.ENTRY
-    found = rewrite(original, replace(options, sass_marks=True))
+    found = rewrite(original, options.replaced(sass_marks=True))
     assert found.is_changed
     assert found.kernels[0].hooks == Hook.ENTRY | Hook.MARKS
-    assert replace(options, sass_marks=True).key() != options.key()
+    assert options.replaced(sass_marks=True).key() != options.key()

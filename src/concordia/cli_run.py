@@ -8,6 +8,7 @@ Called by cli and cli_program. The work is launch's.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,6 +68,7 @@ def plain(words: Sequence[str], environment: Mapping[str, str]) -> Asked | None:
 
 def start(asked: Asked) -> int:
     """Run the program to its end; its exit code."""
+    gc.disable()  # until the program runs: what a start makes stays, and is looked through in vain
     from concordia.integrations.program.supervisor import before_threads
 
     with before_threads():

@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Paths:
+class Paths(NamedTuple):
     """The journal, and what is kept of compiled and rewritten code."""
 
     journal: pathlib.Path

@@ -15,10 +15,9 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, Self
 
 import xxhash
 
@@ -52,12 +51,8 @@ _LENGTH: Final = re.compile(r"\d+")
 _LENGTH_DIGITS: Final = 5  # of a length in a mangled name: none is longer than 64 KiB
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What a rewrite does. `arch` is the device's, as 90; `marks` are those of stores in PTX,
-    `sass_marks` those in machine code, which cost far more; `assembler`: a text goes to one, and
-    what that makes is loaded; `deny` are kernels that stay as they are.
-    """
+class _Values(NamedTuple):
+    """Of `Options`. No data class: those load what reads sources, for which a launcher waits."""
 
     arch: int = 90
     entry: bool = True
@@ -69,7 +64,26 @@ class Options:
     opaque: tuple[str, ...] = OPAQUE
     deny: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
+
+class Options(_Values):
+    """What a rewrite does. `arch` is the device's, as 90; `marks` are those of stores in PTX,
+    `sass_marks` those in machine code, which cost far more; `assembler`: a text goes to one, and
+    what that makes is loaded; `deny` are kernels that stay as they are.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, **values: Any) -> Self:
+        """Raises UsageError."""
+        made = super().__new__(cls, **values)
+        made._check()
+        return made
+
+    def replaced(self, **values: Any) -> Options:
+        """The same but for these; raises UsageError."""
+        return Options(**self._asdict() | values)
+
+    def _check(self) -> None:
         if self.arch not in ARCHITECTURES:
             raise UsageError(f"architecture {self.arch}: give a number such as 90 for sm_90")
         if self.page_shift not in PAGE_SHIFTS:
@@ -91,7 +105,7 @@ class Options:
             raise UsageError(f"options are a JSON object: {error}") from None
         if not isinstance(found, Mapping):
             raise UsageError("options are a JSON object")
-        wanted = {field.name: getattr(cls(), field.name) for field in fields(cls)}
+        wanted = cls()._asdict()
         for name, value in found.items():
             if name not in wanted:
                 raise UsageError(f"no option {name!r}: there are {', '.join(wanted)}")
@@ -100,11 +114,11 @@ class Options:
 
     def to_json(self) -> str:
         """What `parse` reads."""
-        return json.dumps(asdict(self))
+        return json.dumps(self._asdict())
 
     def key(self) -> str:
         """Names these options of this rewriter: 32 lower-case hexadecimal digits."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        text = json.dumps(self._asdict(), sort_keys=True)
         return xxhash.xxh3_128_hexdigest(f"{_version()} {text}".encode())
 
     def opaque_list(self) -> str:

@@ -19,7 +19,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -65,7 +64,7 @@ class RewriteDesk:
         self.path = run / NAME
         self._cache = cache
         self._options = options
-        self._assembler_options = replace(options, assembler=True)
+        self._assembler_options = options.replaced(assembler=True)
         self._assembler_cache = ImageCache(cache.root, self._assembler_options.key())
         self._rewrite = rewrite
         self._workers = workers

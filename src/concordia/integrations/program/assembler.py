@@ -15,7 +15,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -76,7 +76,7 @@ def place_stand_in(run: Path, options: Options, environment: Mapping[str, str]) 
         for path in paths.values():
             shutil.copyfile(built, path)
             path.chmod(0o700)
-        wanted = replace(options, assembler=True)
+        wanted = options.replaced(assembler=True)
         cache = ImageCache(Paths.default().image_cache, wanted.key())
     except (ConcordiaError, OSError) as error:
         return StandIn(why_not=str(error))

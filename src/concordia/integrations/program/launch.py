@@ -10,15 +10,14 @@ instrument/'s. What only some runs need is imported by those: each program's sta
 
 from __future__ import annotations
 
+import gc
 import os
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import concordia
 from concordia import config
@@ -27,6 +26,7 @@ from concordia.instrument.cache_folder import CacheFolder
 from concordia.instrument.options import Options
 from concordia.integrations.program.architecture import architecture
 from concordia.integrations.program.driver import find_driver
+from concordia.integrations.program.find_program import find_program
 from concordia.integrations.program.gate_page import make_page
 from concordia.integrations.program.run_folder import (
     VARIABLE,
@@ -52,8 +52,7 @@ DISABLE: Final = "CONCORDIA_DISABLE"
 HOOKS: Final = ("entry", "exit", "marks", "sass-marks")
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
+class Launch(NamedTuple):
     """What a user asked for. Without hooks and policy images are looked at and left as they are."""
 
     command: tuple[str, ...]
@@ -74,8 +73,7 @@ class Launch:
         if self.policy is None:
             return found
         hooks = self.hooks or {name for name, is_on in self.policy.hooks.items() if is_on}
-        return replace(
-            found,
+        return found.replaced(
             entry="entry" in hooks,
             exit="exit" in hooks,
             marks="marks" in hooks,
@@ -90,7 +88,7 @@ def launch(asked: Launch) -> int:
     environment = dict(os.environ)
     if not asked.command:
         raise UsageError("name a program behind --, such as: concordia run -- python app.py")
-    program = shutil.which(asked.command[0])
+    program = find_program(asked.command[0])
     if program is None:
         raise UsageError(f"there is no program {asked.command[0]}: give its path")
     if environment.get(DISABLE, "0") not in ("", "0"):
@@ -126,7 +124,7 @@ def launch(asked: Launch) -> int:
         status = supervisor.run(
             asked.command,
             _environment(environment, run.path),
-            when_started=lambda: remove_old(run.path.parent),
+            when_started=lambda: _tidy(run),
             when_ended=lambda: _await_looks(run, cache) if is_looking else None,
         )
         if protection is not None:
@@ -141,6 +139,12 @@ def launch(asked: Launch) -> int:
             protection.close()
         run.close()
     return end_as(status)
+
+
+def _tidy(run: ProgramRun) -> None:
+    """What can wait until the program runs."""
+    gc.enable()  # cli_run has switched it off
+    remove_old(run.path.parent)
 
 
 def _stand_in(run: ProgramRun, options: Options, environment: Mapping[str, str]) -> StandIn:

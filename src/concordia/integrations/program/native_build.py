@@ -9,13 +9,13 @@ which sources, and keep it.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from concordia import config
 from concordia.errors import CompileError, EnvironmentRefused
+from concordia.integrations.program.find_program import find_program
 
 NATIVE: Final = Path(__file__).resolve().parents[2] / "native"
 FLAGS: Final = (
@@ -33,7 +33,7 @@ _LOG_CHARACTERS_MAX: Final = 2000
 def find_compiler() -> str:
     """Raises EnvironmentRefused."""
     for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
-        if name and shutil.which(name):
+        if name and find_program(name):
             return name
     raise EnvironmentRefused(
         "no C compiler, which `concordia run` builds its shim with: install gcc, or set CC"
@@ -44,7 +44,7 @@ def identity_of(compiler: str) -> bytes:
     """The file that it is; a part of the name of what it compiled. Not what it says of itself:
     each start would wait for a process.
     """
-    path = os.path.realpath(shutil.which(compiler) or compiler)
+    path = os.path.realpath(find_program(compiler) or compiler)
     try:
         found = os.stat(path)
     except OSError:  # it has gone since it was found: then it compiles nothing either

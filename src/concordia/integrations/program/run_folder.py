@@ -12,10 +12,8 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,12 +30,14 @@ _LOCK: Final = "lock"
 _SOCKET_PATH_MAX: Final = 107  # of a Unix socket, as the kernel has it
 
 
-@dataclass(slots=True)
 class ProgramRun:
     """A run's folder; `close` keeps it and lets others remove it."""
 
-    path: Path
-    _lock: int = -1
+    __slots__ = ("_lock", "path")
+
+    def __init__(self, path: Path, lock: int = -1) -> None:
+        self.path = path
+        self._lock = lock
 
     @property
     def modules(self) -> Path:
@@ -138,6 +138,8 @@ def remove_old(runs: Path) -> None:
     for index, path in enumerate(folders):
         is_old = time.time() - _age_stamp(path) > config.RUN_KEPT_S
         if (is_old or index < len(folders) - config.RUNS_KEPT) and not is_alive(path):
+            import shutil  # no program waits for it
+
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -54,7 +53,7 @@ def place_shim(folder: Path, driver: Path, *, flags: Sequence[str] = ()) -> Path
         key, ".shim", lambda path: _build(command, path, names=names, flags=flags)
     )
     shim = folder / SONAME
-    shutil.copyfile(built, shim)
+    shim.write_bytes(built.read_bytes())
     shim.chmod(0o700)
     (folder / "libcuda.so").symlink_to(SONAME)
     (folder / REAL_NAME).symlink_to(driver)

@@ -18,7 +18,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -55,17 +54,22 @@ def before_threads() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-@dataclass(slots=True)
 class Supervisor:
     """Starts and watches; `rewriter` is its command, or empty; `path` is where it is asked."""
 
-    rewriter: Sequence[str] = ()
-    rewriter_environment: Mapping[str, str] = field(default_factory=dict)
-    path: Path = Path()
-    rewriter_deaths: int = 0
-    _listener: socket.socket | None = None
-    _rewriter_pid: int = 0
-    _mask: frozenset[int] = frozenset()  # that the program gets
+    def __init__(
+        self,
+        rewriter: Sequence[str] = (),
+        rewriter_environment: Mapping[str, str] | None = None,
+        path: Path | None = None,
+    ) -> None:
+        self.rewriter = rewriter
+        self.rewriter_environment = rewriter_environment or {}
+        self.path = path or Path()
+        self.rewriter_deaths = 0
+        self._listener: socket.socket | None = None
+        self._rewriter_pid = 0
+        self._mask: frozenset[int] = frozenset()  # that the program gets
 
     def run(
         self,
