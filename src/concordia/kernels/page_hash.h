@@ -38,8 +38,8 @@ FUNCTION uint64_t mix_key(uint32_t p, bool is_high, uint32_t word) {
   return is_high ? high : low;
 }
 
-// What a lane needs of the secret, in registers: in every block, and where a page begins and ends. The
-// keys of its last stripe are chosen among constants each time.
+// What a lane needs of the secret, in registers: in every block, and where a page begins and ends.
+// The keys of its last stripe are chosen among constants each time.
 struct PageKeys {
   Pair usual[kLoads];
   uint64_t scramble;  // of the accumulator that this lane has after a block
