@@ -13,7 +13,7 @@ from stage import JournalFile, counting, first_difference, geometry, mask, place
 
 from concordia import abi
 from concordia.checkpoint.checkpointer import Checkpointer
-from concordia.checkpoint.handler import KvRange, expected_bytes
+from concordia.checkpoint.expected import KvRange, expected_bytes
 from concordia.checkpoint.region import KvGeometry
 from concordia.checkpoint.restore_tasks import KvPiece
 from concordia.device.compiler import HandlerSource

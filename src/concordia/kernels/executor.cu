@@ -4,7 +4,7 @@
 // a copy in shared memory (what one lane does alone is a chain of small reads, eight times quicker
 // there) and puts it back before it ends; several CTAs share the state in device memory; of those
 // that take turns only one at a time is inside, whatever streams they come in. GPU only. Launched
-// by device/residency.py and device/stream_launch.py. Does not know tasks.
+// by device/launches.py and device/stream_launch.py. Does not know tasks.
 #include "executor.h"
 
 // The executor's own launch has a lease of 2 ms: a place waits for it ten times as long, and then
