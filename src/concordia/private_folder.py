@@ -1,13 +1,14 @@
 """A folder that only this user may enter, floor 1.
 
-Owns: the check, and making one. Promises: a folder of another user, a link, or one that group or
-world may enter is refused and never changed; the error says what to name instead. Called by
-whatever keeps sockets, code or programs' data in a folder. What lies in it is its caller's; the
-journal, which says more of each wrong one, has a check of its own.
+Owns: the check, making one, and whether who has it lives. Promises: a folder of another user, a
+link, or one that group or world may enter is refused and never changed; the error says what to name
+instead. Called by whatever keeps sockets, code or programs' data in a folder. What lies in it is
+its caller's; the journal, which says more of each wrong one, has a check of its own.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 from pathlib import Path
@@ -34,3 +35,18 @@ def check_private(folder: Path, advice: str) -> None:
         raise EnvironmentRefused(
             f"{folder} must be a folder that only this user may enter; {advice}"
         )
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process that lives holds this lock file of a folder."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

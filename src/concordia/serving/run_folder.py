@@ -16,7 +16,7 @@ import shutil
 from dataclasses import dataclass
 
 from concordia.errors import UsageError
-from concordia.private_folder import make_private
+from concordia.private_folder import is_locked, make_private
 from concordia.serving.shared_names import SharedNames, living_pids
 
 NAMES_FILE = "names"  # in an engine's folder: the shared memory that it used
@@ -114,18 +114,3 @@ def _lock(path: pathlib.Path) -> int | None:
         pass
     os.close(lock)
     return None
-
-
-def is_locked(path: pathlib.Path) -> bool:
-    """Whether a process that lives holds this lock file."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False

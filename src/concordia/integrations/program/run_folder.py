@@ -21,7 +21,7 @@ from concordia import config
 from concordia.errors import UsageError
 from concordia.instrument.rewriter_socket import NAME
 from concordia.paths import default_base
-from concordia.private_folder import make_private
+from concordia.private_folder import is_locked, make_private
 
 VARIABLE: Final = "CONCORDIA_RUN"
 _RUNS: Final = "runs"
@@ -145,8 +145,6 @@ def remove_old(runs: Path) -> None:
 
 def is_alive(path: Path) -> bool:
     """Whether the launcher of this run lives."""
-    from concordia.serving.run_folder import is_locked  # no program waits for it
-
     return is_locked(path / _LOCK)
 
 
