@@ -3,7 +3,7 @@
   launcher_s        seconds that `concordia run --hooks entry -- true` takes longer than `true`
   gpu_question_s    of these, where there is a GPU whose model was not asked for before
   find_gb_per_s     an image in memory: that all of it can be read
-  key_gb_per_s      its key: XXH64 with two seeds
+  key_gb_per_s      its key: XXH3, 128 bits
   checksum_gb_per_s the CRC32C of a file of the cache
   load_gb_per_s     such a file becomes an image: memory, read, checksum, table and slots
 
@@ -41,7 +41,9 @@ from concordia.testing.command import Parser, count, file_in_folder, run_command
 HERE: Final = pathlib.Path(__file__).resolve().parent
 RESULTS: Final = HERE / "results" / "start_cost_cpu.json"
 DRIVER: Final = HERE.parent / "tests" / "native"
-PARTS: Final = ("images.c", "hash.c", "cache_file.c", "rewriter.c", "process_settings.c")
+PARTS: Final = (
+    *("images.c", "key.c", "hash.c", "cache_file.c", "rewriter.c", "process_settings.c"),
+)
 IMAGE_BYTES: Final = 5 << 20  # a container of PyTorch with its kernels for one architecture
 IMAGES: Final = 40
 READY: Final = 4  # of enum cache_answer

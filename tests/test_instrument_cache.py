@@ -72,14 +72,14 @@ def test_file_lies_as_the_shim_reads_it_when_it_is_written() -> None:
     data = encode(CHANGED, KEY)
     assert struct.unpack_from("<8sIIQIIQ", data) == (
         b"CNCIMG01",
-        2,
+        3,
         0,
         64,
         4,
         3,
         len(data) - 64 - 64 - 64,
     )
-    assert struct.unpack_from("<I2Q", data, 44) == (0, xxhash.xxh64_intdigest(IMAGE, 0), xxhash.xxh64_intdigest(IMAGE, 1))
+    assert struct.unpack_from("<I2Q", data, 44) == (0, *divmod(xxhash.xxh3_128_intdigest(IMAGE), 1 << 64))
     assert [struct.unpack_from("<QII", data, 64 + 16 * i) for i in range(4)] == [
         (0, 1, 0),
         (16, 2, 0),
@@ -89,7 +89,7 @@ def test_file_lies_as_the_shim_reads_it_when_it_is_written() -> None:
     assert struct.unpack_from("<IIHH", data, 128) == (3, 128, 8, 0)
     assert data[140:148].decode() == "k_naïve"
     assert data[-64:] == IMAGE
-    assert struct.unpack_from("<II", encode(UNCHANGED, KEY), 8) == (2, 1)
+    assert struct.unpack_from("<II", encode(UNCHANGED, KEY), 8) == (3, 1)
 
 
 @pytest.mark.parametrize("rewritten", [CHANGED, UNCHANGED], ids=["changed", "unchanged"])
@@ -127,7 +127,7 @@ def test_only_refusals_are_raised_when_whole_bodies_are_made_up() -> None:
         header = struct.pack(
             "<8sIIQIIQIIQQ",
             b"CNCIMG01",
-            2,
+            cache_room.VERSION,
             0 if image else 1,
             image,
             slots,
@@ -179,8 +179,8 @@ def test_address_lies_in_every_slot_when_it_is_filled_in() -> None:
     assert all(filled[i] == IMAGE[i] for i in kept)
 
 
-def test_key_is_two_xxh64_when_an_image_is_named() -> None:
-    assert xxhash.xxh64_hexdigest(IMAGE, 0) + xxhash.xxh64_hexdigest(IMAGE, 1) == KEY
+def test_key_is_xxh3_when_an_image_is_named() -> None:
+    assert xxhash.xxh3_128_hexdigest(IMAGE) == KEY
 
 
 def test_stored_image_is_found_again_and_private_when_it_is_loaded(tmp_path: pathlib.Path) -> None:
@@ -385,7 +385,7 @@ def test_request_says_what_was_packed_when_it_is_parsed() -> None:
     for asked in (Request(1 << 20, KEY, is_for_assembler=True), Request(1 << 20, KEY)):
         assert Request.parse(asked.pack()) == asked
     low, high = struct.unpack_from("<QQ", asked.pack(), 16)
-    assert (low, high) == (xxhash.xxh64_intdigest(IMAGE, 0), xxhash.xxh64_intdigest(IMAGE, 1))
+    assert (low, high) == divmod(xxhash.xxh3_128_intdigest(IMAGE), 1 << 64)
     for status in Status:
         assert parse_reply(pack_reply(status)) == status
 

@@ -26,7 +26,7 @@ from concordia.instrument.cache_folder import SUFFIX, CacheFolder, check_key
 from concordia.instrument.report import CONTROL_BLOCK, Hook, KernelReport, Rewritten, Slot, SlotKind
 
 MAGIC: Final = b"CNCIMG01"
-VERSION: Final = 2
+VERSION: Final = 3
 UNCHANGED: Final = 1  # flag: load the original; the file has no image
 HEADER_BYTES: Final = 64
 # magic, version, flags, image bytes, slots, kernels, kernel bytes, CRC32C of the rest, zero, key
@@ -39,8 +39,8 @@ _PART: Final = ".part"
 
 
 def image_key(image: bytes | memoryview) -> str:
-    """The name of an image: XXH64 with seeds 0 and 1, as 32 hexadecimal digits."""
-    return "".join(f"{xxhash.xxh64_intdigest(image, seed):016x}" for seed in (0, 1))
+    """The name of an image: its XXH3 of 128 bits, as 32 hexadecimal digits."""
+    return xxhash.xxh3_128_hexdigest(image)
 
 
 def key_halves(key: str) -> tuple[int, int]:

@@ -6,7 +6,7 @@ no longer change: the memory is sealed. Called by the rewriter, and by whoever a
 It reads no image.
 
 One message each way, on a SOCK_SEQPACKET socket:
-    request   "CNRQ" | u32 version | u64 bytes | u64 XXH64 seed 0 | u64 seed 1
+    request   "CNRQ" | u32 version | u64 bytes | u64 key, high | u64 low
               ("CNAS" instead for a text that an assembler gets)
               and with it, by SCM_RIGHTS, one sealed memory file that has the image
     reply     "CNRP" | u32 status
@@ -30,7 +30,7 @@ from concordia import config
 from concordia.errors import ImageRefused, WaitTimeout
 from concordia.instrument.cache import image_key, key_halves
 
-VERSION: Final = 2
+VERSION: Final = 3
 _REQUEST: Final = struct.Struct("<4sIQQQ")
 _REPLY: Final = struct.Struct("<4sI")
 _MAGIC: Final = b"CNRQ"

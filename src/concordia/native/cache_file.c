@@ -36,7 +36,7 @@ _Static_assert(sizeof(struct slot) == 16, "slot");
 
 #define POPULATE_WRITE 23  // of madvise, since Linux 5.14
 
-enum { VERSION = 2, UNCHANGED = 1, SLOTS_MAX = 1 << 20, KERNELS_MAX = 1 << 16, KERNEL_BYTES = 12 };
+enum { VERSION = 3, UNCHANGED = 1, SLOTS_MAX = 1 << 20, KERNELS_MAX = 1 << 16, KERNEL_BYTES = 12 };
 enum { SLOT_TEXT = 1, SLOT_LOW, SLOT_HIGH, SLOT_RAW };
 
 static uint64_t slot_bytes(uint32_t kind) { return kind == SLOT_RAW ? 8 : 16; }

@@ -67,7 +67,7 @@ static int connected(void) {
 
 static int sent(int line, const struct image *image, const uint64_t key[2], int memory) {
   struct request request = {.magic = image->kind == IMAGE_SOURCE ? SOURCE_MAGIC : REQUEST_MAGIC,
-                            .version = 2,
+                            .version = 3,
                             .bytes = image->size,
                             .key = {key[0], key[1]}};
   struct iovec part = {&request, sizeof request};

@@ -66,8 +66,11 @@ uint64_t process_number(const char *name, uint64_t otherwise);
 #include "parts.def"
 #undef PART
 
+// --- key.c
+void hash_image(const void *bytes, uint64_t size, uint64_t key[2]);  // XXH3, 128 bits
+void hash_image_plain(const void *bytes, uint64_t size, uint64_t key[2]);  // likewise as below
+
 // --- hash.c
-void hash_image(const void *bytes, uint64_t size, uint64_t key[2]);  // XXH64, seeds 0 and 1
 uint32_t hash_crc32c(const void *bytes, uint64_t size);
 uint32_t hash_crc32c_plain(const void *bytes, uint64_t size);  // without the processor's help
 

@@ -43,7 +43,7 @@ VARIABLES: Final = {
 _TORCH_TAG: Final = "TORCH_COMPILE_CACHE_KEY_TAG"
 _TORCH_TAG_DIGITS: Final = 16
 ARCHITECTURE_END: Final = 100  # from here on the driver finishes machine code, and no file is read
-_SHARED: Final = ("cache_file.c", "hash.c", "process_settings.c", "rewriter.c")
+_SHARED: Final = ("cache_file.c", "hash.c", "key.c", "process_settings.c", "rewriter.c")
 _CHECK: Final = "--concordia"
 
 
