@@ -90,6 +90,7 @@ static inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return (uint64_t)(((
 #define thread_anew thread_anew_ptx
 #define mul_wide mul_wide_ptx
 #define load_passing load_passing_ptx
+#define kept kept_ptx
 #define pause_lane pause_lane_ptx
 #define yield_lane yield_lane_ptx
 #include "portable.h"
@@ -108,6 +109,7 @@ static inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return (uint64_t)(((
 #undef thread_anew
 #undef mul_wide
 #undef load_passing
+#undef kept
 #undef pause_lane
 #undef yield_lane
 
@@ -139,5 +141,6 @@ FUNCTION uint64_t now_ns() {
 FUNCTION uint32_t thread_anew() { return threadIdx.x; }
 FUNCTION uint64_t mul_wide(uint32_t a, uint32_t b) { return (uint64_t)a * b; }
 FUNCTION Wide load_passing(const Wide* from) { return *from; }
+FUNCTION uint64_t kept(uint64_t value) { return value; }
 FUNCTION void pause_lane() { sched_yield(); }
 FUNCTION void yield_lane() { sched_yield(); }

@@ -39,13 +39,16 @@ static void __syncthreads() {}
 #define thread_anew thread_anew_ptx
 #define mul_wide mul_wide_ptx
 #define load_passing load_passing_ptx
+#define kept kept_ptx
 #include "portable.h"
 #undef thread_anew
 #undef mul_wide
 #undef load_passing
+#undef kept
 static uint32_t thread_anew() { return threadIdx.x; }
 static uint64_t mul_wide(uint32_t a, uint32_t b) { return (uint64_t)a * b; }
 static Wide load_passing(const Wide* from) { return *from; }
+static uint64_t kept(uint64_t value) { return value; }
 #include "page_table.h"
 static std::vector<uint32_t> noted;
 #define note_page(pages, page) noted.push_back(page)
