@@ -6,13 +6,16 @@ folder is this user's alone; the bound holds and the longest unused goes; the ke
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import itertools
 import json
 import multiprocessing
 import os
 import pathlib
+import pickle
 import random
+import shutil
 import struct
 import sys
 import tempfile
@@ -314,6 +317,50 @@ def test_key_differs_when_any_option_or_byte_of_the_rewriter_does(
     before = Options().key()
     monkeypatch.setattr("concordia.instrument.options._version", lambda: "another")
     assert Options().key() != before
+
+
+OTHER = {
+    **{"arch": 80, "entry": False, "exit": True, "marks": False, "sass_marks": True, "assembler": True},
+    **{"page_shift": 21, "opaque": ("cublas*",), "deny": ("x",)},
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_options_are_what_was_asked_for_when_one_is_another(name: str) -> None:
+    options = Options(**{name: OTHER[name]})
+    assert options._asdict() == Options()._asdict() | {name: OTHER[name]}
+    for again in (copy.copy(options), copy.deepcopy(options), pickle.loads(pickle.dumps(options)), Options()._replace(**{name: OTHER[name]})):
+        assert type(again) is Options
+        assert again == options
+
+
+def test_options_are_refused_when_a_copy_of_them_would_be_wrong() -> None:
+    with pytest.raises(UsageError, match="architecture 1:"):
+        Options(arch=1)
+    with pytest.raises(UsageError, match="architecture 1:"):
+        Options()._replace(arch=1)
+    with pytest.raises(UsageError, match="page shift 99:"):
+        Options().replaced(page_shift=99)
+    for wrong in (lambda: Options(other=1), lambda: Options(90), lambda: Options()._replace(other=1)):  # type: ignore[call-arg, misc]
+        with pytest.raises(TypeError):
+            wrong()
+
+
+def test_key_is_the_same_when_what_is_no_file_or_no_source_lies_there(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = pathlib.Path(options_room.__file__).parent
+    shutil.copytree(here, tmp_path / "instrument", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(here.parent / "abi", tmp_path / "abi")
+    (tmp_path / "device").mkdir()
+    shutil.copy(here.parent / "device" / "nvrtc.py", tmp_path / "device")
+    monkeypatch.setattr(options_room, "__file__", str(tmp_path / "instrument" / "options.py"))
+    before = options_room._version.__wrapped__()
+    for folder in ("instrument", "abi"):
+        (tmp_path / folder / ".#rewrite.py").symlink_to("nobody@nowhere.1")  # as an editor locks a file
+        os.mkfifo(tmp_path / folder / "pipe.py")
+    (tmp_path / "abi" / "notes.txt").write_text("no source")
+    assert options_room._version.__wrapped__() == before
+    (tmp_path / "abi" / "more.py").write_text("")
+    assert options_room._version.__wrapped__() != before
 
 
 @pytest.mark.parametrize("what", ["assembler", "assembler_is_missing", "config.py", "control_layout.py", "nvrtc.py", "rewrite.py"])

@@ -1,18 +1,20 @@
 """private_folder.py: a folder is this user's alone, or it is refused as it is.
 
 Invariants: one that is made has mode 0700, whatever the mask; another user's, a link, a file, and one that others may enter are refused in one line that
-ends with the advice, and stay as they were.
+ends with the advice, and stay as they were; a lock is free only where that could be asked.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import pathlib
 
 import pytest
 
 from concordia.errors import EnvironmentRefused
-from concordia.private_folder import check_private, make_private
+from concordia.private_folder import check_private, is_locked, make_private
 
 ADVICE = "name another"
 
@@ -56,3 +58,32 @@ def test_folder_is_refused_when_it_is_another_users_a_link_a_file_or_nothing(tmp
     monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
     with pytest.raises(EnvironmentRefused, match="only this user"):
         make_private(folder, ADVICE)
+
+
+def test_lock_is_held_when_its_owner_lives_and_free_when_it_has_gone(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "lock"
+    assert not is_locked(path)
+    assert not is_locked(path / "below")
+    with path.open("w") as file:
+        assert not is_locked(path)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert is_locked(path)
+        assert not is_locked(path / "below")
+    assert not is_locked(path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EWOULDBLOCK])
+def test_lock_is_held_when_the_system_has_no_answer(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    path = tmp_path / "lock"
+    path.touch()
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert is_locked(path)
+    assert len(os.listdir("/proc/self/fd")) == before
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "open", refuse)
+    assert is_locked(path)

@@ -38,14 +38,18 @@ def check_private(folder: Path, advice: str) -> None:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process that lives holds this lock file of a folder."""
+    """Whether a process that lives holds this lock file of a folder. Where that cannot be asked
+    (no descriptor, no locks left) it is held: who asks would remove what lives.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError:
+        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:
         return True
     finally:
         os.close(descriptor)

@@ -54,15 +54,15 @@ _LENGTH_DIGITS: Final = 5  # of a length in a mangled name: none is longer than 
 class _Values(NamedTuple):
     """Of `Options`. No data class: those load what reads sources, for which a launcher waits."""
 
-    arch: int = 90
-    entry: bool = True
-    exit: bool = False
-    marks: bool = True
-    sass_marks: bool = False
-    assembler: bool = False
-    page_shift: int = config.MARK_PAGE_SHIFT
-    opaque: tuple[str, ...] = OPAQUE
-    deny: tuple[str, ...] = ()
+    arch: int
+    entry: bool
+    exit: bool
+    marks: bool
+    sass_marks: bool
+    assembler: bool
+    page_shift: int
+    opaque: tuple[str, ...]
+    deny: tuple[str, ...]
 
 
 class Options(_Values):
@@ -73,15 +73,36 @@ class Options(_Values):
 
     __slots__ = ()
 
-    def __new__(cls, **values: Any) -> Self:
+    def __new__(
+        cls,
+        *,
+        arch: int = 90,
+        entry: bool = True,
+        exit: bool = False,
+        marks: bool = True,
+        sass_marks: bool = False,
+        assembler: bool = False,
+        page_shift: int = config.MARK_PAGE_SHIFT,
+        opaque: tuple[str, ...] = OPAQUE,
+        deny: tuple[str, ...] = (),
+    ) -> Self:
         """Raises UsageError."""
-        made = super().__new__(cls, **values)
+        made = super().__new__(
+            cls, arch, entry, exit, marks, sass_marks, assembler, page_shift, opaque, deny
+        )
         made._check()
         return made
 
-    def replaced(self, **values: Any) -> Options:
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]:
+        """For copies and pickles: `__new__` takes names alone."""
+        return (), self._asdict()
+
+    def _replace(self, /, **values: Any) -> Self:
+        return self.replaced(**values)
+
+    def replaced(self, **values: Any) -> Self:
         """The same but for these; raises UsageError."""
-        return Options(**self._asdict() | values)
+        return type(self)(**self._asdict() | values)
 
     def _check(self) -> None:
         if self.arch not in ARCHITECTURES:
@@ -197,8 +218,8 @@ def _installed_versions() -> dict[str, str]:
 def _sources() -> list[Path]:
     here = Path(__file__).parent
     found = [Path(config.__file__), here.parent / "device" / "nvrtc.py"]
-    for folder in (here, here.parent / "abi"):
+    for folder, ending in ((here, ""), (here.parent / "abi", ".py")):
         for place, folders, names in os.walk(folder):
             folders[:] = sorted(name for name in folders if name != "__pycache__")
-            found += [Path(place, name) for name in sorted(names)]
-    return found
+            found += [Path(place, name) for name in sorted(names) if name.endswith(ending)]
+    return [path for path in found if path.is_file()]

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from concordia.errors import ConcordiaError
 from concordia.instrument.cache import ImageCache
+from concordia.instrument.cache_folder import is_key
 from concordia.instrument.report import Hook, KernelReport
 from concordia.integrations.program.run_folder import ProgramRun, processes
 
@@ -186,7 +187,7 @@ def _image(
     try:
         key = str(found["key"])
         if key not in tables:
-            rewritten = cache.load(key) if cache is not None and _is_key(key) else None
+            rewritten = cache.load(key) if cache is not None and is_key(key) else None
             tables[key] = None if rewritten is None else rewritten.kernels
         return LoadedImage(
             pid,
@@ -202,10 +203,6 @@ def _image(
         )
     except KeyError:
         return None
-
-
-def _is_key(key: str) -> bool:
-    return len(key) == 32 and all(digit in "0123456789abcdef" for digit in key)
 
 
 def _number(found: dict[str, Any], name: str) -> int:

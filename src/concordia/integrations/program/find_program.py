@@ -11,8 +11,10 @@ import os
 
 
 def find_program(name: str) -> str | None:
-    """As a path, which is the name itself where that is one."""
-    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    """As a path, which is the name itself where that is one. An empty part of PATH is the working
+    folder.
+    """
+    folders = (part or os.curdir for part in os.environ.get("PATH", os.defpath).split(os.pathsep))
     paths = (name,) if os.sep in name else (os.path.join(folder, name) for folder in folders)
     for path in paths:
         if os.path.isfile(path) and os.access(path, os.X_OK):

@@ -41,15 +41,18 @@ def find_compiler() -> str:
 
 
 def identity_of(compiler: str) -> bytes:
-    """The file that it is; a part of the name of what it compiled. Not what it says of itself:
-    each start would wait for a process.
+    """The file that it is, and the name that leads there: one file may be several compilers, as a
+    cache before them is. A part of the name of what it compiled. Not what it says of itself: each
+    start would wait for a process. So a compiler behind a script or a cache that changes, and they
+    do not, goes unseen.
     """
-    path = os.path.realpath(find_program(compiler) or compiler)
+    name = find_program(compiler) or compiler
+    path = os.path.realpath(name)
     try:
         found = os.stat(path)
     except OSError:  # it has gone since it was found: then it compiles nothing either
-        return path.encode()
-    return f"{path} {found.st_size} {found.st_mtime_ns}".encode()
+        return f"{name} {path}".encode()
+    return f"{name} {path} {found.st_size} {found.st_mtime_ns}".encode()
 
 
 def compile_c(what: str, command: Sequence[str]) -> None:
