@@ -1,21 +1,27 @@
 """cli_run.py: the flags of `concordia run`, read the short way.
 
-Invariants: what it reads is what click reads of the same words; what it does not read is None; a start loads neither click nor what only a parser, a build or a GPU needs.
+Invariants: what it reads is what click reads of the same words; what it does not read is None; a start loads neither click nor what only a parser, a build or a GPU needs, and
+leaves the collector of garbage as it was.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import click
 import pytest
 
 from concordia.cli_program import run
-from concordia.cli_run import RUN_DIR, Asked, plain
+from concordia.cli_run import RUN_DIR, Asked, plain, start
+from concordia.errors import UsageError
+
+pytest_plugins = ["shim_fixtures"]
 
 SOURCE = Path(__file__).parents[1] / "src"
 WORDS = (
@@ -67,12 +73,38 @@ def test_plain_words_are_read_and_others_left_to_click_when_they_are_given(words
     assert plain(words, {}) == asked
 
 
-def test_start_loads_little_when_its_flags_are_plain() -> None:
-    code = (
-        "import sys\nfrom concordia import cli_run\nimport concordia.cli, concordia.integrations.program.launch\n"
-        "cli_run.plain(['run', 'true'], {})\n"
-        "print(sorted({'click', 'numpy', 'ctypes', 'dataclasses', 'shutil', 'subprocess', 'tempfile', 'hashlib', 'google_crc32c', 'concordia.serving'} & set(sys.modules)))\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == "[]\n"
+HEAVY = ("click", "numpy", "ctypes", "dataclasses", "inspect", "shutil", "subprocess", "tempfile", "hashlib", "google_crc32c", "concordia.serving")
+LOOK = f"""import gc, os, sys
+from concordia import cli_run
+from concordia.integrations.program import launch
+tidy = launch._tidy
+def look(run):
+    found, before = sorted(set({HEAVY!r}) & set(sys.modules)), gc.isenabled()
+    tidy(run)
+    print(found, before, gc.isenabled(), flush=True)
+launch._tidy = look
+launch.architecture = lambda: 90  # as kept of the GPU's model: where there is no GPU, each start asks anew
+import concordia.cli
+sys.exit(cli_run.start(cli_run.plain(sys.argv[1:], os.environ)))
+"""
+
+
+def test_start_loads_little_when_all_that_is_built_is_there(shim_parts: tuple[Path, Path], tmp_path: Path) -> None:
+    driver, _ = shim_parts
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("CONCORDIA", "LD_", "FAKE"))}
+    with tempfile.TemporaryDirectory(prefix="cnc-", dir="/tmp") as base:  # a socket's path is short
+        environment = clean | {"PYTHONPATH": str(SOURCE), "LD_LIBRARY_PATH": str(driver.parent), "CONCORDIA_CACHE": str(tmp_path), RUN_DIR: f"{base}/base"}
+        said = []
+        for words in (["--", "true"], ["--", "true"], ["--hooks", "entry", "--", "sh", "-c", "exit 3"]):
+            done = subprocess.run([sys.executable, "-c", LOOK, "run", *words], env=environment, capture_output=True, text=True, timeout=60, check=False)
+            said.append((done.returncode, done.stdout, done.stderr))
+    assert "subprocess" in said[0][1], "the first start builds, and the look sees it"
+    assert said[1] == (0, "[] False True\n", "")
+    assert said[2] == (3, "[] False True\n", "")
+
+
+def test_garbage_is_collected_again_when_a_start_fails() -> None:
+    assert gc.isenabled()
+    with pytest.raises(UsageError, match="--hooks other"):
+        start(Asked(("true",), "other"))
+    assert gc.isenabled()

@@ -6,6 +6,7 @@ anything is started; no rewriter, no half-made folder is left; the run folder st
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -358,15 +359,43 @@ def test_old_runs_go_and_living_ones_stay_when_a_new_one_is_made(base: Path) -> 
     ancient = made[-1]
     os.utime(ancient, (1, 1))
     os.utime(living.path, (1, 1))
-    remove_old(base / "runs")
-    assert living.path.exists()
-    assert not ancient.exists()
-    left = [path for path in made if path.exists()]
+    for gone in (config.RUNS_REMOVED_MAX, 5, 5):
+        remove_old(base / "runs")
+        assert living.path.exists()
+        assert not ancient.exists()
+        left = [path for path in made if path.exists()]
+        assert left == made[gone - 1 : -1]
     assert len(left) == config.RUNS_KEPT
-    assert left == made[-1 - len(left) : -1]
     living.close()
     remove_old(base / "runs")
     assert not living.path.exists()
+
+
+def test_old_runs_go_a_few_at_a_time_when_programs_are_started(command: Command) -> None:
+    made = []
+    for index in range(config.RUNS_KEPT + 5):
+        path = command.base / "runs" / f"run{index:03}"
+        (path / "modules").mkdir(parents=True)
+        os.utime(path, (time.time() - 1000 + index,) * 2)
+        made.append(path)
+    for folder in (command.base, command.base / "runs"):
+        folder.chmod(0o700)
+    for gone in (config.RUNS_REMOVED_MAX, 7, 8):
+        assert command.do("run", "--", "true") == (0, "", "")
+        assert [path for path in made if path.exists()] == made[gone:]
+    assert len(command.runs) == config.RUNS_KEPT
+
+
+def test_run_is_refused_and_leaves_nothing_when_its_folder_can_have_no_lock(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    descriptors = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UsageError, match=r"^no lock in \S+: No locks available; name another --run-dir$"):
+        make_run(base)
+    assert list((base / "runs").iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
 def test_settings_are_refused_when_a_path_has_a_line_break(base: Path) -> None:
@@ -393,14 +422,71 @@ def test_program_runs_to_its_end_when_no_rewriter_can_be_started(tmp_path: Path)
     script = (
         "import os, sys\nfrom pathlib import Path\nfrom concordia.integrations.program.supervisor import Supervisor\n"
         "found = Supervisor(['/nonexistent/python'], os.environ, Path(sys.argv[1]))\n"
-        "status = found.run(['sh', '-c', 'echo started; exit 3'], os.environ)\nprint(status >> 8, found.rewriter_deaths)\n"
+        "status = found.run(['sh', '-c', 'echo started; exit 3'], os.environ)\nprint(status >> 8, found.rewriter_deaths, found.rewriter_error)\n"
     )
     socket = tmp_path / "rewriter.sock"
     environment = os.environ | {"PYTHONPATH": str(SOURCE)}
     words = [sys.executable, "-c", script, str(socket)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == f"started\n3 {config.REWRITER_STARTS_MAX}\n"
+    assert done.stdout == "started\n3 0 /nonexistent/python cannot be started: No such file or directory\n"
     assert not socket.exists()
+
+
+def test_program_is_watched_to_its_end_when_what_runs_beside_it_fails() -> None:
+    script = (
+        "import os, signal\nfrom concordia.integrations.program.supervisor import Supervisor\n"
+        "def fail():\n    raise RuntimeError('of ours')\n"
+        "words = ['sh', '-c', 'trap \"echo told; exit 3\" TERM; echo ready; while :; do sleep 0.01; done']\n"
+        "try:\n    Supervisor().run(words, os.environ, when_started=fail)\n"
+        "except RuntimeError as error:\n    print(error, flush=True)\n"
+        "try:\n    os.waitpid(-1, os.WNOHANG)\n"
+        "except ChildProcessError:\n    print('no child', signal.pthread_sigmask(0, []))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, out) == (0, "told\nof ours\nno child set()\n")
+
+
+def _do_after(command: Command, begin: str, *words: str) -> tuple[int, str, str]:
+    """The command line in an interpreter that has done this before."""
+    code = f"import sys\nfrom concordia import cli\nfrom concordia.integrations.program import launch\n{begin}\ncli.main(sys.argv[1:])\n"
+    done = subprocess.run([sys.executable, "-c", code, *words], env=command.environment(), capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_exit_code_is_the_programs_when_old_runs_cannot_be_removed(command: Command) -> None:
+    begin = "def fail(_):\n    raise OSError(37, 'no locks')\nlaunch.remove_old = fail"
+    assert _do_after(command, begin, "run", "--", "sh", "-c", "exit 7") == (7, "", "")
+
+
+def test_failure_is_told_when_no_rewriter_can_be_started(command: Command) -> None:
+    code, _, err = _do_after(command, "sys.executable = '/nonexistent/python'", "run", "--", "sh", "-c", "exit 7")
+    why = "/nonexistent/python cannot be started: No such file or directory"
+    assert (code, err) == (7, f"concordia: no rewriter, so new images stayed as they were: {why}\n")
+    about = find_run(base=command.base).about()
+    assert (about["rewriter_error"], about["rewriter_deaths"]) == (why, 0)
+
+
+@pytest.mark.parametrize("key", ["", "short", "../../../" + 23 * "x", "G" * 32, 32 * "0"])
+def test_exit_code_is_the_programs_when_a_key_in_its_log_is_damaged(command: Command, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = json.dumps({"event": "image", "key": key, "library": "x", "kind": "ptx", "outcome": "original", "why": "look only"})
+    begin = "launch.config.RUN_LOOK_S = 0.1"  # nobody makes the file of the key that is one
+    code, out, err = _do_after(command, begin, "run", "--verbose", "--", "sh", "-c", 'echo "$1" >"$CONCORDIA_RUN/modules/77.log"; exit 5', "sh", line)
+    assert (code, out) == (5, ""), err
+    assert err.startswith("concordia: 1 images in 1 processes: 0 hooked, 1 left alone (look only)")
+    assert len(err.splitlines()) == 1
+
+
+def test_exit_code_is_the_programs_when_it_removes_the_folder_of_its_run(command: Command) -> None:
+    assert command.do("run", "--", "sh", "-c", 'rm -r "$CONCORDIA_RUN"; exit 6') == (6, "", "")
+    assert command.runs == []
 
 
 def _slow_rewriters(command: Command, begin: str) -> str:

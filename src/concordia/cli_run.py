@@ -69,6 +69,13 @@ def plain(words: Sequence[str], environment: Mapping[str, str]) -> Asked | None:
 def start(asked: Asked) -> int:
     """Run the program to its end; its exit code."""
     gc.disable()  # until the program runs: what a start makes stays, and is looked through in vain
+    try:
+        return _start(asked)
+    finally:
+        gc.enable()
+
+
+def _start(asked: Asked) -> int:
     from concordia.integrations.program.supervisor import before_threads
 
     with before_threads():

@@ -144,6 +144,7 @@ ASSEMBLER_RUN_S: Final = 300.0  # the assembler on a marked text, before it gets
 RUN_SETTINGS_BYTES_MAX: Final = 16 << 10
 RUN_LOG_BYTES_MAX: Final = 16 << 20  # of one process's log: 30,000 images
 RUNS_KEPT: Final = 20  # run folders, for `concordia modules`: the newest
+RUNS_REMOVED_MAX: Final = 4  # by one start, which keeps signals waiting: more than it makes
 RUN_KEPT_S: Final = 7 * 86400.0  # and none that ended longer ago
 # after a program that was only looked at, for the rewriter to read the images it was told of
 RUN_LOOK_S: Final = 5.0

@@ -10,6 +10,7 @@ instrument/'s. What only some runs need is imported by those: each program's sta
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import concordia
 from concordia import config
 from concordia.errors import UsageError
-from concordia.instrument.cache_folder import CacheFolder
+from concordia.instrument.cache_folder import CacheFolder, is_key
 from concordia.instrument.options import Options
 from concordia.integrations.program.architecture import architecture
 from concordia.integrations.program.driver import find_driver
@@ -116,8 +117,8 @@ def launch(asked: Launch) -> int:
                 environment |= protection.environment()
                 protection.keep_addresses()
         why_not = stand_in.why_not if stand_in else "no marks were asked for"
-        facts = {"driver": str(driver), "assembler": why_not}
-        run.tell(command=list(asked.command), started=time.time(), **facts)
+        prepared = {"driver": str(driver), "assembler": why_not}
+        run.tell(command=list(asked.command), started=time.time(), **prepared)
         supervisor = Supervisor(
             _rewriter(run, options), _rewriter_environment(os.environ), run.socket
         )
@@ -127,13 +128,14 @@ def launch(asked: Launch) -> int:
             when_started=lambda: _tidy(run),
             when_ended=lambda: _await_looks(run, cache) if is_looking else None,
         )
+        facts = {}
         if protection is not None:
-            run.tell(protection=protection.end(os.waitstatus_to_exitcode(status)))
-        run.tell(ended=time.time(), status=status, rewriter_deaths=supervisor.rewriter_deaths)
+            facts["protection"] = protection.end(os.waitstatus_to_exitcode(status))
+        _note_end(run, supervisor, status=status, **facts)
         if asked.is_verbose:
             from concordia.integrations.program.coverage import read_run
 
-            print(f"concordia: {read_run(run).summary()}", file=sys.stderr)
+            _say(read_run(run).summary())
     finally:
         if protection is not None:
             protection.close()
@@ -142,9 +144,25 @@ def launch(asked: Launch) -> int:
 
 
 def _tidy(run: ProgramRun) -> None:
-    """What can wait until the program runs."""
+    """What can wait until the program runs. It goes on whatever becomes of it."""
     gc.enable()  # cli_run has switched it off
-    remove_old(run.path.parent)
+    with contextlib.suppress(OSError):  # what is not removed now is old for the next start, too
+        remove_old(run.path.parent)
+
+
+def _note_end(run: ProgramRun, supervisor: Supervisor, **facts: object) -> None:
+    facts |= {"rewriter_deaths": supervisor.rewriter_deaths}
+    facts |= {"rewriter_error": supervisor.rewriter_error}
+    with contextlib.suppress(OSError):  # a program may have removed its run's folder
+        run.tell(ended=time.time(), **facts)
+    if supervisor.rewriter_error:
+        _say(f"no rewriter, so new images stayed as they were: {supervisor.rewriter_error}")
+
+
+def _say(text: str) -> None:
+    """One line, behind the program's end: its exit code is not lost with whoever would read it."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(f"concordia: {text}\n")
 
 
 def _stand_in(run: ProgramRun, options: Options, environment: Mapping[str, str]) -> StandIn:
@@ -209,7 +227,7 @@ def _await_looks(run: ProgramRun, cache: CacheFolder) -> None:
     from concordia.integrations.program.coverage import read_run
 
     deadline = time.monotonic() + config.RUN_LOOK_S
-    waiting = {image.key for image in read_run(run).images if image.key}
+    waiting = {image.key for image in read_run(run).images if is_key(image.key)}
     while waiting and time.monotonic() < deadline:
         waiting = {key for key in waiting if not cache.file(key).exists()}
         time.sleep(config.PROGRAM_POLL_S)

@@ -111,9 +111,7 @@ def make_run(base: Path | None = None) -> ProgramRun:
         (path / "modules").mkdir(mode=0o700)
     except OSError as error:
         raise UsageError(f"no folder for this run: {error}; name another --run-dir") from None
-    lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return ProgramRun(path, lock)
+    return ProgramRun(path, _locked(path))
 
 
 def find_run(given: Path | None = None, base: Path | None = None) -> ProgramRun:
@@ -131,16 +129,19 @@ def find_run(given: Path | None = None, base: Path | None = None) -> ProgramRun:
 
 
 def remove_old(runs: Path) -> None:
-    """Remove runs that ended too long ago, or whose place newer ones take. Called once a new one's
-    program runs.
+    """Remove runs that ended too long ago, or whose place newer ones take: the oldest few of them.
+    Called once a new one's program runs, whose signals wait meanwhile.
     """
-    folders = _folders(runs)
+    folders, removed = _folders(runs), 0
     for index, path in enumerate(folders):
         is_old = time.time() - _age_stamp(path) > config.RUN_KEPT_S
         if (is_old or index < len(folders) - config.RUNS_KEPT) and not is_alive(path):
             import shutil  # no program waits for it
 
             shutil.rmtree(path, ignore_errors=True)
+            removed += 1
+            if removed == config.RUNS_REMOVED_MAX:
+                return
 
 
 def is_alive(path: Path) -> bool:
@@ -154,6 +155,22 @@ def processes(run: ProgramRun) -> Iterator[tuple[int, Path]]:
         for path in sorted(run.modules.iterdir()):
             if path.suffix == ".log" and path.stem.isdecimal():
                 yield int(path.stem), path
+
+
+def _locked(path: Path) -> int:
+    """The new run's lock, or nothing of it; raises UsageError."""
+    lock = -1
+    try:
+        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        import shutil  # most starts remove nothing
+
+        if lock >= 0:
+            os.close(lock)
+        shutil.rmtree(path, ignore_errors=True)
+        raise UsageError(f"no lock in {path}: {error.strerror}; name another --run-dir") from None
+    return lock
 
 
 def _folders(runs: Path) -> list[Path]:

@@ -2,10 +2,11 @@
 
 Owns: starting both, the socket between them, signals on their way to the program, and the end of
 both. Promises: the program has the signal mask, the terminal and the process group that it would
-have without us, and does not wait for the rewriter to start; a signal from the terminal reaches it
-once (the kernel sends it), one sent to us is passed on; a rewriter that dies is started once more,
-and until it is there, questions wait; when none comes any more, they are told so at once; none is
-left behind. Called by launch. It knows no shim, and imports nothing that starts a thread.
+have without us, does not wait for the rewriter to start, and is watched whatever else fails; a
+signal from the terminal reaches it once (the kernel sends it), one sent to us is passed on; a
+rewriter that dies is started once more, and until it is there, questions wait; when none comes any
+more, they are told so at once; none is left behind. Called by launch. It knows no shim, and imports
+nothing that starts a thread.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class Supervisor:
         self.rewriter_environment = rewriter_environment or {}
         self.path = path or Path()
         self.rewriter_deaths = 0
+        self.rewriter_error = ""  # why none could be started
         self._listener: socket.socket | None = None
         self._rewriter_pid = 0
         self._mask: frozenset[int] = frozenset()  # that the program gets
@@ -79,8 +81,9 @@ class Supervisor:
         when_started: Callable[[], None] = lambda: None,
         when_ended: Callable[[], None] = lambda: None,
     ) -> int:
-        """Run the program to its end; its wait status. `when_started` runs beside it; `when_ended`
-        after it, with the rewriter still there.
+        """Run the program to its end; its wait status. `when_started` runs beside it, and signals
+        wait meanwhile; what it raises comes after the program's end. `when_ended` runs after that,
+        with the rewriter still there.
         """
         self._mask = frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, _TAKEN))
         try:
@@ -92,8 +95,10 @@ class Supervisor:
                 return early.si_signo  # as a wait status: ended by this signal
             pid = self._spawn(command, environment)
             self._start_rewriter()  # behind it: the two would share a core when they begin
-            when_started()
-            status = self._watch(pid)
+            try:
+                when_started()
+            finally:
+                status = self._watch(pid)
             when_ended()
             return status
         finally:
@@ -133,8 +138,8 @@ class Supervisor:
                     (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                 ],
             )
-        except OSError:  # the program runs already, and goes on without
-            self.rewriter_deaths = config.REWRITER_STARTS_MAX
+        except OSError as error:  # the program runs already, and goes on without
+            self.rewriter_error = f"{self.rewriter[0]} cannot be started: {error.strerror}"
             self._close_listener()
 
     def _close_listener(self) -> None:
