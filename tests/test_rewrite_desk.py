@@ -28,6 +28,8 @@ from concordia.instrument.rewrite_desk import RewriteDesk
 from rewriter_process import Served, served
 from waiting import until
 
+pytest_plugins = ["rewriter_fixtures"]
+
 
 def test_image_lies_in_the_cache_when_the_rewriter_says_ready(tmp_path: pathlib.Path) -> None:
     with served(tmp_path) as one:
@@ -275,10 +277,3 @@ def test_requests_are_answered_in_turn_when_one_connection_has_several(tmp_path:
             with sealed_memory(image) as memory:
                 socket.send_fds(connection, [Request(len(image), image_key(image)).pack()], [memory])
                 assert connection.recv(64) == struct.pack("<4sI", b"CNRP", 0)
-
-
-@pytest.fixture
-def run(tmp_path: pathlib.Path) -> pathlib.Path:
-    folder = tmp_path / "run"
-    folder.mkdir(mode=0o700)
-    return folder

@@ -25,6 +25,8 @@ from concordia.instrument.rewriter_socket import listen
 from rewriter_process import ENVIRONMENT, Served
 from waiting import until
 
+pytest_plugins = ["rewriter_fixtures"]
+
 
 def test_rewriter_takes_the_descriptors_that_it_may_when_its_launcher_has_few(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -36,13 +38,6 @@ def test_rewriter_takes_the_descriptors_that_it_may_when_its_launcher_has_few(ru
     finally:
         process.kill()
         process.wait(timeout=30)
-
-
-@pytest.fixture
-def run(tmp_path: pathlib.Path) -> pathlib.Path:
-    folder = tmp_path / "run"
-    folder.mkdir(mode=0o700)
-    return folder
 
 
 def _command(run: pathlib.Path, root: pathlib.Path, *more: str) -> list[str]:

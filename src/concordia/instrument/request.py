@@ -5,10 +5,9 @@ along. Promises: what was accepted is of one version, has a size within the boun
 no longer change: the memory is sealed. Called by the rewriter, and by whoever asks one from Python.
 It reads no image.
 
-One message each way, on a SOCK_SEQPACKET socket:
+One message each way, on a SOCK_SEQPACKET socket, the image beside the first in a sealed memory file
+by SCM_RIGHTS ("CNAS" instead for a text that an assembler gets):
     request   "CNRQ" | u32 version | u64 bytes | u64 key, high | u64 low
-              ("CNAS" instead for a text that an assembler gets)
-              and with it, by SCM_RIGHTS, one sealed memory file that has the image
     reply     "CNRP" | u32 status
 """
 

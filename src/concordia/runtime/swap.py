@@ -10,29 +10,48 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
 from concordia import config
-from concordia.device.driver import Image, Publication
+from concordia.device.driver import Device, Executor, Image, Publication
 from concordia.errors import ConcordiaError, WaitTimeout
-from concordia.runtime.op_table import Change, Operator
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from concordia.runtime.executor import Runtime
+from concordia.runtime.op_table import Change, Operator, OperatorTable
+from concordia.runtime.ring import Ring
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_LOOK_S: Final = 0.0001
 
 
+class Swappable(Protocol):
+    """What a swap needs: one executor's, and how it is kept out and emptied."""
+
+    device: Device
+    ring: Ring
+    operators: OperatorTable
+    executor: Executor
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether somebody keeps the executor out now."""
+        ...
+
+    def parked(self) -> AbstractContextManager[None]:
+        """The executor is out."""
+        ...
+
+    def drain(self, timeout_s: float) -> None:
+        """Wait until everything handed in so far is done; raises WaitTimeout."""
+        ...
+
+
 class Swap:
     """Of one runtime, whose lock whoever makes it holds."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Swappable) -> None:
         self._runtime = runtime
         self._device, self._ring = runtime.device, runtime.ring
         self._operators, self._executor = runtime.operators, runtime.executor

@@ -1,9 +1,9 @@
 """One process, as the kernel tells of it, floor 6.
 
 Owns: the reading of /proc. Promises: a process that is not there, or is going, is an answer (None,
-nothing), never an error; pid and start time together are one process and no later one that was
-given its number. Called by ProcessTree, the watch and whoever changes priorities. It sends no
-signal and waits for nobody.
+nothing), never an error; only a list of all of them that cannot be had is an OSError; pid and start
+time together are one process and no later one that was given its number. Called by ProcessTree, the
+watch and whoever changes priorities. It sends no signal and waits for nobody.
 """
 
 from __future__ import annotations
