@@ -24,7 +24,7 @@ def build(folder: Path, *flags: str, source: str = "protected_program.c", shim: 
     driver = folder / "driver" / "libcuda.so.1"
     driver.parent.mkdir(parents=True)
     shape = ["-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-soname,libcuda.so.1", "-Wl,-Bsymbolic"]
-    compile_c([str(NATIVE / "fake_gpu.c"), *shape, "-ldl"], driver)
+    compile_c([str(NATIVE / "fake_gpu.c"), str(NATIVE / "fake_tensor_maps.c"), *shape, "-ldl"], driver)
     program = folder / "program"
     compile_c([str(NATIVE / source), f"-L{driver.parent}", "-l:libcuda.so.1", *flags], program)
     run = folder / "run"

@@ -56,6 +56,7 @@ on = "graph-launch"
 exit_hooks = true
 opaque = ["cublas*"]
 trust_arguments = ["libtorch*"]
+trust_maps = ["*gemm*"]
 """
 
 
@@ -74,7 +75,9 @@ def test_policy_says_what_was_written_when_it_is_right() -> None:
     assert policy.triggers == (Trigger("kernel", "*adam*", 2, 5000), Trigger("graph-launch"))
     assert policy.hooks == {"entry": True, "exit": True, "marks": True}
     assert (policy.opaque, policy.deny, policy.trust_arguments) == (("cublas*",), (), ("libtorch*",))
+    assert policy.trust_maps == ("*gemm*",)
     lines = policy.lines().splitlines()
+    assert [line for line in lines if line.startswith(("trust ", "maps "))] == ["trust libtorch*", "maps *gemm*"]
     assert lines[0] == "concordia-policy 1"
     assert f"region segments {1 << 20} {64 << 20} {EVERY} 0 0 - -" in lines
     assert f"region kv 1 {1 << 62} {EVERY} 3 4096 - *reshape_and_cache*" in lines
@@ -157,7 +160,7 @@ def test_text_is_a_policy_or_a_one_line_error_when_it_was_damaged() -> None:
         except UsageError as error:
             said.append(str(error))
             continue
-        words = {"concordia-policy", "warm", "audit", "addresses", "stage", "reads", "region", "trigger", "trust"}
+        words = {"concordia-policy", "warm", "audit", "addresses", "stage", "reads", "region", "trigger", "trust", "maps"}
         assert {line.split()[0] for line in policy.lines().splitlines()} <= words
         assert not re.search(r"[^\S\n ]", policy.lines())
         assert tomllib.loads("".join(text)) is not None

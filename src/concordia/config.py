@@ -122,6 +122,7 @@ POLICY_BYTES_MAX: Final = 1 << 20
 PROGRAM_RULES_MAX: Final = 64
 PROGRAM_TRIGGERS_MAX: Final = 16
 PROGRAM_PATTERNS_MAX: Final = 64
+PROGRAM_UNSEEN_MAX: Final = 64  # kernels, with a reason, that are shown as marking too much
 PROGRAM_REGIONS_MAX: Final = 1024  # the segments of an allocator that matches a rule, at once
 # copies of the regions on the device and on the host; a file that says more must mean it
 PROGRAM_STAGE_BYTES: Final = 2 << 30

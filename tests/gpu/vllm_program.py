@@ -1,7 +1,7 @@
-"""A vLLM program that knows nothing of us: `vllm_program.py MODEL_FOLDER WORKERS PROCESSES [ROUNDS]`; one line of JSON with what it generated.
+"""A vLLM program that knows nothing of us: `vllm_program.py MODEL_FOLDER WORKERS PROCESSES [ROUNDS [BACKEND]]`; one line of JSON with what it generated.
 
 PROCESSES 1: the engine and its workers are processes of their own, as `vllm serve` has them; 0: all of it is this one. ROUNDS: how often it
-answers eight prompts, each time others. It is run under `concordia run` and without by test_gpu_program_vllm.py and
+answers eight prompts, each time others. BACKEND: of its attention, by vLLM's name for it; without, vLLM chooses. It is run under `concordia run` and without by test_gpu_program_vllm.py and
 test_gpu_under_framework.py.
 """
 
@@ -25,7 +25,7 @@ def prompts_of(turn: int) -> list[dict[str, list[int]]]:
     return [{"prompt_token_ids": [(37 * i + 5 * j * (i + 1) + 11 * turn) % 256 for j in range(40 + 16 * (i % 3))]} for i in range(8)]
 
 
-def main(folder: str, workers: int, processes: int, rounds: int) -> int:
+def main(folder: str, workers: int, processes: int, rounds: int, backend: str | None) -> int:
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": str(processes),
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
@@ -34,6 +34,7 @@ def main(folder: str, workers: int, processes: int, rounds: int) -> int:
     from vllm import LLM, SamplingParams
 
     settings = SETTINGS | {"kv_cache_memory_bytes": LAYERS * KV_LAYER_BYTES, "max_num_batched_tokens": STEP_TOKENS, "compilation_config": QUICK}
+    settings |= {"attention_backend": backend} if backend else {}
     engine = LLM(folder, seed=7, tensor_parallel_size=workers, **settings)
     asked = SamplingParams(max_tokens=400, ignore_eos=True, temperature=0)
     tokens = []
@@ -47,4 +48,5 @@ def main(folder: str, workers: int, processes: int, rounds: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]) if len(sys.argv) > 4 else 1))
+    given = dict(enumerate(sys.argv))
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(given.get(4, 1)), given.get(5)))

@@ -7,7 +7,8 @@
 // "fill" and fills begin up to two milliseconds late; a copy from the host that is waited for takes twenty. Some calls ask fake_visited()'s function
 // first, which may stay as long as it likes; where it says 1 the call does nothing.
 // Kernels by name, all parameters u64: "fill" (p, n, v), "axpy" (y, x, n), "scatter" (p, n, seed), "indirect" (table, n), "sum" (out, x, n), "mix"
-// (state, x, n), "tensor" (128 bytes that hide an address as a count of 512 bytes, y); others do nothing.
+// (state, x, n), "tensor" (128 bytes that hide an address as a count of 512 bytes, y), "tensors" (448 bytes: y, such 128 bytes at 64 and at 192; n); others
+// do nothing. Maps are made by fake_tensor_maps.c.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <pthread.h>
@@ -28,7 +29,7 @@ enum { COPY, FILL, WRITE, KERNEL, WAIT, NODE_FREE };
 enum { CONTEXT = 0x77 };
 
 struct event { uint64_t recorded, done; };
-struct op { int kind; uint64_t a[6]; char name[32]; void *owned; uint64_t due; };
+struct op { int kind; uint64_t a[6]; char name[32]; void *owned; uint64_t due; };  // a kernel's a[5]: its first parameter, where that is more than a word
 struct stream { struct op *ops; uint64_t head, tail, room, finished; struct graph *capture; struct event marks; int is_blocking, is_own, is_gone; };
 struct node { int type; struct op op; void *parameters[6]; };
 struct graph { struct node **nodes; size_t count; int is_broken; };
@@ -81,14 +82,16 @@ static void mark(const void *address) {
 static void scatter(uint64_t *p, uint64_t n, uint64_t value) {
   for (int i = 0; i < 5; i++) { value = value * 6364136223846793005ull + 1; p[(value >> 20) % n] = value; mark(&p[(value >> 20) % n]); }
 }
+static size_t large_of(const char *name) { return !strcmp(name, "tensor") ? 128 : !strcmp(name, "tensors") ? 448 : 0; }
 static void run_kernel(const struct op *op) {
-  uint64_t *p = (void *)op->a[0], n = op->a[1];
+  uint64_t *p = (void *)op->a[0], n = op->a[1], *large = (void *)op->a[5];
   if (!strcmp(op->name, "fill")) for (uint64_t i = 0; i < n; i++) { p[i] = op->a[2] + i; mark(&p[i]); }
   if (!strcmp(op->name, "axpy")) for (uint64_t i = 0; i < op->a[2]; i++) { p[i] = p[i] * 3 + ((uint64_t *)op->a[1])[i]; mark(&p[i]); }
   if (!strcmp(op->name, "scatter")) scatter(p, n, op->a[2]);
   if (!strcmp(op->name, "indirect")) for (uint64_t i = 0; i < n; i++) { *(uint64_t *)p[i] += 7; mark((void *)p[i]); }
   if (!strcmp(op->name, "sum")) { uint64_t sum = 1; for (uint64_t i = 0; i < op->a[2]; i++) sum = sum * 31 + ((uint64_t *)op->a[1])[i]; *p = sum; mark(p); }
-  if (!strcmp(op->name, "tensor")) { *(uint64_t *)(ARENA + 512 * op->a[0]) += 5; *(uint64_t *)op->a[1] += 3; }
+  if (!strcmp(op->name, "tensor")) { *(uint64_t *)(ARENA + 512 * large[0]) += 5; *(uint64_t *)op->a[1] += 3; mark((void *)op->a[1]); }
+  if (!strcmp(op->name, "tensors")) { *(uint64_t *)(ARENA + 512 * large[8]) += 5; *(uint64_t *)(ARENA + 512 * large[24]) += 5; *(uint64_t *)large[0] += 3; }
   if (!strcmp(op->name, "mix")) for (uint64_t i = 0; i < op->a[2]; i += 1 + i / 8) { p[i] ^= ((uint64_t *)op->a[1])[i] * 0x9e3779b97f4a7c15ull + i; mark(&p[i]); }
 }
 static void run(struct op *op) {
@@ -153,6 +156,7 @@ static R put(void *handle, struct op op, int type) {
     struct node *node = calloc(1, sizeof *node);
     *node = (struct node){.type = type, .op = op};
     for (int i = 0; i < 6; i++) node->parameters[i] = &node->op.a[i];
+    if (large_of(op.name)) node->parameters[0] = (void *)op.a[5];
     graph->nodes = realloc(graph->nodes, (graph->count + 1) * sizeof *graph->nodes);
     graph->nodes[graph->count++] = node;
   } else {
@@ -345,7 +349,7 @@ API R cuEventRecord_ptsz(struct mark *event, void *stream) { return cuEventRecor
 API R cuEventQuery(struct mark *event) { return !event->stream || event->stream->head >= event->position ? OK : NOT_READY; }
 API R cuEventSynchronize(struct mark *event) { return event->stream ? drained(event->stream, event->position) : OK; }
 
-static const struct { const char *name; int parameters; } known[] = {{"fill", 3}, {"axpy", 3}, {"scatter", 3}, {"indirect", 2}, {"sum", 3}, {"mix", 3}, {"update", 3}, {"nothing", 0}, {"tensor", 2}};
+static const struct { const char *name; int parameters; } known[] = {{"fill", 3}, {"axpy", 3}, {"scatter", 3}, {"indirect", 2}, {"sum", 3}, {"mix", 3}, {"update", 3}, {"nothing", 0}, {"tensor", 2}, {"tensors", 2}};
 enum { KNOWN = sizeof known / sizeof *known };
 static struct function functions[KNOWN];
 API R cuModuleLoadData(void **module, const void *image) {
@@ -368,11 +372,17 @@ API R cuModuleGetFunction(struct function **function, void *module, const char *
 }
 API R cuFuncGetModule(void **module, struct function *function) { (void)function; *module = (void *)0x55; return OK; }
 API R cuFuncGetName(const char **name, struct function *function) { *name = function->name; return OK; }
-API R cuFuncGetParamInfo(struct function *function, size_t index, size_t *offset, size_t *bytes) { int is_tensor = !strcmp(function->name, "tensor"); *offset = is_tensor ? 128 * index : 8 * index; *bytes = is_tensor && !index ? 128 : 8; return (int)index < function->parameters ? OK : INVALID; }
+API R cuFuncGetParamInfo(struct function *function, size_t index, size_t *offset, size_t *bytes) { size_t large = large_of(function->name); *offset = large ? large * index : 8 * index; *bytes = large && !index ? large : 8; return (int)index < function->parameters ? OK : INVALID; }
+// Its own copy, which nobody frees: a graph may need it for ever.
+static uint64_t kept(const char *name, void **parameters, void **extra) {
+  size_t size = large_of(name);
+  return size ? (uint64_t)memcpy(malloc(size), parameters ? parameters[0] : extra[1], size) : 0;
+}
 static R launch(struct function *function, void *stream, void **parameters, void **extra) {
-  struct op op = {.kind = KERNEL};
+  struct op op = {.kind = KERNEL, .a = {[5] = kept(function->name, parameters, extra)}};
   snprintf(op.name, sizeof op.name, "%s", strcmp(function->name, "update") ? function->name : "axpy");
-  if (parameters) for (int i = 0; i < function->parameters; i++) memcpy(&op.a[i], parameters[i], 8);
+  if (op.a[5]) { if (parameters) memcpy(&op.a[1], parameters[1], 8); }
+  else if (parameters) for (int i = 0; i < function->parameters; i++) memcpy(&op.a[i], parameters[i], 8);
   else if (extra) memcpy(op.a, extra[1], 8 * (size_t)function->parameters);
   return put(stream, op, 0);
 }
@@ -395,6 +405,12 @@ API R cuGraphKernelNodeGetParams_v2(struct node *node, struct kernel_node *found
   memset(found, 0, sizeof *found);
   cuModuleGetFunction((struct function **)&found->function, NULL, node->op.name);
   found->parameters = node->parameters;
+  return OK;
+}
+API R cuGraphExecKernelNodeSetParams_v2(struct graph *executable, struct node *node, const struct kernel_node *to) {  // of all that have this node
+  (void)executable;
+  node->op.a[5] = kept(node->op.name, to->parameters, NULL);
+  memcpy(&node->op.a[1], to->parameters[1], 8);
   return OK;
 }
 API R cuGraphMemcpyNodeGetParams(struct node *node, struct copy3 *found) {

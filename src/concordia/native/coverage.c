@@ -163,11 +163,22 @@ void coverage_note(const char *what, const char *why) {
   append(&line);
 }
 
+void coverage_unseen(const char *kernel, const char *why, uint64_t count) {
+  struct line line = {.text = "{", .used = 1};
+  if (!is_within()) return;
+  put_text(&line, "event", "unseen");
+  put_text(&line, "kernel", kernel);
+  put_text(&line, "why", why);
+  put_number(&line, "count", count);
+  append(&line);
+}
+
 // Only of a process that has something to say: most of a tree of processes load no image.
 __attribute__((destructor)) static void end(void) {
   struct line line = {.text = "{", .used = 1};
   if (!process_is_active() || !atomic_load(&is_begun)) return;
   launch_counted();
+  unseen_told();
   put_text(&line, "event", "end");
   pthread_mutex_lock(&lock);
   for (int i = 0; i < COUNTS_MAX && counts[i].name; i++)

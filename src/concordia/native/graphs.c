@@ -12,7 +12,7 @@
 
 enum { NODE_KERNEL, NODE_MEMCPY, NODE_MEMSET, NODE_HOST, NODE_GRAPH, NODE_EMPTY, NODE_WAIT,
       NODE_RECORD };
-enum { NODES_MAX = 1 << 16, DEPTH_MAX = 8, REACHED_MAX = 512, NOTES_MAX = 4096, BUCKETS = 1024 };
+enum { NODES_MAX = 1 << 16, DEPTH_MAX = 8, REACHED_MAX = 2048, NOTES_MAX = 4096, BUCKETS = 1024 };
 
 struct kernel_node {
   void *function;
@@ -63,6 +63,10 @@ static void see(uint64_t word, uint64_t at, void *context) {
   if (allocation_of(word, &found)) reach(note, found.address, found.bytes);
 }
 
+static void see_range(uint64_t address, uint64_t bytes, void *context) {
+  reach(context, address, bytes);
+}
+
 static uint64_t mixed(uint64_t hash, uint64_t word) {
   return (hash ^ word) * 0x100000001b3ull + (hash >> 29);
 }
@@ -85,18 +89,18 @@ static void note_kernel(struct note *note, void *node) {
   note->hash = mixed(mixed(note->hash, kernel->hash),
                      found.grid[0] ^ (uint64_t)found.block[0] << 32);
   protect_lock();
-  kernel_small_words(kernel, found.parameters, found.extra, mix_place, note);
+  arguments_small_words(kernel, found.parameters, found.extra, mix_place, note);
   protect_unlock();
-  if (window_map && kernel->is_marking) {
-    note->has_marking = 1;
-    return;
-  }
-  int is_known = 0;  // of others nobody knows where they write: marks.c says why
+  int is_marking = window_map && kernel->is_marking;
+  note->has_marking |= is_marking;
+  if (is_marking && !kernel->has_maps) return;
+  enum unseen why = UNSEEN_UNTRUSTED;  // nobody knows where it writes: marks.c says why
+  const struct seer seer = {is_marking ? NULL : see, see_range, note};
   protect_lock();
-  if (kernel->is_trusted && !kernel->writes_unseen)
-    is_known = kernel_words(kernel, found.parameters, found.extra, see, note);
+  if (kernel->is_trusted) why = arguments_reach(kernel, found.parameters, found.extra, &seer);
   protect_unlock();
-  if (!is_known) note->is_all = 1;
+  unseen_count(kernel, why);
+  if (why != UNSEEN_NOTHING) note->is_all = 1;
 }
 
 static void note_write(struct note *note, uint64_t address, uint64_t bytes) {

@@ -2,8 +2,8 @@
 //
 // Owns: a table by the driver's handle. Promises: an entry is what its handle means now: what was
 // learnt before code was last unloaded is learnt again before it is used; who holds an entry may
-// read it for good; words of arguments are read only inside the parameters that the driver
-// describes. Called by whoever watches launches.
+// read it for good. Called by whoever watches launches. What a launch's arguments are, says
+// arguments.c.
 #define _GNU_SOURCE
 #include <fnmatch.h>
 #include <stdlib.h>
@@ -11,11 +11,8 @@
 
 #include "protect.h"
 
-enum { SMALL_BYTES = 64 };  // a pointer, or some; tables of them have places that nobody filled
 enum { SLOTS = 1 << 16, PROBES = 64, PARAMETERS_MAX = 512 };
-enum { PARAMETER_MAP_BYTES = 128 };  // a tensor map, by which a kernel writes, is as large
 enum { END_OF_PARAMETERS = 1 };      // CUDA_ERROR_INVALID_VALUE: there is no such parameter
-enum { EXTRA_END = 0, EXTRA_BUFFER = 1, EXTRA_SIZE = 2 };
 enum { KERNEL_MARKS = 4, KERNEL_TENSOR_MAPS = 64 };  // flags of the cache file's table
 
 static struct kernel *_Atomic table[SLOTS];
@@ -107,11 +104,8 @@ static void learn_flags(struct kernel *kernel, void *function) {
       REAL(cuFuncGetModule, &home, function) == CUDA_SUCCESS)
     flags = loaded_kernel_flags(home, kernel->name);
   if (flags == KERNEL_UNKNOWN) flags = 0;
-  kernel->writes_unseen = (flags & KERNEL_TENSOR_MAPS) != 0;
-  kernel->is_marking = (flags & KERNEL_MARKS) && !kernel->writes_unseen;
-  // Of code that nobody has read only the user can say that no parameter hides where it writes.
-  for (int i = 0; i < kernel->count && !kernel->is_marking && !kernel->is_trusted; i++)
-    kernel->writes_unseen |= kernel->parameters[i].bytes >= PARAMETER_MAP_BYTES;
+  kernel->has_maps = (flags & KERNEL_TENSOR_MAPS) != 0;
+  kernel->is_marking = (flags & KERNEL_MARKS) != 0;
 }
 
 static uint64_t hash_of(const char *name) {
@@ -156,7 +150,7 @@ static int is_same(const struct kernel *kernel, const char *name) {
 // Whether what was learnt before is what was learnt now.
 static int is_equal(const struct kernel *before, const struct kernel *now) {
   return is_same(before, now->name) && before->hash == now->hash && before->count == now->count &&
-         before->is_marking == now->is_marking && before->writes_unseen == now->writes_unseen &&
+         before->is_marking == now->is_marking && before->has_maps == now->has_maps &&
          (now->count <= 0 ||
           memcmp(before->parameters, now->parameters,
                  (size_t)now->count * sizeof *now->parameters) == 0);
@@ -164,6 +158,7 @@ static int is_equal(const struct kernel *before, const struct kernel *now) {
 
 static void drop(struct kernel *kernel) {
   if (kernel) free(kernel->parameters);
+  if (kernel) free((void *)kernel->unseen);
   free(kernel);
 }
 
@@ -177,6 +172,7 @@ static struct kernel *learned(void *function, const char *name) {
   struct kernel *kernel = calloc(1, sizeof *kernel);
   if (!kernel) return NULL;
   atomic_init(&kernel->unloads, atomic_load(&unloads));  // before anything is asked
+  kernel->unseen = calloc(UNSEEN_REASONS, sizeof *kernel->unseen);
   kernel->function = function;
   kernel->name = name;
   kernel->hash = hash_of(name);
@@ -191,6 +187,8 @@ static struct kernel *learned(void *function, const char *name) {
       kernel->rules |= 1ull << i;
   for (int i = 0; i < policy.trusted_count; i++)
     if (fnmatch(policy.trusted[i], name, 0) == 0) kernel->is_trusted = 1;
+  for (int i = 0; i < policy.maps_count; i++)
+    if (fnmatch(policy.maps[i], name, 0) == 0) kernel->has_plain_maps = 1;
   learn_parameters(kernel, function);
   learn_flags(kernel, function);
   return kernel;
@@ -233,63 +231,9 @@ const struct kernel *kernel_of(void *function) {
   return &unknown;
 }
 
-static const uint8_t *buffer_of(void **extra, uint64_t *bytes) {
-  const uint8_t *buffer = NULL;
-  *bytes = 0;
-  for (int i = 0; i < 8 && extra && extra[i] != (void *)EXTRA_END; i += 2) {
-    if (extra[i] == (void *)EXTRA_BUFFER) buffer = extra[i + 1];
-    if (extra[i] == (void *)EXTRA_SIZE && extra[i + 1]) *bytes = *(const size_t *)extra[i + 1];
+void kernels_each(void (*see)(const struct kernel *, void *), void *context) {
+  for (int i = 0; i < SLOTS; i++) {
+    const struct kernel *kernel = atomic_load_explicit(&table[i], memory_order_acquire);
+    if (kernel) see(kernel, context);
   }
-  return *bytes ? buffer : NULL;
-}
-
-// The words of `size` bytes that lie `offset` behind the first argument's begin.
-static void words_of(const uint8_t *bytes, uint64_t offset, uint64_t size, see_word see,
-                     void *context) {
-  uint64_t word;
-  for (uint64_t at = -offset % 8; at + 8 <= size; at += 8) {
-    memcpy(&word, bytes + at, 8);
-    see(word, offset + at, context);
-  }
-}
-
-int kernel_words(const struct kernel *kernel, void **parameters, void **extra, see_word see,
-                 void *context) {
-  uint64_t bytes;
-  if (!parameters) {
-    const uint8_t *buffer = buffer_of(extra, &bytes);
-    if (buffer) words_of(buffer, 0, bytes, see, context);
-    return buffer != NULL || kernel->count == 0;
-  }
-  if (kernel->count < 0) return 0;
-  for (int i = 0; i < kernel->count; i++)
-    words_of(parameters[i], kernel->parameters[i].offset, kernel->parameters[i].bytes, see,
-             context);
-  return 1;
-}
-
-void kernel_small_words(const struct kernel *kernel, void **parameters, void **extra,
-                        see_word see, void *context) {
-  uint64_t bytes = 0;
-  const uint8_t *buffer = parameters ? NULL : buffer_of(extra, &bytes);
-  for (int i = 0; i < kernel->count; i++) {
-    uint32_t offset = kernel->parameters[i].offset, size = kernel->parameters[i].bytes;
-    const uint8_t *argument = parameters ? parameters[i] : buffer + offset;
-    if (size > SMALL_BYTES || (!parameters && (!buffer || offset + size > bytes))) continue;
-    words_of(argument, offset, size, see, context);
-  }
-}
-
-int kernel_argument(const struct kernel *kernel, void **parameters, void **extra, int index,
-                    uint64_t *word) {
-  uint64_t bytes;
-  if (index >= kernel->count || kernel->parameters[index].bytes < 8) return 0;
-  if (parameters) {
-    memcpy(word, parameters[index], 8);
-    return 1;
-  }
-  const uint8_t *buffer = buffer_of(extra, &bytes);
-  if (!buffer || kernel->parameters[index].offset + 8 > bytes) return 0;
-  memcpy(word, buffer + kernel->parameters[index].offset, 8);
-  return 1;
 }

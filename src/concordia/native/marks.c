@@ -9,7 +9,8 @@
 // A launch of unmarked stores reaches all regions: where an argument points to there may lie more
 // pointers, in a region as well as elsewhere (tables of batches, of caches, of groups). A kernel
 // that the policy trusts writes through its arguments only: it reaches the regions that they point
-// to.
+// to, and the pages that their tensor maps lead to. A region as a whole and not from the address
+// on: an argument may be the end of what is written.
 #define _GNU_SOURCE
 #include "protect.h"
 
@@ -28,6 +29,10 @@ void marks_range(uint64_t address, uint64_t bytes) {
     uint64_t from = address > region->address ? address : region->address;
     uint64_t to = end < last ? end : last;
     if (from >= to || region->is_whole) continue;
+    if (from == region->address && to == last) {  // a large one is dear to go through
+      region->is_whole = 1;
+      continue;
+    }
     for (uint64_t page = (from - region->address) >> MARK_SHIFT;
          page <= (to - 1 - region->address) >> MARK_SHIFT; page++)
       region->marks[page] = 1;
@@ -54,23 +59,29 @@ void marks_all(CUstream stream, int is_per_thread) {
   protect_unlock();
 }
 
-static void see(uint64_t word, uint64_t at, void *unused) {
-  (void)at, (void)unused;
+static void see(uint64_t word, uint64_t at, void *context) {
+  (void)at;
   for (int i = 0; i < region_count; i++)
-    if (word - regions[i]->address < regions[i]->bytes) regions[i]->is_whole = 1;
+    if (word - regions[i]->address < regions[i]->bytes)
+      *(enum unseen *)context = UNSEEN_POINTER, regions[i]->is_whole = 1;
+}
+
+static void see_range(uint64_t address, uint64_t bytes, void *unused) {
+  (void)unused;
+  marks_range(address, bytes);
 }
 
 // With the lock: what a kernel with these arguments may write.
 static void mark_kernel(const struct kernel *kernel, void **parameters, void **extra) {
-  if (window_map && kernel->is_marking) {
-    for (int i = 0; i < region_count; i++)
-      if (regions[i]->is_outside) regions[i]->is_whole = 1;
-    return;
-  }
-  if (kernel->is_trusted && !kernel->writes_unseen &&
-      kernel_words(kernel, parameters, extra, see, NULL))
-    return;
-  mark_all();
+  int is_marking = window_map && kernel->is_marking;
+  for (int i = 0; is_marking && i < region_count; i++)
+    if (regions[i]->is_outside) regions[i]->is_whole = 1;
+  if (is_marking && !kernel->has_maps) return;
+  enum unseen pointed = UNSEEN_NOTHING, why = UNSEEN_UNTRUSTED;
+  const struct seer seer = {is_marking ? NULL : see, see_range, &pointed};
+  if (kernel->is_trusted) why = arguments_reach(kernel, parameters, extra, &seer);
+  if (why != UNSEEN_NOTHING) mark_all();
+  if (region_count) unseen_count(kernel, why != UNSEEN_NOTHING ? why : pointed);
 }
 
 static __thread const struct kernel *launched;  // between before and after

@@ -68,7 +68,7 @@ void points_launched(const struct launch *launch, const struct kernel *kernel,
   for (int i = 0; i < 3; i++) mix(launch->grid[i] ^ (uint64_t)launch->block[i] << 32);
   mix(launch->shared_bytes);
   if (kernel)
-    kernel_small_words(kernel, launch->parameters, launch->extra, mix_place, NULL);
+    arguments_small_words(kernel, launch->parameters, launch->extra, mix_place, NULL);
   for (int i = 0; i < policy.trigger_count; i++) {
     int is_one = kernel ? kernel->triggers >> i & 1 : policy.triggers[i].on == ON_GRAPH;
     if (is_one && is_due(i)) hits |= 1u << i;

@@ -79,6 +79,9 @@ static int read_line(const char *line) {
   if (strncmp(line, "trust ", 6) == 0)
     return policy.trusted_count < TRUSTED_MAX &&
            sscanf(line, "trust %159s", policy.trusted[policy.trusted_count++]) == 1;
+  if (strncmp(line, "maps ", 5) == 0)
+    return policy.maps_count < TRUSTED_MAX &&
+           sscanf(line, "maps %159s", policy.maps[policy.maps_count++]) == 1;
   return sscanf(line, "warm %lu", &policy.warm) == 1 ||
          sscanf(line, "addresses %d", &policy.keeps_addresses) == 1 ||
          sscanf(line, "audit %lu", &policy.audit) == 1 ||

@@ -55,10 +55,10 @@ struct trigger {
 };
 struct policy {
   uint64_t warm, audit, stage_bytes, reads_bytes;
-  int rule_count, trigger_count, trusted_count, keeps_addresses;
+  int rule_count, trigger_count, trusted_count, maps_count, keeps_addresses;
   struct rule rules[RULES_MAX];
   struct trigger triggers[TRIGGERS_MAX];
-  char trusted[TRUSTED_MAX][PATTERN_BYTES];
+  char trusted[TRUSTED_MAX][PATTERN_BYTES], maps[TRUSTED_MAX][PATTERN_BYTES];
 };
 extern struct policy policy;  // filled before any hook is called
 extern char protect_folder[3072];
@@ -87,17 +87,20 @@ CUdeviceptr board_word(void);
 int stage_reserve(uint64_t offset, uint64_t bytes);
 
 // --- kernels.c
+enum { KERNEL_START_BYTES = 64 };
 struct kernel {
   void *function;
   _Atomic uint64_t unloads;  // of code, when this was learnt
   const char *name;  // of the driver, while its module is loaded
   size_t length;
-  char start[64];  // of the name; without an end where it is longer
+  char start[KERNEL_START_BYTES];  // of the name; without an end where it is longer
   uint64_t hash;
   uint32_t triggers, is_trusted;
+  int has_plain_maps;  // by policy: of its tensor maps each is as the driver made it
+  _Atomic uint64_t *unseen;  // by reason; see unseen.c
   uint64_t rules;
-  int is_marking;  // all of its stores mark their pages
-  int writes_unseen;  // its tensor maps hide where it writes: it may be anywhere
+  int is_marking;  // all of its stores mark their pages, but for those through tensor maps
+  int has_maps;    // it is known to write through these, too
   int count;  // of parameters; -1: not known
   struct {
     uint32_t offset, bytes;
@@ -105,16 +108,45 @@ struct kernel {
 };
 const struct kernel *kernel_of(void *function);
 void kernels_unloaded(void);  // before the driver does it: handles may mean other code from here on
-// Calls `see` with each word of a launch's arguments that may be an address, and its offset among
-// them; whether all of them were seen.
+void kernels_each(void (*see)(const struct kernel *, void *), void *context);
+
+// --- unseen.c: why a launch marks more than it writes
+enum unseen {
+  UNSEEN_NOTHING,
+  UNSEEN_UNTRUSTED,
+  UNSEEN_PARAMETERS,
+  UNSEEN_MAP,
+  UNSEEN_NO_MAP,
+  UNSEEN_LOST_MAP,
+  UNSEEN_POINTER,
+  UNSEEN_REASONS,
+};
+void unseen_count(const struct kernel *kernel, enum unseen reason);
+
+// --- tensor_maps.c; with the lock
+enum { TENSOR_MAP_BYTES = 128 };
+// What a map without a known end may reach from its address on.
+#define TENSOR_MAP_OPEN(address) (UINT64_MAX - (address))
+// Whether these bytes are a map that the driver made, and then the range of what it leads to.
+int tensor_map_of(const uint8_t *bytes, uint64_t *address, uint64_t *size);
+uint64_t tensor_maps_lost(void);
+
+// --- arguments.c
+// Called with each word of a launch's arguments that may be an address, and its offset among them.
 typedef void (*see_word)(uint64_t word, uint64_t at, void *context);
-int kernel_words(const struct kernel *kernel, void **parameters, void **extra, see_word see,
-                 void *context);
-// The same for arguments of some words at most, as far as they are known.
-void kernel_small_words(const struct kernel *kernel, void **parameters, void **extra,
-                        see_word see, void *context);
-int kernel_argument(const struct kernel *kernel, void **parameters, void **extra, int index,
-                    uint64_t *word);
+struct seer {
+  see_word word;  // NULL: words are none of its business
+  void (*range)(uint64_t address, uint64_t bytes, void *context);  // of a tensor map
+  void *context;
+};
+// With the lock. All that these arguments lead to; else why there may be more.
+enum unseen arguments_reach(const struct kernel *kernel, void **parameters, void **extra,
+                            const struct seer *seer);
+// The words of arguments of some words at most, as far as they are known.
+void arguments_small_words(const struct kernel *kernel, void **parameters, void **extra,
+                           see_word see, void *context);
+int arguments_word(const struct kernel *kernel, void **parameters, void **extra, int index,
+                   uint64_t *word);
 
 // --- allocations.c
 struct allocation {

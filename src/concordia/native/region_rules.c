@@ -38,7 +38,7 @@ void rules_launched(const struct kernel *kernel, const struct launch *launch) {
     uint64_t word;
     if (!(rules & 1)) continue;
     if (atomic_fetch_or(&done_rules, 1ull << i) & 1ull << i) continue;
-    if (!kernel_argument(kernel, launch->parameters, launch->extra, rule->argument, &word)) {
+    if (!arguments_word(kernel, launch->parameters, launch->extra, rule->argument, &word)) {
       protect_lose("region %s: kernel %s has no pointer %d", rule->name, kernel->name,
                    rule->argument);
       return;

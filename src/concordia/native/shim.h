@@ -164,6 +164,8 @@ struct coverage {
 void coverage_image(const struct coverage *coverage);
 void coverage_note(const char *what, const char *why);
 void coverage_count(const char *name, uint64_t value);  // one line at the end of the process
+void coverage_unseen(const char *kernel, const char *why, uint64_t count);
+void unseen_told(void);  // unseen.c: at that end
 
 // --- notice.c: a line on stderr, for which nobody waits; without its line break
 void notice(const char *format, ...) __attribute__((format(printf, 1, 2)));

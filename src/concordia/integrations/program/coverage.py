@@ -20,6 +20,7 @@ from concordia.instrument.cache import ImageCache
 from concordia.instrument.cache_folder import is_key
 from concordia.instrument.report import Hook, KernelReport
 from concordia.integrations.program.run_folder import ProgramRun, processes
+from concordia.integrations.program.unseen import HEAD, Unseen, UnseenCounts
 
 REWRITTEN: Final = "rewritten"
 _MARKS: Final = {
@@ -83,6 +84,7 @@ class RunCoverage:
     command: tuple[str, ...]
     images: tuple[LoadedImage, ...]
     notes: tuple[str, ...]
+    unseen: tuple[Unseen, ...]
     launches: int
     lines_lost: int
 
@@ -103,6 +105,7 @@ class RunCoverage:
             "command": list(self.command),
             "images": [image.as_json() for image in self.images],
             "notes": list(self.notes),
+            "unseen": [row.as_json() for row in self.unseen],
             "launches": self.launches,
             "lines_lost": self.lines_lost,
         }
@@ -119,6 +122,9 @@ class RunCoverage:
         if with_kernels:
             head = ("KERNEL", "LEVEL", "REGISTERS", "HOOKS", "LIBRARY")
             lines += ["", *_columns([head, *_kernel_rows(self.images)])]
+        if self.unseen:
+            rows = [row.cells(_shortened(row.kernel)) for row in self.unseen]
+            lines += ["", *_columns([HEAD, *rows])]
         lines += [f"note: {note}" for note in self.notes]
         if self.lines_lost:
             lines.append(f"note: {self.lines_lost} lines of logs could not be read")
@@ -131,6 +137,7 @@ def read_run(run: ProgramRun) -> RunCoverage:
     tables: dict[str, tuple[KernelReport, ...] | None] = {"": None}
     images: list[LoadedImage] = []
     notes: list[str] = []
+    unseen = UnseenCounts()
     launches = lost = 0
     for pid, path in processes(run):
         for found in _lines(path):
@@ -141,6 +148,8 @@ def read_run(run: ProgramRun) -> RunCoverage:
                     images += [image] if image else []
                 case {"event": "note", "what": what, "why": why}:
                     notes.append(f"process {pid}: {what}: {why}")
+                case {"event": "unseen", "kernel": kernel, "why": why, "count": int(count)}:
+                    unseen.add(str(kernel), str(why), count)
                 case {"event": "end"}:
                     launches += _number(found, "launches")
                 case {"event": "process"}:
@@ -148,8 +157,9 @@ def read_run(run: ProgramRun) -> RunCoverage:
                 case _:
                     lost += 1
     command = run.about().get("command", [])
+    words = tuple(str(word) for word in command)
     return RunCoverage(
-        run.path, tuple(str(word) for word in command), tuple(images), tuple(notes), launches, lost
+        run.path, words, tuple(images), tuple(notes), unseen.rows(), launches, lost
     )
 
 

@@ -33,6 +33,7 @@ from concordia.integrations.program.policy_table import (
 
 FORMAT: Final = 1  # of the shim's lines; native/policy.c refuses another
 EVERY: Final = -1  # ordinal: each allocation that matches is a region
+TRUSTS: Final = ("trust_arguments", "trust_maps")
 TRIGGERS: Final = ("graph-launch", "stream-synchronize", "kernel:")
 
 
@@ -79,6 +80,7 @@ class Policy:
     opaque: tuple[str, ...] | None = None  # None: the rewriter's own list
     deny: tuple[str, ...] = ()
     trust_arguments: tuple[str, ...] = ()
+    trust_maps: tuple[str, ...] = ()
 
     @property
     def protects(self) -> bool:
@@ -106,6 +108,7 @@ class Policy:
                 f"{trigger.kernel or '-'}"
             )
         found += [f"trust {pattern}" for pattern in self.trust_arguments]
+        found += [f"maps {pattern}" for pattern in self.trust_maps]
         return "".join(line + "\n" for line in found)
 
 
@@ -175,11 +178,14 @@ def _policy(table: Table) -> Policy:
         opaque=images.take("opaque", None, patterns),
         deny=images.take("deny", (), patterns),
         trust_arguments=images.take("trust_arguments", (), patterns),
+        trust_maps=images.take("trust_maps", (), patterns),
     )
+    if found.trust_maps and not found.trust_arguments:
+        raise WrongKey(images.key("trust_maps"), "only of kernels that trust_arguments names, too")
     program.end("series", "warm_points", "audit_every", "keep_addresses")
     journal.end("place", "size", "linger_s")
     limits.end("stage", "reads")
-    images.end("entry_hooks", "exit_hooks", "store_marks", "opaque", "deny", "trust_arguments")
+    images.end("entry_hooks", "exit_hooks", "store_marks", "opaque", "deny", *TRUSTS)
     return found
 
 

@@ -199,5 +199,7 @@ def reads_path(policy: Policy) -> Path:
 
 def policy_digest(policy: Policy) -> str:
     """Names what decides at which points a program is saved, and what of it."""
-    what = replace(policy, audit_every=0, stage_bytes=0, reads_bytes=0, trust_arguments=())
+    what = replace(
+        policy, audit_every=0, stage_bytes=0, reads_bytes=0, trust_arguments=(), trust_maps=()
+    )
     return hashlib.sha256(what.lines().encode()).hexdigest()[:16]
