@@ -47,16 +47,17 @@ def shim() -> Any:
 
 
 def resolver() -> dict[str, Any]:
-    """Which functions the driver's resolver gives that are neither the hook nor a function that has none."""
+    """Which functions the driver's resolver gives that are neither the hook nor a function that has none, here: no addresses are kept."""
     import os
 
-    from concordia.integrations.program.shim_build import hook_names
+    from concordia.integrations.program.shim_build import NATIVE, hook_names
 
     driver = ctypes.CDLL("libcuda.so.1")
     real = ctypes.CDLL(os.path.join(os.environ["CONCORDIA_RUN"], "libcuda-real.so"))
     assert driver.cuInit(0) == 0
     address = lambda library, name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value  # noqa: E731 - a word for one line
-    hooks = {address(real, name): address(driver, name) for name in hook_names() if hasattr(real, name)}
+    others = (NATIVE / "pointer_hooks.def").read_text("utf-8")
+    hooks = {address(real, name): address(real if f"HOOK({name}," in others else driver, name) for name in hook_names() if hasattr(real, name)}
     asked, missed = 0, []
     for name in sorted({n.split("_v")[0].removesuffix("_ptsz") for n in hook_names()}):
         for version in (11030, 11040, 12000, 12040, 12050, 13000):

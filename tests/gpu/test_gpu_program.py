@@ -2,7 +2,7 @@
 
 Invariants: the lines of a resumed program are those of an unfailed one, bit for bit, wherever it was killed and however often; no page changed
 that was not marked, over all steps that were compared; a resumed program does not compute again what it had computed; one that ends well leaves
-nothing.
+nothing; memory whose address is kept is for the program's questions as the driver's own.
 """
 
 from __future__ import annotations
@@ -189,6 +189,26 @@ def test_resumed_program_says_what_an_unfailed_one_says_when_it_was_killed(place
         print(f"{row['name']}: {row['pages_changed']} changed of {row['pages_marked']} marked of {row['posts'] * row['pages']} pages")
     assert report["missed_pages"] == 0
     assert not place.journal.with_name(place.journal.name + ".reads").joinpath("plain").exists(), "it has ended well"
+
+
+@pytest.mark.timeout(300)
+def test_program_is_told_what_the_driver_says_of_its_own_memory_when_addresses_are_kept(place: Place) -> None:
+    """The driver itself says what is right: of which sizes its own allocations are, and what it answers when one is freed."""
+    program = [sys.executable, str(ROOT / "tests" / "pointers_child.py"), "tell"]
+    answers = []
+    for before in ([], [sys.executable, "-m", "concordia.cli", "run", "--policy", str(place.policy("synchronize", is_kept=True)), "--"]):
+        done = subprocess.run([*before, *program], env=place.environment(), capture_output=True, text=True, timeout=RUN_S / 2, check=False)
+        print(done.stdout[-3000:], done.stderr[-2000:])
+        assert done.returncode == 0
+        assert "unprotected" not in done.stderr
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
+        answers.append(json.loads(line.removeprefix("ANSWER ")))
+    plain, kept = answers
+    for name in ("rows", "ids", "freed"):
+        assert kept[name] == plain[name], name
+    for name in ("ipc", "capable"):
+        assert all(plain[name]), name
+        assert not any(kept[name]), name
 
 
 @pytest.mark.timeout(600)

@@ -1,10 +1,11 @@
 // Memory at addresses that are the same in every life of a program.
 //
 // Owns: a range of addresses and what is mapped in it. Promises: whoever allocates and frees the
-// same sizes in the same order gets the same addresses, if the driver gives the range; what is small
-// shares memory, as with the driver; what cannot be had here is the driver's own; what is freed is
-// free only once all work is done, as with the driver's. Called by allocations.c where the policy
-// asks for it. One GPU: memory of the driver's own is for its peers, too, which this would not be.
+// same sizes in the same order gets the same addresses, if the driver gives the range; what is
+// small shares memory, as with the driver; what cannot be had here is the driver's own, and the
+// first time said; what is freed is free only once all work is done, as with the driver's. Called
+// where the policy asks for it, by allocations.c, and by pointers.c. One GPU: memory of the
+// driver's own is for its peers, too, which this would not be.
 //
 // Why: a region may hold addresses, and allocators choose by them. With these a resumed program
 // has its bytes where they were. The small ones, too: a library that frameworks use keeps what it
@@ -17,19 +18,24 @@
 
 #define RANGE_BYTES (1ull << 40)      // several times what any GPU has
 #define RANGE_HINT 0x200000000000ull  // far from where a system puts a process's own mappings
+#define KEPT_ID (1ull << 62)  // the driver counts its own from below
+#ifndef SMALL_RANGE_BYTES  // tests have less memory
 #define SMALL_RANGE_BYTES (1ull << 30)  // its beginning: a program has some megabytes of them
-enum { KEPT_MAX = 1 << 14 };
+#endif
+#ifndef KEPT_MAX  // likewise
+// Each allocation looks through all of its kind: an allocator of a framework has some hundreds.
+#define KEPT_MAX 16384
+#endif
+#define TEXT_OF(number) #number
+#define TEXT(number) TEXT_OF(number)
 enum { LARGE_BYTES = 1 << 20 };   // of the driver's own, too, each of these has pages for itself
 enum { SMALL_ALIGNMENT = 512 };  // more than the driver promises, and what it gives
 enum { NOT_TRIED, OPEN, CLOSED };
 
-struct kept {
-  uint64_t address, bytes;
-};
 // The part of the range from `start` to `end`, and what is there, by address. Of the large each has
 // a mapping of its own; the small share one for each granule.
 struct part {
-  uint64_t start, end;
+  uint64_t start, end, unit;  // sizes are rounded up to it
   int count;
   struct kept kept[KEPT_MAX];
 };
@@ -37,6 +43,8 @@ static struct part small, large;
 static int state = NOT_TRIED;
 static _Atomic uint64_t base;  // 0: there is no range
 static uint64_t granule;  // of the driver, or some of its own: what is small fits in
+static uint64_t spare;  // one that is mapped and empty, or 0: who frees the last wants it again
+static uint64_t made_ever;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static const CUmemAllocationProp property = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
@@ -60,6 +68,8 @@ static int is_reserved(void) {
   small.start = at;
   small.end = large.start = at + SMALL_RANGE_BYTES;
   large.end = at + RANGE_BYTES;
+  small.unit = SMALL_ALIGNMENT;
+  large.unit = granule;
   atomic_store(&base, at);
   return 1;
 }
@@ -80,6 +90,10 @@ int addresses_has(uint64_t address) {
   return start && address - start < RANGE_BYTES;
 }
 
+static uint64_t rounded(uint64_t bytes, uint64_t unit) {
+  return (bytes + unit - 1) / unit * unit;
+}
+
 static uint64_t granule_of(uint64_t address) { return address - (address - small.start) % granule; }
 
 // Where so many bytes can begin at or behind an address. What is small lies in one granule: a copy
@@ -89,14 +103,18 @@ static uint64_t fitting(uint64_t at, uint64_t bytes) {
   return bytes <= granule && at + bytes > end ? end : at;
 }
 
-// With the lock: the lowest gap; its index among what is there, or -1.
-static int gap_for(const struct part *part, uint64_t bytes, uint64_t *address) {
+// With the lock: the lowest gap; its index among what is there, or -1 and why not.
+static int gap_for(const struct part *part, uint64_t bytes, uint64_t *address, const char **why) {
   uint64_t at = fitting(part->start, bytes);
   int index = 0;
+  *why = "more than " TEXT(KEPT_MAX) " allocations of less than 1 MiB, or from 1 MiB on";
   if (part->count == KEPT_MAX) return -1;
-  for (; index < part->count && at + bytes > part->kept[index].address; index++)
-    at = fitting(part->kept[index].address + part->kept[index].bytes, bytes);
+  for (; index < part->count && at + bytes > part->kept[index].address; index++) {
+    const struct kept *kept = &part->kept[index];
+    at = fitting(kept->address + rounded(kept->bytes, part->unit), bytes);
+  }
   *address = at;
+  *why = "the place for those of less than 1 MiB is full";
   return at + bytes <= part->end ? index : -1;
 }
 
@@ -123,38 +141,85 @@ static CUresult map_at(uint64_t address, uint64_t bytes) {
 }
 
 // With the lock.
-static CUresult made(struct part *part, CUdeviceptr *address, uint64_t bytes) {
-  uint64_t at, start;
-  int index = gap_for(part, bytes, &at);
+static int has_given_back(void) {
+  int has_some = spare != 0;
+  if (has_some) REAL(cuMemUnmap, spare, granule);
+  spare = 0;
+  return has_some;
+}
+
+int addresses_give_back(void) {
+  if (!atomic_load(&base)) return 0;
+  pthread_mutex_lock(&lock);
+  int has_some = has_given_back();
+  pthread_mutex_unlock(&lock);
+  return has_some;
+}
+
+// With the lock: memory for an allocation, where its neighbours do not have it already.
+static CUresult backed(const struct part *part, uint64_t at, uint64_t bytes) {
+  if (part == &small) {
+    at = granule_of(at);
+    bytes = granule;
+    if (granule_is_used(at)) return CUDA_SUCCESS;
+    if (at == spare) {
+      spare = 0;
+      return CUDA_SUCCESS;
+    }
+  }
+  CUresult result = map_at(at, bytes);
+  return result == CUDA_ERROR_OUT_OF_MEMORY && has_given_back() ? map_at(at, bytes) : result;
+}
+
+// With the lock.
+static CUresult made(struct part *part, CUdeviceptr *address, uint64_t bytes, CUcontext context,
+                     const char **why) {
+  uint64_t at, room = rounded(bytes, part->unit);
+  int index = gap_for(part, room, &at, why);
   if (index < 0) return ADDRESSES_NONE;
-  CUresult result = CUDA_SUCCESS;
-  if (part == &large) result = map_at(at, bytes);
-  else if (!granule_is_used(start = granule_of(at))) result = map_at(start, granule);
-  if (result != CUDA_SUCCESS) return result == CUDA_ERROR_OUT_OF_MEMORY ? result : ADDRESSES_NONE;
+  CUresult result = backed(part, at, room);
+  // The driver may have room for a small one in what it has already.
+  if (result == CUDA_ERROR_OUT_OF_MEMORY && part == &large) return result;
+  *why = result == CUDA_ERROR_OUT_OF_MEMORY ? "no memory for one more granule of small ones"
+                                            : "the driver maps no memory there";
+  if (result != CUDA_SUCCESS) return ADDRESSES_NONE;
   struct kept *place = &part->kept[index];
   memmove(place + 1, place, (size_t)(part->count - index) * sizeof *place);
-  *place = (struct kept){at, bytes};
+  *place = (struct kept){at, bytes, KEPT_ID | ++made_ever, context};
   part->count++;
   *address = at;
   return CUDA_SUCCESS;
 }
 
-static uint64_t rounded(uint64_t bytes, uint64_t unit) {
-  return (bytes + unit - 1) / unit * unit;
-}
-
-CUresult addresses_allocate(CUdeviceptr *address, size_t bytes) {
+CUresult addresses_allocate(CUdeviceptr *address, size_t bytes, const char **why) {
   CUcontext current = NULL;
   CUresult result = ADDRESSES_NONE;
+  *why = NULL;
   if (!policy.keeps_addresses || !IS_PROTECTED() || !bytes || bytes > RANGE_BYTES || !board_claim())
     return ADDRESSES_NONE;
   if (REAL(cuCtxGetCurrent, &current) != CUDA_SUCCESS || !current) return ADDRESSES_NONE;
   pthread_mutex_lock(&lock);
-  if (is_open())
-    result = bytes < LARGE_BYTES ? made(&small, address, rounded(bytes, SMALL_ALIGNMENT))
-                                 : made(&large, address, rounded(bytes, granule));
+  if (is_open()) result = made(bytes < LARGE_BYTES ? &small : &large, address, bytes, current, why);
   pthread_mutex_unlock(&lock);
   return result;
+}
+
+void addresses_missed(const char *why) {
+  static _Atomic int is_said;
+  if (!atomic_exchange(&is_said, 1))
+    notice("concordia: not all addresses are kept from here on: %s", why);
+}
+
+int addresses_find(uint64_t address, struct kept *found) {
+  const struct part *part = address < large.start ? &small : &large;
+  int has = 0;
+  pthread_mutex_lock(&lock);
+  for (int i = 0; i < part->count && !has; i++) {
+    has = address - part->kept[i].address < part->kept[i].bytes;
+    if (has) *found = part->kept[i];
+  }
+  pthread_mutex_unlock(&lock);
+  return has;
 }
 
 // With the lock; -1: it is not ours.
@@ -176,9 +241,12 @@ static CUresult removed(struct part *part, CUdeviceptr address) {
   struct kept *place = &part->kept[index], gone = *place;
   memmove(place, place + 1, (size_t)(part->count - index - 1) * sizeof *place);
   part->count--;
-  if (part == &large) return REAL(cuMemUnmap, gone.address, gone.bytes);
-  uint64_t start = granule_of(gone.address);
-  return granule_is_used(start) ? CUDA_SUCCESS : REAL(cuMemUnmap, start, granule);
+  if (part == &large) return REAL(cuMemUnmap, gone.address, rounded(gone.bytes, part->unit));
+  uint64_t start = granule_of(gone.address), other = spare;
+  if (granule_is_used(start)) return CUDA_SUCCESS;
+  if (!IS_PROTECTED()) return REAL(cuMemUnmap, start, granule);  // no more of them will come
+  spare = other && other < start ? other : start;  // the lowest gap comes first
+  return other ? REAL(cuMemUnmap, other < start ? start : other, granule) : CUDA_SUCCESS;
 }
 
 CUresult addresses_free(CUdeviceptr address) {

@@ -87,6 +87,8 @@ static void goes(CUdeviceptr address) {
 #define ALLOCATED(address, bytes, is_node, call)                       \
   do {                                                                 \
     CUresult result = call;                                            \
+    if (result == CUDA_ERROR_OUT_OF_MEMORY && addresses_give_back())   \
+      result = call;                                                   \
     if (result == CUDA_ERROR_OUT_OF_MEMORY && regions_drop_copies())   \
       result = call;                                                   \
     if (result == CUDA_SUCCESS && !(is_node))                          \
@@ -95,8 +97,12 @@ static void goes(CUdeviceptr address) {
   } while (0)
 
 static CUresult allocate(CUdeviceptr *address, size_t bytes) {
-  CUresult result = addresses_allocate(address, bytes);
-  return result == ADDRESSES_NONE ? REAL(cuMemAlloc_v2, address, bytes) : result;
+  const char *why;
+  CUresult result = addresses_allocate(address, bytes, &why);
+  if (result != ADDRESSES_NONE) return result;
+  result = REAL(cuMemAlloc_v2, address, bytes);
+  if (result == CUDA_SUCCESS && why) addresses_missed(why);
+  return result;
 }
 
 CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {

@@ -2,8 +2,8 @@
 //
 // Owns: the hooks of their creation and end. Promises: the driver is called exactly once for each
 // call; the first context of a process that is to be hooked gets the control block before the
-// program has its handle; no stream of a context that ends is used afterwards. Called by the
-// program. What the block is, control.c says.
+// program has its handle; no stream of a context that ends is used afterwards, and no memory that
+// the program does not have outlives it. Called by the program. What the block is, control.c says.
 #include <stdatomic.h>
 
 #include "protect.h"
@@ -19,8 +19,13 @@ static void made(const CUcontext *context, CUdevice device) {
   gate_page_watch();
 }
 
-static void primary_gone(CUdevice device) {
+static void one_leaves(void) {
   kernels_unloaded();
+  addresses_give_back();
+}
+
+static void primary_gone(CUdevice device) {
+  one_leaves();
   if (device >= 0 && device < DEVICES_MAX) streams_context_gone(atomic_load(&primary[device]));
 }
 
@@ -58,13 +63,13 @@ CUresult cuCtxCreate_v4(CUcontext *context, void *parameters, unsigned int flags
 }
 
 CUresult cuCtxDestroy(CUcontext context) {
-  kernels_unloaded();
+  one_leaves();
   streams_context_gone(context);
   return REAL(cuCtxDestroy, context);
 }
 
 CUresult cuCtxDestroy_v2(CUcontext context) {
-  kernels_unloaded();
+  one_leaves();
   streams_context_gone(context);
   return REAL(cuCtxDestroy_v2, context);
 }
@@ -72,7 +77,7 @@ CUresult cuCtxDestroy_v2(CUcontext context) {
 // It may be the last use; where it is not, its streams stay known.
 static CUcontext primary_leaves(CUdevice device) {
   if (device < 0 || device >= DEVICES_MAX) return NULL;
-  kernels_unloaded();
+  one_leaves();
   CUcontext context = atomic_load(&primary[device]);
   streams_context_leaves(context);
   return context;

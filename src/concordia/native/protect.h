@@ -158,8 +158,16 @@ int is_device_memory(uint64_t address);                          // without
 
 // --- addresses.c
 enum { ADDRESSES_NONE = -1 };  // no result of the driver
-CUresult addresses_allocate(CUdeviceptr *address, size_t bytes);  // or ADDRESSES_NONE: ask the driver
-CUresult addresses_free(CUdeviceptr address);                     // likewise
+struct kept {
+  uint64_t address, bytes, id;  // as it was asked for; an id no other allocation has
+  CUcontext context;
+};
+// ADDRESSES_NONE: ask the driver; if it has the memory, `why` is told addresses_missed(), if any.
+CUresult addresses_allocate(CUdeviceptr *address, size_t bytes, const char **why);
+void addresses_missed(const char *why);
+CUresult addresses_free(CUdeviceptr address);  // or ADDRESSES_NONE
+int addresses_give_back(void);  // memory that nothing is in; whether there was some
+int addresses_find(uint64_t address, struct kept *found);  // of an address that it has
 int addresses_has(uint64_t address);  // whether it lies in the range of what is kept
 
 // --- stack.c

@@ -35,6 +35,11 @@ static const char *const seen_to[] = {  // what must not pass unseen while a pro
 #include "protect_hooks.def"
 #undef HOOK
 };
+static void *const of_kept[] = {  // which have nothing to say of other memory
+#define HOOK(name, parameters) (void *)name,
+#include "pointer_hooks.def"
+#undef HOOK
+};
 #define COUNT(array) (sizeof(array) / sizeof(*(array)))
 
 // Runs before any code of a library that needs us: dependencies are initialised first.
@@ -76,6 +81,12 @@ static void *unhooked(const char *symbol, void *answer) {
   return answer;
 }
 
+static void *wanted(const struct hook *hook) {
+  for (size_t i = 0; i < COUNT(of_kept) && !policy.keeps_addresses; i++)
+    if (of_kept[i] == hook->ours) return *hook->slot;
+  return hook->ours;
+}
+
 // The hook for what the driver answered. Several exports may share one address; then the one whose
 // name was asked for is meant, else the version of it for the streams that were asked for.
 static void *swapped(const char *symbol, uint64_t flags, void *answer) {
@@ -90,9 +101,9 @@ static void *swapped(const char *symbol, uint64_t flags, void *answer) {
     if (is_version_of(hooks[i].name, symbol) && is_of_threads(hooks[i].name) == wants_threads)
       version = &hooks[i];
   }
-  if (matches == 1) return only->ours;
-  if (named) return named->ours;
-  return version ? version->ours : unhooked(symbol, answer);
+  if (matches == 1) return wanted(only);
+  if (named) return wanted(named);
+  return version ? wanted(version) : unhooked(symbol, answer);
 }
 
 CUresult cuGetProcAddress(const char *symbol, void **function, int version, uint64_t flags) {
