@@ -2,8 +2,6 @@
 //
 // Owns: the function. Promises: the values of the published algorithm, whatever the processor; a
 // test holds them to the crc32c package. Called by cache_file.c. Reads the bytes and nothing else.
-#include <string.h>
-
 #include "shim.h"
 
 static uint32_t crc_of_byte(uint32_t crc) {
@@ -23,12 +21,6 @@ static uint32_t crc_by_table(uint32_t crc, const uint8_t *at, uint64_t size) {
 #define ONE 0x80000000u
 #define PIECES 3             // an instruction takes three cycles, and one can begin in each
 #define PIECE_BYTES_MIN 1024  // below, joining takes longer than is won
-
-static inline uint64_t word(const uint8_t *at) {
-  uint64_t value;
-  memcpy(&value, at, 8);
-  return value;
-}
 
 static uint32_t times(uint32_t a, uint32_t b) {
   uint32_t product = 0;
@@ -54,16 +46,16 @@ __attribute__((target("sse4.2"))) static uint32_t crc_by_instruction(uint32_t cr
   if (piece >= PIECE_BYTES_MIN) {
     uint64_t second = 0, third = 0;
     for (const uint8_t *end = at + piece; at < end; at += 8) {
-      wide = __builtin_ia32_crc32di(wide, word(at));
-      second = __builtin_ia32_crc32di(second, word(at + piece));
-      third = __builtin_ia32_crc32di(third, word(at + 2 * piece));
+      wide = __builtin_ia32_crc32di(wide, word_at(at));
+      second = __builtin_ia32_crc32di(second, word_at(at + piece));
+      third = __builtin_ia32_crc32di(third, word_at(at + 2 * piece));
     }
     wide = moved((uint32_t)wide, piece) ^ second;
     wide = moved((uint32_t)wide, piece) ^ third;
     at += 2 * piece;
     size -= PIECES * piece;
   }
-  for (; size >= 8; at += 8, size -= 8) wide = __builtin_ia32_crc32di(wide, word(at));
+  for (; size >= 8; at += 8, size -= 8) wide = __builtin_ia32_crc32di(wide, word_at(at));
   crc = (uint32_t)wide;
   for (; size; at++, size--) crc = __builtin_ia32_crc32qi(crc, *at);
   return crc;

@@ -11,6 +11,8 @@
 
 #include "shim.h"
 
+// Constants as XXH3's published specification has them: its PRIME64_1 to 5, PRIME32_1 to 3,
+// PRIME_MX1 and PRIME_MX2; the secret is its default one.
 #define P1 0x9E3779B185EBCA87ull
 #define P2 0xC2B2AE3D27D4EB4Full
 #define P3 0x165667B19E3779F9ull
@@ -34,17 +36,11 @@ static const uint64_t secret_words[SECRET / 8] = {
     0xc3ebd33483acc5ea, 0xeb6313faffa081c5, 0x49daf0b751dd0d17, 0x9e68d429265516d3,
     0xfca1477d58be162b, 0xce31d07ad1b8f88f, 0x280416958f3acb45, 0x7e404bbbcafbd7af,
 };
-#define secret ((const uint8_t *)secret_words)
+static const uint8_t *const secret = (const uint8_t *)secret_words;
 
 struct wide {
   uint64_t low, high;
 };
-
-static inline uint64_t word(const uint8_t *at) {
-  uint64_t value;
-  memcpy(&value, at, 8);
-  return value;
-}
 
 static inline uint32_t half(const uint8_t *at) {
   uint32_t value;
@@ -74,7 +70,7 @@ static uint64_t spread_more(uint64_t hash) {
 }
 
 // Two words of the secret, as they change a short input.
-static uint64_t change(int at) { return word(secret + at) ^ word(secret + at + 8); }
+static uint64_t change(int at) { return word_at(secret + at) ^ word_at(secret + at + 8); }
 
 static struct wide of_few(const uint8_t *at, uint64_t size) {
   if (!size) return (struct wide){spread_more(change(64)), spread_more(change(80))};
@@ -97,7 +93,7 @@ static struct wide of_word(const uint8_t *at, uint64_t size) {
 }
 
 static struct wide of_two_words(const uint8_t *at, uint64_t size) {
-  uint64_t low = word(at), high = word(at + size - 8);
+  uint64_t low = word_at(at), high = word_at(at + size - 8);
   struct wide inner = product(low ^ high ^ change(32), P1);
   inner.low += (size - 1) << 54;
   high ^= change(48);
@@ -109,12 +105,12 @@ static struct wide of_two_words(const uint8_t *at, uint64_t size) {
 }
 
 static uint64_t mixed(const uint8_t *at, const uint8_t *with) {
-  return folded(word(at) ^ word(with), word(at + 8) ^ word(with + 8));
+  return folded(word_at(at) ^ word_at(with), word_at(at + 8) ^ word_at(with + 8));
 }
 
 static void take(struct wide *sum, const uint8_t *one, const uint8_t *other, const uint8_t *with) {
-  sum->low = (sum->low + mixed(one, with)) ^ (word(other) + word(other + 8));
-  sum->high = (sum->high + mixed(other, with + 16)) ^ (word(one) + word(one + 8));
+  sum->low = (sum->low + mixed(one, with)) ^ (word_at(other) + word_at(other + 8));
+  sum->high = (sum->high + mixed(other, with + 16)) ^ (word_at(one) + word_at(one + 8));
 }
 
 static struct wide of_some(const uint8_t *at, uint64_t size) {
@@ -138,7 +134,7 @@ static void add_stripes(uint64_t sums[LANES], const uint8_t *at, const uint8_t *
   for (; count; count--, at += STRIPE, with += 8)
 #pragma GCC unroll 8  // else the sums are in memory
     for (int i = 0; i < LANES; i++) {
-      uint64_t input = word(at + 8 * i), changed = input ^ word(with + 8 * i);
+      uint64_t input = word_at(at + 8 * i), changed = input ^ word_at(with + 8 * i);
       sums[i ^ 1] += input;
       sums[i] += (changed & 0xFFFFFFFFu) * (changed >> 32);
     }
@@ -146,7 +142,7 @@ static void add_stripes(uint64_t sums[LANES], const uint8_t *at, const uint8_t *
 
 static void scramble(uint64_t sums[LANES]) {
   for (int i = 0; i < LANES; i++)
-    sums[i] = (sums[i] ^ sums[i] >> 47 ^ word(secret + SECRET - STRIPE + 8 * i)) * Q1;
+    sums[i] = (sums[i] ^ sums[i] >> 47 ^ word_at(secret + SECRET - STRIPE + 8 * i)) * Q1;
 }
 
 static void add_blocks(uint64_t sums[LANES], const uint8_t *at, uint64_t blocks) {
@@ -185,7 +181,7 @@ WIDE static void add_blocks_wide(uint64_t sums[LANES], const uint8_t *at, uint64
 
 static uint64_t merged(const uint64_t sums[LANES], const uint8_t *with, uint64_t hash) {
   for (int i = 0; i < LANES; i += 2)
-    hash += folded(sums[i] ^ word(with + 8 * i), sums[i + 1] ^ word(with + 8 * i + 8));
+    hash += folded(sums[i] ^ word_at(with + 8 * i), sums[i + 1] ^ word_at(with + 8 * i + 8));
   return spread(hash);
 }
 

@@ -6,6 +6,8 @@
 // observers.def, and NAME_before and NAME_after. Hooks run in any thread of a foreign program: no
 // lock is held while the driver or the rewriter is called, and nothing here forks.
 #pragma once
+#include <string.h>
+
 #include "cuda_abi.h"
 
 #define EXPORTED __attribute__((visibility("default")))
@@ -66,9 +68,16 @@ uint64_t process_number(const char *name, uint64_t otherwise);
 #include "parts.def"
 #undef PART
 
+// --- key.c, hash.c: eight bytes that may lie anywhere
+static inline uint64_t word_at(const uint8_t *at) {
+  uint64_t value;
+  memcpy(&value, at, 8);
+  return value;
+}
+
 // --- key.c
 void hash_image(const void *bytes, uint64_t size, uint64_t key[2]);  // XXH3, 128 bits
-void hash_image_plain(const void *bytes, uint64_t size, uint64_t key[2]);  // likewise as below
+void hash_image_plain(const void *bytes, uint64_t size, uint64_t key[2]);  // without AVX2
 
 // --- hash.c
 uint32_t hash_crc32c(const void *bytes, uint64_t size);
