@@ -436,7 +436,7 @@ def test_program_is_watched_to_its_end_when_what_runs_beside_it_fails() -> None:
     script = (
         "import os, signal\nfrom concordia.integrations.program.supervisor import Supervisor\n"
         "def fail():\n    raise RuntimeError('of ours')\n"
-        "words = ['sh', '-c', 'trap \"echo told; exit 3\" TERM; echo ready; while :; do sleep 0.01; done']\n"
+        "words = ['sh', '-c', 'trap \"echo told; exit 3\" TERM; echo ready; for i in $(seq 3000); do sleep 0.01; done']\n"
         "try:\n    Supervisor().run(words, os.environ, when_started=fail)\n"
         "except RuntimeError as error:\n    print(error, flush=True)\n"
         "try:\n    os.waitpid(-1, os.WNOHANG)\n"
