@@ -47,10 +47,11 @@ interval_ms = 5
 trust_arguments = ["nvjet*", "*gemm*", "*gemv*", "*cutlass*", "*splitK*", "*cublas*", "_ZN4vllm*", "_ZN2at*", "*at_cuda_detail*", "*3cub*", "*flash*"]
 trust_maps = ["*"]
 """
-# Of vLLM's attention. Triton's kernels mark their stores in PTX; it also has one of its own for new keys and values. FlashAttention's are machine code,
-# and read the KV by pointers: with `sass-marks` those that can be followed mark what they store.
-BACKENDS = {"triton": ("TRITON_ATTN", ""), "flash": ("FLASH_ATTN", "entry,marks,sass-marks")}
-MARKED_MOST = {"triton": 0.5, "flash": 1.0}  # share of all pages of a region, at all points
+# vLLM's attention, and hooks that are not the policy's. Triton's kernels mark their stores in PTX, and it has one of its own for new keys and values. What
+# vLLM chooses (FlashAttention) is machine code whose arguments point into the KV, and so is what writes it: it marks regions as a whole, or, with
+# `sass-marks`, what it stores, where its stores can be followed.
+ATTENTIONS = {"triton": ("TRITON_ATTN", ""), "chosen": ("", ""), "chosen-sass": ("", "entry,marks,sass-marks")}
+MARKED_MOST = {"triton": 0.5, "chosen": 1.0, "chosen-sass": 1.0}  # share of all pages of a region, at all points
 
 
 def print_marks(place: Place, rows: list[dict[str, Any]]) -> None:  # noqa: F811
@@ -66,9 +67,9 @@ def print_marks(place: Place, rows: list[dict[str, Any]]) -> None:  # noqa: F811
 
 
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize("attention", ["triton", "flash"])
+@pytest.mark.parametrize("attention", list(ATTENTIONS))
 def test_no_page_of_the_kv_changes_unmarked_when_an_engine_decodes_in_graphs(place: Place, tmp_path: Path, attention: str) -> None:  # noqa: F811
-    backend, hooks = BACKENDS[attention]
+    backend, hooks = ATTENTIONS[attention]
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm for CUDA is not installed")
     assert SHAPES["140m"]["num_hidden_layers"] == LAYERS

@@ -63,13 +63,13 @@ static void tiled(P *map, P at, P rows) {
   DO(cuTensorMapEncodeTiled(map, F16, 2, (void *)at, sizes, strides, box, steps, 0, 0, 0, 0));
 }
 static void other(const char *mode, P *map, P at) {
-  P sizes[4] = {128, 2, 2, 1}, strides[3] = {PAGE, 2 * PAGE, 4 * PAGE}, most[2] = {1ull << 60, 1ull << 60};
+  P sizes[4] = {128, 2, 2, 1}, strides[3] = {PAGE, 2 * PAGE, 4 * PAGE}, most[2] = {128, (1ull << 33) + 1}, far[1] = {1ull << 31};  // their product is 2^64
   uint32_t steps[4] = {1, 1, 1, 1};
   int corner[2] = {0, 0};
   if (!strcmp(mode, "im2col")) DO(cuTensorMapEncodeIm2col(map, F16, 4, (void *)at, sizes, strides, corner, corner, 16, 2, steps, 0, 0, 0, 0));
   else if (!strcmp(mode, "wide")) DO(cuTensorMapEncodeIm2colWide(map, F16, 4, (void *)at, sizes, strides, 0, 0, 16, 2, steps, 0, 0, 0, 0, 0));
   else if (!strcmp(mode, "packed")) DO(cuTensorMapEncodeTiled(map, PACKED, 2, (void *)at, sizes, strides, steps, steps, 0, 0, 0, 0));
-  else DO(cuTensorMapEncodeTiled(map, F16, 2, (void *)at, most, most, steps, steps, 0, 0, 0, 0));
+  else DO(cuTensorMapEncodeTiled(map, F16, 2, (void *)at, most, far, steps, steps, 0, 0, 0, 0));
 }
 static void launch_tensor(P *map, P pointer) {
   void *parameters[] = {map, &pointer};
@@ -104,7 +104,7 @@ static void act(const char *mode, const char *more) {
     tiled(map, second + 3 * PAGE, 4);
     for (int i = 0; i < 64; i++) {
       tiled(scrap, outside, 10 + (P)i);
-      if (more && i % 8 == 0) tiled(map, second + 3 * PAGE, 4);
+      if (more && i % 8 == 0) launch_tensor(map, outside);
     }
   } else if (!strcmp(mode, "replaced")) {
     tiled(map, outside, 4);

@@ -12,7 +12,7 @@
 #include "protect.h"
 
 #ifndef TENSOR_MAPS_MAX  // tests have few
-#define TENSOR_MAPS_MAX 8192  // some hundred layers, each with some shapes; 1.4 MB once all are used
+#define TENSOR_MAPS_MAX 8192  // some hundred layers, each with some shapes; 1.4 MB if all are used
 #endif
 enum { RANK_MAX = 5, NOBODY = -1 };
 
@@ -56,8 +56,8 @@ int tensor_map_of(const uint8_t *bytes, uint64_t *address, uint64_t *size) {
 
 uint64_t tensor_maps_lost(void) { return lost_count; }
 
-// The place of one that nobody asked for since the hand came by, or since it is there; it ends after
-// two turns.
+// The place of one that nobody asked for since the hand came by, or since it is there; found in two
+// turns at most.
 static int given_up(void) {
   while (table[hand].is_used) {
     table[hand].is_used = 0;
