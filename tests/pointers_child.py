@@ -1,8 +1,8 @@
 """A program that asks the driver about its memory, for test_shim_pointers.py and test_gpu_program.py: pointers_child.py MODE; prints one line of JSON.
 
 tell: what the driver says of each of some allocations, and of one that is freed. The others want the fake driver: churn: memory that a small one,
-allocated and freed again and again, took. full: a small one is wanted where there is room for no granule. spare: what is mapped and empty is wanted.
-bounds: many of a size. resolver: whether the driver's own functions are given for their names.
+allocated and freed again and again, took. hole: a granule between two others is wanted. full: a small one is wanted where there is room for no granule.
+spare: what is mapped and empty is wanted. bounds: many of a size. resolver: whether the driver's own functions are given for their names.
 """
 
 import ctypes
@@ -100,7 +100,22 @@ def churn(_: int) -> dict[str, Any]:
             free(place)
         left = live()
         pairs = [allocate(MIB - 512) for _ in range(4)]
+    for place in pairs:
+        free(place)
+    places.add(allocate(1))  # in the lower one, which is the one that stayed
     return {"made": CUDA.fake_created() - made, "places": len(places), "given_back": before - left, "same": pairs == sorted(pairs) and pairs[0] in places}
+
+
+def hole(_: int) -> dict[str, Any]:
+    places = [allocate(MIB - 512) for _ in range(6)]  # of three granules
+    for place in (*places[2:4], *places[:2]):
+        free(place)
+    again = [allocate(MIB - 512)]
+    for place in places[4:]:
+        free(place)
+    leave(MIB)  # enough for the driver; now the third is empty and mapped, and the second, which comes before, is not
+    again += [allocate(MIB - 512) for _ in range(3)]
+    return {"same": again == places[:4]}
 
 
 def full(_: int) -> dict[str, Any]:
@@ -153,7 +168,7 @@ def main() -> None:
     do("cuInit", 0)
     do("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
     do("cuCtxSetCurrent", context)
-    modes = {each.__name__: each for each in (tell, churn, full, spare, bounds, resolver)}
+    modes = {each.__name__: each for each in (tell, churn, hole, full, spare, bounds, resolver)}
     print("ANSWER", json.dumps(modes[sys.argv[1]](context.value or 0)))
 
 

@@ -83,6 +83,12 @@ def test_memory_of_a_small_one_stays_mapped_when_it_comes_and_goes(ground: Prote
     assert errors == []
 
 
+def test_small_one_has_its_place_when_only_an_empty_granule_elsewhere_has_memory(ground: ProtectedGround, tmp_path: Path) -> None:
+    found, errors = asked(ground, tmp_path / "hole", "hole")
+    assert found == {"same": True}
+    assert errors == []
+
+
 def test_small_one_is_the_drivers_when_there_is_no_memory_for_a_granule(ground: ProtectedGround, tmp_path: Path) -> None:
     found, errors = asked(ground, tmp_path / "full", "full")
     assert found["kept"] == [True, True, True, False]
