@@ -19,9 +19,10 @@ from typing import Any, Final
 
 from figures import Figures, figure
 
-from concordia import abi
+from concordia import abi, config
 from concordia.integrations.vllm.appends import Append, Batch
 from concordia.integrations.vllm.identity import Identity, KeyChain
+from concordia.integrations.vllm.named_blocks import NamedBlocks
 from concordia.integrations.vllm.pump import AppendPump
 from concordia.integrations.vllm.step_writes import Scheduled, StepWrites
 from concordia.integrations.vllm.track import Track
@@ -39,6 +40,7 @@ BLOCK: Final = 16
 TOKEN_BYTES: Final = 131_072  # of an 8B model: 32 layers, 8 KV heads of 128, two bytes
 KEYS: Final = 20_000  # that a journal of 1.25 times 32 GiB of such KV has
 COME, GONE, ROUNDS = 200, 50, 50  # keys of one second: of what 32 requests decode
+PREFILL_KEYS: Final = 4096  # of 32 prompts of 2K tokens; those of the last ones go in that second
 
 
 class Done:
@@ -150,6 +152,29 @@ def measure_keys(*, is_all: bool) -> tuple[list[float], list[float]]:
     return parsed, learned
 
 
+def measure_prefill_keys() -> list[float]:
+    """Seconds of each step until the keys of a prefill are learned and those of the one before,
+    whose blocks the engine still holds, are forgotten.
+    """
+    rng = random.Random(3)
+    spent: list[float] = []
+    for _ in range(20):
+        old, new = ([rng.getrandbits(128) for _ in range(PREFILL_KEYS)] for _ in range(2))
+        named = NamedBlocks()
+        for block, key in enumerate([*old, *new]):
+            named.author(block, key, step=1, is_shared=True)
+        named.learn(old, [], before_step=1)
+        started = time.perf_counter()
+        lapsed = named.learn(new, old, before_step=2)
+        while lapsed or named.is_in_doubt:
+            for block in lapsed:
+                named.drop(block)
+            spent.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            lapsed = named.judge()
+    return spent
+
+
 def us_with_peer(values: list[float], peer: str, before: list[float]) -> dict[str, Any]:
     """Median, 95th percentile and the most of it, beside what it was."""
     in_us, was_us = ([1e6 * value for value in found] for found in (values, before))
@@ -176,6 +201,10 @@ def measure() -> Figures:
     news, whole = measure_keys(is_all=False), measure_keys(is_all=True)
     for at, name in enumerate(("key_news_read", "key_news_learn")):
         found[name] = us_with_peer(news[at], "all keys", whole[at])
+    parts = measure_prefill_keys()
+    judged, config.KEYS_JUDGED = config.KEYS_JUDGED, 1 << 20  # type: ignore[misc]
+    found["key_news_prefill"] = us_with_peer(parts, "in one step", measure_prefill_keys())
+    config.KEYS_JUDGED = judged  # type: ignore[misc]
     return found
 
 

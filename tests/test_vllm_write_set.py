@@ -10,6 +10,7 @@ import random
 
 import pytest
 
+from concordia import config
 from concordia.integrations.vllm.identity import KeyChain, private_key
 from concordia.integrations.vllm.named_blocks import NamedBlocks
 from concordia.integrations.vllm.retry import Retries
@@ -305,6 +306,63 @@ def test_every_token_is_covered_once_when_engines_do_random_things() -> None:
         assert covered == set(range(computed))
         if computed == len(tokens):
             tokens.append(rng.randrange(100))
+
+
+def judged(named: NamedBlocks) -> set[int]:
+    """What lapses by and by until nothing is in doubt."""
+    lapsed = set[int]()
+    while named.is_in_doubt:
+        lapsed |= set(named.judge())
+    return lapsed
+
+
+def test_keys_are_judged_a_part_in_each_step_when_many_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    whole, parts = NamedBlocks(), NamedBlocks()
+    journal, before = {rng.randrange(1, 400) for _ in range(300)}, 0
+    for step in range(1, 60):
+        for block in rng.sample(range(300), rng.randrange(60)):
+            key = rng.randrange(1, 400)
+            for named in (whole, parts):
+                if block % 2:
+                    named.fill(block, key, step=step)
+                else:
+                    named.author(block, key, step=step, is_shared=True)
+        told = set(journal)
+        journal ^= {rng.randrange(1, 400) for _ in range(rng.randrange(80))}
+        before = max(before, step - rng.randrange(3))
+        monkeypatch.setattr(config, "KEYS_JUDGED", 1 << 20)
+        lapsed = set(whole.learn_all(set(journal), before_step=before))
+        assert not whole.is_in_doubt
+        monkeypatch.setattr(config, "KEYS_JUDGED", 4)
+        first = parts.learn(journal - told, told - journal, before_step=before) if step > 1 else parts.learn_all(set(journal), before_step=before)
+        assert set(first) | judged(parts) == lapsed
+        for block in lapsed:
+            whole.drop(block)
+            parts.drop(block)
+        assert [whole.is_journaled(key) for key in range(400)] == [parts.is_journaled(key) for key in range(400)]
+        assert [whole.key_of(block) for block in range(300)] == [parts.key_of(block) for block in range(300)]
+
+
+def test_step_judges_a_bounded_part_and_all_lapse_in_time_when_a_prefill_s_keys_go() -> None:
+    held = WriteSet(block_tokens=SIZE)
+    keys = list(range(1, 8001))
+    for block, key in enumerate(keys):
+        held._named.author(block, key, step=1, is_shared=True)
+    held.learn(set(keys), before_step=2)
+    held.learn_news([], keys, before_step=3)
+    left = [sum(block in held._named for block in range(len(keys)))]
+    assert 6900 < left[0] < 8000  # an eighth has lapsed
+    assert not any(
+        held.is_journaled(key) for key in keys
+    )  # but nobody is told that the journal has one
+    while left[-1]:
+        held.step([], step=3 + len(left))
+        left.append(sum(block in held._named for block in range(len(keys))))
+        assert 0 < left[-2] - left[-1] <= 1000
+    assert len(left) < 40
 
 
 def test_changes_teach_the_same_as_the_whole_list_when_keys_come_and_go() -> None:

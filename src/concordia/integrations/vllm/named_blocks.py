@@ -2,14 +2,17 @@
 
 Owns: the key of each block, which keys this engine wrote first, and which the journal is known to
 have. Promises: a key that the journal let go of, or never had, leaves here together with the blocks
-that relied on it; what is newer than the journal's answer is not judged by it; an answer costs as
-much as what changed since the one before. Called by write_set.py. It knows no requests.
+that relied on it, at once or, of many, some in each step; what is newer than the journal's answer
+is not judged by it; an answer costs as much as what changed since the one before. Called by
+write_set.py. It knows no requests.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+
+from concordia import config
 
 
 class NamedBlocks:
@@ -25,6 +28,10 @@ class NamedBlocks:
         self._filled: set[int] = set()
         # (step, key): named here, and not looked for in the journal's answers yet; oldest first
         self._unproven: deque[tuple[int, int]] = deque()
+        self._looked_before = 0  # those of older steps are to be looked for
+        # keys that the journal does not have, and are not judged yet, by answer: with the step from
+        # which on one that is named is too new for it
+        self._doubted: deque[tuple[set[int], int]] = deque()
 
     def __contains__(self, block: int) -> bool:
         return block in self._keys
@@ -65,8 +72,13 @@ class NamedBlocks:
         return True
 
     def is_journaled(self, key: int) -> bool:
-        """Whether some record has this key."""
-        return key in self._authored or key in self._told or key in self._filled
+        """Whether some record has this key; one in doubt counts as it will be judged."""
+        if key in self._told or key in self._filled:
+            return True
+        named_at = self._authored.get(key)
+        return named_at is not None and not any(
+            named_at < before_step and key in keys for keys, before_step in self._doubted
+        )
 
     def is_from_journal(self, block: int, key: int) -> bool:
         """Whether the block was filled from a record of this key, and holds it still; what was
@@ -75,35 +87,64 @@ class NamedBlocks:
         return bool(key) and key not in self._authored and self.key_of(block) == key
 
     def learn_all(self, known: set[int], *, before_step: int) -> list[int]:
-        """The journal's own list of keys; returns the blocks that relied on one that is missing
-        there and was named before this step.
+        """The journal's own list of keys; returns what `judge` does. No answer's step is lower than
+        that of the answer before.
         """
         self._told = known
-        missing = {*self._authored, *self._holders}.difference(known)
-        return self._judge(missing, before_step)
+        return self._doubt({*self._authored, *self._holders}.difference(known), before_step)
 
     def learn(self, come: Iterable[int], gone: Iterable[int], *, before_step: int) -> list[int]:
         """The same from what changed in that list."""
         self._told.update(come)
         left = self._told.intersection(gone)
         self._told -= left
-        return self._judge(left, before_step)
+        return self._doubt(left, before_step)
 
-    def _judge(self, missing: set[int], before_step: int) -> list[int]:
-        """A key that is too new to be judged stays unproven, and is looked for the next time."""
-        while self._unproven and self._unproven[0][0] < before_step:
-            key = self._unproven.popleft()[1]
-            self._filled.discard(key)
-            if key not in self._told:
-                missing.add(key)
+    def _doubt(self, missing: set[int], before_step: int) -> list[int]:
+        self._doubted.append((missing, before_step))
+        self._looked_before = before_step
+        return self.judge()
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether `judge` has more to look at."""
+        is_looking = bool(self._unproven) and self._unproven[0][0] < self._looked_before
+        return is_looking or bool(self._doubted)
+
+    def judge(self) -> list[int]:
+        """The blocks that relied on a key that is missing in the journal and was named before the
+        step of its answer. Of many keys a part is looked at, and the others by the next calls: a
+        prefill's thousands would hold a step up for milliseconds.
+        """
+        self._look_for_unproven()
         lapsed: list[int] = []
-        for key in missing:
+        for _ in range(_part(sum(len(keys) for keys, _ in self._doubted))):
+            while not self._doubted[0][0]:
+                self._doubted.popleft()
+            keys, before_step = self._doubted[0]
+            key = keys.pop()
+            if key in self._told:
+                continue  # it has come again
             if self._authored.get(key, before_step) < before_step:
                 del self._authored[key]
             lapsed += [
                 block for block in self._holders.get(key, ()) if self._keys[block][1] < before_step
             ]
+        while self._doubted and not self._doubted[0][0]:
+            self._doubted.popleft()
         return lapsed
+
+    def _look_for_unproven(self) -> None:
+        """What the journal should have by now and has not is in doubt."""
+        for _ in range(_part(len(self._unproven))):
+            if self._unproven[0][0] >= self._looked_before:
+                return
+            key = self._unproven.popleft()[1]
+            self._filled.discard(key)
+            if key not in self._told:
+                if not self._doubted or self._doubted[-1][1] != self._looked_before:
+                    self._doubted.append((set(), self._looked_before))
+                self._doubted[-1][0].add(key)
 
     def clear(self) -> None:
         """Name nothing by what was computed so far."""
@@ -112,3 +153,9 @@ class NamedBlocks:
         self._told.clear()
         self._filled.clear()
         self._unproven.clear()
+        self._doubted.clear()
+
+
+def _part(waiting: int) -> int:
+    """Of so many a step looks at: all of few, else some, and more the more there are."""
+    return min(waiting, max(config.KEYS_JUDGED, waiting // 8))

@@ -40,6 +40,7 @@ class WriteSet:
         zeroes beside those scheduled.
         """
         result = StepWrites()
+        self._unname(self._named.judge())
         self._release(given, result)
         self._late.begin()
         running: set[str] = set()
@@ -110,13 +111,13 @@ class WriteSet:
         if not gone:
             return
         for track in self.tracks.values():
-            first = next(
-                (i for i, block in enumerate(track.blocks[: track.named]) if block in gone), None
-            )
-            if first is not None:
-                track.covered = min(track.covered, first * self._block_tokens)
-                track.named = first
-                track.late = [index for index in track.late if index < first]
+            named = track.blocks[: track.named]
+            if gone.isdisjoint(named):
+                continue
+            first = next(i for i, block in enumerate(named) if block in gone)
+            track.covered = min(track.covered, first * self._block_tokens)
+            track.named = first
+            track.late = [index for index in track.late if index < first]
 
     def learn(self, known: set[int], *, before_step: int) -> None:
         """Take the journal's own list of keys; what is missing there, and not new, has been cleaned
@@ -226,11 +227,7 @@ class WriteSet:
             block = track.blocks[index]
             # A block that was complete before this step, and whose bytes a record has: its key is
             # enough.
-            if (
-                (index + 1) * size > item.start
-                or block not in self._named
-                or track.chain is None
-            ):
+            if (index + 1) * size > item.start or block not in self._named or track.chain is None:
                 self._named.drop(block)
                 full.append((index, block))
         return full
