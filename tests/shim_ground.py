@@ -75,6 +75,16 @@ class ShimGround:
         return done.stdout.splitlines()
 
 
+def folder_of_length(folder: Path, size: int) -> Path:
+    """A folder's path of this many bytes, below this one."""
+    left = size - len(os.fsencode(folder))
+    assert left >= 2, f"{folder} is too long to begin with"
+    while left > 202:  # a name has 255 at most, and the last one 1 at least
+        folder /= "n" * 199
+        left -= 200
+    return folder / ("n" * (left - 1))
+
+
 def make_ground(folder: Path, driver: Path, user: Path, *flags: str) -> ShimGround:
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)

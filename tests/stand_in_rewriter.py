@@ -15,6 +15,7 @@ from concordia.instrument.request import (
     check_memory,
     pack_reply,
 )
+from concordia.instrument.rewriter_socket import short_name
 
 TAIL = b"\n// hooked: 0x0000000000000000\n"
 
@@ -35,7 +36,8 @@ class StandInRewriter:
         self._cache = cache
         self._kept: list[socket.socket] = []
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(str(run / "rewriter.sock"))
+        with short_name(run / "rewriter.sock") as name:
+            self._listener.bind(name)
         self._listener.listen(64)
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()

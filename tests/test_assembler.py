@@ -36,7 +36,7 @@ from concordia.instrument.rewrite import rewrite
 from concordia.integrations.program.assembler import VARIABLES, StandIn, build, place_stand_in
 from concordia.integrations.program.run_folder import ProgramRun
 from concordia.paths import Paths
-from shim_ground import make_ground
+from shim_ground import folder_of_length, make_ground
 from waiting import until
 
 pytest.importorskip("triton", reason="triton is not installed: its wheel has the assembler")
@@ -273,6 +273,18 @@ def test_original_comes_out_when_there_is_no_rewriter(ground: Ground, source: pa
     assert ground.assemble(source).returncode == 0
     assert output(source).read_bytes() == original
     assert ground.notes() == ["no rewriter"]
+
+
+@pytest.mark.parametrize("size", [120, config.RUN_PATH_BYTES_MAX])
+def test_text_is_marked_when_the_path_of_the_run_is_long(ground: Ground, source: pathlib.Path, size: int) -> None:
+    ground.run = ProgramRun(folder_of_length(ground.run.path, size))
+    ground.run.modules.mkdir(parents=True, mode=0o700)
+    ground.run.path.chmod(0o700)
+    ground.place()
+    ground.start_rewriter()
+    assert ground.assemble(source).returncode == 0
+    assert ground.notes() == []
+    assert is_marked(source)
 
 
 def test_original_comes_out_when_the_rewriter_is_too_slow(ground: Ground, source: pathlib.Path, original: bytes) -> None:

@@ -27,6 +27,7 @@ from concordia.instrument.request import Status, ask
 from concordia.integrations.program import architecture as architecture_room
 from concordia.integrations.program.coverage import read_run
 from concordia.integrations.program.run_folder import ProgramRun, find_run, make_run, remove_old
+from shim_ground import folder_of_length
 from waiting import until
 
 pytest_plugins = ["shim_fixtures"]
@@ -45,6 +46,8 @@ PTX = """.version 8.0
   ret;
 }
 """
+
+LONG = "/nonexistent" + 5 * ("/" + 200 * "é")  # in bytes: its letters are fewer
 
 
 class Command:
@@ -149,6 +152,33 @@ def test_image_is_hooked_and_second_start_takes_the_cache_when_hooks_are_asked_f
         assert text != command.text
         assert "st.global.u64" in text
     assert times[1] < times[0]
+
+
+@pytest.mark.parametrize("size", [120, config.RUN_PATH_BYTES_MAX])
+def test_image_is_hooked_when_the_path_of_the_run_is_long(command: Command, size: int) -> None:
+    room = size - len(f"/runs/20261130-000000-{2**22}")  # a longer pid than any
+    base = folder_of_length(command.base.parent, room)
+    code, _, err = command.do(*_load(command), CONCORDIA_RUN_DIR=str(base))
+    assert code == 0, err
+    (image,) = read_run(find_run(base=base)).images
+    assert (image.outcome, image.why) == ("rewritten", "")
+
+
+def test_program_starts_others_under_us_when_the_run_folder_was_named_from_here(command: Command) -> None:
+    folder = Path.cwd() / os.path.relpath(command.base)
+    code, out, err = command.do("run", "--run-dir", os.path.relpath(command.base), "--", "sh", "-c", 'cd / && cat "$CONCORDIA_RUN/settings" && echo "$LD_LIBRARY_PATH"')
+    assert code == 0, err
+    assert out.startswith("mode=look\n")
+    assert out.splitlines()[-1].startswith(f"{folder}/runs/")
+
+
+def test_run_is_refused_and_leaves_nothing_when_its_folder_is_too_long_behind_a_link(base: Path) -> None:
+    target = folder_of_length(base.parent, config.RUN_PATH_BYTES_MAX - 20)
+    target.mkdir(parents=True, mode=0o700)
+    base.symlink_to(target)
+    with pytest.raises(UsageError, match=r"\.\.\. has \d+ bytes, and a program uses \d+; name a shorter --run-dir$"):
+        make_run(base / "inside")
+    assert list(target.iterdir()) == []
 
 
 @pytest.mark.parametrize("code", [0, 1, 3, 42, 255])
@@ -260,6 +290,9 @@ def test_children_are_seen_when_a_program_forks_and_starts_others(command: Comma
         (("run", "--", "true"), {"CONCORDIA_RUN_DIR": "/proc/none"}, "no folder /proc/none"),
         (("run", "--", "true"), {"CC": "/nonexistent", "PATH": "/nonexistent"}, "there is no program true"),
         (("run", "--verbose"), {}, "name a program behind --"),
+        (("run", "--", "true"), {"CONCORDIA_RUN_DIR": LONG}, f"bytes, and a program uses {config.RUN_PATH_BYTES_MAX}; name a shorter --run-dir"),
+        (("run", "--", "true"), {"CONCORDIA_CACHE": LONG}, f"bytes, and a program uses {config.RUN_PATH_BYTES_MAX}; set CONCORDIA_CACHE to a shorter"),
+        (("run", "--", "true"), {"CONCORDIA_RUN_DIR": "/nonexistent/a:b"}, "would be cut at its : or ; by the loader; name another --run-dir"),
         (("modules",), {}, "start one with `concordia run -- PROGRAM`"),
         (("modules", "nothing"), {}, "nothing is no run"),
     ],

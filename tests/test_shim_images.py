@@ -10,9 +10,11 @@ from __future__ import annotations
 import ctypes
 import json
 import mmap
+import os
 import random
 import re
 import struct
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +24,18 @@ import google_crc32c
 import pytest
 import xxhash
 
+from concordia import config
 from concordia.instrument.cache import ImageCache, encode, image_key
 from concordia.instrument.report import Rewritten, Slot, SlotKind
 from concordia.integrations.program.shim_build import NATIVE, sources
-from shim_ground import ShimGround, build_driver, build_user, compile_c, make_ground
+from shim_ground import (
+    ShimGround,
+    build_driver,
+    build_user,
+    compile_c,
+    folder_of_length,
+    make_ground,
+)
 from stand_in_rewriter import StandInRewriter, hooked
 
 pytest_plugins = ["shim_fixtures"]
@@ -516,6 +526,28 @@ def test_images_are_hooked_when_a_sandbox_forbids_to_read_through_the_kernel(gro
     assert is_hooked(handed, PTX)
     (failed,) = ground.handed("context", f"load_wrapped:{ground.write(fatbin())}", LD_PRELOAD=str(library))
     assert failed == fatbin()
+
+
+# The folder whose socket's name just fits an address, the one where it does not, and the longest that is used.
+@pytest.mark.parametrize("size", [107 - len("/rewriter.sock"), 108 - len("/rewriter.sock"), config.RUN_PATH_BYTES_MAX])
+def test_image_is_hooked_when_the_path_of_the_run_is_long(shim_parts: tuple[Path, Path], size: int) -> None:
+    with tempfile.TemporaryDirectory(prefix="cnc-", dir="/tmp") as folder:
+        short = Path(folder)
+        ground = make_ground(folder_of_length(short, size - len("/run")), *shim_parts)
+        assert len(os.fsencode(ground.run)) == size
+        cache = ImageCache(short / "images", "options")
+        ground.settle(mode="rewrite", cache=cache.folder)
+        (short / "image").write_bytes(PTX)
+        rewriter = StandInRewriter(ground.run, cache)
+        try:
+            ground.do("begin", "context", f"load:{short}/image", f"dump:{short}")
+        finally:
+            rewriter.close()
+        assert is_hooked((short / "0").read_bytes(), PTX)
+
+
+def test_limit_is_the_buffers_when_a_folder_is_refused() -> None:
+    assert f"PROCESS_PATH_MAX {config.RUN_PATH_BYTES_MAX + 1} " in (NATIVE / "shim.h").read_text()
 
 
 @pytest.mark.parametrize("flags", ["address,undefined", "thread"])

@@ -143,6 +143,7 @@ ASSEMBLER_WAIT_S: Final = 30.0
 ASSEMBLER_RUN_S: Final = 300.0  # the assembler on a marked text, before it gets the original one
 # of what the shim reads when a process starts: the names of libraries above, and some paths
 RUN_SETTINGS_BYTES_MAX: Final = 16 << 10
+RUN_PATH_BYTES_MAX: Final = 1023  # of a folder that it uses: native/ has buffers of this length
 RUN_LOG_BYTES_MAX: Final = 16 << 20  # of one process's log: 30,000 images
 RUNS_KEPT: Final = 20  # run folders, for `concordia modules`: the newest
 RUNS_REMOVED_MAX: Final = 4  # by one start, which keeps signals waiting: more than it makes

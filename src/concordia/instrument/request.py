@@ -28,6 +28,7 @@ from typing import Final
 from concordia import config
 from concordia.errors import ImageRefused, WaitTimeout
 from concordia.instrument.cache import image_key, key_halves
+from concordia.instrument.rewriter_socket import short_name
 
 VERSION: Final = 3
 _REQUEST: Final = struct.Struct("<4sIQQQ")
@@ -118,7 +119,8 @@ def ask(
     ):
         connection.settimeout(timeout_s)
         try:
-            connection.connect(str(path))
+            with short_name(path) as name:
+                connection.connect(name)
             socket.send_fds(connection, [request.pack()], [memory])
             return parse_reply(connection.recv(_REPLY.size + 1))
         except TimeoutError:

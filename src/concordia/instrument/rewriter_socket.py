@@ -9,8 +9,10 @@ the rewriter. It reads no request.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -23,11 +25,11 @@ HANDED: Final = 3  # the descriptor under which a rewriter gets it from its laun
 def listen(path: Path) -> socket.socket:
     """A listener under this name; a dead one's is replaced. Raises EnvironmentRefused."""
     begun = path.with_name(f".{path.name}")
-    listener, folder = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET), -1
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        begun.unlink(missing_ok=True)
-        listener.bind(f"/proc/self/fd/{folder}/{begun.name}")  # names of sockets are short
+        with short_name(begun) as name:
+            begun.unlink(missing_ok=True)
+            listener.bind(name)
         begun.chmod(0o600)
         listener.setblocking(False)
         listener.listen(socket.SOMAXCONN)
@@ -37,10 +39,19 @@ def listen(path: Path) -> socket.socket:
         raise EnvironmentRefused(
             f"no socket in {path.parent}: {error.strerror}; name another --run-dir"
         ) from None
-    finally:
-        if folder >= 0:
-            os.close(folder)
     return listener
+
+
+@contextlib.contextmanager
+def short_name(path: Path) -> Iterator[str]:
+    """What this socket can be called meanwhile, however long its path is: an address has 108 bytes.
+    native/rewriter.c does the same. Raises OSError.
+    """
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
 
 
 def handed(descriptor: int) -> socket.socket:

@@ -53,14 +53,29 @@ static int sealed_copy(const struct image *image) {
   return -1;
 }
 
+// The socket's name, which has room for 108 bytes. One that does not fit leads through a descriptor
+// of its folder, to be closed by the caller once it is connected; -1: it fits, and /proc, which some
+// sandboxes lack, is not needed. instrument/rewriter_socket.py listens under such a name, too.
+static int named(struct sockaddr_un *address) {
+  static const char form[] = "%s/rewriter.sock";
+  size_t room = sizeof address->sun_path;
+  *address = (struct sockaddr_un){.sun_family = AF_UNIX};
+  if (snprintf(address->sun_path, room, form, process_run()) < (int)room) return -1;
+  int folder = open(process_run(), O_PATH | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+  char through[32];
+  snprintf(through, sizeof through, "/proc/self/fd/%d", folder);  // without one nobody is there
+  snprintf(address->sun_path, room, form, through);
+  return folder;
+}
+
 static int connected(void) {
-  struct sockaddr_un address = {.sun_family = AF_UNIX};
-  int length = snprintf(address.sun_path, sizeof address.sun_path, "%s/rewriter.sock",
-                        process_run());
-  if (length >= (int)sizeof address.sun_path) return -1;
+  struct sockaddr_un address;
   int line = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
   if (line < 0) return -1;
-  if (connect(line, (struct sockaddr *)&address, sizeof address) == 0) return line;
+  int folder = named(&address);
+  int failed = connect(line, (struct sockaddr *)&address, sizeof address);
+  if (folder >= 0) close(folder);
+  if (!failed) return line;
   close(line);
   return -1;
 }

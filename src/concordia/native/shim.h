@@ -56,7 +56,7 @@ void launch_counted(void);  // into the coverage
 #undef OBSERVER
 
 // --- process.c, process_settings.c: the run that this process is of
-#define PROCESS_PATH_MAX 1024  // of a folder; longer ones are not used
+#define PROCESS_PATH_MAX 1024  // of a folder with its NUL; config.py has it (RUN_PATH_BYTES_MAX)
 
 int process_is_active(void);  // else every hook only forwards
 int process_is_disabled(void);           // by the user

@@ -32,6 +32,7 @@ from concordia.integrations.program.gate_page import make_page
 from concordia.integrations.program.run_folder import (
     VARIABLE,
     ProgramRun,
+    check_length,
     make_run,
     remove_old,
 )
@@ -98,13 +99,15 @@ def launch(asked: Launch) -> int:
         os.execvpe(program, list(asked.command), environment)
     driver = find_driver(environment)
     options = asked.options()
+    images = Paths.default().image_cache
+    check_length(images / options.key(), "set CONCORDIA_CACHE to a shorter one")
+    cache = CacheFolder(images, options.key())
     run = make_run(asked.run_dir)
     protection: Protection | None = None
     try:
         place_shim(run.path, driver)
         make_page(run.path)
         is_looking = not (options.entry or options.exit or options.marks or options.sass_marks)
-        cache = CacheFolder(Paths.default().image_cache, options.key())
         settings = _settings(options, cache, is_looking=is_looking)
         stand_in = _stand_in(run, options, environment) if options.marks else None
         run.settle(settings | dict(stand_in.settings) if stand_in else settings)

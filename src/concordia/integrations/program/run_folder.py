@@ -27,7 +27,8 @@ VARIABLE: Final = "CONCORDIA_RUN"
 _RUNS: Final = "runs"
 _ABOUT: Final = "about.json"
 _LOCK: Final = "lock"
-_SOCKET_PATH_MAX: Final = 107  # of a Unix socket, as the kernel has it
+_SHOWN_MAX: Final = 64  # characters of a path that is too long
+_SEPARATORS: Final = ":;"  # of LD_LIBRARY_PATH, where nothing quotes them
 
 
 class ProgramRun:
@@ -99,19 +100,32 @@ class ProgramRun:
 
 def make_run(base: Path | None = None) -> ProgramRun:
     """A new folder; raises UsageError."""
-    runs = (base or default_base()) / _RUNS
+    # absolute: a program may change its working folder before it starts others
+    runs = (base or default_base()).absolute() / _RUNS
+    path = runs / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    # the stand-in for an assembler finds the folder by its own path, which has no links
+    for found in (path, path.resolve()):
+        check_length(found, "name a shorter --run-dir")
+    if any(mark in str(path) for mark in _SEPARATORS):
+        raise UsageError(f"{path} would be cut at its : or ; by the loader; name another --run-dir")
     for folder in (runs.parent, runs):
         make_private(folder, "name another --run-dir")
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    path = runs / name
-    if len(str(path / NAME)) > _SOCKET_PATH_MAX:
-        raise UsageError(f"{path} is too long for a socket; name a shorter --run-dir")
     try:
         path.mkdir(mode=0o700)
         (path / "modules").mkdir(mode=0o700)
     except OSError as error:
         raise UsageError(f"no folder for this run: {error}; name another --run-dir") from None
     return ProgramRun(path, _locked(path))
+
+
+def check_length(folder: Path, advice: str) -> None:
+    """Raises UsageError for a folder that no program would use, which would run without hooks."""
+    size = len(os.fsencode(folder))
+    if size > config.RUN_PATH_BYTES_MAX:
+        shown = f"{str(folder)[:_SHOWN_MAX]}..."
+        raise UsageError(
+            f"{shown} has {size} bytes, and a program uses {config.RUN_PATH_BYTES_MAX}; {advice}"
+        )
 
 
 def find_run(given: Path | None = None, base: Path | None = None) -> ProgramRun:

@@ -18,7 +18,7 @@ static char own_name[64];
 const char *folder_name(void) { return own_name; }
 
 int folder_begin(void) {
-  char path[PROCESS_PATH_MAX];
+  char path[PROCESS_PATH_MAX + sizeof own_name];
   ssize_t got = readlink("/proc/self/exe", path, sizeof path - 1);
   if (got <= 0 || got == sizeof path - 1) return 0;
   path[got] = 0;
