@@ -7,6 +7,7 @@ folder is this user's alone; the bound holds and the longest unused goes; the ke
 from __future__ import annotations
 
 import copy
+import errno
 import fcntl
 import itertools
 import json
@@ -212,6 +213,19 @@ def test_damaged_file_is_removed_when_it_is_loaded(tmp_path: pathlib.Path) -> No
     assert not cache.path(KEY).exists()
     cache.store(KEY, CHANGED)
     assert cache.load(KEY) == CHANGED
+
+
+def test_damaged_file_is_none_when_its_folder_cannot_be_written(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = ImageCache(tmp_path / "images", "options")
+    cache.store(KEY, CHANGED)
+    cache.path(KEY).write_bytes(b"damaged")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(pathlib.Path, "unlink", refuse)
+    assert cache.load(KEY) is None
+    assert cache.path(KEY).exists()
 
 
 def test_file_is_removed_when_it_lies_in_the_place_of_another(tmp_path: pathlib.Path) -> None:

@@ -132,7 +132,8 @@ class ImageCache:
         except OSError:
             return None
         except ImageRefused:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # of a folder that cannot be written
+                path.unlink(missing_ok=True)
             return None
 
     def store(self, key: str, rewritten: Rewritten) -> int:
