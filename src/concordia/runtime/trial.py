@@ -13,16 +13,13 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 from concordia import abi, config
-from concordia.device.driver import Image
+from concordia.device.driver import Device, Image
 from concordia.errors import HandlerRefused, UsageError, WaitTimeout
-from concordia.runtime.op_table import Operator
-from concordia.runtime.ring import Completion, Task
-
-if TYPE_CHECKING:
-    from concordia.runtime.executor import Runtime
+from concordia.runtime.op_table import Operator, OperatorTable
+from concordia.runtime.ring import Completion, Task, Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +32,37 @@ class Closable(Protocol):
     def close(self) -> None: ...
 
 
+class Triable(Protocol):
+    """What a trial needs: an executor of its own, with a ring and memory."""
+
+    device: Device
+    operators: OperatorTable
+
+    def adopt(self, name: str, image: Image, *, region_address: int = 0) -> Operator:
+        """Publish a handler that was built before."""
+        ...
+
+    def submit(self, task: Task) -> Ticket:
+        """Hand a task in; raises RingFull."""
+        ...
+
+    def wait(self, ticket: Ticket, timeout_s: float) -> Completion:
+        """Wait for a task's answer; raises WaitTimeout."""
+        ...
+
+    def abandon(self) -> None:
+        """Stop the executor if it can be stopped, and keep all memory."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back."""
+        ...
+
+
 class Trial:
     """One throw-away runtime, which it takes over; `close` it."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Triable) -> None:
         self._runtime = runtime
         self._device = runtime.device
         self._memory: list[int] = []
