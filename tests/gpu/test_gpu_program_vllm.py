@@ -43,13 +43,17 @@ size = "{size}B"
 on = "graph-launch"
 interval_ms = 5
 [images]
-# cuBLAS (whose kernels are those of CUTLASS, too), vLLM's own, PyTorch's with what it uses, and FlashAttention's
-trust_arguments = ["nvjet*", "*gemm*", "*gemv*", "*cutlass*", "*splitK*", "*cublas*", "_ZN4vllm*", "_ZN2at*", "*at_cuda_detail*", "*3cub*", "*flash*"]
+# cuBLAS (whose kernels are those of CUTLASS, too), vLLM's own, PyTorch's with what it uses and those of its files' own (_GLOBAL__N_, then the file),
+# and FlashAttention's
+trust_arguments = [
+    "nvjet*", "*gemm*", "*gemv*", "*cutlass*", "*splitK*", "*cublas*", "_ZN4vllm*", "_ZN2at*", "*at_cuda_detail*", "*3cub*", "*_GLOBAL__N_*_cu_*", "*flash*",
+]
 trust_maps = ["*"]
 """
-# vLLM's attention, and hooks that are not the policy's. Triton's kernels mark their stores in PTX, and it has one of its own for new keys and values. What
-# vLLM chooses (FlashAttention) is machine code whose arguments point into the KV, and so is what writes it: it marks regions as a whole, or, with
-# `sass-marks`, what it stores, where its stores can be followed.
+# vLLM's attention, and hooks that are not the policy's. Triton's kernels mark their stores in PTX, and with TRITON_ATTN that is so of the one that writes
+# new keys and values, too: reshape_and_cache_kernel_flash (vllm/v1/attention/ops/triton_reshape_and_cache_flash.py). It marks a region as a whole only
+# where its text got no marks, and the notes that are printed say why. What vLLM chooses (FlashAttention) is machine code whose arguments point into the
+# KV, and so is what writes it: it marks regions as a whole, or, with `sass-marks`, what it stores, where its stores can be followed.
 ATTENTIONS = {"triton": ("TRITON_ATTN", ""), "chosen": ("", ""), "chosen-sass": ("", "entry,marks,sass-marks")}
 MARKED_MOST = {"triton": 0.5, "chosen": 1.0, "chosen-sass": 1.0}  # share of all pages of a region, at all points
 
@@ -63,7 +67,7 @@ def print_marks(place: Place, rows: list[dict[str, Any]]) -> None:  # noqa: F811
     coverage = read_run(ProgramRun(newest))
     for one in coverage.unseen:
         print(f"{one.count} launches or nodes marked {one.why}: {one.kernel}")
-    print(coverage.summary())
+    print("\n".join([*coverage.notes, coverage.summary()]))
 
 
 @pytest.mark.timeout(500)
