@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, Final
+from unittest import mock
 
 from figures import Figures, figure
 
@@ -153,25 +154,27 @@ def measure_keys(*, is_all: bool) -> tuple[list[float], list[float]]:
 
 
 def measure_prefill_keys() -> list[float]:
-    """Seconds of each step until the keys of a prefill are learned and those of the one before,
-    whose blocks the engine still holds, are forgotten.
+    """Seconds of each step of 32 requests until the keys of a prefill are learned, and those of the
+    one before, whose blocks the engine still holds, are taken away.
     """
     rng = random.Random(3)
     spent: list[float] = []
     for _ in range(20):
+        steps = Steps(is_spread=True)
+        writes, named = steps.writes, NamedBlocks()
         old, new = ([rng.getrandbits(128) for _ in range(PREFILL_KEYS)] for _ in range(2))
-        named = NamedBlocks()
         for block, key in enumerate([*old, *new]):
             named.author(block, key, step=1, is_shared=True)
         named.learn(old, [], before_step=1)
+        writes._named = named
         started = time.perf_counter()
-        lapsed = named.learn(new, old, before_step=2)
-        while lapsed or named.is_in_doubt:
-            for block in lapsed:
-                named.drop(block)
+        writes.learn_news(new, old, before_step=2)
+        for step in range(3, 60):
+            writes.step([], step=step)
             spent.append(time.perf_counter() - started)
+            if not named.has_missing:
+                break
             started = time.perf_counter()
-            lapsed = named.judge()
     return spent
 
 
@@ -202,9 +205,8 @@ def measure() -> Figures:
     for at, name in enumerate(("key_news_read", "key_news_learn")):
         found[name] = us_with_peer(news[at], "all keys", whole[at])
     parts = measure_prefill_keys()
-    judged, config.KEYS_JUDGED = config.KEYS_JUDGED, 1 << 20  # type: ignore[misc]
-    found["key_news_prefill"] = us_with_peer(parts, "in one step", measure_prefill_keys())
-    config.KEYS_JUDGED = judged  # type: ignore[misc]
+    with mock.patch.object(config, "KEYS_TAKEN", 1 << 20):
+        found["key_news_prefill"] = us_with_peer(parts, "in one step", measure_prefill_keys())
     return found
 
 

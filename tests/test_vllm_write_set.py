@@ -308,21 +308,24 @@ def test_every_token_is_covered_once_when_engines_do_random_things() -> None:
             tokens.append(rng.randrange(100))
 
 
-def judged(named: NamedBlocks) -> set[int]:
-    """What lapses by and by until nothing is in doubt."""
-    lapsed = set[int]()
-    while named.is_in_doubt:
-        lapsed |= set(named.judge())
-    return lapsed
+def differences(one: NamedBlocks, other: NamedBlocks, *, keys: int, blocks: int) -> list[str]:
+    """Where two say something else."""
+    found = [f"key {key}" for key in range(keys) if one.is_journaled(key) != other.is_journaled(key)]
+    found += [f"block {b}" for b in range(blocks) if one.key_of(b) != other.key_of(b) or (b in one) != (b in other)]
+    found += [
+        f"block {b} of {one.key_of(b)}" for b in range(blocks) if one.is_from_journal(b, one.key_of(b)) != other.is_from_journal(b, one.key_of(b))
+    ]
+    return found
 
 
-def test_keys_are_judged_a_part_in_each_step_when_many_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_name_the_same_at_any_time_when_they_are_taken_away_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     seed = random.randrange(2**32)
     print("seed", seed)
     rng = random.Random(seed)
     whole, parts = NamedBlocks(), NamedBlocks()
     journal, before = {rng.randrange(1, 400) for _ in range(300)}, 0
-    for step in range(1, 60):
+    waited, is_told = 0, False
+    for step in range(1, 120):
         for block in rng.sample(range(300), rng.randrange(60)):
             key = rng.randrange(1, 400)
             for named in (whole, parts):
@@ -330,39 +333,86 @@ def test_keys_are_judged_a_part_in_each_step_when_many_come_and_go(monkeypatch: 
                     named.fill(block, key, step=step)
                 else:
                     named.author(block, key, step=step, is_shared=True)
-        told = set(journal)
-        journal ^= {rng.randrange(1, 400) for _ in range(rng.randrange(80))}
-        before = max(before, step - rng.randrange(3))
-        monkeypatch.setattr(config, "KEYS_JUDGED", 1 << 20)
-        lapsed = set(whole.learn_all(set(journal), before_step=before))
-        assert not whole.is_in_doubt
-        monkeypatch.setattr(config, "KEYS_JUDGED", 4)
-        first = parts.learn(journal - told, told - journal, before_step=before) if step > 1 else parts.learn_all(set(journal), before_step=before)
-        assert set(first) | judged(parts) == lapsed
-        for block in lapsed:
-            whole.drop(block)
-            parts.drop(block)
-        assert [whole.is_journaled(key) for key in range(400)] == [parts.is_journaled(key) for key in range(400)]
-        assert [whole.key_of(block) for block in range(300)] == [parts.key_of(block) for block in range(300)]
+        for _ in range(rng.randrange(3)):  # answers that were read while nobody stepped
+            told = set(journal)
+            journal ^= {rng.randrange(1, 400) for _ in range(rng.randrange(80))}
+            before = max(before, step - rng.randrange(3))
+            monkeypatch.setattr(config, "KEYS_TAKEN", 1 << 20)
+            whole.learn_all(set(journal), before_step=before)
+            for block in whole.take_away():
+                whole.drop(block)
+            assert not whole.has_missing
+            monkeypatch.setattr(config, "KEYS_TAKEN", 4)
+            if is_told and rng.random() < 0.9:
+                parts.learn(journal - told, told - journal, before_step=before)
+            else:
+                parts.learn_all(set(journal), before_step=before)
+            is_told = True
+        for _ in range(rng.randrange(3)):
+            for block in parts.take_away():
+                parts.drop(block)
+        waited += parts.has_missing
+        assert differences(whole, parts, keys=400, blocks=300) == []
+    assert waited > 20
 
 
-def test_step_judges_a_bounded_part_and_all_lapse_in_time_when_a_prefill_s_keys_go() -> None:
+def test_step_takes_a_bounded_part_away_when_a_prefill_s_keys_go() -> None:
     held = WriteSet(block_tokens=SIZE)
     keys = list(range(1, 8001))
     for block, key in enumerate(keys):
         held._named.author(block, key, step=1, is_shared=True)
     held.learn(set(keys), before_step=2)
     held.learn_news([], keys, before_step=3)
-    left = [sum(block in held._named for block in range(len(keys)))]
-    assert 6900 < left[0] < 8000  # an eighth has lapsed
-    assert not any(
-        held.is_journaled(key) for key in keys
-    )  # but nobody is told that the journal has one
+    left = [len(held._named._keys)]
+    assert not any(held.is_journaled(key) for key in keys)  # and nobody is told of the others
+    assert not any(block in held._named or held._named.key_of(block) for block in range(len(keys)))
     while left[-1]:
         held.step([], step=3 + len(left))
-        left.append(sum(block in held._named for block in range(len(keys))))
-        assert 0 < left[-2] - left[-1] <= 1000
+        left.append(len(held._named._keys))
+        assert 0 < left[-2] - left[-1] <= 500
     assert len(left) < 40
+
+
+def test_all_goes_in_the_next_step_when_it_has_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = WriteSet(block_tokens=SIZE)
+    for block in range(8000):
+        held._named.author(block, block + 1, step=1, is_shared=True)
+    held.learn(set(range(1, 8001)), before_step=2)
+    held.learn_news([], list(range(1, 8001)), before_step=3)
+    monkeypatch.setattr(config, "KEYS_WAIT_S", 0.0)
+    held.step([], step=4)
+    assert not held._named._keys
+
+
+def test_hit_is_appended_when_its_key_went_and_is_not_taken_away_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = WriteSet(block_tokens=SIZE)
+    held.tracks["a"] = track("a", list(range(8)))
+    held.step([new("a", [1, 2], 8)], step=1)
+    held.finish("a", step=1)
+    monkeypatch.setattr(config, "KEYS_TAKEN", 0)
+    held.learn(set(), before_step=2)
+    assert held._named.has_missing
+    held.tracks["b"] = track("b", list(range(9)))
+    done = held.step([new("b", [1, 2, 3], 9, start=8, hit=8)], step=2)
+    assert held._named.has_missing
+    assert done.writes[0].full == ((0, 1), (1, 2))
+
+
+def test_request_appends_its_blocks_anew_when_their_keys_went_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "KEYS_TAKEN", 1)
+    held = WriteSet(block_tokens=SIZE)
+    held.tracks["a"] = track("a", list(range(40 * SIZE)))
+    held.step([new("a", list(range(40)), 40 * SIZE)], step=1)
+    keys = [held._named.key_of(block) for block in range(40)]
+    assert held.tracks["a"].covered == 40 * SIZE
+    held.learn(set(keys), before_step=2)
+    held.learn_news([], keys[30:], before_step=3)
+    steps = 3
+    while held.tracks["a"].covered != 30 * SIZE:
+        steps += 1
+        held.step([], step=steps)
+        assert steps < 40
+    assert [held._named.key_of(block) for block in range(40)] == [*keys[:30], *[0] * 10]
 
 
 def test_changes_teach_the_same_as_the_whole_list_when_keys_come_and_go() -> None:
@@ -388,12 +438,13 @@ def test_changes_teach_the_same_as_the_whole_list_when_keys_come_and_go() -> Non
             journal ^= {rng.choice([*range(1, 30), *range(101, 130)])}
         if rng.random() < 0.5:
             before = max(before, step - rng.randrange(4))
-            lapsed = sorted(set(whole.learn_all(set(journal), before_step=before)))
+            whole.learn_all(set(journal), before_step=before)
+            lapsed = sorted(set(whole.take_away()))
             if rng.random() < 0.1:
-                assert sorted(set(changes.learn_all(set(journal), before_step=before))) == lapsed
+                changes.learn_all(set(journal), before_step=before)
             else:
-                found = changes.learn(journal - told, told - journal, before_step=before)
-                assert sorted(set(found)) == lapsed
+                changes.learn(journal - told, told - journal, before_step=before)
+            assert sorted(set(changes.take_away())) == lapsed
             told = set(journal)
             for block in lapsed:
                 assert whole.drop(block)

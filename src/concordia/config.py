@@ -227,9 +227,10 @@ KEY_NEWS_MAX: Final = 64
 # of keys, remembered for engines that ask every second: a minute of what an H200 decodes, and some
 # 8 MB
 KEY_CHANGES_MAX: Final = 65_536
-# keys that a step judges by the journal's answers, or an eighth of those that wait: some 0.2 ms,
-# and all of them are judged before CONDEMN_GRACE_S is over
-KEYS_JUDGED: Final = 256
+# keys that the journal let go of and that a step takes away, or a sixteenth of those that wait:
+# some 0.2 ms; and how long they wait at most, well within CONDEMN_GRACE_S
+KEYS_TAKEN: Final = 256
+KEYS_WAIT_S: Final = 0.5
 # blocks that decode fills and that go out whole in the step that fills them; requests whose prompts
 # have one length fill theirs together, and 32 blocks of an 8B model are 2.6 ms of one
 # multiprocessor, a fifth of a step

@@ -1,18 +1,29 @@
 """Which of the engine's blocks have a record in the journal, and under which key.
 
 Owns: the key of each block, which keys this engine wrote first, and which the journal is known to
-have. Promises: a key that the journal let go of, or never had, leaves here together with the blocks
-that relied on it, at once or, of many, some in each step; what is newer than the journal's answer
-is not judged by it; an answer costs as much as what changed since the one before. Called by
-write_set.py. It knows no requests.
+have. Promises: a key that the journal let go of, or never had, names nothing from that answer on;
+what is newer than the answer is not judged by it; an answer costs as much as what changed since the
+one before, and what it takes away leaves here in parts. Called by write_set.py. It knows no
+requests.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from concordia import config
+
+
+@dataclass(slots=True)
+class _Missing:
+    """Keys that an answer does not have, and that are not taken away yet."""
+
+    keys: set[int]
+    before_step: int  # what was named from this step on is too new for that answer
+    since: float = field(default_factory=time.monotonic)
 
 
 class NamedBlocks:
@@ -26,19 +37,26 @@ class NamedBlocks:
         self._told: set[int] = set()  # keys that the journal has, as far as it said
         # keys of blocks that were filled from a record, while the journal has not said so itself
         self._filled: set[int] = set()
-        # (step, key): named here, and not looked for in the journal's answers yet; oldest first
-        self._unproven: deque[tuple[int, int]] = deque()
-        self._looked_before = 0  # those of older steps are to be looked for
-        # keys that the journal does not have, and are not judged yet, by answer: with the step from
-        # which on one that is named is too new for it
-        self._doubted: deque[tuple[set[int], int]] = deque()
+        # by step, oldest first: keys named in it, and not looked for in the journal's answers yet
+        self._unproven: deque[tuple[int, list[int]]] = deque()
+        self._missing: deque[_Missing] = deque()  # oldest first, none of them empty
 
     def __contains__(self, block: int) -> bool:
-        return block in self._keys
+        found = self._keys.get(block)
+        return found is not None and not self._is_missing(*found)
 
     def key_of(self, block: int) -> int:
         """0 when no record is known to have its bytes."""
-        return self._keys.get(block, (0, 0))[0]
+        found = self._keys.get(block)
+        return 0 if found is None or self._is_missing(*found) else found[0]
+
+    def _is_missing(self, key: int, step: int) -> bool:
+        """Whether what was named so in this step is to be taken away."""
+        return any(step < one.before_step and key in one.keys for one in self._missing)
+
+    def _is_authored(self, key: int) -> bool:
+        step = self._authored.get(key)
+        return step is not None and not self._is_missing(key, step)
 
     def author(self, block: int, key: int, *, step: int, is_shared: bool) -> None:
         """The engine has appended this block; a shared key names these bytes from here on."""
@@ -50,7 +68,7 @@ class NamedBlocks:
         """The block is filled from the record of this key. One that two engines gave to different
         bytes names ours only if we did not write it, too.
         """
-        if key not in self._authored:
+        if not self._is_authored(key):
             self._filled.add(key)
             self._put(block, key, step)
 
@@ -58,7 +76,9 @@ class NamedBlocks:
         self.drop(block)
         self._keys[block] = key, step
         self._holders.setdefault(key, []).append(block)
-        self._unproven.append((step, key))
+        if not self._unproven or self._unproven[-1][0] != step:
+            self._unproven.append((step, []))
+        self._unproven[-1][1].append(key)
 
     def drop(self, block: int) -> bool:
         """No record has what this block will hold; whether one had what it held."""
@@ -72,79 +92,67 @@ class NamedBlocks:
         return True
 
     def is_journaled(self, key: int) -> bool:
-        """Whether some record has this key; one in doubt counts as it will be judged."""
-        if key in self._told or key in self._filled:
-            return True
-        named_at = self._authored.get(key)
-        return named_at is not None and not any(
-            named_at < before_step and key in keys for keys, before_step in self._doubted
-        )
+        """Whether some record has this key."""
+        return key in self._told or key in self._filled or self._is_authored(key)
 
     def is_from_journal(self, block: int, key: int) -> bool:
         """Whether the block was filled from a record of this key, and holds it still; what was
         computed here is not from there.
         """
-        return bool(key) and key not in self._authored and self.key_of(block) == key
+        return bool(key) and not self._is_authored(key) and self.key_of(block) == key
 
-    def learn_all(self, known: set[int], *, before_step: int) -> list[int]:
-        """The journal's own list of keys; returns what `judge` does. No answer's step is lower than
-        that of the answer before.
+    def learn_all(self, known: set[int], *, before_step: int) -> None:
+        """The journal's own list of keys; what is missing there and was named before this step
+        names nothing any more. No answer's step is lower than that of the answer before.
         """
         self._told = known
-        return self._doubt({*self._authored, *self._holders}.difference(known), before_step)
+        self._judge({*self._authored, *self._holders}.difference(known), before_step)
 
-    def learn(self, come: Iterable[int], gone: Iterable[int], *, before_step: int) -> list[int]:
+    def learn(self, come: Iterable[int], gone: Iterable[int], *, before_step: int) -> None:
         """The same from what changed in that list."""
         self._told.update(come)
         left = self._told.intersection(gone)
         self._told -= left
-        return self._doubt(left, before_step)
+        self._judge(left, before_step)
 
-    def _doubt(self, missing: set[int], before_step: int) -> list[int]:
-        self._doubted.append((missing, before_step))
-        self._looked_before = before_step
-        return self.judge()
+    def _judge(self, missing: set[int], before_step: int) -> None:
+        """A key that is too new to be judged stays unproven, and is looked for the next time."""
+        named: set[int] = set()
+        while self._unproven and self._unproven[0][0] < before_step:
+            named.update(self._unproven.popleft()[1])
+        self._filled -= named
+        missing |= named.difference(self._told)
+        if missing:
+            self._missing.append(_Missing(missing, before_step))
 
     @property
-    def is_in_doubt(self) -> bool:
-        """Whether `judge` has more to look at."""
-        is_looking = bool(self._unproven) and self._unproven[0][0] < self._looked_before
-        return is_looking or bool(self._doubted)
+    def has_missing(self) -> bool:
+        """Whether `take_away` has more to do."""
+        return bool(self._missing)
 
-    def judge(self) -> list[int]:
-        """The blocks that relied on a key that is missing in the journal and was named before the
-        step of its answer. Of many keys a part is looked at, and the others by the next calls: a
-        prefill's thousands would hold a step up for milliseconds.
+    def take_away(self) -> list[int]:
+        """Take missing keys away; the blocks that relied on them. Of many keys a part is taken, and
+        the others by the next calls: a prefill's thousands would hold a step up for milliseconds.
+        What has waited for KEYS_WAIT_S goes at once.
         """
-        self._look_for_unproven()
+        late = time.monotonic() - config.KEYS_WAIT_S
+        waiting = sum(len(one.keys) for one in self._missing)
+        left = max(config.KEYS_TAKEN, waiting // 16)
         lapsed: list[int] = []
-        for _ in range(_part(sum(len(keys) for keys, _ in self._doubted))):
-            while not self._doubted[0][0]:
-                self._doubted.popleft()
-            keys, before_step = self._doubted[0]
-            key = keys.pop()
-            if key in self._told:
-                continue  # it has come again
-            if self._authored.get(key, before_step) < before_step:
+        while self._missing and (left > 0 or self._missing[0].since <= late):
+            one = self._missing[0]
+            left -= 1
+            key = one.keys.pop()
+            if self._authored.get(key, one.before_step) < one.before_step:
                 del self._authored[key]
             lapsed += [
-                block for block in self._holders.get(key, ()) if self._keys[block][1] < before_step
+                block
+                for block in self._holders.get(key, ())
+                if self._keys[block][1] < one.before_step
             ]
-        while self._doubted and not self._doubted[0][0]:
-            self._doubted.popleft()
+            if not one.keys:
+                self._missing.popleft()
         return lapsed
-
-    def _look_for_unproven(self) -> None:
-        """What the journal should have by now and has not is in doubt."""
-        for _ in range(_part(len(self._unproven))):
-            if self._unproven[0][0] >= self._looked_before:
-                return
-            key = self._unproven.popleft()[1]
-            self._filled.discard(key)
-            if key not in self._told:
-                if not self._doubted or self._doubted[-1][1] != self._looked_before:
-                    self._doubted.append((set(), self._looked_before))
-                self._doubted[-1][0].add(key)
 
     def clear(self) -> None:
         """Name nothing by what was computed so far."""
@@ -153,9 +161,4 @@ class NamedBlocks:
         self._told.clear()
         self._filled.clear()
         self._unproven.clear()
-        self._doubted.clear()
-
-
-def _part(waiting: int) -> int:
-    """Of so many a step looks at: all of few, else some, and more the more there are."""
-    return min(waiting, max(config.KEYS_JUDGED, waiting // 8))
+        self._missing.clear()

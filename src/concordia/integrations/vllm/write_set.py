@@ -25,6 +25,7 @@ class WriteSet:
         self.tracks: dict[str, Track] = {}
         self._block_tokens = block_tokens
         self._named = NamedBlocks()
+        self._lapsed: set[int] = set()  # blocks whose keys went; who relied on them is not told yet
         self._late = LateBlocks(block_tokens=block_tokens)
 
     def spread(self, is_on: bool) -> None:
@@ -40,7 +41,7 @@ class WriteSet:
         zeroes beside those scheduled.
         """
         result = StepWrites()
-        self._unname(self._named.judge())
+        self._forget(self._named.take_away())
         self._release(given, result)
         self._late.begin()
         running: set[str] = set()
@@ -107,7 +108,18 @@ class WriteSet:
 
         Perhaps one has: so a shared key stays taken, and never gets to name other bytes.
         """
-        gone = {block for block in blocks if self._named.drop(block)}
+        self._rely_no_more({block for block in blocks if self._named.drop(block)})
+
+    def _forget(self, lapsed: Iterable[int]) -> None:
+        """The same for what the journal let go of, once all of an answer is taken away: to look
+        through all requests costs as much as a step has to spare.
+        """
+        self._lapsed.update(block for block in lapsed if self._named.drop(block))
+        if not self._named.has_missing:
+            gone, self._lapsed = self._lapsed, set()
+            self._rely_no_more(gone)
+
+    def _rely_no_more(self, gone: set[int]) -> None:
         if not gone:
             return
         for track in self.tracks.values():
@@ -123,17 +135,18 @@ class WriteSet:
         """Take the journal's own list of keys; what is missing there, and not new, has been cleaned
         away, and whoever relied on such a block must append it, too.
         """
-        self._unname(self._named.learn_all(known, before_step=before_step))
+        self._named.learn_all(known, before_step=before_step)
 
     def learn_news(self, come: Sequence[int], gone: Sequence[int], *, before_step: int) -> None:
         """The same from what changed in that list since it was taken last."""
-        self._unname(self._named.learn(come, gone, before_step=before_step))
+        self._named.learn(come, gone, before_step=before_step)
 
     def forget_blocks(self, model_hash: int) -> None:
         """Name nothing by what was computed so far; requests that run go on under names of their
         own, and as another model's.
         """
         self._named.clear()
+        self._lapsed.clear()
         for track in self.tracks.values():
             track.chain = None
             track.model_hash = model_hash
