@@ -106,6 +106,8 @@ FORMS = [
     ("multimem.ld_reduce.global.add.f32 %f1, [%rd2];", HOPPER, NOTHING),
     ("tensormap.replace.tile.global_address.global.b1024.b64 [%rd2], %rd3;", ("sm_90a", "sm_100a"), "a tensor map that the device makes"),
     ("tensormap.replace.tile.rank.shared::cta.b1024.b32 [%r5], 1;", ("sm_90a", "sm_100a"), "a tensor map that the device makes"),
+    ("fence.proxy.tensormap::generic.acquire.gpu [%rd2], 128;", HOPPER, "a tensor map that the device makes"),
+    ("fence.proxy.tensormap::generic.release.gpu;", HOPPER, NOTHING),
     ("tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%rd2], [%r5], 128;", HOPPER, "a tensor map that the device makes"),
     ("discard.global.L2 [%rd2], 128;", ALL, MARK),
     ("discard.L2 [%rd1], 128;", ALL, GENERIC),

@@ -305,8 +305,29 @@ def test_random_kernels_keep_their_instructions_when_their_stores_are_marked(tmp
     assert all(reason.removeprefix("marks: ").startswith(known) for reason in left), left
 
 
+THROUGH_MAPS = """.version 9.0
+.target sm_90a
+.address_size 64
+.visible .entry kernel(.param .u64 p, .param .align 64 .b8 m[128]) {
+ .reg .u64 %p1, %m1; .reg .u32 %r, %s; .shared .align 128 .b8 shared[1024];
+ ld.param.u64 %p1, [p]; mov.b64 %m1, m; cvta.param.u64 %m1, %m1; mov.u32 %r, 0; mov.u32 %s, shared;
+ TAKES
+ cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%m1, {%r, %r}], [%s];
+ cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%p1, {%r, %r}], [%s];
+ cp.async.bulk.commit_group; ret; }
+"""
+
+
+def test_kernel_is_left_alone_when_it_takes_over_a_tensor_map_that_the_device_made() -> None:
+    (kernel,) = marked(linked(THROUGH_MAPS.replace("TAKES", "prefetch.tensormap [%p1];"), "sm_90a")).kernels
+    assert kernel.hooks == Hook.MARKS | Hook.WHOLE_REGION
+    (kernel,) = marked(linked(THROUGH_MAPS.replace("TAKES", "fence.proxy.tensormap::generic.acquire.gpu [%p1], 128;"), "sm_90a")).kernels
+    assert Hook.MARKS not in kernel.hooks
+    assert "it uses a tensor map that the device makes" in kernel.reason
+
+
 HIDDEN = ("multimem.st", "multimem.red")  # compile to a plain store
-FREE = ("discard", "multimem.ld_reduce", "tensormap", "/*")
+FREE = ("discard", "fence", "multimem.ld_reduce", "tensormap", "/*")
 OUT_OF_SIGHT = ("st.mmio.relaxed.sys.global.u32 [%rd2]", "st.shared::cluster.u32")  # their address is in uniform registers
 
 
@@ -332,6 +353,8 @@ def test_every_form_of_store_is_marked_or_refused_when_compiled(number: int, eve
         assert "it stores in bulk" in kernel.reason
     elif instruction.startswith("discard"):
         assert "it discards memory" in kernel.reason
+    elif instruction.startswith("fence") and does != NOTHING:
+        assert "it uses a tensor map that the device makes" in kernel.reason
     elif instruction.startswith(OUT_OF_SIGHT):
         assert "a store of a form that is not known" in kernel.reason
     elif "it may wait for other CTAs" in kernel.reason:

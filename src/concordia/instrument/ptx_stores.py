@@ -20,7 +20,7 @@ from concordia.instrument.ptx_tree import Statement
 _HARMLESS_WORDS: Final = """
     abs activemask add addc alloca and applypriority bar barrier bfe bfi bfind bmsk bra brev brkpt
     brx call clusterlaunchcontrol clz cnot copysign cos createpolicy cvt cvta div dp2a dp4a elect
-    ex2 exit fence fma fns getctarank griddepcontrol isspacep istypep ld ldmatrix ldu lg2 lop3 mad
+    ex2 exit fma fns getctarank griddepcontrol isspacep istypep ld ldmatrix ldu lg2 lop3 mad
     mad24 madc mapa match max mbarrier membar min mma mov movmatrix mul mul24 nanosleep neg not or
     pmevent popc prefetch prefetchu prmt rcp redux rem ret rsqrt sad selp set setmaxnreg setp shf
     shfl shl shr sin slct sqrt stackrestore stacksave stmatrix sub subc suld suq szext tanh tcgen05
@@ -217,6 +217,12 @@ def _tensor_map(parts: _Parts, names: Names) -> tuple[Write, ...]:
     return (*_ranged(parts, names, Length(extra=_TENSOR_MAP_BYTES)), made)
 
 
+def _fence(parts: _Parts, _: Names) -> tuple[Write, ...]:
+    """One that takes over a tensor map from whoever stored it: stores through it lead anywhere."""
+    is_taken = "acquire" in parts.modifiers and "tensormap::generic" in parts.modifiers
+    return (_unknown(f"{parts.head}: a tensor map that the device makes"),) if is_taken else ()
+
+
 def _surface(parts: _Parts, _: Names) -> tuple[Write, ...]:
     return (_unknown(f"{parts.head}: a surface"),)
 
@@ -242,6 +248,7 @@ _RULES: Final = {
     "atom": _one,
     "cp": _copy,
     "multimem": _multicast,
+    "fence": _fence,
     "discard": _one,  # what a line held is lost: as good as written
     "tensormap": _tensor_map,
     "sust": _surface,

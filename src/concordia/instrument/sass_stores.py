@@ -45,6 +45,9 @@ _DISCARD: Final = 11 << 23  # CCTL.RML2: what was in memory is lost
 _CACHE_KEPT: Final = (0, 1 << 23, 10 << 23)
 # LDGMC: the kernel uses multicast memory, whose other addresses nobody knows here
 _MULTICAST: Final = (0x1A4, 0x1A5)
+# UTMACCTL, but for the form that fetches ahead (PF): the kernel uses a map that the device made
+_MAP_CONTROL: Final = 0x1B9
+_MAP_FETCH: Final = 1 << 18
 _SURFACES: Final = (0x199, 0x19B, 0x19D, 0x19F)  # SUST SURED SUATOM and their like
 LOADS: Final = (0x180, 0x181)  # LD LDG
 _PREDICATE_SHIFT: Final = 17  # of the predicate that an atomic writes
@@ -197,6 +200,8 @@ def _refuse(code: sass.Words, opcodes: NDArray[np.uint16], bases: NDArray[np.uin
         return "it changes how many registers its warps have"
     if np.isin(bases, _MULTICAST).any():
         return "it uses multicast memory"
+    if ((bases == _MAP_CONTROL) & (code[:, 1] & np.uint64(_MAP_FETCH) == 0)).any():
+        return "it uses a tensor map that the device makes"
     if np.isin(bases, _SURFACES).any():
         return "it may write surfaces"
     if (np.isin(bases, _BULK) & (code[:, 1] & np.uint64(_BULK_TO_SHARED) == 0)).any():
