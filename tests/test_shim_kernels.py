@@ -1,11 +1,13 @@
 """native/kernels.c, load.c: what is known of a kernel is of the code that its handle means now.
 
-Invariants: every page that a kernel writes is marked when its handle was another kernel's before, and when it hides where it writes; a file
+Invariants: every page that a kernel writes is marked when its handle was another kernel's before, when it hides where it writes, and when its
+argument points before the region, into the same allocation or what is mapped beside it; a graph that passes nobody ends protection; a file
 descriptor that is the program's is not used, though it has the number of one of ours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from protected_ground import ProtectedGround, build, marking_run, policy_of, pro
 from test_shim_tracking import BY_SIZE, Answers
 
 AUDITED = "[program]\naudit_every = 1\n"
+TRUSTED = AUDITED + '[images]\ntrust_arguments = ["fill", "update", "axpy"]'
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +24,12 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> ProtectedGround:
     return build(tmp_path_factory.mktemp("learning"), source="learning_program.c")
 
 
-def life(ground: ProtectedGround, folder: Path, mode: str, more: str = AUDITED, **environment: str) -> tuple[Answers, str]:
+def life(
+    ground: ProtectedGround, folder: Path, mode: str, more: str = AUDITED, *, words: Sequence[str] = (), rules: str = BY_SIZE, **environment: str
+) -> tuple[Answers, str]:
     """One program to its end: its points, and what it said on stderr."""
-    answers = Answers(folder, protected_folder(folder, policy_of(BY_SIZE, more=more)))
-    said, errors = answers.until_end(program := ground.start(mode, CONCORDIA_PROTECT=str(folder), **environment))
+    answers = Answers(folder, protected_folder(folder, policy_of(rules, more=more)))
+    said, errors = answers.until_end(program := ground.start(mode, *words, CONCORDIA_PROTECT=str(folder), **environment))
     assert (program.returncode, said) == (0, "done\n"), errors
     return answers, errors
 
@@ -41,6 +46,29 @@ def test_all_pages_are_marked_when_a_large_parameter_may_hide_where_a_kernel_wri
     answers, errors = life(ground, tmp_path / "protect", "tensor", trusted)
     assert len(answers.posts) == 3
     assert (answers.board.word("missed_pages"), errors) == (0, "")
+
+
+@pytest.mark.parametrize("words", [(), ("graph",)])
+def test_pages_are_marked_when_an_argument_points_before_a_region_into_its_allocation(ground: ProtectedGround, tmp_path: Path, words: tuple[str, ...]) -> None:
+    half = '[[region]]\nname = "half"\nkernel = "axpy"\nargument = 0\nbytes = "1MiB"'
+    answers, errors = life(ground, tmp_path / "protect", "part", TRUSTED, words=words, rules=half)
+    assert [one.bytes for one in answers.posts[-1].regions] == [1 << 20]
+    assert (answers.board.word("missed_pages"), errors) == (0, "")
+    assert answers.board.word("audits") == len(answers.posts) > 2
+
+
+@pytest.mark.parametrize("words", [(), ("first",), ("graph",), ("graph", "first")])
+def test_pages_are_marked_when_an_argument_points_into_the_piece_before(ground: ProtectedGround, tmp_path: Path, words: tuple[str, ...]) -> None:
+    answers, errors = life(ground, tmp_path / "protect", "pieces", TRUSTED, words=words)
+    assert [one.bytes for one in answers.posts[-1].regions] == [1 << 21] * 4
+    assert (answers.board.word("missed_pages"), errors) == (0, "")
+    before, after = (answers.posts[at].regions for at in (-2, -1))
+    assert [two.pages_marked - one.pages_marked for one, two in zip(before, after, strict=True)] == [0, 0, 32, 32], "and no other region"
+
+
+def test_protection_ends_when_a_graph_is_made_that_the_gpu_may_launch(ground: ProtectedGround, tmp_path: Path) -> None:
+    _, errors = life(ground, tmp_path / "protect", "device")
+    assert errors == "concordia: unprotected from here on: a graph may be launched by the GPU itself: what it writes then is not marked\n"
 
 
 def test_protection_ends_when_a_graph_calls_the_host(ground: ProtectedGround, tmp_path: Path) -> None:

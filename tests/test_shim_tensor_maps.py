@@ -75,6 +75,7 @@ def unseen_rows(environment: dict[str, str]) -> dict[str, str]:
         (("struct",), (0, 1)),
         (("struct", "buffer"), (0, 1)),
         (("graph",), (0, 4)),
+        (("graph", "pointer"), (ALL, 4)),
         (("forgotten", "used"), (0, 4)),
         (("im2col",), (0, ALL - 3)),  # from its address on
         (("wide",), (0, ALL - 3)),
@@ -116,24 +117,40 @@ def test_every_page_is_marked_when_threads_make_maps_and_use_them(large_ground: 
 
 
 def hooked_run(folder: Path, hooks: Hook) -> dict[str, str]:
-    """A run in which the program's image was rewritten: "tensor" has these hooks."""
+    """A run in which the program's image was rewritten: kernels that use maps have these hooks."""
     settings = marking_run(folder)
     cache = ImageCache(folder / "cache", Options().key())
     key = image_key(b".version 8.0")
     before = cache.load(key)
     assert before is not None
     (cache.folder / f"{key}.image").unlink()
-    cache.store(key, replace(before, kernels=(KernelReport("tensor", hooks, 32, ""),)))
+    cache.store(key, replace(before, kernels=tuple(KernelReport(name, hooks, 32, "") for name in ("tensor", "tensors"))))
     return settings
 
 
 def test_stores_mark_and_maps_do_when_a_kernel_has_both(ground: ProtectedGround, tmp_path: Path) -> None:
-    """What its argument points to it marks by itself: one page."""
     run = hooked_run(tmp_path, Hook.MARKS | Hook.WHOLE_REGION)
-    assert marked(ground, tmp_path / "tiled", "tiled", **run) == (1, 4)
+    assert marked(ground, tmp_path / "elsewhere", "elsewhere", **run) == (0, 0)
     assert marked(ground, tmp_path / "graph", "graph", **run) == (0, 4)
     assert unseen_rows(run) == {}
     assert marked(ground, tmp_path / "nobody", "tiled", more=TRUSTED.replace(', "tensor",', ","), **run) == (ALL, ALL)
+
+
+def test_regions_that_its_arguments_point_to_are_marked_when_a_kernel_that_marks_may_make_maps_itself(ground: ProtectedGround, tmp_path: Path) -> None:
+    """"tensors" writes there as through a map of its own: without a mark."""
+    run = hooked_run(tmp_path, Hook.MARKS | Hook.WHOLE_REGION)
+    assert marked(ground, tmp_path / "struct", "struct", "pointer", **run) == (ALL, 1)
+    assert marked(ground, tmp_path / "tiled", "tiled", **run) == (ALL, 4)
+    assert marked(ground, tmp_path / "graph", "graph", "pointer", **run) == (ALL, 4)
+
+
+@pytest.mark.parametrize(("other", "pages"), [("lower", ALL - 1), ("upper", ALL - 3)])
+def test_pages_from_the_lower_address_on_are_marked_when_two_maps_have_the_same_bytes(ground: ProtectedGround, tmp_path: Path, other: str, pages: int) -> None:
+    assert marked(ground, tmp_path / "protect", "twice", other, FAKE_EQUAL_MAPS="1") == (0, pages)
+
+
+def test_all_regions_are_marked_when_the_gpu_may_change_a_graphs_node(ground: ProtectedGround, tmp_path: Path) -> None:
+    assert marked(ground, tmp_path / "protect", "graph", FAKE_UPDATABLE="1") == (ALL, ALL)
 
 
 def test_all_regions_are_marked_when_a_kernel_is_known_to_write_through_maps_and_is_given_none(ground: ProtectedGround, tmp_path: Path) -> None:
@@ -150,6 +167,7 @@ def test_all_regions_are_marked_when_a_kernel_is_known_to_write_through_maps_and
         (("elsewhere",), TRUSTED, {}),
         (("changed",), TRUSTED, {"tensor": NOT_KNOWN}),
         (("struct", "words"), TRUSTED, {"tensors": NOT_KNOWN}),
+        (("graph", "pointer"), TRUSTED, {"tensor": "a region as a whole: an argument points to it"}),
         (("graph",), TRUSTED.replace(', "tensor",', ","), {"tensor": "all regions: it does not mark, and is not trusted"}),
         (("forgotten",), TRUSTED, {"tensor": "all regions: an argument may be a tensor map that was forgotten"}),
     ],

@@ -407,6 +407,7 @@ API R cuGraphKernelNodeGetParams_v2(struct node *node, struct kernel_node *found
   found->parameters = node->parameters;
   return OK;
 }
+API R cuGraphKernelNodeGetAttribute(struct node *node, int attribute, void *value) { (void)node; memset(value, 0, 64); *(int *)value = attribute == 13 && getenv("FAKE_UPDATABLE"); return OK; }
 API R cuGraphExecKernelNodeSetParams_v2(struct graph *executable, struct node *node, const struct kernel_node *to) {  // of all that have this node
   (void)executable;
   node->op.a[5] = kept(node->op.name, to->parameters, NULL);

@@ -2,9 +2,9 @@
 //
 //   reload   a module that marks what it stores is unloaded, and one that does not gets its handles
 //   tensor   a kernel is given where it writes inside a large parameter
-//   virtual  memory is mapped before it may be accessed, and unmapped right behind a point
-//   newer    functions are asked for by their names: PROGRAM_NAMES, with blanks between them
-//   closed   the program closes what it does not know, and opens files of its own, named by PROGRAM_FILE
+//   part     a kernel writes across the begin of a region that is the upper half of an allocation, as "axpy" names it; "graph": in a graph
+//   pieces   likewise, from one mapping into the next; "first": the other way round they were mapped
+//   device   a graph is made that the GPU may launch
 //   virtual  memory is mapped before it may be accessed, and unmapped right behind a point
 //   newer    functions are asked for by their names: PROGRAM_NAMES, with blanks between them
 //   closed   the program closes what it does not know, and opens a file of its own, PROGRAM_FILE
@@ -38,7 +38,7 @@ R cuGetProcAddress_v2(const char *, void **, int, uint64_t, int *);
 R cuMemAddressReserve(P *, size_t, size_t, P, unsigned long long), cuMemMap(P, size_t, size_t, uint64_t, unsigned long long), cuMemUnmap(P, size_t), cuMemSetAccess(P, size_t, const void *, size_t);
 R cuStreamBeginCapture_v2(H, int), cuStreamEndCapture(H, H *), cuGraphInstantiateWithFlags(H *, H, unsigned long long), cuGraphLaunch(H, H), cuLaunchHostFunc(H, void (*)(void *), void *);
 
-static H module, fill, update, tensor, stream;
+static H module, fill, update, tensor, axpy, stream;
 static P first, second, outside;
 
 static void load(const char *image) {
@@ -46,10 +46,33 @@ static void load(const char *image) {
   DO(cuModuleGetFunction(&fill, module, "fill"));
   DO(cuModuleGetFunction(&update, module, "update"));
   DO(cuModuleGetFunction(&tensor, module, "tensor"));
+  DO(cuModuleGetFunction(&axpy, module, "axpy"));
 }
 static void launch(H function, P a, P b, P c) {
   void *parameters[] = {&a, &b, &c};
   DO(cuLaunchKernel(function, 4, 1, 1, 32, 1, 1, 0, stream, parameters, NULL));
+}
+// At once, or by a graph.
+static void launch_somehow(int is_graph, P a, P b, P c) {
+  H graph, executable;
+  if (is_graph) DO(cuStreamBeginCapture_v2(stream, 0));
+  launch(fill, a, b, c);
+  if (!is_graph) return;
+  DO(cuStreamEndCapture(stream, &graph));
+  DO(cuGraphInstantiateWithFlags(&executable, graph, 0));
+  DO(cuGraphLaunch(executable, stream));
+}
+// Two pieces of memory side by side, each mapped for itself.
+static P pieces(int is_last_first) {
+  struct { int type, id, flags; } access = {1, 0, 3};
+  P at;
+  DO(cuMemAddressReserve(&at, 2 * REGION, 0, 0, 0));
+  for (int i = 0; i < 2; i++) {
+    P piece = at + REGION * (P)(i ^ is_last_first);
+    DO(cuMemMap(piece, REGION, 0, 0, 0));
+    DO(cuMemSetAccess(piece, REGION, &access, 1));
+  }
+  return at;
 }
 static void handled(int number) { (void)number; }
 static void nothing(void *unused) { (void)unused; }
@@ -89,6 +112,7 @@ int main(int count, char **words) {
   }
   DO(cuMemAlloc_v2(&second, REGION));
   DO(cuMemAlloc_v2(&outside, PAGE));
+  if (!strcmp(words[1], "part")) launch(axpy, first + REGION / 2, outside, 16);
   launch(fill, first, REGION / 8, 1);
   launch(fill, second, REGION / 8, 2);
   point();
@@ -124,6 +148,23 @@ int main(int count, char **words) {
     while (board[13] == fired) launch(update, outside, outside + 4096, 16);  // its copies wait behind all that
     DO(cuMemUnmap(mapped, REGION));
     settle(time(NULL) + SETTLE_S);
+  } else if (!strcmp(words[1], "part")) {
+    launch_somehow(count > 2, first + REGION / 2 - 2 * PAGE, 4 * PAGE / 8, 6);
+    point();
+  } else if (!strcmp(words[1], "pieces")) {
+    P at = pieces(count > 2 && !strcmp(words[count - 1], "first"));
+    launch(fill, at, 2 * REGION / 8, 5);
+    point();
+    point();
+    launch_somehow(count > 2 && !strcmp(words[2], "graph"), at + REGION - 2 * PAGE, 4 * PAGE / 8, 6);
+    point();
+  } else if (!strcmp(words[1], "device")) {
+    H graph, executable;
+    DO(cuStreamBeginCapture_v2(stream, 0));
+    launch(fill, first, 100, 5);
+    DO(cuStreamEndCapture(stream, &graph));
+    DO(cuGraphInstantiateWithFlags(&executable, graph, 4));
+    point();
   } else if (!strcmp(words[1], "host")) {
     H graph, executable;
     DO(cuStreamBeginCapture_v2(stream, 0));

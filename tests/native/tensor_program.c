@@ -4,8 +4,9 @@
 //   tiled, im2col, wide, packed, huge   a map of second, pages 3 to 6, made in this way
 //   elsewhere  both of memory that is no region      replaced  another's, with its address replaced
 //   changed    one byte of it is changed             moved     its address is changed by hand
-//   struct     maps of second, page 5, and of no region, among words; "words": which may be a map, too; "buffer": given as a buffer
-//   graph      in a graph; "set": whose node is changed
+//   twice      two of second, pages 3 to 6 and "lower", 1 to 4, or "upper", 20 to 23
+//   struct     maps of second, page 5, and of no region, among words; "words": which may be a map, too; "buffer": given as a buffer; "pointer": into first
+//   graph      in a graph; "set": whose node is changed; "pointer": into first
 //   forgotten  maps were made until it is forgotten; "used": but it was used meanwhile; threads   by many threads, each with maps of its own
 #include <fcntl.h>
 #include <pthread.h>
@@ -98,7 +99,11 @@ static void act(const char *mode, const char *more) {
   P map[WORDS] = {0}, scrap[WORDS];
   struct operands given = {.pointer = outside};
   H graph, executable;
-  if (!strcmp(mode, "tiled") || !strcmp(mode, "changed") || !strcmp(mode, "moved") || !strcmp(mode, "graph")) tiled(map, second + 3 * PAGE, 4);
+  if (!strcmp(mode, "twice")) {
+    tiled(map, second + 3 * PAGE, 4);
+    tiled(scrap, second + (!strcmp(more, "lower") ? 1 : 20) * PAGE, 4);
+    if (memcmp(map, scrap, sizeof map)) exit(4);
+  } else if (!strcmp(mode, "tiled") || !strcmp(mode, "changed") || !strcmp(mode, "moved") || !strcmp(mode, "graph")) tiled(map, second + 3 * PAGE, 4);
   else if (!strcmp(mode, "elsewhere")) tiled(map, outside, 1);
   else if (!strcmp(mode, "forgotten")) {
     tiled(map, second + 3 * PAGE, 4);
@@ -113,6 +118,7 @@ static void act(const char *mode, const char *more) {
     tiled(given.first, outside, 1);
     tiled(given.second, second + 5 * PAGE, 1);
     for (int i = 0; i < 7; i++) given.words[i] = 7;
+    if (more && !strcmp(more, "pointer")) given.pointer = first + 7 * PAGE;
     if (more && !strcmp(more, "words")) given.more[3] = 0x1234;
     launch_tensors(&given, more && !strcmp(more, "buffer"));
     return;
@@ -124,10 +130,10 @@ static void act(const char *mode, const char *more) {
     return;
   }
   DO(cuStreamBeginCapture_v2(stream, 0));
-  launch_tensor(map, outside);
+  launch_tensor(map, more && !strcmp(more, "pointer") ? first : outside);
   DO(cuStreamEndCapture(stream, &graph));
   DO(cuGraphInstantiateWithFlags(&executable, graph, 0));
-  if (more) {
+  if (more && !strcmp(more, "set")) {
     H node;
     size_t count = 1;
     P pointer = outside;

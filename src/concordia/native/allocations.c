@@ -10,13 +10,14 @@
 
 #include "protect.h"
 
-enum { ALLOCATIONS_MAX = 1 << 16, POINTER_MEMORY_TYPE = 2, MEMORY_TYPE_DEVICE = 2 };
+enum { POINTER_MEMORY_TYPE = 2, MEMORY_TYPE_DEVICE = 2 };
 enum { MAPPINGS_MAX = 1 << 12 };  // that nobody may access yet: a program has one at a time
 #ifndef WAIT_COPIES_NS  // tests have no such time
 #define WAIT_COPIES_NS 60000000000ull  // behind the program's own work, which uses other memory
 #endif
 #define LOOK_NS 20000
 
+static const char mapped[] = "cuMemMap";  // the call of a mapping, by its address
 static struct allocation table[ALLOCATIONS_MAX];  // by address
 static int count;
 static struct allocation mappings[MAPPINGS_MAX];  // without access
@@ -40,6 +41,12 @@ int allocation_of(uint64_t address, struct allocation *found) {
   return 1;
 }
 
+int allocation_reach(uint64_t address, struct allocation *found) {
+  if (!allocation_of(address, found)) return 0;
+  mapped_around(address, found);
+  return 1;
+}
+
 int is_device_memory(uint64_t address) {
   struct allocation found;
   unsigned int type = 0;
@@ -60,6 +67,7 @@ static void came(CUdeviceptr address, uint64_t bytes, const char *call) {
     memmove(&table[at + 1], &table[at], (size_t)(count - at) * sizeof *table);
     table[at] = made;
     count++;
+    if (call == mapped) mapped_came(address, bytes);
   }
   protect_unlock();
   if (is_full) protect_lose("more than %d allocations", ALLOCATIONS_MAX);
@@ -75,6 +83,7 @@ static void goes(CUdeviceptr address) {
     int at = above(address) - 1;
     memmove(&table[at], &table[at + 1], (size_t)(count - at - 1) * sizeof *table);
     count--;
+    if (found.call == mapped) mapped_goes(found.address, found.bytes);
   } else {
     found.bytes = 0;
   }
@@ -163,7 +172,7 @@ CUresult cuMemMap(CUdeviceptr address, size_t bytes, size_t offset,
   if (result != CUDA_SUCCESS || !IS_PROTECTED()) return result;
   protect_lock();
   int is_full = mapping_count == MAPPINGS_MAX;
-  if (!is_full) mappings[mapping_count++] = (struct allocation){address, bytes, __func__};
+  if (!is_full) mappings[mapping_count++] = (struct allocation){address, bytes, mapped};
   protect_unlock();
   if (is_full) protect_lose("more than %d mappings without access", MAPPINGS_MAX);
   return result;

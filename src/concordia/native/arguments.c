@@ -36,7 +36,6 @@ static const uint8_t *buffer_of(void **extra, uint64_t *bytes) {
 static void words_of(const uint8_t *bytes, uint64_t offset, uint64_t at, uint64_t end,
                      see_word see, void *context) {
   uint64_t word;
-  if (!see) return;
   for (at += -(offset + at) % 8; at + 8 <= end; at += 8) {
     memcpy(&word, bytes + at, 8);
     see(word, offset + at, context);

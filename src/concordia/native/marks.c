@@ -8,9 +8,11 @@
 //
 // A launch of unmarked stores reaches all regions: where an argument points to there may lie more
 // pointers, in a region as well as elsewhere (tables of batches, of caches, of groups). A kernel
-// that the policy trusts writes through its arguments only: it reaches the regions that they point
-// to, and the pages that their tensor maps lead to. A region as a whole and not from the address
-// on: an argument may be the end of what is written.
+// that the policy trusts writes through its arguments only: it reaches the allocations that they
+// point into, and the pages that their tensor maps lead to. What of an allocation is a region is
+// marked as a whole and not from the address on: an argument may be the end of what is written. So
+// are those of a trusted kernel that marks its plain stores and uses maps besides: one that it
+// makes itself, or finds in memory, leads where an argument points to.
 #define _GNU_SOURCE
 #include "protect.h"
 
@@ -61,9 +63,13 @@ void marks_all(CUstream stream, int is_per_thread) {
 
 static void see(uint64_t word, uint64_t at, void *context) {
   (void)at;
-  for (int i = 0; i < region_count; i++)
-    if (word - regions[i]->address < regions[i]->bytes)
-      *(enum unseen *)context = UNSEEN_POINTER, regions[i]->is_whole = 1;
+  struct allocation found;
+  if (!allocation_reach(word, &found)) return;
+  for (int i = 0; i < region_count; i++) {
+    if (regions[i]->address - found.address >= found.bytes) continue;
+    regions[i]->is_whole = 1;
+    *(enum unseen *)context = UNSEEN_POINTER;
+  }
 }
 
 static void see_range(uint64_t address, uint64_t bytes, void *unused) {
@@ -78,7 +84,7 @@ static void mark_kernel(const struct kernel *kernel, void **parameters, void **e
     if (regions[i]->is_outside) regions[i]->is_whole = 1;
   if (is_marking && !kernel->has_maps) return;
   enum unseen pointed = UNSEEN_NOTHING, why = UNSEEN_UNTRUSTED;
-  const struct seer seer = {is_marking ? NULL : see, see_range, &pointed};
+  const struct seer seer = {see, see_range, &pointed};
   if (kernel->is_trusted) why = arguments_reach(kernel, parameters, extra, &seer);
   if (why != UNSEEN_NOTHING) mark_all();
   if (region_count) unseen_count(kernel, why != UNSEEN_NOTHING ? why : pointed);

@@ -17,6 +17,7 @@ enum {
   TRIGGERS_MAX = 16,
   TRUSTED_MAX = 64,
   REGIONS_MAX = 1024,
+  ALLOCATIONS_MAX = 1 << 16,
   NAME_MAX_BYTES = 64,
   PATTERN_BYTES = 160,
 };
@@ -135,7 +136,7 @@ uint64_t tensor_maps_lost(void);
 // Called with each word of a launch's arguments that may be an address, and its offset among them.
 typedef void (*see_word)(uint64_t word, uint64_t at, void *context);
 struct seer {
-  see_word word;  // NULL: words are none of its business
+  see_word word;
   void (*range)(uint64_t address, uint64_t bytes, void *context);  // of a tensor map
   void *context;
 };
@@ -154,7 +155,14 @@ struct allocation {
   const char *call;  // of the program's, that made it
 };
 int allocation_of(uint64_t address, struct allocation *found);  // with the lock
+// Likewise, and with what is mapped right beside it: where a pointer into it may lead.
+int allocation_reach(uint64_t address, struct allocation *found);
 int is_device_memory(uint64_t address);                          // without
+
+// --- mapped.c; with the lock
+void mapped_came(uint64_t address, uint64_t bytes);
+void mapped_goes(uint64_t address, uint64_t bytes);
+void mapped_around(uint64_t address, struct allocation *found);  // widens it, if it is of any
 
 // --- addresses.c
 enum { ADDRESSES_NONE = -1 };  // no result of the driver
