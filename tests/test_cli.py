@@ -107,6 +107,15 @@ def refused(done: subprocess.CompletedProcess[str], words: str, ground: Ground) 
 
 
 @pytest.mark.parametrize(
+    ("command", "hint"),
+    [("run", " The program and its flags go after --."), ("serve", " Flags of vLLM itself go after --."), ("doctor", "")],
+)
+def test_where_a_flag_belongs_is_said_when_the_command_does_not_have_it(ground: Ground, command: str, hint: str) -> None:
+    done = ground.run(command, "--frob", "x")
+    refused(done, f"No such option '--frob'.{hint}\n", ground)
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["MODEL", "--wrong"], "vLLM itself go after --"),

@@ -206,12 +206,20 @@ def doctor(as_json: bool) -> None:
     sys.exit(0 if found.can_serve else 1)
 
 
+# of commands that hand words on: what a flag that is not theirs may have been
+_BEHIND: Final = {
+    "serve": "Flags of vLLM itself go after --.",
+    "run": "The program and its flags go after --.",
+}
+
+
 def invoke(words: Sequence[str]) -> None:
     """Run the command that these words name. What is wrong with them is a ConcordiaError."""
     try:
         cli.main(args=list(words), prog_name="concordia", standalone_mode=False)
     except click.exceptions.NoSuchOption as error:
-        raise UsageError(f"{error.format_message()} Flags of vLLM itself go after --.") from None
+        hint = _BEHIND.get(error.ctx.info_name or "") if error.ctx is not None else None
+        raise UsageError(" ".join(filter(None, (error.format_message(), hint)))) from None
     except click.ClickException as error:
         kind = UsageError if error.exit_code == UsageError.exit_code else ConcordiaError
         raise kind(error.format_message()) from None
