@@ -2,7 +2,8 @@
 
 tell: what the driver says of each of some allocations, and of one that is freed. The others want the fake driver: churn: memory that a small one,
 allocated and freed again and again, took. hole: a granule between two others is wanted. full: a small one is wanted where there is room for no granule.
-spare: what is mapped and empty is wanted. bounds: many of a size. resolver: whether the driver's own functions are given for their names.
+spare: what is mapped and empty is wanted. capture STREAM END: memory is freed beside a capture. behind: memory is freed in the order of a stream. gone: the
+context ends before the memory. bounds: many of a size. resolver: whether the driver's own functions are given for their names.
 """
 
 import ctypes
@@ -144,6 +145,62 @@ def spare(_: int) -> dict[str, Any]:
     return {"large": before, "pool": left, "end": mapped - live()}
 
 
+def stream_of(kind: str) -> ctypes.c_void_p:
+    made = ctypes.c_void_p(2)  # a thread's own
+    if kind != "own":
+        do("cuStreamCreate", ctypes.byref(made), 1)
+    return made
+
+
+def capture(_: int) -> dict[str, Any]:
+    stream, end, graph = stream_of(sys.argv[2]), sys.argv[3], ctypes.c_void_p()
+    free(allocate(512))  # what is mapped for small ones stays
+    large, small = allocate(3 * MIB), allocate(512)
+    do("cuStreamBeginCapture_v2", stream, 2)
+    mapped = live()
+    free(large)
+    free(small)
+    told = [address_range(place)[0] == 0 for place in (large, small)]
+    refused = [CUDA.cuMemFree_v2(ctypes.c_uint64(place)) for place in (large, small)]
+    held, beside = live() - mapped, [allocate(3 * MIB), allocate(512)]
+    if end == "destroy":
+        do("cuStreamDestroy_v2", stream)
+    else:
+        do("cuStreamEndCapture", stream, ctypes.byref(graph))
+    mapped = live()
+    if end == "synchronize":
+        do("cuCtxSynchronize")
+    else:
+        free(beside[1])
+    left = live() - mapped
+    return {"told": told, "refused": refused, "held": held, "apart": large not in beside, "left": left, "same": [allocate(3 * MIB) == large, allocate(512) == small]}
+
+
+def behind(_: int) -> dict[str, Any]:
+    graph, stream, other, places = ctypes.c_void_p(), stream_of("made"), stream_of("made"), set()
+    for name, size in (("cuMemFreeAsync", 3 * MIB), ("cuMemFreeAsync", 512), ("cuMemFreeAsync_ptsz", 3 * MIB)):
+        place = allocate(size)
+        do("cuMemsetD8Async", ctypes.c_uint64(place), 7, ctypes.c_size_t(size), stream)
+        do(name, ctypes.c_uint64(place), stream)
+        places.add(address_range(place)[0] == 0)
+        places.add(allocate(size) != place)
+    place = allocate(3 * MIB)
+    do("cuStreamBeginCapture_v2", other, 2)
+    captured = CUDA.cuMemFreeAsync(ctypes.c_uint64(place), other)
+    there = address_range(place)[0] == 0
+    do("cuMemFreeAsync", ctypes.c_uint64(place), stream)
+    gone = address_range(place)[0] != 0
+    do("cuStreamEndCapture", other, ctypes.byref(graph))
+    return {"wrong": sum(places), "captured": captured, "there": there, "gone": gone, "same": allocate(3 * MIB) == place}
+
+
+def gone(context: int) -> dict[str, Any]:
+    place = allocate(3 * MIB)
+    before = attribute(CONTEXT, place)
+    do("cuDevicePrimaryCtxRelease_v2", 0)
+    return {"before": before == context, "after": attribute(CONTEXT, place), "size": attribute(RANGE_SIZE, place)}
+
+
 def bounds(_: int) -> dict[str, Any]:
     places = [allocate(int(sys.argv[2])) for _ in range(20)]
     ends = sorted((place, place + int(sys.argv[2])) for place in places)
@@ -168,7 +225,7 @@ def main() -> None:
     do("cuInit", 0)
     do("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
     do("cuCtxSetCurrent", context)
-    modes = {each.__name__: each for each in (tell, churn, hole, full, spare, bounds, resolver)}
+    modes = {each.__name__: each for each in (tell, churn, hole, full, spare, capture, behind, gone, bounds, resolver)}
     print("ANSWER", json.dumps(modes[sys.argv[1]](context.value or 0)))
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from concordia.integrations.program.coverage import read_run
+from concordia.integrations.program.run_folder import ProgramRun
 from protected_ground import ProtectedGround, build, marking_run, policy_of, protected_folder
 from test_shim_tracking import BY_SIZE, Answers
 
@@ -39,6 +41,21 @@ def test_pages_are_marked_when_a_kernel_that_marks_was_unloaded_and_its_handle_i
     assert len(answers.posts) == 3
     assert sum(one.pages_marked for one in answers.posts[1].regions) < 2 * 64, "nobody marked for the program"
     assert (answers.board.word("missed_pages"), errors) == (0, "")
+
+
+def test_launches_are_counted_when_the_handle_was_of_other_code_before(ground: ProtectedGround, tmp_path: Path) -> None:
+    run = marking_run(tmp_path)
+    life(ground, tmp_path / "protect", "reload", words=("twice",), **run)
+    rows = {row.kernel: row.count for row in read_run(ProgramRun(Path(run["CONCORDIA_RUN"]))).unseen}
+    assert rows == {"fill": 1}, "of the code that does not mark"
+
+
+def test_launches_are_counted_once_when_a_child_has_something_to_say(ground: ProtectedGround, tmp_path: Path) -> None:
+    run = marking_run(tmp_path)
+    life(ground, tmp_path / "protect", "tensor", words=("fork",), **run)
+    found = read_run(ProgramRun(Path(run["CONCORDIA_RUN"])))
+    assert len(list(Path(run["CONCORDIA_RUN"], "modules").iterdir())) == 2
+    assert [(row.kernel, row.count) for row in found.unseen] == [("tensor", 1)]
 
 
 def test_all_pages_are_marked_when_a_large_parameter_may_hide_where_a_kernel_writes(ground: ProtectedGround, tmp_path: Path) -> None:

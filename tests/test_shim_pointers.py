@@ -2,7 +2,8 @@
 
 Invariants: of each allocation the program is told the same as of the driver's own, whatever it is mapped with; nothing is told of what is freed;
 who keeps no addresses gets the driver's own functions; one granule without anything in it stays mapped, and is given back where memory is wanted;
-a small allocation for which there is no granule is the driver's, and costs no protection; what is not kept is said once.
+a small allocation for which there is no granule is the driver's, and costs no protection; what is not kept is said once; who frees it beside a capture
+does not end that, and the place is free behind it; who frees it in the order of a stream frees it.
 """
 
 from __future__ import annotations
@@ -98,6 +99,25 @@ def test_small_one_is_the_drivers_when_there_is_no_memory_for_a_granule(ground: 
 def test_empty_granule_is_given_back_when_its_memory_is_wanted_or_the_context_ends(ground: ProtectedGround, tmp_path: Path) -> None:
     found, errors = asked(ground, tmp_path / "spare", "spare")
     assert found == {"large": 2 * MIB, "pool": MIB, "end": 2 * MIB}
+    assert errors == []
+
+
+@pytest.mark.parametrize(("stream", "end"), [("made", "synchronize"), ("made", "free"), ("made", "destroy"), ("own", "synchronize"), ("own", "free")])
+def test_capture_ends_well_and_the_place_is_free_behind_it_when_memory_is_freed_beside_it(ground: ProtectedGround, tmp_path: Path, stream: str, end: str) -> None:
+    found, errors = asked(ground, tmp_path / "capture", "capture", stream, end)
+    assert found == {"told": [False, False], "refused": [1, 1], "held": 0, "apart": True, "left": -4 * MIB, "same": [True, True]}
+    assert errors == []
+
+
+def test_memory_is_freed_when_it_is_in_the_order_of_a_stream(ground: ProtectedGround, tmp_path: Path) -> None:
+    found, errors = asked(ground, tmp_path / "behind", "behind")
+    assert found == {"wrong": 0, "captured": 1, "there": True, "gone": True, "same": True}
+    assert errors == []
+
+
+def test_memory_is_of_no_context_when_its_own_has_gone(ground: ProtectedGround, tmp_path: Path) -> None:
+    found, errors = asked(ground, tmp_path / "gone", "gone")
+    assert found == {"before": True, "after": 0, "size": 3 * MIB}
     assert errors == []
 
 

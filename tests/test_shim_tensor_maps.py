@@ -188,6 +188,9 @@ def test_every_call_that_makes_a_map_is_hooked_when_the_shim_is_built() -> None:
     assert {name for name in hook_names() if re.match("cuTensorMap", name)} == wanted
 
 
-def test_page_says_how_many_maps_are_remembered_when_it_is_read() -> None:
+def test_page_says_how_many_maps_and_places_are_remembered_when_it_is_read() -> None:
     (most,) = re.findall(r"^#define TENSOR_MAPS_MAX (\d+)", (SOURCES / "tensor_maps.c").read_text(), re.MULTILINE)
-    assert f"up to {int(most):,} maps" in (SOURCES.parents[2] / "docs" / "program.md").read_text()
+    (places,) = re.findall(r"REACHED_MAX = (\d+)", (SOURCES / "graph_notes.h").read_text())
+    page = " ".join((SOURCES.parents[2] / "docs" / "program.md").read_text().split())
+    assert f"up to {int(most):,} maps" in page
+    assert f"reach more than {int(places):,} places" in page

@@ -23,6 +23,7 @@
 #define API __attribute__((visibility("default")))
 #define ARENA 0x600000000000ull
 #define ARENA_BYTES (8ull << 30)
+#define OWN 0x7f4a7c15f39cc060ull  // with the address before each allocation
 typedef int R;
 enum { OK, INVALID = 1, OOM = 2, NOT_FOUND = 500, NOT_READY = 600 };
 enum { COPY, FILL, WRITE, KERNEL, WAIT, NODE_FREE };
@@ -188,7 +189,7 @@ API R cuCtxSetCurrent(void *context) { (void)context; return OK; }
 API R cuCtxGetCurrent(void **context) { *context = (void *)CONTEXT; return OK; }
 API R cuCtxPushCurrent_v2(void *context) { (void)context; return OK; }
 API R cuCtxPopCurrent_v2(void **context) { *context = (void *)CONTEXT; return OK; }
-API R cuCtxSynchronize(void) { pthread_mutex_lock(&lock); int is_broken = breaks(1); pthread_mutex_unlock(&lock); return is_broken ? 900 : all_drained(); }
+API R cuCtxSynchronize(void) { if (VISITED) return OK; pthread_mutex_lock(&lock); int is_broken = breaks(1); pthread_mutex_unlock(&lock); return is_broken ? 900 : all_drained(); }
 API R cuThreadExchangeStreamCaptureMode(int *mode) { *mode = 2 - *mode; return OK; }
 API R cuPointerGetAttribute(void *value, int attribute, uint64_t address) { *(unsigned *)value = address - ARENA < ARENA_BYTES ? 2 : 1; return attribute == 2 ? OK : INVALID; }
 API R cuMemHostRegister_v2(void *address, size_t bytes, unsigned flags) {
@@ -220,15 +221,20 @@ API R cuMemAlloc_v2(uint64_t *address, size_t bytes) {
   else { *address = ARENA + 512 + bump; bump += size + 512; }
   pthread_mutex_unlock(&lock);
   if (bump > ARENA_BYTES / 2) return OOM;
-  uint64_t *header = (uint64_t *)(*address - 8);
-  *header = size;
+  uint64_t *header = (uint64_t *)(*address - 16);
+  header[0] = *address ^ OWN;
+  header[1] = size;
   return OK;
 }
 API R cuMemFree_v2(uint64_t address) {
+  uint64_t *header = (uint64_t *)(address - 16);
+  pthread_once(&once, begin);
+  if (address - ARENA - 16 >= ARENA_BYTES || header[0] != (address ^ OWN)) return INVALID;  // it is not its own
   all_drained();
   pthread_mutex_lock(&lock);
-  live -= *(uint64_t *)(address - 8);
-  if (freed_count < 4096) { freed[freed_count].bytes = *(uint64_t *)(address - 8); freed[freed_count++].address = address; }
+  header[0] = 0;
+  live -= header[1];
+  if (freed_count < 4096) { freed[freed_count].bytes = header[1]; freed[freed_count++].address = address; }
   pthread_mutex_unlock(&lock);
   return OK;
 }
@@ -259,6 +265,7 @@ API R cuMemUnmap(uint64_t address, size_t bytes) {  // at once, whoever uses it
 API R cuMemSetAccess(uint64_t address, size_t bytes, const void *access, size_t count) { (void)address; (void)bytes; (void)access; (void)count; return OK; }
 API R cuMemAllocAsync(uint64_t *address, size_t bytes, void *stream) { (void)stream; return cuMemAlloc_v2(address, bytes); }
 API R cuMemFreeAsync(uint64_t address, void *stream) { (void)stream; return cuMemFree_v2(address); }
+API R cuMemFreeAsync_ptsz(uint64_t address, void *stream) { return cuMemFreeAsync(address, stream); }
 
 static R copy(uint64_t target, uint64_t source, size_t bytes, void *stream) {
   struct op op = {COPY, {target, source, bytes, 1, 0, 0}, "", NULL, 0};
@@ -276,7 +283,7 @@ API R cuMemcpyDtoD_v2(uint64_t target, uint64_t source, size_t bytes) { return c
 API R cuMemcpy(uint64_t target, uint64_t source, size_t bytes) { return now(copy(target, source, bytes, NULL)); }
 API R cuMemcpyHtoDAsync_v2(uint64_t target, const void *source, size_t bytes, void *stream) { return copy(target, (uint64_t)source, bytes, stream); }
 API R cuMemcpyDtoHAsync_v2(void *target, uint64_t source, size_t bytes, void *stream) { if (VISITED) return OK; return copy((uint64_t)target, source, bytes, stream); }
-API R cuMemcpyDtoDAsync_v2(uint64_t target, uint64_t source, size_t bytes, void *stream) { return copy(target, source, bytes, stream); }
+API R cuMemcpyDtoDAsync_v2(uint64_t target, uint64_t source, size_t bytes, void *stream) { if (VISITED) return OK; return copy(target, source, bytes, stream); }
 API R cuMemcpyAsync(uint64_t target, uint64_t source, size_t bytes, void *stream) { return copy(target, source, bytes, stream); }
 API R cuMemcpyAsync_ptsz(uint64_t target, uint64_t source, size_t bytes, void *stream) { return copy(target, source, bytes, stream); }
 API R cuMemcpyPeerAsync(uint64_t target, void *a, uint64_t source, void *b, size_t bytes, void *stream) { (void)a; (void)b; return copy(target, source, bytes, stream); }
@@ -311,7 +318,7 @@ API R cuStreamCreate(struct stream **stream, unsigned flags) {
   *stream = found;
   return OK;
 }
-API R cuStreamDestroy_v2(struct stream *stream) { pthread_mutex_lock(&lock); stream->is_gone = 1; pthread_mutex_unlock(&lock); return OK; }
+API R cuStreamDestroy_v2(struct stream *stream) { pthread_mutex_lock(&lock); stream->is_gone = 1; stream->capture = NULL; pthread_mutex_unlock(&lock); return OK; }
 API R cuStreamSynchronize(void *stream) { pthread_once(&once, begin); struct stream *found = of(stream); return found->capture ? 900 : drained(found, found->tail); }
 API R cuStreamSynchronize_ptsz(void *stream) { return cuStreamSynchronize(mine(stream)); }
 API R cuStreamQuery(void *stream) { return of(stream)->head == of(stream)->tail ? OK : NOT_READY; }

@@ -1,7 +1,7 @@
 // A program on a GPU whose handles mean one thing and later another, for tests: learning_program MODE.
 //
-//   reload   a module that marks what it stores is unloaded, and one that does not gets its handles
-//   tensor   a kernel is given where it writes inside a large parameter
+//   reload   a module that marks what it stores is unloaded, and one that does not gets its handles; "twice": and then the first again
+//   tensor   a kernel is given where it writes inside a large parameter; "fork": and at the end there is a child that loads a module
 //   part     a kernel writes across the begin of a region that is the upper half of an allocation, as "axpy" names it; "graph": in a graph
 //   pieces   likewise, from one mapping into the next; "first": the other way round they were mapped
 //   device   a graph is made that the GPU may launch
@@ -18,6 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -122,6 +123,11 @@ int main(int count, char **words) {
     DO(cuModuleUnload(module));
     load(".version 8.1");
     launch(fill, first + 9 * PAGE, 100, 4);
+    if (count > 2) {
+      DO(cuModuleUnload(module));
+      load(".version 8.0");
+      launch(fill, first + 9 * PAGE, 100, 4);
+    }
   }
   if (!strcmp(words[1], "tensor")) {
     P map[16] = {(second + 3 * PAGE - 0x600000000000) / 512}, y = first;
@@ -175,6 +181,15 @@ int main(int count, char **words) {
     DO(cuGraphLaunch(executable, stream));
   } else {
     point();
+  }
+  if (count > 2 && !strcmp(words[2], "fork")) {
+    pid_t child = fork();
+    int status = 1;
+    if (!child) {
+      load(".version 8.2");
+      exit(0);
+    }
+    if (waitpid(child, &status, 0) != child || status) return 6;
   }
   printf("done\n");
   return 0;

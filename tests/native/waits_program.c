@@ -4,6 +4,9 @@
 //   allocate  the copies of a point never get to the host; then there is no memory, again and again
 //   ends      protection ends while the program is on its way to a point; then it needs the memory that protection took
 //   freed     the only region is freed, and no point comes that would free its copy; then there is no memory but that
+//   kept      as unmap, but memory at a kept address is freed
+//   middle    another thread is in the middle of a point as a region is freed; says whether the free was done before the point was over
+//   begin     another thread begins a capture as memory at a kept address is freed; says how the capture ended
 //   inside    a thread stays in a call: points until a second one has waited for it, and one more when the call is over
 #include <dirent.h>
 #include <fcntl.h>
@@ -19,7 +22,7 @@
 typedef int R;
 typedef uint64_t P;
 typedef void *H;
-R cuInit(unsigned), cuDevicePrimaryCtxRetain(H *, int), cuCtxSetCurrent(H), cuModuleLoadData(H *, const void *), cuModuleGetFunction(H *, H, const char *), cuMemAlloc_v2(P *, size_t), cuMemFree_v2(P), cuStreamCreate(H *, unsigned), cuMemcpyHtoD_v2(P, const void *, size_t);
+R cuInit(unsigned), cuDevicePrimaryCtxRetain(H *, int), cuCtxSetCurrent(H), cuModuleLoadData(H *, const void *), cuModuleGetFunction(H *, H, const char *), cuMemAlloc_v2(P *, size_t), cuMemFree_v2(P), cuStreamCreate(H *, unsigned), cuStreamBeginCapture_v2(H, int), cuStreamEndCapture(H, H *), cuMemcpyHtoD_v2(P, const void *, size_t);
 R cuMemAddressReserve(P *, size_t, size_t, P, unsigned long long), cuMemMap(P, size_t, size_t, uint64_t, unsigned long long), cuMemUnmap(P, size_t), cuMemSetAccess(P, size_t, const void *, size_t);
 R cuLaunchKernel(H, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, H, void **, void **);
 void fake_visited(int (*)(const char *));
@@ -77,6 +80,80 @@ static int unmap(void) {
     R result = cuMemUnmap(mapped + i * REGION, REGION);
     printf("%d %lu\n", result, now_ms() - began);
   }
+  return 0;
+}
+
+static int kept(void) {
+  P regions[TIMES];
+  fake_visited(without_words);
+  for (int i = 0; i < TIMES; i++) DO(cuMemAlloc_v2(&regions[i], REGION));
+  point();
+  if (board[FIRED] != 1) return 3;
+  for (int i = 0; i < TIMES; i++) {
+    uint64_t began = now_ms();
+    R result = cuMemFree_v2(regions[i]);
+    printf("%d %lu\n", result, now_ms() - began);
+  }
+  return 0;
+}
+
+// Until somebody is through with what it does, or should be and is not.
+static void give_time_to(_Atomic int *is_through, uint64_t bound_ms) {
+  for (uint64_t end = now_ms() + bound_ms; !*is_through && now_ms() < end;) usleep(1000);
+}
+static int was_through;
+static int stays_in_the_middle(const char *call) {
+  if (strcmp(call, "cuMemcpyDtoDAsync_v2") || is_there) return 0;
+  is_there = 1;
+  give_time_to(&is_over, 300);
+  was_through = is_over;
+  return 0;
+}
+static void *come_to_point(void *unused) {
+  DO(cuCtxSetCurrent(context));
+  point();
+  return unused;
+}
+static int middle(void) {
+  P region;
+  pthread_t thread;
+  DO(cuMemAlloc_v2(&region, REGION));
+  fake_visited(stays_in_the_middle);
+  pthread_create(&thread, NULL, come_to_point, NULL);
+  while (!is_there) a_moment();
+  R result = cuMemFree_v2(region);
+  is_over = 1;
+  pthread_join(thread, NULL);
+  printf("%d %d\n", result, was_through);
+  return 0;
+}
+
+static R capture_result = -1;
+static int stays_before_it_looks(const char *call) {
+  if (strcmp(call, "cuCtxSynchronize") || is_there) return 0;
+  is_there = 1;
+  give_time_to(&is_over, 30);
+  return 0;
+}
+static void *capture_one(void *unused) {
+  H graph;
+  DO(cuCtxSetCurrent(context));
+  while (!is_there) usleep(100);
+  DO(cuStreamBeginCapture_v2(stream, 2));
+  is_over = 1;
+  a_moment();
+  capture_result = cuStreamEndCapture(stream, &graph);
+  return unused;
+}
+static int begin(void) {
+  P memory;
+  pthread_t thread;
+  DO(cuMemAlloc_v2(&memory, REGION));
+  fake_visited(stays_before_it_looks);
+  pthread_create(&thread, NULL, capture_one, NULL);
+  R result = cuMemFree_v2(memory);
+  pthread_join(thread, NULL);
+  printf("%d %d\n", result, capture_result);
   return 0;
 }
 
@@ -176,6 +253,9 @@ int main(int count, char **words) {
   start();
   int result = 2;
   if (!strcmp(words[1], "unmap")) result = unmap();
+  if (!strcmp(words[1], "kept")) result = kept();
+  if (!strcmp(words[1], "middle")) result = middle();
+  if (!strcmp(words[1], "begin")) result = begin();
   if (!strcmp(words[1], "allocate")) result = allocate();
   if (!strcmp(words[1], "ends")) result = ends();
   if (!strcmp(words[1], "freed")) result = freed();

@@ -3,9 +3,12 @@
 // Owns: a range of addresses and what is mapped in it. Promises: whoever allocates and frees the
 // same sizes in the same order gets the same addresses, if the driver gives the range; what is
 // small shares memory, as with the driver; what cannot be had here is the driver's own, and the
-// first time said; what is freed is free only once all work is done, as with the driver's. Called
+// first time said; what is freed is free only once all work is done, as with the driver's: beside a
+// capture, which a wait for that would end, it is put off to the next call that may wait. Called
 // where the policy asks for it, by allocations.c, and by pointers.c. One GPU: memory of the
-// driver's own is for its peers, too, which this would not be.
+// driver's own is for its peers, too, which this would not be. The driver maps memory under the
+// lock, so that nobody takes a place that is not ready; these calls wait for no work of the GPU,
+// and none of our hooks is below them.
 //
 // Why: a region may hold addresses, and allocators choose by them. With these a resumed program
 // has its bytes where they were. The small ones, too: a library that frameworks use keeps what it
@@ -14,7 +17,7 @@
 #include <pthread.h>
 #include <string.h>
 
-#include "protect.h"
+#include "addresses.h"
 
 #define RANGE_BYTES (1ull << 40)      // several times what any GPU has
 #define RANGE_HINT 0x200000000000ull  // far from where a system puts a process's own mappings
@@ -45,25 +48,14 @@ static _Atomic uint64_t base;  // 0: there is no range
 static uint64_t granule;  // of the driver, or some of its own: what is small fits in
 static uint64_t spare;  // one that is mapped and empty, or 0: who frees the last wants it again
 static uint64_t made_ever;
+static uint64_t freed_ever;
+static _Atomic int leaving;  // how many are freed and still there
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-static const CUmemAllocationProp property = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
-                                             .location = {CU_MEM_LOCATION_TYPE_DEVICE, 0}};
-
 static int is_reserved(void) {
-  int devices = 0, is_virtual = 0;
-  size_t found = 0;
   CUdeviceptr at = 0;
-  if (REAL(cuDeviceGetCount, &devices) != CUDA_SUCCESS || devices != 1) return 0;
-  if (REAL(cuDeviceGetAttribute, &is_virtual,
-           CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, 0) != CUDA_SUCCESS ||
-      !is_virtual)
-    return 0;
-  if (REAL(cuMemGetAllocationGranularity, &found, &property, CU_MEM_ALLOC_GRANULARITY_MINIMUM) !=
-          CUDA_SUCCESS ||
-      !found)
-    return 0;
-  if (REAL(cuMemAddressReserve, &at, RANGE_BYTES, 0, RANGE_HINT, 0) != CUDA_SUCCESS) return 0;
+  uint64_t found = range_reserve(RANGE_HINT, RANGE_BYTES, &at);
+  if (!found) return 0;
   for (granule = found; granule < LARGE_BYTES;) granule += found;
   small.start = at;
   small.end = large.start = at + SMALL_RANGE_BYTES;
@@ -125,34 +117,11 @@ static int granule_is_used(uint64_t start) {
   return 0;
 }
 
-static CUresult map_at(uint64_t address, uint64_t bytes) {
-  const CUmemAccessDesc access = {{CU_MEM_LOCATION_TYPE_DEVICE, 0},
-                                  CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
-  CUmemGenericAllocationHandle handle;
-  CUresult result = REAL(cuMemCreate, &handle, bytes, &property, 0);
-  if (result != CUDA_SUCCESS) return result;
-  result = REAL(cuMemMap, address, bytes, 0, handle, 0);
-  if (result == CUDA_SUCCESS) {
-    result = REAL(cuMemSetAccess, address, bytes, &access, 1);
-    if (result != CUDA_SUCCESS) REAL(cuMemUnmap, address, bytes);
-  }
-  REAL(cuMemRelease, handle);  // the mapping keeps the memory
-  return result;
-}
-
 // With the lock.
 static int has_given_back(void) {
   int has_some = spare != 0;
   if (has_some) REAL(cuMemUnmap, spare, granule);
   spare = 0;
-  return has_some;
-}
-
-int addresses_give_back(void) {
-  if (!atomic_load(&base)) return 0;
-  pthread_mutex_lock(&lock);
-  int has_some = has_given_back();
-  pthread_mutex_unlock(&lock);
   return has_some;
 }
 
@@ -167,8 +136,8 @@ static CUresult backed(const struct part *part, uint64_t at, uint64_t bytes) {
       return CUDA_SUCCESS;
     }
   }
-  CUresult result = map_at(at, bytes);
-  return result == CUDA_ERROR_OUT_OF_MEMORY && has_given_back() ? map_at(at, bytes) : result;
+  CUresult result = range_map(at, bytes);
+  return result == CUDA_ERROR_OUT_OF_MEMORY && has_given_back() ? range_map(at, bytes) : result;
 }
 
 // With the lock.
@@ -185,7 +154,7 @@ static CUresult made(struct part *part, CUdeviceptr *address, uint64_t bytes, CU
   if (result != CUDA_SUCCESS) return ADDRESSES_NONE;
   struct kept *place = &part->kept[index];
   memmove(place + 1, place, (size_t)(part->count - index) * sizeof *place);
-  *place = (struct kept){at, bytes, KEPT_ID | ++made_ever, context};
+  *place = (struct kept){at, bytes, KEPT_ID | ++made_ever, 0, context};
   part->count++;
   *address = at;
   return CUDA_SUCCESS;
@@ -198,6 +167,7 @@ CUresult addresses_allocate(CUdeviceptr *address, size_t bytes, const char **why
   if (!policy.keeps_addresses || !IS_PROTECTED() || !bytes || bytes > RANGE_BYTES || !board_claim())
     return ADDRESSES_NONE;
   if (REAL(cuCtxGetCurrent, &current) != CUDA_SUCCESS || !current) return ADDRESSES_NONE;
+  addresses_settle();  // also where it fails: then places are not free yet
   pthread_mutex_lock(&lock);
   if (is_open()) result = made(bytes < LARGE_BYTES ? &small : &large, address, bytes, current, why);
   pthread_mutex_unlock(&lock);
@@ -210,23 +180,28 @@ void addresses_missed(const char *why) {
     notice("concordia: not all addresses are kept from here on: %s", why);
 }
 
+static struct part *part_of(uint64_t address) { return address < large.start ? &small : &large; }
+
 int addresses_find(uint64_t address, struct kept *found) {
-  const struct part *part = address < large.start ? &small : &large;
+  const struct part *part = part_of(address);
   int has = 0;
   pthread_mutex_lock(&lock);
   for (int i = 0; i < part->count && !has; i++) {
-    has = address - part->kept[i].address < part->kept[i].bytes;
+    has = !part->kept[i].freed && address - part->kept[i].address < part->kept[i].bytes;
     if (has) *found = part->kept[i];
   }
   pthread_mutex_unlock(&lock);
   return has;
 }
 
-// With the lock; -1: it is not ours.
-static int index_of(const struct part *part, CUdeviceptr address) {
-  for (int i = 0; i < part->count; i++)
-    if (part->kept[i].address == address) return i;
-  return -1;
+void addresses_context_gone(CUcontext context) {
+  struct part *parts[] = {&small, &large};
+  if (!atomic_load(&base) || !context) return;
+  pthread_mutex_lock(&lock);
+  for (int k = 0; k < 2; k++)
+    for (int i = 0; i < parts[k]->count; i++)
+      if (parts[k]->kept[i].context == context) parts[k]->kept[i].context = NULL;
+  pthread_mutex_unlock(&lock);
 }
 
 void addresses_forked(void) {
@@ -235,12 +210,11 @@ void addresses_forked(void) {
 }
 
 // With the lock.
-static CUresult removed(struct part *part, CUdeviceptr address) {
-  int index = index_of(part, address);
-  if (index < 0) return CUDA_SUCCESS;
+static CUresult removed(struct part *part, int index) {
   struct kept *place = &part->kept[index], gone = *place;
   memmove(place, place + 1, (size_t)(part->count - index - 1) * sizeof *place);
   part->count--;
+  atomic_fetch_sub(&leaving, 1);
   if (part == &large) return REAL(cuMemUnmap, gone.address, rounded(gone.bytes, part->unit));
   uint64_t start = granule_of(gone.address), other = spare;
   if (granule_is_used(start)) return CUDA_SUCCESS;
@@ -249,19 +223,62 @@ static CUresult removed(struct part *part, CUdeviceptr address) {
   return other ? REAL(cuMemUnmap, other < start ? start : other, granule) : CUDA_SUCCESS;
 }
 
-CUresult addresses_free(CUdeviceptr address) {
-  if (!addresses_has(address)) return ADDRESSES_NONE;
-  struct part *part = address < large.start ? &small : &large;
+// What was freed as the so manieth, or before, goes.
+static CUresult swept(struct part *part, uint64_t until) {
+  CUresult found = CUDA_SUCCESS;
   pthread_mutex_lock(&lock);
-  int has = index_of(part, address) >= 0;
+  for (int i = part->count; i-- > 0;) {
+    if (!part->kept[i].freed || part->kept[i].freed > until) continue;
+    CUresult result = removed(part, i);
+    if (result != CUDA_SUCCESS) found = result;
+  }
   pthread_mutex_unlock(&lock);
-  if (!has) return ADDRESSES_NONE;
-  // The driver's own memory waits so, too. What is left when it cannot, beside a capture, stays.
+  return found;
+}
+
+CUresult addresses_settle(void) {
+  if (!atomic_load(&leaving) || !captures_refuse()) return CUDA_SUCCESS;
+  pthread_mutex_lock(&lock);
+  uint64_t until = freed_ever;  // what others free from here on, work may still use behind the wait
+  pthread_mutex_unlock(&lock);
+  park_begin();
   CUresult result = REAL(cuCtxSynchronize);
-  if (result == CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED) return CUDA_SUCCESS;
+  park_end();
+  captures_allow();
+  if (result == CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED) captures_unseen();
   if (result != CUDA_SUCCESS) return result;
+  CUresult of_small = swept(&small, until), of_large = swept(&large, until);
+  return of_small != CUDA_SUCCESS ? of_small : of_large;
+}
+
+int addresses_give_back(void) {
+  if (!atomic_load(&base)) return 0;
+  int before = atomic_load(&leaving);
+  addresses_settle();
   pthread_mutex_lock(&lock);
-  result = removed(part, address);
+  int has_some = has_given_back();
   pthread_mutex_unlock(&lock);
+  return has_some || atomic_load(&leaving) < before;
+}
+
+// Whether it is one of ours that was not so before.
+static int is_set_freed(CUdeviceptr address, int is_freed) {
+  struct part *part = part_of(address);
+  int at = 0;
+  pthread_mutex_lock(&lock);
+  while (at < part->count && part->kept[at].address != address) at++;
+  int has = at < part->count && (part->kept[at].freed == 0) == is_freed;
+  if (has) part->kept[at].freed = is_freed ? ++freed_ever : 0;
+  if (has) atomic_fetch_add(&leaving, is_freed ? 1 : -1);
+  pthread_mutex_unlock(&lock);
+  return has;
+}
+
+CUresult addresses_free(CUdeviceptr address) {
+  if (!addresses_has(address) || !is_set_freed(address, 1)) return ADDRESSES_NONE;
+  CUresult result = addresses_settle();
+  // It is put off for good: one such capture was ended by the wait, and no other must be.
+  if (result == CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED) return CUDA_SUCCESS;
+  if (result != CUDA_SUCCESS) is_set_freed(address, 0);
   return result;
 }

@@ -8,7 +8,7 @@
 #include <string.h>
 #include <time.h>
 
-#include "protect.h"
+#include "addresses.h"
 
 enum { POINTER_MEMORY_TYPE = 2, MEMORY_TYPE_DEVICE = 2 };
 enum { MAPPINGS_MAX = 1 << 12 };  // that nobody may access yet: a program has one at a time
@@ -230,22 +230,48 @@ CUresult cuMemUnmap(CUdeviceptr address, size_t bytes) {
   return REAL(cuMemUnmap, address, bytes);
 }
 
-CUresult cuMemFree_v2(CUdeviceptr address) {
+// Not in the middle of a point: the copies of what it has taken are in a stream before it goes on.
+static void goes_between_points(CUdeviceptr address) {
+  ENTERS_ONLY();
   goes(address);
+}
+
+// ADDRESSES_NONE: it is the driver's own.
+static CUresult free_kept(CUdeviceptr address) {
+  if (!addresses_has(address)) return ADDRESSES_NONE;
+  goes_between_points(address);
+  await_copies();  // where that had a bound, or protection has ended since they began
+  return addresses_free(address);
+}
+
+CUresult cuMemFree_v2(CUdeviceptr address) {
   park_begin();  // it waits for all work
-  CUresult result = addresses_free(address);
-  if (result == ADDRESSES_NONE) result = REAL(cuMemFree_v2, address);
+  CUresult result = free_kept(address);
+  if (result == ADDRESSES_NONE) {
+    goes_between_points(address);
+    result = REAL(cuMemFree_v2, address);
+  }
   park_end();
   return result;
 }
 
+// The driver has never heard of a kept address. Behind all work it is behind that of the stream.
+static CUresult free_kept_behind(CUdeviceptr address, CUstream stream, int is_per_thread) {
+  if (!addresses_has(address) || is_capturing(stream, is_per_thread)) return ADDRESSES_NONE;
+  return free_kept(address);
+}
+
 CUresult cuMemFreeAsync(CUdeviceptr address, CUstream stream) {
+  CUresult result = free_kept_behind(address, stream, 0);
+  if (result != ADDRESSES_NONE) return result;
   ENTERS(stream, 0);
   goes(address);
   return REAL(cuMemFreeAsync, address, stream);
 }
 
 CUresult cuMemFreeAsync_ptsz(CUdeviceptr address, CUstream stream) {
+  CUresult result = free_kept_behind(address, stream, 1);
+  if (result != ADDRESSES_NONE) return result;
   ENTERS(stream, 1);
   goes(address);
   return REAL(cuMemFreeAsync_ptsz, address, stream);

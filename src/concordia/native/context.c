@@ -6,7 +6,7 @@
 // the program does not have outlives it. Called by the program. What the block is, control.c says.
 #include <stdatomic.h>
 
-#include "protect.h"
+#include "addresses.h"
 
 #define DEVICES_MAX 64
 
@@ -24,9 +24,16 @@ static void one_leaves(void) {
   addresses_give_back();
 }
 
+// What is said of it elsewhere must not outlive it.
+static void context_gone(CUcontext context) {
+  streams_context_gone(context);
+  captures_context_gone(context);
+  addresses_context_gone(context);
+}
+
 static void primary_gone(CUdevice device) {
   one_leaves();
-  if (device >= 0 && device < DEVICES_MAX) streams_context_gone(atomic_load(&primary[device]));
+  if (device >= 0 && device < DEVICES_MAX) context_gone(atomic_load(&primary[device]));
 }
 
 #define CREATED(call)                                  \
@@ -64,13 +71,13 @@ CUresult cuCtxCreate_v4(CUcontext *context, void *parameters, unsigned int flags
 
 CUresult cuCtxDestroy(CUcontext context) {
   one_leaves();
-  streams_context_gone(context);
+  context_gone(context);
   return REAL(cuCtxDestroy, context);
 }
 
 CUresult cuCtxDestroy_v2(CUcontext context) {
   one_leaves();
-  streams_context_gone(context);
+  context_gone(context);
   return REAL(cuCtxDestroy_v2, context);
 }
 
@@ -89,6 +96,7 @@ static CUresult primary_left(CUdevice device, CUcontext context, CUresult result
   if (!context) return result;
   if (REAL(cuDevicePrimaryCtxGetState, device, &flags, &is_active) != CUDA_SUCCESS) is_active = 0;
   streams_context_left(context, is_active);
+  if (!is_active) context_gone(context);
   return result;
 }
 

@@ -14,7 +14,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "protect.h"
+#include "addresses.h"
 
 enum { LINE_BYTES = 256, COMPARE_BYTES = 1 << 20, MOVED_SAID = 3 };
 enum { WAIT_SWEEP_MS = 5000 };  // for a thread that frees what was of regions that are gone

@@ -11,7 +11,7 @@
 #include <string.h>
 #include <time.h>
 
-#include "protect.h"
+#include "addresses.h"
 
 #define STREAMS_MAX 1024  // a framework has some dozens
 #define LOOK_NS 10000
@@ -188,35 +188,38 @@ int streams_drain(uint64_t deadline, struct gate_report *report) {
 
 // A capture does not begin between the look at a stream and the event on it: the event would be
 // part of it. Beginning one waits for nothing, so the lock is held for a moment.
-// Nor while a point is taken, for the same reason: it is a call inside.
-#define BEGUN(name, ...)                          \
-  do {                                            \
-    ENTERS_ONLY();                                \
-    if (!process_is_active()) return REAL(name, __VA_ARGS__); \
-    pthread_mutex_lock(&lock);                    \
-    CUresult result = REAL(name, __VA_ARGS__);    \
-    pthread_mutex_unlock(&lock);                  \
-    return result;                                \
+// Nor while a point is taken, for the same reason: it is a call inside. Nor when somebody is about
+// to wait for all work.
+#define BEGUN(per_thread, name, ...)                              \
+  do {                                                            \
+    int is_new = captures_begins(stream, per_thread);             \
+    ENTERS_ONLY();                                                \
+    int is_active = process_is_active();                          \
+    if (is_active) pthread_mutex_lock(&lock);                     \
+    CUresult result = REAL(name, __VA_ARGS__);                    \
+    if (is_active) pthread_mutex_unlock(&lock);                   \
+    if (is_new && result != CUDA_SUCCESS) captures_failed(stream, per_thread); \
+    return result;                                                \
   } while (0)
 
-CUresult cuStreamBeginCapture(CUstream stream) { BEGUN(cuStreamBeginCapture, stream); }
+CUresult cuStreamBeginCapture(CUstream stream) { BEGUN(0, cuStreamBeginCapture, stream); }
 
-CUresult cuStreamBeginCapture_ptsz(CUstream stream) { BEGUN(cuStreamBeginCapture_ptsz, stream); }
+CUresult cuStreamBeginCapture_ptsz(CUstream stream) { BEGUN(1, cuStreamBeginCapture_ptsz, stream); }
 
 CUresult cuStreamBeginCapture_v2(CUstream stream, int mode) {
-  BEGUN(cuStreamBeginCapture_v2, stream, mode);
+  BEGUN(0, cuStreamBeginCapture_v2, stream, mode);
 }
 
 CUresult cuStreamBeginCapture_v2_ptsz(CUstream stream, int mode) {
-  BEGUN(cuStreamBeginCapture_v2_ptsz, stream, mode);
+  BEGUN(1, cuStreamBeginCapture_v2_ptsz, stream, mode);
 }
 
 CUresult cuStreamBeginCaptureToGraph(CUstream stream, CUgraph graph, const void *nodes,
                                      const void *edges, size_t count, int mode) {
-  BEGUN(cuStreamBeginCaptureToGraph, stream, graph, nodes, edges, count, mode);
+  BEGUN(0, cuStreamBeginCaptureToGraph, stream, graph, nodes, edges, count, mode);
 }
 
 CUresult cuStreamBeginCaptureToGraph_ptsz(CUstream stream, CUgraph graph, const void *nodes,
                                           const void *edges, size_t count, int mode) {
-  BEGUN(cuStreamBeginCaptureToGraph_ptsz, stream, graph, nodes, edges, count, mode);
+  BEGUN(1, cuStreamBeginCaptureToGraph_ptsz, stream, graph, nodes, edges, count, mode);
 }

@@ -205,6 +205,7 @@ static struct kernel *renewed(struct kernel *_Atomic *slot, struct kernel *kerne
     return kernel;
   }
   // Whoever has the old one may still read it: it stays, as large as one kernel of a module is.
+  made->before = kernel;
   if (atomic_compare_exchange_strong(slot, &kernel, made)) return made;
   drop(made);  // another thread was faster: `kernel` is what it has learnt
   return kernel;
@@ -234,6 +235,6 @@ const struct kernel *kernel_of(void *function) {
 void kernels_each(void (*see)(const struct kernel *, void *), void *context) {
   for (int i = 0; i < SLOTS; i++) {
     const struct kernel *kernel = atomic_load_explicit(&table[i], memory_order_acquire);
-    if (kernel) see(kernel, context);
+    for (; kernel; kernel = kernel->before) see(kernel, context);
   }
 }

@@ -12,7 +12,7 @@
 #include <string.h>
 #include <time.h>
 
-#include "protect.h"
+#include "addresses.h"
 
 enum { PARKED_MAX = 16, SEEN_SLOTS = 1 << 16, SEEN_PROBES = 16 };
 #define WAIT_UNREGISTER_NS 2000000000ull  // a call that takes longer waits for more than kernels
@@ -170,7 +170,13 @@ void park_forked(void) {
     return result;         \
   } while (0)
 
-CUresult cuCtxSynchronize(void) { PARKED(REAL(cuCtxSynchronize)); }
+static CUresult synchronized(void) {
+  CUresult result = REAL(cuCtxSynchronize);
+  if (result == CUDA_SUCCESS) addresses_settle();  // what is put off waits for no new work, mostly
+  return result;
+}
+
+CUresult cuCtxSynchronize(void) { PARKED(synchronized()); }
 
 CUresult cuCtxSynchronize_v2(CUcontext context) { PARKED(REAL(cuCtxSynchronize_v2, context)); }
 

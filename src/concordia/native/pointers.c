@@ -7,14 +7,17 @@
 // this memory is not for IPC of the old kind. Called by the program, and by libraries that register
 // memory. Which allocations there are says addresses.c.
 #define _GNU_SOURCE
-#include "protect.h"
+#include "addresses.h"
 
 #define NOBODYS 16  // asked of the driver in place of an address that is in no allocation
 
 static int is_told(const struct kept *kept, int attribute, void *value) {
   if (!value) return 0;
   switch (attribute) {
-    case CU_POINTER_ATTRIBUTE_CONTEXT: *(CUcontext *)value = kept->context; return 1;
+    case CU_POINTER_ATTRIBUTE_CONTEXT:
+      if (!kept->context) return 0;  // it has gone, and the driver knows of none
+      *(CUcontext *)value = kept->context;
+      return 1;
     case CU_POINTER_ATTRIBUTE_BUFFER_ID: *(uint64_t *)value = kept->id; return 1;
     case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR: *(CUdeviceptr *)value = kept->address; return 1;
     case CU_POINTER_ATTRIBUTE_RANGE_SIZE: *(size_t *)value = kept->bytes; return 1;

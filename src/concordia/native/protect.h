@@ -4,7 +4,8 @@
 // without a folder in CONCORDIA_PROTECT all of it does nothing but pass calls on; what goes wrong
 // ends the protection, with one line on stderr, and never the program, except where a resumed
 // program could only go on with wrong bytes: then it ends before it does. One lock guards all
-// tables; it is held for memory accesses only, never while the driver is called.
+// tables; it is held for memory accesses only, never while the driver is called. (Of
+// locks of single files shim.h says where they are.)
 #pragma once
 #include <stdatomic.h>
 
@@ -99,6 +100,7 @@ struct kernel {
   uint32_t triggers, is_trusted;
   int has_plain_maps;  // by policy: of its tensor maps each is as the driver made it
   _Atomic uint64_t *unseen;  // by reason; see unseen.c
+  struct kernel *before;  // what the handle meant until code was unloaded, with its counts
   uint64_t rules;
   int is_marking;  // all of its stores mark their pages, but for those through tensor maps
   int has_maps;    // it is known to write through these, too
@@ -163,20 +165,6 @@ int is_device_memory(uint64_t address);                          // without
 void mapped_came(uint64_t address, uint64_t bytes);
 void mapped_goes(uint64_t address, uint64_t bytes);
 void mapped_around(uint64_t address, struct allocation *found);  // widens it, if it is of any
-
-// --- addresses.c
-enum { ADDRESSES_NONE = -1 };  // no result of the driver
-struct kept {
-  uint64_t address, bytes, id;  // as it was asked for; an id no other allocation has
-  CUcontext context;
-};
-// ADDRESSES_NONE: ask the driver; if it has the memory, `why` is told addresses_missed(), if any.
-CUresult addresses_allocate(CUdeviceptr *address, size_t bytes, const char **why);
-void addresses_missed(const char *why);
-CUresult addresses_free(CUdeviceptr address);  // or ADDRESSES_NONE
-int addresses_give_back(void);  // memory that nothing is in; whether there was some
-int addresses_find(uint64_t address, struct kept *found);  // of an address that it has
-int addresses_has(uint64_t address);  // whether it lies in the range of what is kept
 
 // --- stack.c
 int stack_matches(const char *pattern);

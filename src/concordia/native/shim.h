@@ -3,8 +3,11 @@
 // Owns: the internal interface. Promises: nothing here is exported from the library except what
 // hooks.def lists and what is marked EXPORTED. How a hook is added: a line in hooks.def, and the
 // function of that name in the file that owns the matter. How a launch is watched: a line in
-// observers.def, and NAME_before and NAME_after. Hooks run in any thread of a foreign program: no
-// lock is held while the driver or the rewriter is called, and nothing here forks.
+// observers.def, and NAME_before and NAME_after. Hooks run in any thread of a foreign program, and
+// nothing here forks. No lock is held while the rewriter or the driver is called, but around calls
+// that wait for no work of the GPU and below which is neither a hook nor another lock (addresses.c
+// maps, gate_streams.c begins captures and records events), and where who comes for the same thing
+// must wait until it is there (regions.c adds, reads.c registers, gate.c pauses).
 #pragma once
 #include <string.h>
 

@@ -7,7 +7,7 @@
 // destruction is a call inside, and a point waits for those. Called by the hooks of what writes,
 // marks.c and saver.c, which joins and releases while nobody is inside.
 #define _GNU_SOURCE
-#include "protect.h"
+#include "addresses.h"
 
 // PyTorch's pools have 64, NCCL and libraries some more: as many may work between two points.
 enum { STREAMS_MAX = 256, NON_BLOCKING = 1 };
@@ -181,6 +181,7 @@ static void gone(CUstream stream) {
 // The handle may be given to another stream from here on.
 CUresult cuStreamDestroy_v2(CUstream stream) {
   streams_gone(stream);
+  captures_stream_gone(stream);
   if (IS_PROTECTED() && stream > CU_STREAM_PER_THREAD) {
     inside_enter();
     gone(stream);

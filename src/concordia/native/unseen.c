@@ -1,9 +1,12 @@
 // Whose launches had more marked than they write, and why.
 //
-// Owns: the reasons, and a count of each beside each kernel. Promises: a launch that marks all
-// regions, or a region as a whole, is counted, a node of a graph once for each graph that is made;
-// at the end of the process the most frequent are said, a bounded number. Called by marks.c and
-// graphs.c; read by `concordia modules`. It decides nothing.
+// Owns: the reasons, and a count of each beside each kernel. Promises: a launch of a kernel that is
+// known and marks all regions, or a region as a whole, is counted, a node of a graph once for each
+// graph that is made; at the end of the process the most frequent are said, a bounded number; a
+// child says nothing of its parent. Not counted, because no kernel is to be named: launches of
+// graphs that are not known, were changed, reach too much, or whose nodes the GPU may change, those
+// of long ago, and those of kernels without a name. Called by marks.c and graph_notes.c; read by
+// `concordia modules`. It decides nothing.
 #define _GNU_SOURCE
 #include <string.h>
 
@@ -31,12 +34,40 @@ struct rows {
   int used;
 };
 
+static _Atomic int is_used;
+static uint64_t lost_before;  // tensor maps, by a parent
+
+static void clear(const struct kernel *kernel, void *unused) {
+  (void)unused;
+  for (int reason = 0; kernel->unseen && reason < UNSEEN_REASONS; reason++)
+    if (atomic_load(&kernel->unseen[reason])) atomic_store(&kernel->unseen[reason], 0);
+}
+
+void unseen_forked(void) {
+  lost_before = tensor_maps_lost();
+  if (atomic_exchange(&is_used, 0)) kernels_each(clear, NULL);
+}
+
 void unseen_count(const struct kernel *kernel, enum unseen reason) {
-  if (kernel->unseen && reason != UNSEEN_NOTHING)
-    atomic_fetch_add_explicit(&kernel->unseen[reason], 1, memory_order_relaxed);
+  if (!kernel->unseen || reason == UNSEEN_NOTHING) return;
+  atomic_fetch_add_explicit(&kernel->unseen[reason], 1, memory_order_relaxed);
+  if (!atomic_load_explicit(&is_used, memory_order_relaxed)) atomic_store(&is_used, 1);
+}
+
+// The same code that was loaded again is one.
+static void merge(struct rows *rows, struct row *row) {
+  int at = 0;
+  while (at < rows->used && (rows->row[at].reason != row->reason ||
+                             rows->row[at].kernel->hash != row->kernel->hash))
+    at++;
+  if (at == rows->used) return;
+  row->count += rows->row[at].count;
+  rows->used--;
+  memmove(&rows->row[at], &rows->row[at + 1], (size_t)(rows->used - at) * sizeof *row);
 }
 
 static void insert(struct rows *rows, struct row row) {
+  merge(rows, &row);
   int at = rows->used;
   while (at > 0 && rows->row[at - 1].count < row.count) at--;
   if (at == ROWS_MAX) return;
@@ -62,5 +93,6 @@ void unseen_told(void) {
     name[KERNEL_START_BYTES] = 0;
     coverage_unseen(name, reasons[rows.row[i].reason], rows.row[i].count);
   }
-  if (tensor_maps_lost()) coverage_count("tensor maps forgotten", tensor_maps_lost());
+  uint64_t lost = tensor_maps_lost() - lost_before;
+  if (lost) coverage_count("tensor maps forgotten", lost);
 }
