@@ -6,9 +6,12 @@ and says what to write; nothing that was read makes a line of the shim's that re
 
 from __future__ import annotations
 
+import itertools
+import os
 import random
 import re
 import tomllib
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,7 @@ from concordia.integrations.program.policy import (
     parse_policy,
     read_policy,
 )
+from concordia.integrations.program.policy_table import may_share
 
 GOOD = """[program]
 series = "lora"
@@ -107,6 +111,8 @@ def test_policy_protects_nothing_when_it_is_empty() -> None:
         ("every=2", "every=two", r"p.toml:25: trigger\[0\].on: .* write kernel:NAME:every=4"),
         ("interval_ms = 5", 'interval_ms = "5"', r"p.toml:26: trigger\[0\].interval_ms: '5': want a whole number"),
         ("exit_hooks = true", "exit_hooks = 1", r"p.toml:30: images.exit_hooks: 1: want true or false"),
+        ('["*gemm*"]', '["*gemm*", "gemm_?"]', r"p.toml:33: images.trust_maps: 'gemm_\?': name such a kernel in trust_arguments, too"),
+        ('trust_arguments = ["libtorch*"]', "", r"p.toml:33: images.trust_maps: '\*gemm\*': name such a kernel in trust_arguments, too"),
         ('["cublas*"]', '"cublas*"', r"p.toml:31: images.opaque: want a list"),
         ('"/dev/shm/somewhere"', '"somewhere"', r"p.toml:5: journal.place: 'somewhere': want an absolute path"),
         ("[journal]\nplace", "[journals]\nplace", r"p.toml:4: journals: no such key; known are images"),
@@ -166,3 +172,19 @@ def test_text_is_a_policy_or_a_one_line_error_when_it_was_damaged() -> None:
         assert tomllib.loads("".join(text)) is not None
     assert all("\n" not in text and text.startswith("p.toml") for text in said)
     assert len(said) > 1000
+
+
+def test_patterns_share_a_name_when_one_is_found_that_matches_both() -> None:
+    seed = int(os.environ.get("POLICY_SEED", random.randrange(1 << 30)))
+    print(f"POLICY_SEED={seed}")
+    rng = random.Random(seed)
+    names = ["".join(found) for size in range(7) for found in itertools.product("ab", repeat=size)]
+    shared = 0  # of patterns of four at most a shared name has six letters at most: "aaa*" and "*bbb"
+    for _ in range(2000):
+        one, other = ("".join(rng.choices("ab?*", (3, 3, 1, 1), k=rng.randrange(1, 5))) for _ in range(2))
+        found = any(fnmatchcase(name, one) and fnmatchcase(name, other) for name in names)
+        assert may_share(one, other) == may_share(other, one) == found, (one, other)
+        shared += found
+    assert 0 < shared < 2000
+    assert may_share("ab[cd]", "abz*")
+    assert not may_share("ab[cd]", "b*")

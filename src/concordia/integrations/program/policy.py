@@ -22,6 +22,7 @@ from concordia.integrations.program.policy_table import (
     WrongKey,
     folder,
     line_of,
+    may_share,
     name_of,
     number,
     pattern,
@@ -180,8 +181,11 @@ def _policy(table: Table) -> Policy:
         trust_arguments=images.take("trust_arguments", (), patterns),
         trust_maps=images.take("trust_maps", (), patterns),
     )
-    if found.trust_maps and not found.trust_arguments:
-        raise WrongKey(images.key("trust_maps"), "only of kernels that trust_arguments names, too")
+    for one in found.trust_maps:
+        if not any(may_share(one, other) for other in found.trust_arguments):
+            raise WrongKey(
+                images.key("trust_maps"), f"{one!r}: name such a kernel in trust_arguments, too"
+            )
     program.end("series", "warm_points", "audit_every", "keep_addresses")
     journal.end("place", "size", "linger_s")
     limits.end("stage", "reads")

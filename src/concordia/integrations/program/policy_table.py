@@ -94,6 +94,26 @@ def pattern(value: Any, key: str) -> str:
     return value
 
 
+def may_share(one: str, other: str) -> bool:
+    """Whether some name may match both patterns of a shell. What is behind a [ or a backslash is
+    taken to match anything, so a pair of which that is the difference may.
+    """
+    first, second = (re.sub(r"[\[\\].*", "*", found, flags=re.DOTALL) for found in (one, other))
+    # Whether first[i:] and second[j:] may share one, for each i from its end: the row of all j.
+    row = [all(character == "*" for character in second[j:]) for j in range(len(second) + 1)]
+    for i in reversed(range(len(first))):
+        below, row = row, [False] * (len(second) + 1)
+        for j in reversed(range(len(second) + 1)):
+            has = j < len(second)
+            if first[i] == "*":
+                row[j] = below[j] or (has and row[j + 1])
+            elif has and second[j] == "*":
+                row[j] = row[j + 1] or below[j]
+            elif has:
+                row[j] = below[j + 1] and (first[i] == second[j] or "?" in (first[i], second[j]))
+    return row[0]
+
+
 def patterns(value: Any, key: str) -> tuple[str, ...]:
     if not isinstance(value, list) or len(value) > config.PROGRAM_PATTERNS_MAX:
         raise WrongKey(key, f"want a list of at most {config.PROGRAM_PATTERNS_MAX} patterns")
