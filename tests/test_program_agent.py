@@ -106,6 +106,7 @@ class Life:
         self.regions = {region.name: region.address for region in board.regions()}
         board.close()
         self.process.kill()
+        self.lines += self.process.stdout.read().splitlines()  # with what was read ahead, which communicate() would lose
         assert self.end() == -signal.SIGKILL
 
 
