@@ -7,14 +7,19 @@ descriptor that is the program's is not used, though it has the number of one of
 
 from __future__ import annotations
 
+import os
+import random
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from concordia.integrations.program.coverage import read_run
+from concordia.integrations.program.native_build import NATIVE as SOURCES
 from concordia.integrations.program.run_folder import ProgramRun
 from protected_ground import ProtectedGround, build, marking_run, policy_of, protected_folder
+from shim_ground import NATIVE, compile_c
 from test_shim_tracking import BY_SIZE, Answers
 
 AUDITED = "[program]\naudit_every = 1\n"
@@ -81,6 +86,16 @@ def test_pages_are_marked_when_an_argument_points_into_the_piece_before(ground: 
     assert (answers.board.word("missed_pages"), errors) == (0, "")
     before, after = (answers.posts[at].regions for at in (-2, -1))
     assert [two.pages_marked - one.pages_marked for one, two in zip(before, after, strict=True)] == [0, 0, 32, 32], "and no other region"
+
+
+def test_stretches_are_all_that_is_mapped_side_by_side_when_mappings_come_and_go(tmp_path: Path) -> None:
+    seed = int(os.environ.get("MAPPED_SEED", random.randrange(1 << 30)))
+    print(f"MAPPED_SEED={seed}")
+    program = tmp_path / "mapped"
+    compile_c([str(NATIVE / "mapped_random.c"), f"-I{SOURCES}", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], program)
+    done = subprocess.run([str(program), str(seed), "20000"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout) > 20000
 
 
 def test_protection_ends_when_a_graph_is_made_that_the_gpu_may_launch(ground: ProtectedGround, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 // What the files of memory at kept addresses know of each other, and others of them.
 //
-// Owns: the internal interface of addresses, address_memory and captures. Promises: where the policy
-// keeps no addresses all of it does nothing.
+// Owns: the internal interface of addresses, address_memory and captures. Promises: where the
+// policy keeps no addresses all of it does nothing.
 #pragma once
 #include "protect.h"
 

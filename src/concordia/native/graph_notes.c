@@ -13,7 +13,6 @@
 
 enum { NODE_KERNEL, NODE_MEMCPY, NODE_MEMSET, NODE_HOST, NODE_GRAPH, NODE_EMPTY, NODE_WAIT,
       NODE_RECORD };
-enum { ATTRIBUTE_DEVICE_UPDATABLE = 13 };
 enum { NODES_MAX = 1 << 16, DEPTH_MAX = 8 };
 
 struct kernel_node {
@@ -72,9 +71,9 @@ static void mix_place(uint64_t word, uint64_t at, void *context) {
 // Drivers that do not know the attribute have no such nodes.
 static int is_updatable(void *node) {
   union attribute found = {{0}};
-  return REAL(cuGraphKernelNodeGetAttribute, node, ATTRIBUTE_DEVICE_UPDATABLE, &found) ==
-             CUDA_SUCCESS &&
-         found.is_updatable;
+  CUresult result = REAL(cuGraphKernelNodeGetAttribute, node,
+                         CU_LAUNCH_ATTRIBUTE_DEVICE_UPDATABLE_KERNEL_NODE, &found);
+  return result == CUDA_SUCCESS && found.is_updatable;
 }
 
 static void note_kernel(struct note *note, void *node) {

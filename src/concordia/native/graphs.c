@@ -11,7 +11,7 @@
 
 #include "graph_notes.h"
 
-enum { FLAG_DEVICE_LAUNCH = 4, NOTES_MAX = 4096, BUCKETS = 1024 };
+enum { NOTES_MAX = 4096, BUCKETS = 1024 };
 
 static struct note *notes[BUCKETS];
 static int note_count;
@@ -55,7 +55,7 @@ static void remember(void *executable, void *graph) {
 
 static void made(void *executable, void *graph, uint64_t flags) {
   remember(executable, graph);
-  if (IS_PROTECTED() && flags & FLAG_DEVICE_LAUNCH)
+  if (IS_PROTECTED() && flags & CUDA_GRAPH_INSTANTIATE_FLAG_DEVICE_LAUNCH)
     protect_lose("a graph may be launched by the GPU itself: what it writes then is not marked");
 }
 
