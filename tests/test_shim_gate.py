@@ -198,5 +198,8 @@ def test_no_race_is_found_when_threads_launch_through_pauses(ground: ShimGround,
         pytest.skip("the compiler has no libtsan.so")
     checked = make_ground(tmp_path / "checked", ground.driver, ground.user, "-fsanitize=thread", "-Wl,-z,undefs")
     make_page(checked.run)
-    said = run(checked, "storm", LD_PRELOAD=library, TSAN_OPTIONS="halt_on_error=1 report_bugs=1 exitcode=66")
+    # A new thread may be the one that gives an ended one's own variables back: the kernel told it of that end, which the sanitizer does not see.
+    suppressions = tmp_path / "suppressions"
+    suppressions.write_text("race:_dl_deallocate_tls\n")
+    said = run(checked, "storm", LD_PRELOAD=library, TSAN_OPTIONS=f"halt_on_error=1 report_bugs=1 exitcode=66 suppressions={suppressions}")
     assert "data race" not in said
