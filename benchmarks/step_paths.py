@@ -154,8 +154,8 @@ def measure_keys(*, is_all: bool) -> tuple[list[float], list[float]]:
 
 
 def measure_prefill_keys() -> list[float]:
-    """Seconds of each step of 32 requests until the keys of a prefill are learned, and those of the
-    one before, whose blocks the engine still holds, are taken away.
+    """Seconds of each step that schedules nothing, beside 32 requests, until the keys of a prefill
+    are learned, and those of the one before, whose blocks the engine still holds, are taken away.
     """
     rng = random.Random(3)
     spent: list[float] = []

@@ -15,7 +15,7 @@ from concordia.instrument.request import (
     check_memory,
     pack_reply,
 )
-from concordia.instrument.rewriter_socket import short_name
+from concordia.socket_name import short_name
 
 TAIL = b"\n// hooked: 0x0000000000000000\n"
 

@@ -28,7 +28,7 @@ from typing import Final
 from concordia import config
 from concordia.errors import ImageRefused, WaitTimeout
 from concordia.instrument.cache import image_key, key_halves
-from concordia.instrument.rewriter_socket import short_name
+from concordia.socket_name import short_name
 
 VERSION: Final = 3
 _REQUEST: Final = struct.Struct("<4sIQQQ")

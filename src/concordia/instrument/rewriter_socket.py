@@ -9,14 +9,12 @@ the rewriter. It reads no request.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from concordia.errors import EnvironmentRefused, UsageError
+from concordia.socket_name import short_name
 
 NAME: Final = "rewriter.sock"
 HANDED: Final = 3  # the descriptor under which a rewriter gets it from its launcher
@@ -40,18 +38,6 @@ def listen(path: Path) -> socket.socket:
             f"no socket in {path.parent}: {error.strerror}; name another --run-dir"
         ) from None
     return listener
-
-
-@contextlib.contextmanager
-def short_name(path: Path) -> Iterator[str]:
-    """What this socket can be called meanwhile, however long its path is: an address has 108 bytes.
-    native/rewriter.c does the same. Raises OSError.
-    """
-    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{folder}/{path.name}"
-    finally:
-        os.close(folder)
 
 
 def handed(descriptor: int) -> socket.socket:

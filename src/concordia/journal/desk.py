@@ -8,7 +8,6 @@ mean: `answer` does.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import selectors
@@ -20,6 +19,7 @@ from typing import Any, Final
 
 from concordia import config, errors
 from concordia.errors import ConcordiaError, JournalError
+from concordia.socket_name import short_name
 
 _PEER: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _CHUNK: Final = 1 << 18
@@ -199,15 +199,3 @@ class Line:
         line = bytes(self._incoming[:end])
         del self._incoming[: end + 1]
         return line
-
-
-@contextlib.contextmanager
-def short_name(path: Path) -> Any:
-    """A name of the socket that fits sockaddr_un (108 bytes), however long the journal's path
-    is.
-    """
-    descriptor = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{descriptor}/{path.name}"
-    finally:
-        os.close(descriptor)
