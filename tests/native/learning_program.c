@@ -22,17 +22,10 @@
 #include <time.h>
 #include <unistd.h>
 
-typedef int R;
-typedef uint64_t P;
-typedef void *H;
-R cuInit(unsigned), cuDevicePrimaryCtxRetain(H *, int), cuCtxSetCurrent(H), cuCtxSynchronize(void), cuModuleLoadData(H *, const void *), cuModuleUnload(H), cuModuleGetFunction(H *, H, const char *);
-R cuMemAlloc_v2(P *, size_t), cuStreamCreate(H *, unsigned), cuLaunchKernel(H, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, H, void **, void **);
+#include "program.h"
 
-#define DO(call)                                                       \
-  do {                                                                 \
-    R result = call;                                                   \
-    if (result) { fprintf(stderr, "%s: %d\n", #call, result); exit(1); } \
-  } while (0)
+R cuModuleUnload(H);
+
 enum { PAGE = 1 << 16, REGION = 1 << 21, SETTLE_S = 20 };
 
 R cuGetProcAddress_v2(const char *, void **, int, uint64_t, int *);
@@ -101,9 +94,7 @@ int main(int count, char **words) {
   H context;
   if (count < 2) return 2;
   if (getenv("PROGRAM_SIGNAL")) signal(atoi(getenv("PROGRAM_SIGNAL")), handled);
-  DO(cuInit(0));
-  DO(cuDevicePrimaryCtxRetain(&context, 0));
-  DO(cuCtxSetCurrent(context));
+  enter(&context);
   DO(cuStreamCreate(&stream, 1));
   load(".version 8.0");
   DO(cuMemAlloc_v2(&first, REGION));

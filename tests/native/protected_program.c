@@ -10,23 +10,14 @@
 #include <string.h>
 #include <unistd.h>
 
-typedef int R;
-typedef uint64_t P;
-typedef void *H;
-R cuInit(unsigned), cuDevicePrimaryCtxRetain(H *, int), cuCtxSetCurrent(H), cuCtxSynchronize(void), cuModuleLoadData(H *, const void *), cuModuleGetFunction(H *, H, const char *);
-R cuMemAlloc_v2(P *, size_t), cuMemFree_v2(P), cuMemAllocAsync(P *, size_t, H), cuMemFreeAsync(P, H), cuMemcpyHtoD_v2(P, const void *, size_t), cuMemcpyDtoH_v2(void *, P, size_t), cuMemcpyDtoD_v2(P, P, size_t);
+#include "program.h"
+
+R cuMemFree_v2(P), cuMemAllocAsync(P *, size_t, H), cuMemFreeAsync(P, H), cuMemcpyHtoD_v2(P, const void *, size_t), cuMemcpyDtoH_v2(void *, P, size_t), cuMemcpyDtoD_v2(P, P, size_t);
 R cuMemcpyHtoDAsync_v2(P, const void *, size_t, H), cuMemcpyDtoHAsync_v2(void *, P, size_t, H), cuMemcpyDtoDAsync_v2(P, P, size_t, H), cuMemcpyAsync(P, P, size_t, H), cuMemcpy(P, P, size_t), cuMemcpyPeerAsync(P, H, P, H, size_t, H);
 R cuMemsetD8Async(P, unsigned char, size_t, H), cuMemsetD16Async(P, unsigned short, size_t, H), cuMemsetD32_v2(P, unsigned, size_t), cuMemsetD2D32Async(P, size_t, unsigned, size_t, size_t, H);
-R cuStreamCreate(H *, unsigned), cuStreamDestroy_v2(H), cuStreamSynchronize(H), cuStreamBeginCapture_v2(H, int), cuStreamEndCapture(H, H *), cuGraphInstantiateWithFlags(H *, H, unsigned long long), cuGraphExecUpdate_v2(H, H, void *), cuGraphExecDestroy(H), cuGraphLaunch(H, H);
-R cuLaunchKernel(H, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, H, void **, void **);
+R cuStreamDestroy_v2(H), cuStreamSynchronize(H), cuStreamBeginCapture_v2(H, int), cuStreamEndCapture(H, H *), cuGraphInstantiateWithFlags(H *, H, unsigned long long), cuGraphExecUpdate_v2(H, H, void *), cuGraphExecDestroy(H), cuGraphLaunch(H, H);
 R cuMemcpy2DAsync_v2(const void *, H), cuMemcpy2D_v2(const void *), cuMemcpy3DAsync_v2(const void *, H), cuMemcpyBatchAsync_v2(P *, P *, size_t *, size_t, void *, size_t *, size_t, H);
 R cuEventCreate(H *, unsigned), cuEventRecord(H, H), cuStreamWaitEvent(H, H, unsigned);
-
-#define DO(call)                                                       \
-  do {                                                                 \
-    R result = call;                                                   \
-    if (result) { fprintf(stderr, "%s: %d\n", #call, result); exit(1); } \
-  } while (0)
 
 static uint64_t random_state;
 static uint64_t next(void) { random_state = random_state * 6364136223846793005ull + 1442695040888963407ull; return random_state >> 29; }
@@ -37,9 +28,7 @@ static void launch(H function, H stream, P a, P b, P c) {
 }
 static void start(void) {
   H context;
-  DO(cuInit(0));
-  DO(cuDevicePrimaryCtxRetain(&context, 0));
-  DO(cuCtxSetCurrent(context));
+  enter(&context);
   DO(cuModuleLoadData(&module, ".version 8.0"));
   DO(cuModuleGetFunction(&fill, module, "fill"));
   DO(cuModuleGetFunction(&axpy, module, "axpy"));

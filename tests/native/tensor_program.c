@@ -18,21 +18,13 @@
 #include <sys/mman.h>
 #include <time.h>
 
-typedef int R;
-typedef uint64_t P;
-typedef void *H;
-R cuInit(unsigned), cuDevicePrimaryCtxRetain(H *, int), cuCtxSetCurrent(H), cuCtxSynchronize(void), cuModuleLoadData(H *, const void *), cuModuleGetFunction(H *, H, const char *);
-R cuMemAlloc_v2(P *, size_t), cuStreamCreate(H *, unsigned), cuLaunchKernel(H, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, H, void **, void **);
+#include "program.h"
+
 R cuStreamBeginCapture_v2(H, int), cuStreamEndCapture(H, H *), cuGraphInstantiateWithFlags(H *, H, unsigned long long), cuGraphLaunch(H, H), cuGraphGetNodes(H, H *, size_t *), cuGraphExecKernelNodeSetParams_v2(H, H, const void *);
 R cuTensorMapEncodeTiled(void *, int, uint32_t, void *, const P *, const P *, const uint32_t *, const uint32_t *, int, int, int, int), cuTensorMapReplaceAddress(void *, void *);
 R cuTensorMapEncodeIm2col(void *, int, uint32_t, void *, const P *, const P *, const int *, const int *, uint32_t, uint32_t, const uint32_t *, int, int, int, int);
 R cuTensorMapEncodeIm2colWide(void *, int, uint32_t, void *, const P *, const P *, int, int, uint32_t, uint32_t, const uint32_t *, int, int, int, int, int);
 
-#define DO(call)                                                       \
-  do {                                                                 \
-    R result = call;                                                   \
-    if (result) { fprintf(stderr, "%s: %d\n", #call, result); exit(1); } \
-  } while (0)
 enum { PAGE = 1 << 16, REGION = 1 << 21, SETTLE_S = 20, WORDS = 16, U8 = 0, F16 = 6, PACKED = 14, THREADS = 8, TURNS = 60 };
 struct operands { P pointer, words[7], first[WORDS], second[WORDS], more[WORDS]; };  // maps at 64 and 192
 
@@ -151,9 +143,7 @@ int main(int count, char **words) {
   H context, module;
   pthread_t threads[THREADS];
   if (count < 2) return 2;
-  DO(cuInit(0));
-  DO(cuDevicePrimaryCtxRetain(&context, 0));
-  DO(cuCtxSetCurrent(context));
+  enter(&context);
   DO(cuStreamCreate(&stream, 1));
   DO(cuModuleLoadData(&module, ".version 8.0"));
   DO(cuModuleGetFunction(&update, module, "update"));

@@ -13,19 +13,11 @@
 #include <string.h>
 #include <unistd.h>
 
-typedef int R;
-typedef uint64_t P;
-typedef void *H;
-R cuInit(unsigned), cuDevicePrimaryCtxRetain(H *, int), cuCtxSetCurrent(H), cuCtxSynchronize(void), cuModuleLoadData(H *, const void *), cuModuleGetFunction(H *, H, const char *);
-R cuMemAlloc_v2(P *, size_t), cuMemFree_v2(P), cuMemsetD8Async(P, unsigned char, size_t, H), cuMemsetD8Async_ptsz(P, unsigned char, size_t, H), cuMemcpyDtoHAsync_v2(void *, P, size_t, H), cuMemcpyHtoD_v2(P, const void *, size_t);
-R cuStreamCreate(H *, unsigned), cuStreamDestroy_v2(H), cuStreamSynchronize(H), cuStreamSynchronize_ptsz(H), cuStreamBeginCapture_v2(H, int), cuStreamEndCapture(H, H *);
-R cuLaunchKernel(H, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, H, void **, void **), cuLaunchKernel_ptsz(H, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, H, void **, void **);
+#include "program.h"
 
-#define DO(call)                                                       \
-  do {                                                                 \
-    R result = call;                                                   \
-    if (result) { fprintf(stderr, "%s: %d\n", #call, result); exit(1); } \
-  } while (0)
+R cuMemFree_v2(P), cuMemsetD8Async(P, unsigned char, size_t, H), cuMemsetD8Async_ptsz(P, unsigned char, size_t, H), cuMemcpyDtoHAsync_v2(void *, P, size_t, H), cuMemcpyHtoD_v2(P, const void *, size_t);
+R cuStreamDestroy_v2(H), cuStreamSynchronize(H), cuStreamSynchronize_ptsz(H), cuStreamBeginCapture_v2(H, int), cuStreamEndCapture(H, H *);
+R cuLaunchKernel_ptsz(H, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, H, void **, void **);
 
 enum { PAGE = 1 << 16, PAGES = 32, BYTES = PAGE * PAGES, THREADS_MAX = 8, QUIET = 40 };
 static H context, fill, update;
@@ -181,9 +173,7 @@ int main(int count, char **words) {
   int number = count > 2 ? atoi(words[2]) : 0, result = 2;
   is_own = count > 3 && !strcmp(words[3], "own");
   is_kernel = count > 4 && !strcmp(words[4], "kernel");
-  DO(cuInit(0));
-  DO(cuDevicePrimaryCtxRetain(&context, 0));
-  DO(cuCtxSetCurrent(context));
+  enter(&context);
   DO(cuModuleLoadData(&module, ".version 8.0"));
   DO(cuModuleGetFunction(&fill, module, "fill"));
   DO(cuModuleGetFunction(&update, module, "update"));

@@ -19,19 +19,12 @@
 #include <time.h>
 #include <unistd.h>
 
-typedef int R;
-typedef uint64_t P;
-typedef void *H;
-R cuInit(unsigned), cuDevicePrimaryCtxRetain(H *, int), cuCtxSetCurrent(H), cuModuleLoadData(H *, const void *), cuModuleGetFunction(H *, H, const char *), cuMemAlloc_v2(P *, size_t), cuMemFree_v2(P), cuStreamCreate(H *, unsigned), cuStreamBeginCapture_v2(H, int), cuStreamEndCapture(H, H *), cuMemcpyHtoD_v2(P, const void *, size_t);
+#include "program.h"
+
+R cuMemFree_v2(P), cuStreamBeginCapture_v2(H, int), cuStreamEndCapture(H, H *), cuMemcpyHtoD_v2(P, const void *, size_t);
 R cuMemAddressReserve(P *, size_t, size_t, P, unsigned long long), cuMemMap(P, size_t, size_t, uint64_t, unsigned long long), cuMemUnmap(P, size_t), cuMemSetAccess(P, size_t, const void *, size_t);
-R cuLaunchKernel(H, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, H, void **, void **);
 void fake_visited(int (*)(const char *));
 
-#define DO(call)                                                       \
-  do {                                                                 \
-    R result = call;                                                   \
-    if (result) { fprintf(stderr, "%s: %d\n", #call, result); exit(1); } \
-  } while (0)
 enum { REGION = 1 << 21, TIMES = 3, LIFE_S = 50 };
 enum { POSTED = 2, LOST = 4, POINTS = 12, FIRED = 13, REASON = 32 };  // words of the board
 
@@ -50,9 +43,7 @@ static void point(void) {
 static void start(void) {
   H module;
   char path[4096];
-  DO(cuInit(0));
-  DO(cuDevicePrimaryCtxRetain(&context, 0));
-  DO(cuCtxSetCurrent(context));
+  enter(&context);
   DO(cuStreamCreate(&stream, 1));
   DO(cuModuleLoadData(&module, ".version 8.0"));
   DO(cuModuleGetFunction(&update, module, "update"));
